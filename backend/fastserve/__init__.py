@@ -1,0 +1,23 @@
+"""FastServe: large language models inside NVIDIA Triton Inference Server.
+
+`Model` and `ModelServer` are resolved on first use, so that a process which only needs the types (a step of
+the ensemble, the launcher) never loads torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastserve.embedded import Model, ModelServer
+
+__all__ = ["Model", "ModelServer"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from fastserve import embedded
+
+        return getattr(embedded, name)
+    raise AttributeError(f"module 'fastserve' has no attribute {name!r}")

@@ -1,0 +1,33 @@
+"""The one error type that reaches a client."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class ErrorCode(str, Enum):
+    """Why a request failed; each is the Triton server status code of the same name."""
+
+    INVALID_ARG = "INVALID_ARG"
+    UNAVAILABLE = "UNAVAILABLE"
+    CANCELLED = "CANCELLED"
+    INTERNAL = "INTERNAL"
+
+
+class RequestError(Exception):
+    """A request that cannot be served, with a sentence for whoever sent it.
+
+    `str(error)` names the field, what came and what is allowed; `code` is the status the client sees.
+    """
+
+    def __init__(self, message: str, code: ErrorCode = ErrorCode.INVALID_ARG) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def invalid(field: str, came: object, allowed: str) -> RequestError:
+    """The error for a field whose value is not one of those allowed."""
+    shown = repr(came)
+    if len(shown) > 80:
+        shown = shown[:77] + "..."
+    return RequestError(f"`{field}`: got {shown}; allowed: {allowed}")

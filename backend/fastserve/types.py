@@ -1,0 +1,226 @@
+"""The messages that travel through FastServe, in the order in which a request meets them.
+
+    client -> SamplingParams, Request -> (scheduler) Room -> (worker) Add, Cancel
+           -> StepOutput of SequenceOutputs -> RequestOutput -> text
+
+Every one is immutable, refuses unknown keys and crosses processes as MessagePack (`encode`, `decode`).
+Times are `time.monotonic()` seconds: on Linux all processes of a machine share that clock.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+Positive = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[int, Meta(ge=0)]
+TokenLogprob = tuple[int, float, int]
+"""(token id, natural-log probability, rank from 1) under the model's own distribution."""
+
+
+class Guide(Struct, frozen=True, forbid_unknown_fields=True):
+    """Guided decoding: exactly one is given."""
+
+    json: str | None = None
+    """A JSON schema."""
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    """A context-free grammar in llguidance's dialect of Lark."""
+
+
+class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
+    """How to continue a prompt; the names and defaults of vLLM's class of that name."""
+
+    n: Annotated[int, Meta(ge=1, le=64)] = 1
+    max_tokens: Positive = 16
+    min_tokens: NonNegative = 0
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
+    """0 is greedy."""
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1)] = 0
+    """0 and -1: all tokens."""
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    seed: int | None = None
+    """A signed 64-bit number."""
+    stop: list[str] = []
+    stop_token_ids: list[NonNegative] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    """How many of the likeliest tokens to report beside the chosen one."""
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    logit_bias: dict[int, float] = {}
+    bad_words: list[str] = []
+    skip_special_tokens: bool = True
+    guide: Guide | None = None
+    """`guided_decoding` or `structured_outputs` in a request."""
+
+
+class OutputOptions(Struct, frozen=True):
+    """What the client wants to see of the answer, besides the text."""
+
+    stream: bool = False
+    echo: bool = False
+    """The prompt before the text (`exclude_input_in_output = false`)."""
+    finish_reason: bool = False
+    cumulative_logprob: bool = False
+    logprobs: bool = False
+    token_ids: bool = False
+    num_input_tokens: bool = False
+    num_output_tokens: bool = False
+
+
+class Request(Struct, frozen=True):
+    """A validated, tokenised request. `preprocess` makes it; nothing after changes it."""
+
+    uid: str
+    """Ours, unique: a client may use one `request_id` twice."""
+    request_id: str
+    """The client's, by which it can be cancelled; may be empty."""
+    prompt: str
+    """What the text of an echo begins with."""
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    output: OutputOptions
+    priority: int
+    tenant: str
+    arrival: float
+    deadline: float | None
+    """When it is abandoned, running or not."""
+    bad_words_token_ids: list[list[int]] = []
+    """`sampling.bad_words`, tokenised in each way in which they can be met."""
+
+
+class Room(Struct, frozen=True):
+    """What the engine tells the scheduler: absolute numbers, so that a lost or late message does no harm."""
+
+    incarnation: str
+    """Of the worker; numbers of different incarnations are not compared."""
+    serial: int
+    """Grows; an older message than the last one seen is dropped."""
+    received: int
+    """Requests that have reached the engine since the server started."""
+    free_slots: int
+    """Sequences that could still be added to the batch; below zero when some wait in the worker."""
+    lowest_key: float | None
+    """The policy key of the lowest sequence that holds a slot: one above it may displace it."""
+
+
+class Outcome(str, Enum):
+    """How a request ended (the `outcome` label of `fastserve_requests_total`)."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
+    REJECTED = "rejected"
+    ERROR = "error"
+
+
+class Add(Struct, frozen=True, tag=True):
+    """To the worker: serve this."""
+
+    request: Request
+
+
+class Cancel(Struct, frozen=True, tag=True):
+    """To the worker: stop this now. STOP: a stop string was met; CANCELLED: the client is gone."""
+
+    uid: str
+    outcome: Outcome
+    index: int | None = None
+    """Only that sequence of the request (one of `n`); None: all."""
+
+
+class Shutdown(Struct, frozen=True, tag=True):
+    """To the worker: leave."""
+
+
+class Failure(Struct, frozen=True):
+    """Why a request ended without an answer."""
+
+    code: str
+    """An `ErrorCode`."""
+    message: str
+
+
+class SequenceOutput(Struct, frozen=True):
+    """What one step brought to one sequence of a request."""
+
+    uid: str
+    index: int = 0
+    """Which of the request's `n` sequences."""
+    token_ids: list[int] = []
+    logprobs: list[list[TokenLogprob]] = []
+    """Per new token: the chosen one first, then the likeliest; empty unless asked for."""
+    prompt_logprobs: list[list[TokenLogprob]] | None = None
+    """Once, with the first token, if asked for; the first position has none."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache; only with the first token."""
+    outcome: Outcome | None = None
+    """Set on the last output of this sequence."""
+    failure: Failure | None = None
+
+
+class EngineStats(Struct, frozen=True):
+    """The state of a worker after a step; totals count since it started."""
+
+    running: int
+    waiting: int
+    free_slots: int
+    lowest_key: float | None
+    kv_blocks_total: int
+    kv_blocks_used: int
+    step_tokens: int
+    """Tokens that this step computed; 0: no step was taken."""
+    preemptions_total: int
+    prefix_cache_hit_tokens_total: int
+
+
+class StepOutput(Struct, frozen=True, tag=True):
+    """From the worker: everything that one step brought, to all requests."""
+
+    outputs: list[SequenceOutput]
+    stats: EngineStats
+
+
+class Ready(Struct, frozen=True, tag=True):
+    """From the worker, once: the model is loaded."""
+
+    incarnation: str
+    max_model_len: int
+    stats: EngineStats
+
+
+class RequestOutput(Struct, frozen=True):
+    """From `engine` to `postprocess`: what has come to one request since its last one.
+
+    Outputs of several steps are joined here when the client or the wire is slower than the engine.
+    """
+
+    uid: str
+    outputs: list[SequenceOutput]
+    request: Request | None = None
+    """With the first one only."""
+    final: bool = False
+
+
+T = TypeVar("T")
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Any) -> bytes:
+    """MessagePack bytes of any message of this module."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes, as_type: type[T]) -> T:
+    """The message in `data`. Raises msgspec.DecodeError or msgspec.ValidationError."""
+    return msgspec.msgpack.decode(data, type=as_type)
