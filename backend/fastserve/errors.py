@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from enum import Enum
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
 
 
 class ErrorCode(str, Enum):
@@ -27,7 +31,8 @@ class RequestError(Exception):
 
 def invalid(field: str, came: object, allowed: str) -> RequestError:
     """The error for a field whose value is not one of those allowed."""
-    shown = repr(came)
-    if len(shown) > 80:
-        shown = shown[:77] + "..."
+    try:
+        shown = _BRIEF.repr(came)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        shown = "a huge integer"
     return RequestError(f"`{field}`: got {shown}; allowed: {allowed}")

@@ -106,7 +106,7 @@ class Room(Struct, frozen=True):
     serial: int
     """Grows; an older message than the last one seen is dropped."""
     received: int
-    """Requests that have reached the engine since the server started."""
+    """Requests that have reached the engine since the server started and that `free_slots` accounts for."""
     free_slots: int
     """Sequences that could still be added to the batch; below zero when some wait in the worker."""
     lowest_key: float | None
@@ -172,6 +172,8 @@ class SequenceOutput(Struct, frozen=True):
 class EngineStats(Struct, frozen=True):
     """The state of a worker after a step; totals count since it started."""
 
+    received: int
+    """Requests taken in since the worker started."""
     running: int
     waiting: int
     free_slots: int

@@ -1,0 +1,42 @@
+# What a developer does with FastServe. Needs Python 3.10 to 3.13 (3.11 is what CI runs) with venv, and make.
+
+PYTHON := $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+.PHONY: setup serve test soak lint load clean
+
+setup: $(STAMP)
+
+# The environment is made anew when what it is made from changes: it never holds what the files do not say.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(or $(PYTHON),python3) with venv is missing: install python3.11 and python3.11-venv (Debian, Ubuntu)" >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,load]' --constraint constraints.txt
+	touch $@
+
+# exec: Ctrl-C and SIGTERM reach the server's launcher itself. ARGS="--http-port 9000 --model DIR"
+serve: setup
+	@exec $(BIN)/fastserve serve $(ARGS)
+
+# ARGS="tests/launcher -k ports"
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+soak: setup
+	$(BIN)/python -m pytest -m soak $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Against a server that runs: ARGS="--host http://127.0.0.1:8000 --users 32"
+load: setup
+	$(BIN)/locust --locustfile load_tests/locustfile.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

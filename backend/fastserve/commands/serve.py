@@ -1,0 +1,96 @@
+"""`fastserve serve`: the server in the foreground, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+
+from fastserve.config import Config
+from fastserve.config_flags import add_config_flags, config_from
+from fastserve.model_files import locate
+from fastserve.triton_server.command_line import ServerOptions
+from fastserve.triton_server.installation import EMBEDDED
+from fastserve.triton_server.launcher import Server
+from fastserve.triton_server.start_checks import Ports
+
+EXAMPLE = '{"text_input": "The capital of France is", "parameters": {"temperature": 0, "max_tokens": 20}}'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the server, and one per setting of the engine."""
+    ports, options = Ports(), ServerOptions()
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--host", default=options.host, help="address of all three ports (default: %(default)s)"
+    )
+    server.add_argument(
+        "--http-port", type=int, default=ports.http, metavar="N", help="(default: %(default)s)"
+    )
+    server.add_argument(
+        "--grpc-port", type=int, default=ports.grpc, metavar="N", help="(default: %(default)s)"
+    )
+    server.add_argument(
+        "--metrics-port", type=int, default=ports.metrics, metavar="N", help="(default: %(default)s)"
+    )
+    server.add_argument(
+        "--model-repository", type=Path, metavar="DIR", help="of Triton server (default: FastServe's own)"
+    )
+    server.add_argument(
+        "--tritonserver",
+        default=options.tritonserver,
+        metavar="PROGRAM",
+        help=f"the server to start; `{EMBEDDED}`: the one that FastServe fetches "
+        "(default: one that is installed here, else the embedded one)",
+    )
+    server.add_argument(
+        "--exit-timeout-secs",
+        type=int,
+        default=options.exit_timeout_seconds,
+        metavar="N",
+        help="for requests in flight when the server is stopped (default: %(default)s)",
+    )
+    server.add_argument(
+        "--log-verbose",
+        type=int,
+        default=options.log_verbose,
+        metavar="N",
+        help="Triton server's level; above 0, its whole log is shown (default: %(default)s)",
+    )
+    add_config_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves. Raises ConfigError for a setting that cannot be, StartError when the server cannot run."""
+    server = Server(_with_model_on_disk(config_from(arguments)), _options(arguments))
+    server.start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: server.ask_stop())
+    print("Starting Triton server; Ctrl-C stops it, a second Ctrl-C at once", file=sys.stderr)
+    seconds = server.wait_ready()
+    command = f"curl -s {server.http_url}/v2/models/fastserve/generate -d '{EXAMPLE}'"
+    print(f"FastServe is ready after {seconds:.1f} s. Try: {command}", flush=True)
+    server.join()
+    return 0
+
+
+def _with_model_on_disk(config: Config) -> Config:
+    """The same settings with the model's place made absolute, and everything fetched that must be fetched."""
+    if Path(config.model).exists() and config.model:
+        config = msgspec.structs.replace(config, model=str(Path(config.model).resolve()))
+    locate(config.model)
+    return config
+
+
+def _options(arguments: argparse.Namespace) -> ServerOptions:
+    return ServerOptions(
+        host=arguments.host,
+        ports=Ports(arguments.http_port, arguments.grpc_port, arguments.metrics_port),
+        model_repository=arguments.model_repository,
+        tritonserver=arguments.tritonserver,
+        log_verbose=arguments.log_verbose,
+        exit_timeout_seconds=arguments.exit_timeout_secs,
+    )

@@ -1,0 +1,242 @@
+"""The engine: plan a step, compute it, sample, say what came of it.
+
+    add / cancel -> [plan -> run -> commit -> sample -> append] -> StepOutput      (`step`, again and again)
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from fastserve_kernels.attention_metadata import AttentionMetadata
+
+from fastserve.engine.guides import GuideMatchers
+from fastserve.engine.model_runner import ModelRunner
+from fastserve.engine.sampler import SampledToken, Sampler, SamplingState, token_logprobs
+from fastserve.errors import ErrorCode, RequestError
+from fastserve.scheduling.iteration_scheduler import IterationScheduler
+from fastserve.scheduling.policies import Policy
+from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
+from fastserve.types import (
+    EngineStats,
+    Failure,
+    Outcome,
+    Request,
+    SequenceOutput,
+    StepOutput,
+    TokenLogprob,
+)
+
+_STOPPED_FROM_OUTSIDE = {
+    Outcome.CANCELLED: Failure(ErrorCode.CANCELLED.value, "the request was cancelled"),
+    Outcome.TIMEOUT: Failure(ErrorCode.CANCELLED.value, "the request's time was over before it was finished"),
+}
+
+
+@dataclass(slots=True)
+class _Generation:
+    """What the engine keeps of a sequence besides its tokens."""
+
+    sampling: SamplingState
+    prompt_logprobs: list[list[TokenLogprob]] | None
+    """Of the prompt tokens computed so far, where the request asks for them."""
+
+
+@dataclass(slots=True)
+class _ActiveRequest:
+    request: Request
+    generations: dict[int, tuple[Sequence, _Generation]] = field(default_factory=dict)
+    """By sequence index; those that have not ended."""
+
+
+class Engine:
+    """Continuous batching of requests over one model. Not thread-safe: one thread owns it."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: IterationScheduler,
+        policy: Policy,
+        sampler: Sampler,
+        max_model_len: int,
+    ) -> None:
+        self.max_model_len = max_model_len
+        self._runner = runner
+        self._scheduler = scheduler
+        self._policy = policy
+        self._sampler = sampler
+        self._active: dict[str, _ActiveRequest] = {}
+        self._received = 0
+        self._endings: list[SequenceOutput] = []
+        """Of sequences that ended outside a step; they leave with the next one."""
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._active or self._endings)
+
+    def add(self, request: Request) -> None:
+        """Takes a request in. One that cannot be served ends with a failure at the next step."""
+        self._received += 1
+        try:
+            self._check(request)
+            active = _ActiveRequest(request)
+            for index in range(request.sampling.n):
+                sequence = Sequence(
+                    request,
+                    index,
+                    key=self._policy.key(request.priority, request.arrival),
+                    token_ids=list(request.prompt_token_ids),
+                )
+                wants_prompt = request.sampling.prompt_logprobs is not None and index == 0
+                generation = _Generation(self._sampler.start(sequence), [[]] if wants_prompt else None)
+                active.generations[index] = (sequence, generation)
+        except RequestError as error:
+            self._endings += [_failed(request.uid, index, error) for index in range(request.sampling.n)]
+            return
+        self._active[request.uid] = active
+        for sequence, _ in active.generations.values():
+            self._scheduler.add(sequence)
+
+    def _check(self, request: Request) -> None:
+        if request.uid in self._active:
+            raise RequestError(f"`uid`: {request.uid} is being served already", ErrorCode.INTERNAL)
+        if len(request.prompt_token_ids) >= self.max_model_len:
+            raise RequestError(
+                f"prompt: got {len(request.prompt_token_ids)} tokens; allowed: at most {self.max_model_len - 1} "
+                "(model length and KV cache)"
+            )
+
+    def cancel(self, uid: str, outcome: Outcome, index: int | None = None) -> None:
+        """Stops a request, or one sequence of it; nothing happens if it is not being served."""
+        active = self._active.get(uid)
+        if active is None:
+            return
+        failure = _STOPPED_FROM_OUTSIDE.get(outcome)
+        for each in list(active.generations) if index is None else [index]:
+            if each in active.generations:
+                self._remove(active, each)
+                self._endings.append(SequenceOutput(uid, each, outcome=outcome, failure=failure))
+
+    def _remove(self, active: _ActiveRequest, index: int) -> None:
+        del active.generations[index]
+        self._scheduler.remove(active.request.uid, index)
+        if not active.generations:
+            del self._active[active.request.uid]
+
+    def step(self) -> StepOutput:
+        """One iteration: computes what the scheduler plans, and returns what it brought to every request."""
+        self._expire(time.monotonic())
+        plan = self._scheduler.plan()
+        outputs = self._compute(plan) if plan.scheduled else []
+        outputs += self._endings
+        self._endings = []
+        return StepOutput(outputs, self.stats(plan.num_tokens))
+
+    def _expire(self, now: float) -> None:
+        late = [a.request for a in self._active.values() if a.request.deadline and a.request.deadline <= now]
+        for request in late:
+            self.cancel(request.uid, Outcome.TIMEOUT)
+
+    def _compute(self, plan: StepPlan) -> list[SequenceOutput]:
+        hidden, metadata = self._runner.run(plan)
+        self._collect_prompt_logprobs(plan, hidden)
+        rows = [row for row, item in enumerate(plan.scheduled) if item.is_last_chunk]
+        sampled = self._sample(plan, rows, hidden, metadata)
+        self._scheduler.commit(plan)
+        return [
+            self._append(plan.scheduled[row].sequence, token) for row, token in zip(rows, sampled, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _sample(
+        self, plan: StepPlan, rows: list[int], hidden: torch.Tensor, metadata: AttentionMetadata
+    ) -> list[SampledToken]:
+        if not rows:
+            return []
+        last = metadata.last_token_index[torch.tensor(rows, device=hidden.device)]
+        logits = self._runner.model.logits(hidden[last])
+        sequences = [plan.scheduled[row].sequence for row in rows]
+        return self._sampler.sample(logits, sequences, [self._generation(s).sampling for s in sequences])
+
+    def _generation(self, sequence: Sequence) -> _Generation:
+        return self._active[sequence.request.uid].generations[sequence.index][1]
+
+    @torch.inference_mode()
+    def _collect_prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> None:
+        first_row = 0
+        for item in plan.scheduled:
+            collected = self._generation(item.sequence).prompt_logprobs
+            if collected is not None:
+                self._extend_prompt_logprobs(item, collected, hidden[first_row : first_row + item.num_tokens])
+            first_row += item.num_tokens
+
+    def _extend_prompt_logprobs(
+        self, item: ScheduledSequence, collected: list[list[TokenLogprob]], hidden: torch.Tensor
+    ) -> None:
+        """The row of a position tells of the token after it; what a preemption makes us compute again is there already."""
+        sequence = item.sequence
+        start = sequence.num_computed_tokens
+        first = max(start, len(collected) - 1)
+        last = min(start + item.num_tokens, sequence.num_prompt_tokens - 1)
+        if first >= last:
+            return
+        logits = self._runner.model.logits(hidden[first - start : last - start])
+        targets = torch.tensor(sequence.token_ids[first + 1 : last + 1], device=logits.device)
+        count = sequence.request.sampling.prompt_logprobs or 0
+        collected += token_logprobs(logits, targets, [count] * (last - first))
+
+    def _append(self, sequence: Sequence, token: SampledToken) -> SequenceOutput:
+        """Gives a sequence its new token, and ends it if that was the last one."""
+        request = sequence.request
+        active = self._active[request.uid]
+        generation = active.generations[sequence.index][1]
+        if token.error is not None:
+            self._remove(active, sequence.index)
+            return _failed(request.uid, sequence.index, token.error)
+        is_first = sequence.num_generated_tokens == 0
+        sequence.token_ids.append(token.token_id)
+        outcome = self._outcome(sequence, generation.sampling)
+        if outcome is not None:
+            self._remove(active, sequence.index)
+        return SequenceOutput(
+            request.uid,
+            sequence.index,
+            token_ids=[token.token_id],
+            logprobs=[token.logprobs] if token.logprobs else [],
+            prompt_logprobs=generation.prompt_logprobs if is_first else None,
+            num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
+            outcome=outcome,
+        )
+
+    def _outcome(self, sequence: Sequence, state: SamplingState) -> Outcome | None:
+        ended = sequence.num_generated_tokens >= sequence.request.sampling.min_tokens and (
+            sequence.token_ids[-1] in state.stop_token_ids
+        )
+        if ended or (state.matcher is not None and state.matcher.is_complete):
+            return Outcome.STOP
+        if sequence.num_generated_tokens >= sequence.request.sampling.max_tokens:
+            return Outcome.LENGTH
+        return Outcome.LENGTH if sequence.num_tokens >= self.max_model_len else None
+
+    def stats(self, step_tokens: int = 0) -> EngineStats:
+        """The state after a step that computed `step_tokens` tokens."""
+        scheduler = self._scheduler
+        return EngineStats(
+            received=self._received,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            free_slots=scheduler.free_slots,
+            lowest_key=scheduler.lowest_key,
+            kv_blocks_total=scheduler.pool.num_blocks,
+            kv_blocks_used=scheduler.pool.num_used,
+            step_tokens=step_tokens,
+            preemptions_total=scheduler.num_preemptions,
+            prefix_cache_hit_tokens_total=scheduler.num_prefix_cache_hit_tokens,
+        )
+
+
+def _failed(uid: str, index: int, error: RequestError) -> SequenceOutput:
+    return SequenceOutput(
+        uid, index, outcome=Outcome.ERROR, failure=Failure(code=error.code.value, message=str(error))
+    )

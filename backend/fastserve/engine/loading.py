@@ -1,0 +1,40 @@
+"""From settings to an engine that is ready to step."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fastserve.config import Config
+from fastserve.engine.engine import Engine
+from fastserve.engine.guides import GuideMatchers
+from fastserve.engine.model_runner import ModelRunner
+from fastserve.engine.sampler import Sampler
+from fastserve.model_files import ModelFiles
+from fastserve.models.loading import load_model
+from fastserve.models.model_directory import eos_token_ids
+from fastserve.scheduling.block_pool import BlockPool
+from fastserve.scheduling.iteration_scheduler import IterationScheduler
+from fastserve.scheduling.policies import make_policy
+
+
+def load_engine(config: Config, files: ModelFiles) -> Engine:
+    """Loads the model and makes its KV cache. Raises ModelError."""
+    device = _device(config.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    model = load_model(str(files.checkpoint), config.dtype, device, config.max_model_len)
+    runner = ModelRunner(model, config.block_size, config.kv_cache_bytes)
+    pool = BlockPool(runner.num_blocks, config.block_size, config.enable_prefix_caching)
+    scheduler = IterationScheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
+    eos = eos_token_ids(files.checkpoint)
+    sampler = Sampler(eos, GuideMatchers(files.tokenizer, eos, model.vocab_size))
+    max_model_len = min(model.max_position, runner.num_blocks * config.block_size)
+    return Engine(runner, scheduler, make_policy(config), sampler, max_model_len)
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,62 @@
+"""From a step plan to hidden states: the plan's token ids and block tables as tensors, and the KV cache they index."""
+
+from __future__ import annotations
+
+import torch
+from fastserve_kernels.attention_metadata import AttentionMetadata
+
+from fastserve.models.causal_lm import CausalLM
+from fastserve.scheduling.sequence import StepPlan
+
+DEFAULT_CPU_CACHE_BYTES = 1 << 30
+GPU_MEMORY_SHARE = 0.9
+"""Of a GPU's memory, what model and cache may fill; the rest is for activations."""
+
+
+class ModelRunner:
+    """Holds the paged KV cache of a model and runs the model over step plans."""
+
+    def __init__(self, model: CausalLM, block_size: int, kv_cache_bytes: int) -> None:
+        """`kv_cache_bytes` 0: 1 GiB on a CPU, most of what is free on a GPU."""
+        self.model = model
+        self.block_size = block_size
+        budget = kv_cache_bytes or self._default_cache_bytes()
+        self.num_blocks = max(1, budget // (model.kv_bytes_per_token * block_size))
+        # Written over once, so that the process has its memory from the start and a request never waits for
+        # the kernel to find pages.
+        self.kv_caches = [
+            (self._filled(k_shape), self._filled(v_shape))
+            for k_shape, v_shape in model.kv_cache_shapes(self.num_blocks, block_size)
+        ]
+
+    def _filled(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.model.dtype, device=self.model.device).zero_()
+
+    def _default_cache_bytes(self) -> int:
+        if self.model.device.type != "cuda":
+            return DEFAULT_CPU_CACHE_BYTES
+        free, total = torch.cuda.mem_get_info(self.model.device)
+        return max(0, free - int(total * (1 - GPU_MEMORY_SHARE)))
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> tuple[torch.Tensor, AttentionMetadata]:
+        """Computes the plan's tokens and writes their keys and values.
+
+        Returns the hidden states [plan.num_tokens, hidden size], in the plan's order, and the metadata that
+        says which rows are whose.
+        """
+        token_ids: list[int] = []
+        context_lens: list[int] = []
+        for item in plan.scheduled:
+            start = item.sequence.num_computed_tokens
+            token_ids += item.sequence.token_ids[start : start + item.num_tokens]
+            context_lens.append(start + item.num_tokens)
+        metadata = AttentionMetadata.build(
+            [item.num_tokens for item in plan.scheduled],
+            context_lens,
+            [item.sequence.block_table for item in plan.scheduled],
+            self.block_size,
+            self.model.device,
+        )
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self.model.device)
+        return self.model.forward(ids, metadata, self.kv_caches), metadata

@@ -1,0 +1,141 @@
+"""Reads a checkpoint into a `Decoder`.
+
+Tensors are read one by one, fused and packed as they come: never is much more than one copy in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from fastserve_kernels.formats import Dense
+from torch import Tensor
+
+from fastserve.models.checkpoint import Checkpoint
+from fastserve.models.decoder import Decoder, DecoderLayer, DecoderWeights, Linear
+from fastserve.models.decoder_config import DecoderConfig
+from fastserve.models.model_error import ModelError
+
+Shapes = Mapping[str, tuple[int, ...]]
+_SHOWN = 8
+
+
+def load_decoder(
+    config: DecoderConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, max_position: int
+) -> Decoder:
+    """Raises ModelError if tensors are missing, misshapen or unexpected; it names them."""
+    _check(expected_shapes(config), checkpoint.shapes)
+    weights = _Reader(config, checkpoint, dtype, device).weights()
+    return Decoder(config, weights, max_position)
+
+
+def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this config has."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (queries, hidden, config.qkv_bias),
+        "self_attn.k_proj": (keys, hidden, config.qkv_bias),
+        "self_attn.v_proj": (keys, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, queries, config.output_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if config.query_key_norm:
+        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        for name, size in norms.items():
+            shapes[f"{prefix}{name}.weight"] = (size,)
+        for name, (rows, columns, has_bias) in linears.items():
+            shapes[f"{prefix}{name}.weight"] = (rows, columns)
+            if has_bias:
+                shapes[f"{prefix}{name}.bias"] = (rows,)
+    return shapes
+
+
+def _check(expected: Shapes, found: Shapes) -> None:
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected and not _is_redundant(name)]
+    misshapen = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems = [
+        f"{kind} tensors: {_shorten(names)}"
+        for kind, names in (("missing", missing), ("misshapen", misshapen), ("unexpected", unexpected))
+        if names
+    ]
+    if problems:
+        raise ModelError("the checkpoint does not fit its config: " + "; ".join(problems))
+
+
+def _is_redundant(name: str) -> bool:
+    """Whether a tensor that a checkpoint may hold is known to follow from the others: frequencies that old
+    versions saved, and the head when it is tied to the embedding."""
+    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+
+
+def _shorten(names: list[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+class _Reader:
+    """Reads the weights of a decoder, whose tensors are known to be there."""
+
+    def __init__(
+        self, config: DecoderConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._config = config
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._device = device
+
+    def weights(self) -> DecoderWeights:
+        embedding = self._tensor("model.embed_tokens.weight")
+        head = embedding if self._config.tie_word_embeddings else self._tensor("lm_head.weight")
+        return DecoderWeights(
+            embedding=embedding,
+            layers=[self._layer(index) for index in range(self._config.num_layers)],
+            final_norm=self._tensor("model.norm.weight"),
+            head=Linear(Dense.pack(head), bias=None),
+        )
+
+    def _layer(self, index: int) -> DecoderLayer:
+        config, prefix = self._config, f"model.layers.{index}."
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        normed = config.query_key_norm
+        return DecoderLayer(
+            input_norm=self._tensor(f"{prefix}input_layernorm.weight"),
+            qkv=self._linear(config.qkv_bias, *(f"{attention}{name}_proj" for name in "qkv")),
+            query_norm=self._tensor(f"{attention}q_norm.weight") if normed else None,
+            key_norm=self._tensor(f"{attention}k_norm.weight") if normed else None,
+            output=self._linear(config.output_bias, f"{attention}o_proj"),
+            mlp_norm=self._tensor(f"{prefix}post_attention_layernorm.weight"),
+            gate_up=self._linear(config.mlp_bias, f"{mlp}gate_proj", f"{mlp}up_proj"),
+            down=self._linear(config.mlp_bias, f"{mlp}down_proj"),
+            sliding_window=config.sliding_windows[index],
+        )
+
+    def _linear(self, has_bias: bool, *names: str) -> Linear:
+        weight = Dense.pack(self._tensor(*(f"{name}.weight" for name in names)))
+        return Linear(weight, self._tensor(*(f"{name}.bias" for name in names)) if has_bias else None)
+
+    def _tensor(self, *names: str) -> Tensor:
+        """The tensors of these names, one below the other."""
+        shapes = [self._checkpoint.shapes[name] for name in names]
+        rows = [shape[0] for shape in shapes]
+        fused = torch.empty(sum(rows), *shapes[0][1:], dtype=self._dtype, device=self._device)
+        for name, part in zip(names, fused.split(rows), strict=True):
+            self._checkpoint.read(name, part)
+        return fused

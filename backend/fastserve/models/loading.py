@@ -1,0 +1,67 @@
+"""From a path or a name to a model that is ready to serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from fastserve.models.causal_lm import CausalLM, served_length
+from fastserve.models.decoder_config import DecoderConfig, obstacle
+from fastserve.models.decoder_loading import load_decoder
+from fastserve.models.gguf_checkpoint import GgufCheckpoint, gguf_decoder_config
+from fastserve.models.gguf_file import GgufFile
+from fastserve.models.model_directory import resolve_model_path
+from fastserve.models.model_error import ModelError
+from fastserve.models.safetensors_checkpoint import SafetensorsCheckpoint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_model(
+    model: str, dtype: str = "auto", device: torch.device | str = "cpu", max_model_len: int = 0
+) -> CausalLM:
+    """Loads a Hugging Face directory (safetensors), a GGUF file or a model of the hub.
+
+    `dtype`: "bfloat16", "float16", "float32", or "auto": the checkpoint's own, bfloat16 for GGUF.
+    `max_model_len`: tokens of the longest sequence; 0: the model's own limit.
+
+    Raises ModelError if the model cannot be found, read or served.
+    """
+    path, device = resolve_model_path(model), torch.device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"dtype: got {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    if path.is_file():
+        return _load_gguf(path, dtype, device, max_model_len)
+    config = _read_config(path)
+    if obstacle(config) is None:
+        return _load_directory(path, config, dtype, device, max_model_len)
+    # Imported here because it brings all of transformers' modelling code, which our decoder does not need.
+    from fastserve.models.transformers_model import load_transformers_model
+
+    return load_transformers_model(path, config, DTYPES.get(dtype), device, max_model_len)
+
+
+def _load_gguf(path: Path, dtype: str, device: torch.device, max_model_len: int) -> CausalLM:
+    file = GgufFile(path)
+    config, checkpoint = gguf_decoder_config(file), GgufCheckpoint(file)
+    max_position = served_length(path, config.max_position, max_model_len)
+    return load_decoder(config, checkpoint, DTYPES.get(dtype, checkpoint.dtype), device, max_position)
+
+
+def _load_directory(
+    path: Path, config: PretrainedConfig, dtype: str, device: torch.device, max_model_len: int
+) -> CausalLM:
+    checkpoint = SafetensorsCheckpoint(path)
+    decoder_config = DecoderConfig.from_transformers(config)
+    max_position = served_length(path, decoder_config.max_position, max_model_len)
+    own_or_wanted = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
+    return load_decoder(decoder_config, checkpoint, own_or_wanted, device, max_position)
+
+
+def _read_config(directory: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory}: no config that transformers can read: {error}") from error

@@ -1,0 +1,152 @@
+"""Where a model's files are: its weights, its tokenizer, and the tokens that end an answer.
+
+Imports no torch: a process that only tokenises uses it too. (Converting the tokenizer of a GGUF file, once,
+imports torch by way of transformers.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastserve.models.gguf_file import GgufFile
+from fastserve.models.model_error import ModelError
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_GGUF_END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+def resolve_model_path(model: str) -> Path:
+    """The GGUF file or the directory of a model: a path, or the name of a model of the hub, which is fetched.
+
+    Raises ModelError.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ModelError(
+            f"{model}: no such file or directory, and not the name of a model of the hub (owner/name)"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{model}: not on this machine, and the hub cannot be reached. Fetch it where there is a network "
+            f"(`hf download {model}`), then give its directory"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(f"{model}: the hub refused it: {error}") from error
+
+
+def resolve_tokenizer_directory(model: str | Path) -> Path:
+    """The directory with the tokenizer's files: `tokenizer.json`, its config, its chat template.
+
+    For a directory it is that directory. The tokenizer of a GGUF file is converted once, in seconds, and kept
+    in the user's cache under a digest of all that it is made of. Raises ModelError.
+    """
+    path = resolve_model_path(str(model))
+    if path.is_dir():
+        return path
+    directory = _cache() / f"{GgufFile(path).header_digest()[:32]}-transformers-{version('transformers')}"
+    if not directory.is_dir():
+        _convert_tokenizer(path, directory)
+    return directory
+
+
+def eos_token_ids(model: str | Path) -> list[int]:
+    """The tokens that end an answer, in ascending order.
+
+    Those of `generation_config.json`, or of `config.json` where it has none, and the tokenizer's own.
+    Raises ModelError.
+    """
+    path = resolve_model_path(str(model))
+    if path.is_file():
+        file = GgufFile(path)
+        found = (file.value(f"tokenizer.ggml.{key}") for key in _GGUF_END_TOKENS)
+        return sorted({token for token in found if token is not None})
+    config, text_config = (
+        _read_json(path / "config.json"),
+        _read_json(path / "config.json").get("text_config", {}),
+    )
+    named = (
+        _as_list(_read_json(path / "generation_config.json").get("eos_token_id"))
+        or _as_list(config.get("eos_token_id"))
+        or _as_list(text_config.get("eos_token_id"))
+    )
+    return sorted({*named, *_tokenizer_eos(path)})
+
+
+def context_length(model: str | Path) -> int:
+    """Tokens of the longest sequence that the model was made for. Raises ModelError."""
+    path = resolve_model_path(str(model))
+    if path.is_file():
+        file = GgufFile(path)
+        return int(file.value(f"{file.architecture}.context_length"))
+    from transformers import AutoConfig
+
+    length = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        raise ModelError(f"{path}: its config does not say how long a sequence may be; set max_model_len")
+    return int(length)
+
+
+def _tokenizer_eos(directory: Path) -> list[int]:
+    """The end token that `tokenizer_config.json` names, as `tokenizer.json` numbers it."""
+    named = _read_json(directory / "tokenizer_config.json").get("eos_token")
+    name = named["content"] if isinstance(named, dict) else named
+    if name is None or not (directory / "tokenizer.json").is_file():
+        return []
+    from tokenizers import Tokenizer
+
+    token = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(name)
+    return [] if token is None else [token]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in the file; an empty one if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fastserve" / "tokenizers"
+
+
+def _convert_tokenizer(gguf: Path, directory: Path) -> None:
+    """Fills `directory` with the tokenizer of a GGUF file; it appears whole or not at all."""
+    from transformers import AutoTokenizer
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=directory.parent, prefix="unfinished-"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(directory)
+    except ValueError as error:
+        raise ModelError(f"{gguf}: transformers cannot convert its tokenizer: {error}") from error
+    except OSError:
+        # Another process was faster: a directory cannot be renamed onto one that is not empty.
+        if not directory.is_dir():
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,73 @@
+"""A Hugging Face directory: `config.json`, and one safetensors file or several with an index."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastserve.models.model_error import ModelError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class SafetensorsCheckpoint:
+    """A `Checkpoint` whose tensors are read from memory-mapped files, each when it is asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ModelError if a file is missing or is no safetensors file."""
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._file_of: dict[str, safe_open] = {}
+        self._dtype_of: dict[str, str] = {}
+        for path in _weight_files(directory):
+            file = _open(path)
+            names = file.keys()
+            for name in names:
+                tensor = file.get_slice(name)
+                self._file_of[name] = file
+                self.shapes[name] = tuple(tensor.get_shape())
+                self._dtype_of[name] = tensor.get_dtype()
+        self._directory = directory
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its largest tensor. Raises ModelError if that is none in which we compute."""
+        largest = max(self.shapes, key=lambda name: prod(self.shapes[name]))
+        dtype = _DTYPES.get(self._dtype_of[largest])
+        if dtype is None:
+            raise ModelError(
+                f"{self._directory}: {largest} is {self._dtype_of[largest]}; name a dtype to serve it in"
+            )
+        return dtype
+
+    def read(self, name: str, destination: Tensor) -> None:
+        """Writes a tensor into `destination` of the same shape, converted to its dtype."""
+        destination.copy_(self._file_of[name].get_tensor(name))
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if not index.is_file():
+        if not (directory / SINGLE).is_file():
+            raise ModelError(
+                f"{directory}: has neither {SINGLE} nor {INDEX}; FastServe reads safetensors only"
+            )
+        return [directory / SINGLE]
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ModelError(f"{directory}: {INDEX} names files that are not there: {', '.join(missing)}")
+    return [directory / name for name in names]
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ModelError(f"{path}: {error}") from error

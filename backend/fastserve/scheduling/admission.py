@@ -1,0 +1,131 @@
+"""The common queue of all engines: which requests wait, and which may go to the engine now."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from fastserve.errors import ErrorCode, RequestError
+from fastserve.scheduling.policies import Policy
+from fastserve.scheduling.waiting_queue import QueueFullError, WaitingQueue
+from fastserve.types import Request, Room
+
+LOST_AFTER_SECONDS = 10.0
+"""A released request of which the engine has not told by then has been lost; it takes no room any more."""
+MAX_DISPLACING = 8
+"""Requests that may be on their way to take another's place.
+
+One message tells of one lowest key: how many places are to be had above it is not known before they arrive.
+Each that finds none waits in the worker, where it cannot time out as it does here.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Release:
+    """A request on its way: the engine's numbers do not count it yet."""
+
+    time: float
+    num_slots: int
+    displaces: bool
+
+
+class Admission:
+    """Holds requests, and releases the one of the highest key whenever the engine has room for it.
+
+    A request needs a slot for each of its `n` sequences, or all slots of an engine that has fewer. It goes
+    when there are as many free that nobody on the way will take; or, beyond that, when its key is above the
+    lowest one that holds a slot: the engine gives it that place at the next iteration.
+    """
+
+    def __init__(self, policy: Policy, max_queue_size: int, max_queue_seconds: float) -> None:
+        """`max_queue_seconds`: how long a request may wait here; 0: for ever."""
+        self._policy = policy
+        self._max_queue_seconds = max_queue_seconds
+        self._waiting: WaitingQueue[Request] = WaitingQueue(max_queue_size)
+        self._room: Room | None = None
+        self._retired: set[str] = set()
+        """Incarnations that another has followed: what still comes of them is out of date."""
+        self._capacity = 0
+        """The most slots that this incarnation has had free: all of them, as its first message tells."""
+        self._in_flight: deque[_Release] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def waiting_by_priority(self) -> dict[int, int]:
+        """How many wait of each priority that was ever seen: 0 where nobody does any more."""
+        return self._waiting.count_by_priority()
+
+    @property
+    def next_expiry(self) -> float | None:
+        """When time alone gives `expire` or `release` something to do; None: never."""
+        times = [self._waiting.next_deadline]
+        if self._waiting and self._in_flight:
+            times.append(self._in_flight[0].time + LOST_AFTER_SECONDS)
+        return min((time for time in times if time is not None), default=None)
+
+    def submit(self, request: Request, now: float) -> None:
+        """Takes a request into the queue. Raises RequestError (UNAVAILABLE) when that is full."""
+        deadlines = [request.deadline] if request.deadline is not None else []
+        if self._max_queue_seconds:
+            deadlines.append(now + self._max_queue_seconds)
+        try:
+            self._waiting.push(
+                request,
+                uid=request.uid,
+                key=self._policy.key(request.priority, request.arrival),
+                arrival=request.arrival,
+                priority=request.priority,
+                deadline=min(deadlines, default=None),
+            )
+        except QueueFullError as error:
+            raise RequestError(
+                f"the queue is full: {error} (`max_queue_size`)", ErrorCode.UNAVAILABLE
+            ) from error
+
+    def update(self, room: Room) -> None:
+        """Learns what room the engine has. A message that is older than one seen before changes nothing."""
+        if room.incarnation in self._retired:
+            return
+        last = self._room
+        if last is not None and last.incarnation == room.incarnation and room.serial <= last.serial:
+            return
+        if last is not None and last.incarnation != room.incarnation:
+            self._retired.add(last.incarnation)
+            self._capacity = 0
+        # The engine counts what it received across its workers, so this difference holds across them too.
+        num_arrived = room.received - last.received if last is not None else 0
+        for _ in range(min(num_arrived, len(self._in_flight))):
+            self._in_flight.popleft()
+        self._capacity = max(self._capacity, room.free_slots)
+        self._room = room
+
+    def release(self, now: float) -> list[Request]:
+        """The requests that go to the engine now, the highest key first. They wait no longer."""
+        while self._in_flight and self._in_flight[0].time + LOST_AFTER_SECONDS <= now:
+            self._in_flight.popleft()
+        released: list[Request] = []
+        if self._room is None:
+            return released
+        while (request := self._waiting.peek()) is not None:
+            num_slots = min(request.sampling.n, max(1, self._capacity))
+            fits = num_slots <= self._slots_left(self._room)
+            if not fits and not self._may_displace(request, self._room):
+                break
+            self._waiting.pop()
+            self._in_flight.append(_Release(now, num_slots, displaces=not fits))
+            released.append(request)
+        return released
+
+    def expire(self, now: float) -> list[Request]:
+        """The requests that have waited too long: for this queue, or for their own deadline. They leave."""
+        return self._waiting.expired(now)
+
+    def _slots_left(self, room: Room) -> int:
+        return room.free_slots - sum(each.num_slots for each in self._in_flight)
+
+    def _may_displace(self, request: Request, room: Room) -> bool:
+        if room.lowest_key is None or self._policy.key(request.priority, request.arrival) <= room.lowest_key:
+            return False
+        return sum(each.displaces for each in self._in_flight) < MAX_DISPLACING

@@ -1,0 +1,1 @@
+"""Text to token ids and back: what `preprocess` and `postprocess` do. Nothing here imports torch."""

@@ -1,0 +1,131 @@
+"""From what a client sent to the type a field has: values may be strings, and errors name the field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import inspect
+
+from fastserve.errors import RequestError, invalid
+
+MAX_JSON_DEPTH = 128
+_INT64 = range(-(2**63), 2**63)
+
+
+def decode_text(field: str, value: object) -> str:
+    """`value` as text that can be encoded: str, or UTF-8 bytes. Raises RequestError."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise invalid(field, value[error.start : error.end], "text without lone surrogates") from error
+        return value
+    if isinstance(value, bytes | bytearray):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            at = f"{bytes(value[error.start : error.end])!r} at byte {error.start}"
+            raise RequestError(f"`{field}`: got {at}; allowed: text in UTF-8") from error
+    raise invalid(field, value, "text")
+
+
+def decode_json(field: str, value: object) -> Any:
+    """The JSON value in a str or UTF-8 bytes; anything else is taken as decoded already.
+
+    Raises RequestError, also for a value nested deeper than MAX_JSON_DEPTH.
+    """
+    if isinstance(value, str | bytes | bytearray):
+        text = decode_text(field, value)
+        try:
+            value = msgspec.json.decode(text)
+        except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+            raise RequestError(f"`{field}`: got {_start(text)}; allowed: valid JSON ({error})") from error
+    if _is_deeper(value, MAX_JSON_DEPTH):
+        raise RequestError(
+            f"`{field}`: got a value nested deeper than {MAX_JSON_DEPTH}; allowed: a flatter one"
+        )
+    return value
+
+
+def coerce(field: str, value: object, kind: Any, allowed: str | None = None) -> Any:
+    """`value` as the type `kind` (one that msgspec knows), from its own form or from a string.
+
+    "0.5" is a number, "true" a boolean, and a string of JSON a list or an object; a boolean is no number and
+    "1.5" no integer. Raises RequestError, which says what is `allowed` (default: what the type says).
+    """
+    described = inspect.type_info(kind)
+    allowed = allowed or describe(described)
+    if isinstance(value, bytes | bytearray) or (
+        isinstance(value, str) and isinstance(described, inspect.StrType)
+    ):
+        value = decode_text(field, value)
+    if isinstance(value, str) and isinstance(described, inspect.ListType | inspect.DictType):
+        value = decode_json(field, value)
+    try:
+        result = msgspec.convert(value, kind, strict=False)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise invalid(field, value, allowed) from error
+    if isinstance(result, int) and result not in _INT64:
+        raise invalid(field, value, f"{allowed}, in 64 bits")
+    return result
+
+
+def describe(kind: inspect.Type) -> str:
+    """A type in words, with its bounds."""
+    if isinstance(kind, inspect.IntType):
+        return "an integer" + _bounds(kind)
+    if isinstance(kind, inspect.FloatType):
+        return "a number" + _bounds(kind)
+    if isinstance(kind, inspect.BoolType):
+        return "true or false"
+    if isinstance(kind, inspect.StrType):
+        return "text" if kind.max_length is None else f"text of at most {kind.max_length} characters"
+    if isinstance(kind, inspect.ListType):
+        return f"a list, each element {describe(kind.item_type)}"
+    if isinstance(kind, inspect.DictType):
+        return f"an object from {describe(kind.key_type)} to {describe(kind.value_type)}"
+    if isinstance(kind, inspect.UnionType):
+        return " or ".join(describe(member) for member in kind.types)
+    if isinstance(kind, inspect.NoneType):
+        return "null"
+    raise TypeError(f"no words for {kind}")
+
+
+def _bounds(kind: inspect.IntType | inspect.FloatType) -> str:
+    if kind.ge is not None and kind.le is not None:
+        return f" from {_number(kind.ge)} to {_number(kind.le)}"
+    bounds = [
+        f"{word} {_number(bound)}"
+        for word, bound in (
+            ("of at least", kind.ge),
+            ("above", kind.gt),
+            ("at most", kind.le),
+            ("below", kind.lt),
+        )
+        if bound is not None
+    ]
+    return f" {' and '.join(bounds)}" if bounds else ""
+
+
+def _number(bound: float) -> str:
+    return str(int(bound)) if float(bound).is_integer() else str(bound)
+
+
+def _is_deeper(value: object, limit: int) -> bool:
+    """Whether lists and objects nest deeper than `limit`. No recursion: Python's may not reach so deep."""
+    pending = [(value, 0)]
+    while pending:
+        item, depth = pending.pop()
+        if depth > limit:
+            return True
+        if isinstance(item, Mapping):
+            pending += [(child, depth + 1) for child in item.values()]
+        elif isinstance(item, Sequence) and not isinstance(item, str | bytes | bytearray):
+            pending += [(child, depth + 1) for child in item]
+    return False
+
+
+def _start(text: str) -> str:
+    return repr(text) if len(text) <= 60 else repr(text[:60]) + "..."

@@ -1,0 +1,246 @@
+"""From what a client sent to a `Request` that can be served, or to an error that says what is wrong."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from fastserve.config import Config
+from fastserve.errors import RequestError, invalid
+from fastserve.text.coercion import coerce, decode_json, decode_text
+from fastserve.text.sampling import SAMPLING_NAMES, is_sampling_name, parse_sampling, unknown_name
+from fastserve.text.tokenizer import Tokenizer
+from fastserve.types import OutputOptions, Request, SamplingParams
+
+MAX_BYTES_PER_TOKEN = 32
+"""A prompt of more bytes than this for each token of the context is refused before it is tokenised."""
+_MAX_SAMPLING_BYTES = 1 << 20
+_MAX_REQUEST_ID_LENGTH = 1024
+
+_PROMPT_INPUTS = ("text_input", "messages", "prompt_token_ids")
+_RETURN_OPTIONS = (
+    "finish_reason",
+    "cumulative_logprob",
+    "logprobs",
+    "token_ids",
+    "num_input_tokens",
+    "num_output_tokens",
+)
+_OPTION_TYPES: dict[str, Any] = {
+    "stream": bool,
+    "exclude_input_in_output": bool,
+    **{f"return_{name}": bool for name in _RETURN_OPTIONS},
+    "priority": Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)],
+    "tenant": Annotated[str, Meta(max_length=128)],
+}
+_INPUT_NAMES = frozenset([*_PROMPT_INPUTS, "sampling_parameters", *_OPTION_TYPES])
+_TIMEOUT = Annotated[int, Meta(ge=0)]
+# Over HTTP `generate` the fields of the request itself come as parameters too.
+_REQUEST_FIELDS = ("id", "timeout")
+_PARAMETER_NAMES = frozenset(["sampling_parameters", *_OPTION_TYPES, *_REQUEST_FIELDS, *SAMPLING_NAMES])
+
+
+class Preprocessor:
+    """Validates and tokenises requests. It has no state: threads may share one."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, max_model_len: int) -> None:
+        """`max_model_len`: tokens of prompt and answer together."""
+        self._config = config
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+
+    def build(
+        self,
+        inputs: Mapping[str, Any],
+        parameters: Mapping[str, Any],
+        *,
+        now: float,
+        request_id: str = "",
+        timeout_us: int = 0,
+    ) -> Request:
+        """The request that these inputs and request parameters ask for.
+
+        inputs: the input tensors that came, by name, as Python values (None: it did not come). Texts may be
+        str or UTF-8 bytes; `messages` and `sampling_parameters` JSON or what it says, decoded;
+        `prompt_token_ids` any sequence or array of rank 1.
+        parameters: the request parameters; values may be strings. An input wins over a parameter of its
+        name, and `sampling_parameters` over parameters with the names of its members.
+        now: the arrival, in `time.monotonic()` seconds. timeout_us: microseconds; 0 is none.
+
+        Raises RequestError (INVALID_ARG), which names the field, what came and what is allowed.
+        """
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        _check_names(inputs, parameters)
+        options = {name: _option(name, inputs, parameters) for name in _OPTION_TYPES}
+        output = _output_options(options)
+        sampling = parse_sampling(_sampling_values(inputs, parameters), self._tokenizer.vocab_size)
+        prompt, prompt_token_ids = self._prompt(inputs)
+        return Request(
+            uid=uuid.uuid4().hex,
+            request_id=_request_id(request_id, parameters),
+            prompt=prompt,
+            prompt_token_ids=prompt_token_ids,
+            sampling=self._fitted(sampling, output, len(prompt_token_ids)),
+            output=output,
+            priority=options["priority"] or 0,
+            tenant=options["tenant"] or "",
+            arrival=now,
+            deadline=now + self._time_allowed(timeout_us or parameters.get("timeout") or 0),
+            bad_words_token_ids=self._bad_words(sampling.bad_words),
+        )
+
+    def _prompt(self, inputs: Mapping[str, Any]) -> tuple[str, list[int]]:
+        """The prompt as text and as token ids, of 1 to max_model_len - 1 tokens."""
+        given = [name for name in _PROMPT_INPUTS if name in inputs]
+        if len(given) != 1:
+            came = " and ".join(f"`{name}`" for name in given) or "none of them"
+            raise RequestError(
+                f"`text_input`: got {came}; allowed: exactly one of {', '.join(_PROMPT_INPUTS)}"
+            )
+        field = given[0]
+        if field == "prompt_token_ids":
+            token_ids = self._given_token_ids(inputs[field])
+            return self._tokenizer.decode(token_ids, skip_special_tokens=False), token_ids
+        text = self._text(field, inputs[field]) if field == "text_input" else self._chat(inputs[field])
+        token_ids = self._tokenizer.encode(text, special_tokens=field == "text_input")
+        self._check_length(field, len(token_ids))
+        return text, token_ids
+
+    def _text(self, field: str, value: object) -> str:
+        if isinstance(value, str | bytes):
+            self._check_size(field, len(value))
+        text = decode_text(field, value)
+        if not text:
+            raise invalid(field, text, "text that is not empty")
+        self._check_size(field, len(text.encode()))
+        return text
+
+    def _chat(self, value: object) -> str:
+        messages = decode_json(
+            "messages", self._text("messages", value) if isinstance(value, str | bytes) else value
+        )
+        allowed = "a JSON list of one or more objects, each with a `role` and a `content`"
+        if not isinstance(messages, list) or not messages:
+            raise invalid("messages", messages, allowed)
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise invalid("messages", message, allowed)
+        return self._text("messages", self._tokenizer.render_chat(messages))
+
+    def _given_token_ids(self, value: Any) -> list[int]:
+        field, largest = "prompt_token_ids", self._tokenizer.vocab_size - 1
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        allowed = f"a list of token ids from 0 to {largest}"
+        if not isinstance(value, list | tuple):
+            raise invalid(field, value, allowed)
+        self._check_length(field, len(value))
+        token_ids = coerce(field, value, list[int], allowed)
+        for token_id in token_ids:
+            if not 0 <= token_id <= largest:
+                raise invalid(field, token_id, allowed)
+        return token_ids
+
+    def _check_size(self, field: str, num_bytes: int) -> None:
+        limit = self._max_model_len * MAX_BYTES_PER_TOKEN
+        if num_bytes > limit:
+            raise RequestError(
+                f"`{field}`: got {num_bytes} bytes; allowed: at most {limit}, for a context of"
+                f" {self._max_model_len} tokens"
+            )
+
+    def _check_length(self, field: str, num_tokens: int) -> None:
+        if not 1 <= num_tokens < self._max_model_len:
+            raise RequestError(
+                f"`{field}`: got {num_tokens} tokens; allowed: 1 to {self._max_model_len - 1}, as the context"
+                f" is of {self._max_model_len} tokens and the answer needs one"
+            )
+
+    def _fitted(self, sampling: SamplingParams, output: OutputOptions, prompt_length: int) -> SamplingParams:
+        """The parameters, cut to what remains of the context, with the logprobs that the outputs need."""
+        max_tokens = min(sampling.max_tokens, self._max_model_len - prompt_length)
+        needs_logprobs = output.logprobs or output.cumulative_logprob
+        return msgspec.structs.replace(
+            sampling,
+            max_tokens=max_tokens,
+            min_tokens=min(sampling.min_tokens, max_tokens),
+            logprobs=0 if needs_logprobs and sampling.logprobs is None else sampling.logprobs,
+        )
+
+    def _bad_words(self, words: list[str]) -> list[list[int]]:
+        """Each word's tokens at the beginning of a text and after a space."""
+        spellings = [prefix + word.lstrip() for word in words for prefix in ("", " ")]
+        encoded = (self._tokenizer.encode(spelling, special_tokens=False) for spelling in spellings)
+        return [list(ids) for ids in dict.fromkeys(map(tuple, encoded)) if ids]
+
+    def _time_allowed(self, timeout: object) -> float:
+        """Seconds from arrival to the end; `timeout` in microseconds, 0: only the operator's limit holds."""
+        seconds = coerce("timeout", timeout, _TIMEOUT, "microseconds, an integer of at least 0") / 1e6
+        limit = self._config.max_request_seconds
+        return min(seconds, limit) if seconds else limit
+
+
+def _check_names(inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    for name in inputs:
+        if name not in _INPUT_NAMES:
+            raise unknown_name("input", name, _INPUT_NAMES)
+    for name in parameters:
+        if name in _PROMPT_INPUTS:
+            raise RequestError(f"`{name}`: got a request parameter; allowed: an input tensor")
+        if name not in _PARAMETER_NAMES and not is_sampling_name(name):
+            raise unknown_name("parameter", name, _PARAMETER_NAMES)
+
+
+def _option(name: str, inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> Any:
+    """An option's value; None where it was not given."""
+    value = inputs[name] if name in inputs else parameters.get(name)
+    return None if value is None else coerce(name, value, _OPTION_TYPES[name])
+
+
+def _output_options(options: Mapping[str, Any]) -> OutputOptions:
+    stream = bool(options["stream"])
+    excluded = options["exclude_input_in_output"]
+    if stream and excluded is False:
+        raise invalid("exclude_input_in_output", False, "true where `stream` is true")
+    return OutputOptions(
+        stream=stream,
+        echo=not (stream if excluded is None else excluded),
+        **{name: bool(options[f"return_{name}"]) for name in _RETURN_OPTIONS},
+    )
+
+
+def _sampling_values(inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Every sampling parameter that came, as it came."""
+    values = {name: value for name, value in parameters.items() if is_sampling_name(name)}
+    stop = values.get("stop")
+    if isinstance(stop, str) and stop.startswith("["):
+        values["stop"] = _json_list(stop)
+    given = inputs.get("sampling_parameters", parameters.get("sampling_parameters"))
+    return values if given is None else values | _sampling_object(given)
+
+
+def _sampling_object(given: object) -> dict[str, Any]:
+    field = "sampling_parameters"
+    if isinstance(given, str | bytes) and len(given) > _MAX_SAMPLING_BYTES:
+        raise RequestError(f"`{field}`: got {len(given)} bytes; allowed: at most {_MAX_SAMPLING_BYTES}")
+    values = decode_json(field, given)
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise invalid(field, values, "a JSON object")
+    return dict(values)
+
+
+def _json_list(text: str) -> Any:
+    """Stop strings: the JSON list that a request parameter holds, or else its text itself, as one."""
+    try:
+        return msgspec.json.decode(text, type=list[str])
+    except (ValueError, RecursionError):
+        return text
+
+
+def _request_id(request_id: str, parameters: Mapping[str, Any]) -> str:
+    kind = Annotated[str, Meta(max_length=_MAX_REQUEST_ID_LENGTH)]
+    return coerce("id", request_id or parameters.get("id") or "", kind)

@@ -1,0 +1,110 @@
+"""The model's tokenizer: text to ids, chat to text, ids to text."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastserve.config import ConfigError
+from fastserve.errors import RequestError
+from fastserve.models.model_directory import eos_token_ids as model_eos_token_ids
+from fastserve.text.stream_decoder import StreamDecoder, stream_decoder_factory
+
+
+def keep_torch_out() -> None:
+    """Makes `import torch` fail in this process from now on, so that transformers does not load it.
+
+    Loading torch takes a second and some hundred megabytes, and transformers does so whenever it is
+    installed. To be called by a process that only handles text, before it imports transformers; there is no
+    way back. Where torch is loaded already nothing is gained, and nothing is done.
+    """
+    if "torch" in sys.modules:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    logging.getLogger("transformers").addFilter(_is_not_torch_notice)
+
+
+def _is_not_torch_notice(record: logging.LogRecord) -> bool:
+    return "PyTorch was not found" not in record.getMessage()
+
+
+class Tokenizer:
+    """A model's tokenizer, from its Hugging Face files."""
+
+    def __init__(self, directory: str | Path, eos_token_ids: list[int] | None = None) -> None:
+        """`eos_token_ids`: the model's, where the directory does not tell all of them (GGUF).
+
+        Raises ConfigError where the directory holds no tokenizer that can be streamed from, and ModelError
+        where a file beside it is malformed.
+        """
+        # Imported here: `keep_torch_out` must come before it.
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"`model`: no tokenizer could be read from {directory}: {error}") from error
+        if not getattr(self._tokenizer, "is_fast", False):
+            raise ConfigError(
+                f"`model`: the tokenizer in {directory} is a {type(self._tokenizer).__name__};"
+                " allowed: one with a tokenizer.json"
+            )
+        self.backend = self._tokenizer.backend_tokenizer
+        """The `tokenizers.Tokenizer` beneath."""
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.token_ids = frozenset(self.backend.get_vocab(with_added_tokens=True).values())
+        """Those that mean something. The model's own vocabulary may be padded with others."""
+        self.vocab_size: int = max(self.token_ids) + 1
+        """Every token id is below it."""
+        self.special_token_ids = frozenset(
+            token_id for token_id, token in self.backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.eos_token_ids = model_eos_token_ids(directory) if eos_token_ids is None else eos_token_ids
+        """Each ends an answer."""
+        self.token_text = cache(self._token_text)
+        """What one token decodes to by itself (special tokens too)."""
+        self._new_stream_decoder = stream_decoder_factory(self.backend)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer.chat_template is not None
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        `special_tokens`: add those that the tokenizer puts around a text (such as a beginning-of-sequence
+        token). Not for a rendered chat, whose template has written them.
+        """
+        return self.backend.encode(text, add_special_tokens=special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`. Bytes that are no UTF-8 become U+FFFD; unknown ids are left out."""
+        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+        """The prompt text of a chat, up to where the assistant's answer begins.
+
+        Raises RequestError where the model has no chat template, or the template refuses the messages.
+        """
+        if not self.has_chat_template:
+            raise RequestError("`messages`: this model has no chat template; allowed: `text_input`")
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
+        except Exception as error:  # a template is a program of the model's author: it may raise anything
+            raise RequestError(
+                f"`messages`: the model's chat template refuses them: {type(error).__name__}: {error}"
+            ) from error
+
+    def new_stream_decoder(self) -> StreamDecoder:
+        """An incremental decoder for one sequence of ids."""
+        return self._new_stream_decoder()
+
+    def _token_text(self, token_id: int) -> str:
+        return self.backend.decode([token_id], skip_special_tokens=False)

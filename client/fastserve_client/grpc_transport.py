@@ -1,0 +1,149 @@
+"""Calls over gRPC: one `ModelStreamInfer` call of its own per request, all on one channel.
+
+The usual stream of `tritonclient` carries all requests of a client in one call. A call of its own can be
+cancelled alone, is iterated where it is made, and has a status of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
+
+from fastserve_client.deadline import Deadline
+from fastserve_client.errors import DeadlineExceeded, FastServeError, server_error
+from fastserve_client.generation import Outputs
+from fastserve_client.request import Request
+
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # gRPC's own waits before it connects again (1 s, growing to 120 s) would outlast all our retries.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+STATUS_CODES = {"INVALID_ARGUMENT": "INVALID_ARG", "UNIMPLEMENTED": "UNSUPPORTED"}
+"""The gRPC status codes that the Triton server calls by another name."""
+
+
+class GrpcCall:
+    """A call on its way: iterate for its responses."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __next__(self) -> Outputs:
+        try:
+            return _outputs_of(next(self._call))
+        except grpc.RpcError as error:
+            raise _status_error(error) from error
+
+    def close(self) -> None:
+        """Cancels the call unless it has ended; from any thread."""
+        self._call.cancel()
+
+
+class GrpcTransport:
+    """The gRPC endpoint of a server."""
+
+    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+        self._channel = grpc.insecure_channel(url, CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._metadata = _metadata(headers)
+
+    def open(self, request: Request, deadline: Deadline) -> GrpcCall:
+        """Sends `request`."""
+        timeout = deadline.remaining()
+        messages = iter([request.to_grpc(timeout)])
+        return GrpcCall(self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=self._metadata))
+
+    def is_ready(self, timeout: float) -> bool:
+        try:
+            request = service_pb2.ServerReadyRequest()
+            return self._stub.ServerReady(request, timeout=timeout, metadata=self._metadata).ready
+        except grpc.RpcError:
+            return False
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class AsyncGrpcCall:
+    """A call on its way: iterate for its responses."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._responses = call.__aiter__()
+        self._closed = False
+
+    async def __anext__(self) -> Outputs:
+        try:
+            return _outputs_of(await self._responses.__anext__())
+        except grpc.RpcError as error:
+            raise _status_error(error) from error
+        except asyncio.CancelledError:
+            if self._closed:
+                raise FastServeError("CANCELLED", "the call was closed") from None
+            raise
+
+    async def close(self) -> None:
+        """Cancels the call unless it has ended."""
+        self._closed = True
+        self._call.cancel()
+
+
+class AsyncGrpcTransport:
+    """The gRPC endpoint of a server, for one event loop."""
+
+    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+        self._channel = grpc.aio.insecure_channel(url, CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._metadata = _metadata(headers)
+
+    def open(self, request: Request, deadline: Deadline) -> AsyncGrpcCall:
+        """Sends `request`."""
+        timeout = deadline.remaining()
+        messages = iter([request.to_grpc(timeout)])
+        return AsyncGrpcCall(self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=self._metadata))
+
+    async def is_ready(self, timeout: float) -> bool:
+        try:
+            request = service_pb2.ServerReadyRequest()
+            return (await self._stub.ServerReady(request, timeout=timeout, metadata=self._metadata)).ready
+        except grpc.RpcError:
+            return False
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+def _metadata(headers: Mapping[str, str]) -> list[tuple[str, str]]:
+    # Without `triton_grpc_error` the server reports a failed request in a message that has no code.
+    return [("triton_grpc_error", "true"), *((name.lower(), value) for name, value in headers.items())]
+
+
+def _outputs_of(response: service_pb2.ModelStreamInferResponse) -> Outputs:
+    """The output tensors of a response. Raises FastServeError where it says one."""
+    if response.error_message:
+        # It did not reach the model: no such model, or tensors that it does not take.
+        raise server_error("INVALID_ARG", response.error_message)
+    result = InferResult(response.infer_response)
+    return {
+        output.name: [
+            element.decode(errors="replace") if isinstance(element, bytes) else element
+            for element in result.as_numpy(output.name).tolist()
+        ]
+        for output in response.infer_response.outputs
+    }
+
+
+def _status_error(error: Any) -> FastServeError:
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded()
+    name = error.code().name
+    return server_error(STATUS_CODES.get(name, name), error.details())

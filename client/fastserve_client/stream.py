@@ -1,0 +1,178 @@
+"""The stream of a request: its chunks as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from types import TracebackType
+from typing import Protocol
+
+from fastserve_client.backoff import Backoff
+from fastserve_client.deadline import Deadline
+from fastserve_client.errors import DeadlineExceeded, FastServeError
+from fastserve_client.generation import Chunk, Generation, Outputs, chunk_of, join
+from fastserve_client.request import Request
+
+
+class Call(Protocol):
+    """One attempt to have a request served. `__next__` raises FastServeError."""
+
+    def __next__(self) -> Outputs: ...
+    def close(self) -> None: ...
+
+
+class Transport(Protocol):
+    """`open` sends a request; it raises FastServeError where that shows at once."""
+
+    def open(self, request: Request, deadline: Deadline) -> Call: ...
+    def is_ready(self, timeout: float) -> bool: ...
+    def close(self) -> None: ...
+
+
+class AsyncCall(Protocol):
+    """One attempt to have a request served. `__anext__` raises FastServeError."""
+
+    async def __anext__(self) -> Outputs: ...
+    async def close(self) -> None: ...
+
+
+class AsyncTransport(Protocol):
+    """`open` sends a request."""
+
+    def open(self, request: Request, deadline: Deadline) -> AsyncCall: ...
+    async def is_ready(self, timeout: float) -> bool: ...
+    async def close(self) -> None: ...
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of an answer as they come; the request is under way from the start.
+
+    Iteration raises DeadlineExceeded or another FastServeError. A request of which nothing has come yet is
+    sent again as `Backoff` says. Left early, by `close()` or the end of a `with`, the request is cancelled.
+    """
+
+    def __init__(self, transport: Transport, request: Request, timeout: float | None, retries: int) -> None:
+        self.request_id = request.request_id
+        self._transport = transport
+        self._request = request
+        self._deadline = Deadline(timeout)
+        self._backoff = Backoff(retries, self._deadline)
+        self._started = False
+        self._closed = False
+        self._call = self._open()
+
+    def _open(self) -> Call:
+        while True:
+            try:
+                return self._transport.open(self._request, self._deadline)
+            except FastServeError as error:
+                time.sleep(self._backoff.delay_after(error))
+
+    def __next__(self) -> Chunk:
+        while not self._closed:
+            try:
+                outputs = next(self._call)
+            except StopIteration:
+                break
+            except FastServeError as error:
+                if self._closed:
+                    break
+                self._wait_after(error)
+                self._call = self._open()
+            else:
+                self._started = True
+                return chunk_of(outputs)
+        self.close()  # its call may have been opened while another thread closed this stream
+        raise StopIteration
+
+    def _wait_after(self, error: FastServeError) -> None:
+        """Waits until the request may be sent again; raises the error where it may not."""
+        self._call.close()
+        if self._deadline.passed and not isinstance(error, DeadlineExceeded):
+            raise DeadlineExceeded(error.message) from error  # the server's own deadline was the faster one
+        if self._started:
+            raise error
+        time.sleep(self._backoff.delay_after(error))
+
+    def read(self) -> Generation:
+        """What is left of the answer, in one piece. Raises as iteration does."""
+        chunks = list(self)
+        if not chunks:
+            raise FastServeError("INTERNAL", "the answer ended without a response")
+        return join(chunks)
+
+    def close(self) -> None:
+        """Cancels the request unless it has ended; from any thread. Iteration ends."""
+        self._closed = True
+        self._call.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncStream(AsyncIterator[Chunk]):
+    """`Stream` for asyncio: `async for`, `async with`, `await stream.read()`."""
+
+    def __init__(
+        self, transport: AsyncTransport, request: Request, timeout: float | None, retries: int
+    ) -> None:
+        self.request_id = request.request_id
+        self._transport = transport
+        self._request = request
+        self._deadline = Deadline(timeout)
+        self._backoff = Backoff(retries, self._deadline)
+        self._started = False
+        self._closed = False
+        self._call = transport.open(request, self._deadline)
+
+    async def __anext__(self) -> Chunk:
+        while not self._closed:
+            try:
+                outputs = await self._call.__anext__()
+            except StopAsyncIteration:
+                break
+            except FastServeError as error:
+                if self._closed:
+                    break
+                await self._wait_after(error)
+                self._call = self._transport.open(self._request, self._deadline)
+            else:
+                self._started = True
+                return chunk_of(outputs)
+        await self.close()  # its call may have been opened while another task closed this stream
+        raise StopAsyncIteration
+
+    async def _wait_after(self, error: FastServeError) -> None:
+        """Waits until the request may be sent again; raises the error where it may not."""
+        await self._call.close()
+        if self._deadline.passed and not isinstance(error, DeadlineExceeded):
+            raise DeadlineExceeded(error.message) from error  # the server's own deadline was the faster one
+        if self._started:
+            raise error
+        await asyncio.sleep(self._backoff.delay_after(error))
+
+    async def read(self) -> Generation:
+        """What is left of the answer, in one piece. Raises as iteration does."""
+        chunks = [chunk async for chunk in self]
+        if not chunks:
+            raise FastServeError("INTERNAL", "the answer ended without a response")
+        return join(chunks)
+
+    async def close(self) -> None:
+        """Cancels the request unless it has ended. Iteration ends."""
+        self._closed = True
+        await self._call.close()
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()

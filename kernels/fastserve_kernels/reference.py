@@ -1,0 +1,122 @@
+"""Every operator in plain torch, written to be read: the oracle of the tests, and what runs on a device that
+has no implementation of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y if residual is None else y + residual
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotary_dim = cos.shape[-1]
+    turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    swapped = torch.cat((-second, first), dim=-1)
+    return torch.cat((turned * cos[:, None] + swapped * sin[:, None], kept), dim=-1)
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    k_cache.flatten(0, 1)[slot_mapping] = k.to(k_cache.dtype)
+    v_cache.flatten(0, 1)[slot_mapping] = v.to(v_cache.dtype)
+
+
+def rotary_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    q, k = rotary(q, k, cos, sin)
+    write_kv(k, v, k_cache, v_cache, slot_mapping)
+    return q
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    group = q.shape[1] // k_cache.shape[2]
+    out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
+    starts = query_start.tolist()
+    for i, context_len in enumerate(context_lens.tolist()):
+        queries = q[starts[i] : starts[i + 1]].float().transpose(0, 1)
+        keys = k_cache[block_tables[i]].flatten(0, 1)[:context_len].float()
+        values = v_cache[block_tables[i]].flatten(0, 1)[:context_len].float()
+        keys = keys.permute(1, 2, 0).repeat_interleave(group, dim=0)
+        values = values.transpose(0, 1).repeat_interleave(group, dim=0)
+        scores = queries @ keys * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        key_position = torch.arange(context_len, device=q.device)
+        query_position = key_position[context_len - queries.shape[1] :, None]
+        seen = key_position <= query_position
+        if sliding_window is not None:
+            seen &= key_position > query_position - sliding_window
+        probabilities = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        out[starts[i] : starts[i + 1]] = (probabilities @ values).transpose(0, 1).to(q.dtype)
+    return out
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+) -> Tensor:
+    vocabulary = logits.shape[-1]
+    greedy = temperature == 0
+    scaled = logits.double() / torch.where(greedy, 1.0, temperature.double())[:, None]
+    probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    limit = torch.where(top_k > 0, top_k, vocabulary)[:, None]
+    place = torch.arange(vocabulary, device=logits.device)
+    probabilities = probabilities.masked_fill(place >= limit, 0.0)
+    probabilities /= probabilities.sum(-1, keepdim=True)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill((before >= top_p[:, None]) & (place > 0), 0.0)
+    probabilities = probabilities.masked_fill(probabilities < min_p[:, None] * probabilities[:, :1], 0.0)
+    cumulative = probabilities.cumsum(-1)
+    chosen = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)
+    last_kept = (probabilities > 0).sum(-1, keepdim=True) - 1
+    drawn = order.gather(1, torch.minimum(chosen, last_kept))[:, 0]
+    return torch.where(greedy, logits.argmax(-1), drawn)
+
+
+def log_probs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, token_ids[:, None])
+    rank = (logprobs > chosen).sum(-1) + 1
+    top_logprobs, top_ids = logprobs.topk(k, dim=-1)
+    return chosen[:, 0], rank, top_ids, top_logprobs

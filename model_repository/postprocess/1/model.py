@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastserve.triton_server.postprocess import PostprocessStep
+
+
+def TritonPythonModel() -> PostprocessStep:  # noqa: N802
+    """The model. Imported here because the stub completes `triton_python_backend_utils` only after it has read this file."""
+    from fastserve.text.tokenizer import keep_torch_out
+
+    keep_torch_out()
+    from fastserve.triton_server.postprocess import PostprocessStep
+
+    return PostprocessStep()

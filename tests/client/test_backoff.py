@@ -1,0 +1,27 @@
+"""When a call is tried again."""
+
+from __future__ import annotations
+
+import pytest
+from fastserve_client import FastServeError
+from fastserve_client.backoff import FIRST_DELAY, LONGEST_DELAY, Backoff
+from fastserve_client.deadline import Deadline
+from hypothesis import given
+from hypothesis import strategies as st
+
+UNAVAILABLE = FastServeError("UNAVAILABLE", "the queue is full")
+
+
+@given(st.integers(0, 12))
+def test_waits_double_up_to_the_longest_and_end(retries: int) -> None:
+    waits = Backoff(retries, Deadline(None))
+    for attempt in range(retries):
+        longest = min(FIRST_DELAY * 2**attempt, LONGEST_DELAY)
+        assert longest / 2 <= waits.delay_after(UNAVAILABLE) <= longest
+    with pytest.raises(FastServeError, match="the queue is full"):
+        waits.delay_after(UNAVAILABLE)
+
+
+def test_no_wait_beyond_the_deadline() -> None:
+    with pytest.raises(FastServeError, match="the queue is full"):
+        Backoff(2, Deadline(FIRST_DELAY / 4)).delay_after(UNAVAILABLE)

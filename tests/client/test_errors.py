@@ -1,0 +1,21 @@
+"""The error that a sentence of the server becomes."""
+
+from __future__ import annotations
+
+import pytest
+from fastserve_client.errors import server_error
+
+
+@pytest.mark.parametrize(
+    ("status", "sentence", "code", "message"),
+    [
+        ("INVALID_ARG", "`n`: got 0", "INVALID_ARG", "`n`: got 0"),
+        ("UNAVAILABLE", "in ensemble 'fastserve', the queue is full", "UNAVAILABLE", "the queue is full"),
+        ("INVALID_ARG", "in ensemble 'fastserve', UNAVAILABLE: full", "UNAVAILABLE", "full"),
+        ("INTERNAL", "KeyError: 'x'", "INTERNAL", "KeyError: 'x'"),
+    ],
+)
+def test_code_and_sentence(status: str, sentence: str, code: str, message: str) -> None:
+    error = server_error(status, sentence)
+    assert (error.code, error.message) == (code, message)
+    assert str(error) == f"{code}: {message}"

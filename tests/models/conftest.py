@@ -1,0 +1,128 @@
+"""Tiny random models, and a run of one over a scattered paged cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastserve_kernels.attention_metadata import AttentionMetadata
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from fastserve.models.causal_lm import CausalLM
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 199,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+Saved = tuple[Path, PreTrainedModel]
+SaveModel = Callable[..., Saved]
+
+
+@pytest.fixture
+def save_model(tmp_path: Path) -> SaveModel:
+    """Makes a random model of a type, saves it, and returns its directory and transformers' own model."""
+
+    def save(model_type: str, max_shard_size: str = "50GB", **config: Any) -> Saved:
+        torch.manual_seed(0)
+        transformers_config = AutoConfig.for_model(model_type, **(SIZES | config))
+        auto_class = AutoModelForSeq2SeqLM if transformers_config.is_encoder_decoder else AutoModelForCausalLM
+        model = auto_class.from_config(transformers_config).eval()
+        with torch.no_grad():
+            # The usual initialisation leaves biases at 0 and norms at 1, which hides their being swapped, and
+            # attention so even that hardly any window shows.
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(tmp_path / "model", max_shard_size=max_shard_size)
+        return tmp_path / "model", model
+
+    return save
+
+
+class PagedRun:
+    """Several sequences over one paged cache, whose blocks lie in no order."""
+
+    def __init__(self, model: CausalLM, lengths: list[int], block_size: int = 4) -> None:
+        self.model = model
+        self.block_size = block_size
+        needed = [-(-length // block_size) for length in lengths]
+        blocks = torch.randperm(sum(needed) + 3, generator=torch.Generator().manual_seed(1)).tolist()
+        self.block_tables = [[blocks.pop() for _ in range(count)] for count in needed]
+        num_blocks = sum(needed) + 3
+        self.caches = [
+            (torch.zeros(keys, dtype=model.dtype), torch.zeros(values, dtype=model.dtype))
+            for keys, values in model.kv_cache_shapes(num_blocks, block_size)
+        ]
+        self.computed = [0] * len(lengths)
+
+    def step(self, tokens: dict[int, list[int]]) -> dict[int, Tensor]:
+        """Computes the next tokens of some sequences, by number: the logits [tokens, vocab] of each."""
+        query_lens = [len(ids) for ids in tokens.values()]
+        for sequence, ids in tokens.items():
+            self.computed[sequence] += len(ids)
+        meta = AttentionMetadata.build(
+            query_lens,
+            [self.computed[sequence] for sequence in tokens],
+            [self.block_tables[sequence] for sequence in tokens],
+            self.block_size,
+            self.model.device,
+        )
+        ids = torch.tensor([token for ids in tokens.values() for token in ids])
+        logits = self.model.logits(self.model.forward(ids, meta, self.caches))
+        return dict(zip(tokens, logits.split(query_lens), strict=True))
+
+
+@pytest.fixture
+def logits_over_paged_cache() -> Callable[[CausalLM, list[list[int]]], list[Tensor]]:
+    """The logits of whole sequences, computed in ragged steps: one whole, one in chunks, one token by token."""
+
+    def run(model: CausalLM, sequences: list[list[int]]) -> list[Tensor]:
+        paged = PagedRun(model, [len(ids) for ids in sequences])
+        chunk_sizes = [max(map(len, sequences)), 7, 1]
+        found: list[list[Tensor]] = [[] for _ in sequences]
+        while True:
+            tokens = {}
+            for number, ids in enumerate(sequences):
+                start, size = paged.computed[number], chunk_sizes[number % 3]
+                if start < len(ids):
+                    tokens[number] = ids[start : start + size]
+            if not tokens:
+                return [torch.cat(parts) for parts in found]
+            for number, logits in paged.step(tokens).items():
+                found[number].append(logits)
+
+    return run
+
+
+@pytest.fixture
+def sequences() -> list[list[int]]:
+    """Random tokens of several sequences, longer than the sliding windows of the tests."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(3, 199, (length,), generator=generator).tolist() for length in (33, 29, 21, 1, 17, 9)]
+
+
+@pytest.fixture
+def transformers_logits() -> Callable[[PreTrainedModel, list[list[int]]], list[Tensor]]:
+    """The logits [tokens, vocab] of each sequence by transformers' own attention, each sequence alone."""
+
+    def run(model: PreTrainedModel, sequences: list[list[int]]) -> list[Tensor]:
+        model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            return [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in sequences]
+
+    return run

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import pytest
+from fastserve.scheduling.block_pool import (
+    ROOT_HASH,
+    BlockPool,
+    BlockPoolError,
+    OutOfBlocksError,
+    hash_block,
+)
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+A, B, C = (hash_block(ROOT_HASH, [token]) for token in range(3))
+
+
+def published(pool: BlockPool, *digests: bytes) -> list[int]:
+    table = pool.allocate(len(digests))
+    for block, digest in zip(table, digests, strict=True):
+        pool.publish(block, digest)
+    return table
+
+
+def test_a_hash_depends_on_the_tokens_and_on_all_before_them() -> None:
+    assert len(A) == 16
+    assert hash_block(A, [1, 2]) == hash_block(A, [1, 2])
+    assert len({hash_block(parent, ids) for parent in (A, B) for ids in ([1, 2], [2, 1], [1, 258])}) == 6
+
+
+def test_more_than_is_free_is_refused_whole() -> None:
+    pool = BlockPool(3, 4, True)
+    pool.allocate(2)
+    with pytest.raises(OutOfBlocksError, match="2 KV blocks were asked for; 1 are free"):
+        pool.allocate(2)
+    assert (pool.num_free, pool.num_used) == (1, 2)
+
+
+def test_a_released_block_is_found_again_and_counts_as_free_meanwhile() -> None:
+    pool = BlockPool(4, 4, True)
+    table = published(pool, A, B)
+    pool.release(table)
+    assert pool.num_free == 4
+    assert pool.match([A, B, C]) == table
+    assert pool.num_free == 2
+    pool.check([table])
+
+
+def test_a_shared_block_is_free_when_the_last_holder_lets_go() -> None:
+    pool = BlockPool(2, 4, True)
+    table = published(pool, A)
+    assert pool.match([A]) == table
+    assert pool.ref_count(table[0]) == 2
+    pool.release(table)
+    assert pool.num_used == 1
+    pool.release(table)
+    assert pool.num_used == 0
+
+
+def test_a_match_ends_at_the_first_gap() -> None:
+    pool = BlockPool(4, 4, True)
+    first, _ = published(pool, A, C)
+    assert pool.match([A, B, C]) == [first]
+    assert pool.match([B, A]) == []
+
+
+def test_blank_blocks_go_before_cached_ones_and_a_tail_before_its_head() -> None:
+    pool = BlockPool(4, 4, True)
+    table = published(pool, A, B, C)
+    pool.release(table)
+    assert pool.allocate(1)[0] not in table
+    assert pool.allocate(1) == [table[2]]
+    assert pool.allocate(1) == [table[1]]
+    assert pool.match([A, B, C]) == [table[0]]
+
+
+def test_the_least_recently_held_is_evicted_first() -> None:
+    pool = BlockPool(2, 4, True)
+    [a], [b] = published(pool, A), published(pool, B)
+    pool.release([a])
+    pool.release([b])
+    pool.release(pool.match([A]))
+    assert pool.allocate(1) == [b]
+
+
+def test_the_first_of_two_equal_blocks_stays_the_one_that_is_found() -> None:
+    pool = BlockPool(2, 4, True)
+    [first], [second] = published(pool, A), published(pool, A)
+    pool.release([second])
+    assert pool.match([A]) == [first]
+    pool.check([[first], [first]])
+
+
+def test_without_prefix_caching_nothing_is_found() -> None:
+    pool = BlockPool(2, 4, False)
+    pool.release(published(pool, A))
+    assert pool.match([A]) == []
+    pool.check([])
+
+
+def test_a_double_free_is_noticed() -> None:
+    pool = BlockPool(2, 4, True)
+    table = pool.allocate(1)
+    pool.release(table)
+    with pytest.raises(BlockPoolError, match="nobody holds it"):
+        pool.release(table)
+
+
+def test_check_notices_a_leak_and_a_wrong_table() -> None:
+    pool = BlockPool(2, 4, True)
+    table = pool.allocate(1)
+    pool.check([table])
+    with pytest.raises(BlockPoolError, match="reference counts"):
+        pool.check([])
+    with pytest.raises(BlockPoolError, match="reference counts"):
+        pool.check([table, table])
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Sequences that take and give up blocks; each block's true content is kept beside the pool."""
+
+    @initialize(num_blocks=st.integers(1, 8), caching=st.booleans())
+    def start(self, num_blocks: int, caching: bool) -> None:
+        self.pool = BlockPool(num_blocks, 1, caching)
+        self.contents: dict[int, tuple[int, ...]] = {}
+        self.held: list[tuple[tuple[int, ...], list[int]]] = []
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=5), publish=st.booleans())
+    def take(self, tokens: list[int], publish: bool) -> None:
+        hashes: list[bytes] = []
+        for token in tokens:
+            hashes.append(hash_block(hashes[-1] if hashes else ROOT_HASH, [token]))
+        table = self.pool.match(hashes)
+        for place, block in enumerate(table):
+            assert self.contents[block] == tuple(tokens[: place + 1])
+        missing = len(tokens) - len(table)
+        if missing > self.pool.num_free:
+            with pytest.raises(OutOfBlocksError):
+                self.pool.allocate(missing)
+            self.pool.release(table)
+            return
+        fresh = self.pool.allocate(missing)
+        assert not {block for _, other in self.held for block in other} & set(fresh)
+        table += fresh
+        for place, block in enumerate(table):
+            self.contents[block] = tuple(tokens[: place + 1])
+            if publish:
+                self.pool.publish(block, hashes[place])
+        self.held.append((tuple(tokens), table))
+
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        if self.held:
+            _, table = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+            self.pool.release(table)
+
+    @invariant()
+    def books_balance(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        tables = [table for _, table in self.held]
+        self.pool.check(tables)
+        assert self.pool.num_used == len({block for table in tables for block in table})
+        for tokens, table in self.held:
+            assert [self.contents[block] for block in table] == [
+                tokens[: place + 1] for place in range(len(tokens))
+            ]
+
+
+TestPoolMachine = PoolMachine.TestCase

@@ -1,0 +1,105 @@
+"""Incremental decoding says exactly what the full decode says."""
+
+from __future__ import annotations
+
+import pytest
+from fastserve.config import ConfigError
+from fastserve.text.detokenizer import Detokenizer
+from fastserve.text.stream_decoder import REPLACEMENT, stream_decoder_factory
+from fastserve.text.tokenizer import Tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
+
+KINDS = [
+    "byte_level",
+    "byte_fallback",
+    "byte_fallback_strip",
+    "metaspace",
+    "word_piece",
+    "bpe_suffix",
+    "no_decoder",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pushes_and_flush_are_the_full_decode(kind: str, tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers[kind]
+
+    @settings(max_examples=300, deadline=None)
+    @given(
+        pushes=st.lists(st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=6), max_size=12),
+        skip=st.booleans(),
+    )
+    def check(pushes: list[list[int]], skip: bool) -> None:
+        detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
+        text = "".join([detokenizer.push(ids) for ids in pushes]) + detokenizer.flush()
+        assert text == tokenizer.decode([i for ids in pushes for i in ids], skip_special_tokens=skip)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "byte_fallback_strip"])
+def test_any_text_comes_back_without_a_broken_character(kind: str, tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers[kind]
+
+    @settings(max_examples=200, deadline=None)
+    @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT + " ")))
+    def check(text: str) -> None:
+        detokenizer = Detokenizer(tokenizer)
+        pieces = [detokenizer.push([token]) for token in tokenizer.encode(text, special_tokens=False)]
+        assert not any(REPLACEMENT in piece for piece in pieces)
+        assert "".join(pieces) + detokenizer.flush() == text.replace("▁", " " if kind != "byte_level" else "▁")
+
+    check()
+
+
+def test_replacement_character_in_the_text_itself_comes_through(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    assert detokenizer.push(tokenizer.encode(f"a{REPLACEMENT}")) == f"a{REPLACEMENT}"
+    assert detokenizer.flush() == ""
+
+
+def test_byte_level_holds_back_only_an_unfinished_character(tokenizer: Tokenizer) -> None:
+    euro = tokenizer.encode("€", special_tokens=False)
+    detokenizer = Detokenizer(tokenizer)
+    assert [detokenizer.push([token]) for token in euro] == ["", "", "€"]
+    assert detokenizer.push([euro[0], euro[0], euro[0]]) == REPLACEMENT * 2
+    assert detokenizer.flush() == REPLACEMENT
+
+
+def test_byte_fallback_does_not_hold_back_invalid_bytes(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["byte_fallback"]
+    continuation = tokenizer.backend.token_to_id("<0x80>")
+    detokenizer = Detokenizer(tokenizer)
+    assert [detokenizer.push([continuation]) for _ in range(3)] == [REPLACEMENT] * 3
+
+
+def test_byte_fallback_shows_a_run_when_it_ends(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["byte_fallback"]
+    detokenizer = Detokenizer(tokenizer)
+    euro = [tokenizer.backend.token_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
+    assert detokenizer.push(euro) == ""
+    assert detokenizer.push([tokenizer.backend.token_to_id("a")]) == "€a"
+
+
+def test_special_token_inside_a_character_is_skipped(tokenizer: Tokenizer) -> None:
+    first, *rest = tokenizer.encode("€", special_tokens=False)
+    detokenizer = Detokenizer(tokenizer)
+    assert detokenizer.push([first, *tokenizer.eos_token_ids, *rest]) == "€"
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.CTC(),
+        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+        decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 1)]),
+    ],
+)
+def test_unknown_decoder_is_refused_when_loading(decoder: decoders.Decoder) -> None:
+    backend = Backend(models.WordLevel({"a": 0}, unk_token="a"))
+    backend.decoder = decoder
+    with pytest.raises(ConfigError, match=r"decoder is .*; allowed: ByteLevel"):
+        stream_decoder_factory(backend)

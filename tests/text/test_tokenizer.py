@@ -1,0 +1,86 @@
+"""The tokenizer: special tokens once, chat templates, end tokens, and torch left out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fastserve.config import ConfigError
+from fastserve.errors import RequestError
+from fastserve.text.tokenizer import Tokenizer
+
+from .conftest import byte_level_backend, save_tokenizer
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def test_prompt_gets_the_special_tokens_and_a_chat_only_its_own(tokenizer: Tokenizer) -> None:
+    start = tokenizer.backend.token_to_id("<s>")
+    assert tokenizer.encode("hello")[0] == start
+    chat = tokenizer.render_chat(MESSAGES)
+    assert chat == "<s>user\nhello</s>\n<s>assistant\n"
+    assert tokenizer.encode(chat, special_tokens=False).count(start) == 2
+
+
+def test_decode_skips_special_tokens_or_not(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("hello</s>")
+    assert tokenizer.decode(ids) == "hello"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<s>hello</s>"
+
+
+def test_vocabulary(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocab_size == tokenizer.backend.get_vocab_size(with_added_tokens=True)
+    assert tokenizer.eos_token_ids == [tokenizer.backend.token_to_id("</s>")]
+    assert tokenizer.token_text(tokenizer.eos_token_ids[0]) == "</s>"
+
+
+def test_end_tokens_of_the_generation_config(tmp_path: Path) -> None:
+    directory = save_tokenizer(byte_level_backend(), tmp_path)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    end = byte_level_backend().token_to_id("</s>")
+    assert Tokenizer(directory).eos_token_ids == [3, 5, end]
+    assert Tokenizer(directory, eos_token_ids=[7]).eos_token_ids == [7]
+
+
+def test_chat_without_a_template(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(save_tokenizer(byte_level_backend(), tmp_path, chat_template=None))
+    with pytest.raises(RequestError, match=r"`messages`: this model has no chat template"):
+        tokenizer.render_chat(MESSAGES)
+
+
+def test_chat_that_the_template_refuses(tmp_path: Path) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    tokenizer = Tokenizer(save_tokenizer(byte_level_backend(), tmp_path, chat_template=template))
+    with pytest.raises(RequestError, match=r"`messages`: .*roles must alternate"):
+        tokenizer.render_chat(MESSAGES)
+
+
+def test_directory_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`model`: no tokenizer could be read from"):
+        Tokenizer(tmp_path)
+
+
+def run_python(*lines: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+
+
+def test_torch_is_kept_out_silently(tmp_path: Path) -> None:
+    directory = save_tokenizer(byte_level_backend(), tmp_path)
+    done = run_python(
+        "import sys",
+        "from fastserve.text.tokenizer import Tokenizer, keep_torch_out",
+        "from fastserve.text import postprocessor, preprocessor",
+        "assert 'torch' not in sys.modules",
+        "keep_torch_out()",
+        f"print(Tokenizer({str(directory)!r}).decode([0]), sys.modules['torch'])",
+    )
+    assert done.stdout.split() == ["!", "None"]
+    assert done.stderr == ""
+
+
+def test_torch_that_is_loaded_already_stays() -> None:
+    code = ["import sys, types", "sys.modules['torch'] = loaded = types.ModuleType('torch')"]
+    code += ["from fastserve.text.tokenizer import keep_torch_out", "keep_torch_out()"]
+    run_python(*code, "assert sys.modules['torch'] is loaded")
