@@ -13,6 +13,9 @@ from fastserve.triton_server.start_error import StartError
 
 COMMANDS = {
     "serve": "serve a model through Triton server",
+    "generate": "continue a text",
+    "chat": "converse with a model in the terminal",
+    "bench": "measure a server, or the engine inside this process",
 }
 """Each is the module of that name in `fastserve.commands`, imported only when it is asked for."""
 
@@ -33,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(words)
     try:
         return module.run(parsed)
-    except (ConfigError, StartError) as error:
+    except (ConfigError, StartError, *module.ERRORS) as error:
         print(f"fastserve: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

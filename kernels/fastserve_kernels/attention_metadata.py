@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastserve_kernels import cpu_attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +30,8 @@ class AttentionMetadata:
     """[T] int64: where each token's key and value go: block * block_size + offset."""
     last_token_index: Tensor
     """[B] int64: the row of each sequence's last token."""
+    block_size: int
+    _work: dict[int | None, list[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -43,9 +47,13 @@ class AttentionMetadata:
         context = np.asarray(context_lens, dtype=np.int64)
         held = np.fromiter(map(len, block_tables), dtype=np.int64, count=len(block_tables))
         if not len(query) == len(context) == len(held):
-            raise ValueError(f"{len(query)} query_lens, {len(context)} context_lens, {len(held)} block_tables")
+            raise ValueError(
+                f"{len(query)} query_lens, {len(context)} context_lens, {len(held)} block_tables"
+            )
         if (query < 1).any() or (context < query).any() or (held * block_size < context).any():
-            raise ValueError("each sequence needs 1 <= query_len <= context_len <= len(block_table) * block_size")
+            raise ValueError(
+                "each sequence needs 1 <= query_len <= context_len <= len(block_table) * block_size"
+            )
         tables = np.zeros((len(held), int(held.max(initial=0))), dtype=np.int64)
         tables[np.arange(tables.shape[1]) < held[:, None]] = np.fromiter(
             (block for table in block_tables for block in table), dtype=np.int64, count=int(held.sum())
@@ -65,4 +73,15 @@ class AttentionMetadata:
             positions=tensor(positions),
             slot_mapping=tensor(slots),
             last_token_index=tensor(start[1:] - 1),
+            block_size=block_size,
         )
+
+    def work(self, sliding_window: int | None) -> list[Tensor]:
+        """What the CPU's attention has prepared for this batch (`cpu_attention.plan`); elsewhere nothing."""
+        if self.positions.device.type != "cpu":
+            return []
+        if sliding_window not in self._work:
+            self._work[sliding_window] = cpu_attention.plan(
+                self.query_start, self.context_lens, self.block_tables, self.block_size, sliding_window
+            )
+        return self._work[sliding_window]

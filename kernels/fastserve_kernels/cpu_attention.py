@@ -25,6 +25,8 @@ TILE = 64
 """Queries of an item, at most."""
 GROUP_KEYS = 64 * 1024
 """Keys times queries of the items that are computed together, at most: bounds the memory."""
+LANES = 16
+"""A softmax adds up in lanes of a vector register: a partition is always in the same lane."""
 MASKED = -1e30
 """Absorbs any score, and a row of nothing else still has a softmax."""
 
@@ -39,9 +41,11 @@ class Group(NamedTuple):
     mask: Tensor
     """[I, 1, 1, L, S] float32: 0 where the query sees the key, else MASKED."""
     merge_items: Tensor
-    """[Q * N] int64: the items of each tile, then repetitions of its first."""
+    """[Q * W] int64: the items of each tile in LANES-aligned places of their partitions; any item elsewhere."""
     merge_mask: Tensor
-    """[Q, N, 1] float32: 0 for the items of a tile, -inf for the repetitions."""
+    """[Q, W] float32: 0 in the places of items, -inf elsewhere. W is at least LANES."""
+    value_items: Tensor
+    """[Q * N] int64: merge_items without the columns at the end that hold no item of any tile."""
 
 
 def plan(
@@ -100,18 +104,24 @@ class _Tiles:
     def groups(self, block_tables: np.ndarray, block_size: int, window: int | None) -> list[Tensor]:
         blocks_per_partition = max(1, PARTITION // block_size)
         partition = blocks_per_partition * block_size
-        first_key = self.first_position * 0 if window is None else np.maximum(0, self.first_position - window + 1)
+        first_key = (
+            self.first_position * 0 if window is None else np.maximum(0, self.first_position - window + 1)
+        )
         first = first_key // partition
         count = self.last_position // partition + 1 - first
         limit = max(1, GROUP_KEYS // (partition * self.tile_len))
         padding = -block_tables.shape[1] % blocks_per_partition
-        tables = np.pad(block_tables, ((0, 0), (0, padding))).reshape(len(block_tables), -1, blocks_per_partition)
+        tables = np.pad(block_tables, ((0, 0), (0, padding))).reshape(
+            len(block_tables), -1, blocks_per_partition
+        )
         flat: list[Tensor] = []
         begin = 0
         while begin < len(count):
             fits = int(np.searchsorted(np.cumsum(count[begin:]), limit, side="right"))
             end = begin + max(1, fits)
-            flat += self._group(slice(begin, end), first[begin:end], count[begin:end], tables, partition, window)
+            flat += self._group(
+                slice(begin, end), first[begin:end], count[begin:end], tables, partition, window
+            )
             begin = end
         return flat
 
@@ -135,16 +145,19 @@ class _Tiles:
         if window is not None:
             seen &= key_position > query_position - window
         mask = np.where(seen, np.float32(0), np.float32(MASKED))
-        step = np.arange(count.max())
-        real = step < count[:, None]
-        merge = np.where(real, item_start[:, None] + step, item_start[:, None])
+        place = first % LANES
+        used = int((place + count).max())
+        column = np.arange(max(LANES, used))
+        real = (column >= place[:, None]) & (column < (place + count)[:, None])
+        merge = np.where(real, (item_start - place)[:, None] + column, item_start[:, None])
         merge_mask = np.where(real, np.float32(0), np.float32(-np.inf))
         return Group(
             torch.from_numpy(rows[tile].ravel()),
             torch.from_numpy(tables[self.sequence[members][tile], index].ravel()),
             torch.from_numpy(mask[:, None, None]),
             torch.from_numpy(merge.ravel()),
-            torch.from_numpy(merge_mask[:, :, None]),
+            torch.from_numpy(merge_mask),
+            torch.from_numpy(merge[:, :used].ravel()),
         )
 
 
@@ -194,16 +207,18 @@ def _attend(
     scores = torch.add(group.mask, scores, alpha=scale)
     probabilities = scores.softmax(-1)
     values = torch.bmm(
-        probabilities.to(q.dtype).view(items * kv_heads, -1, keys), _gather(v_cache, group.blocks, items, keys)
+        probabilities.to(q.dtype).view(items * kv_heads, -1, keys),
+        _gather(v_cache, group.blocks, items, keys),
     )
     values = values.view(items, kv_heads, -1, dim_v)[:, :, :rows]
-    tiles, most = group.merge_mask.shape[:2]
-    if most > 1:
+    tiles, places = group.merge_mask.shape
+    if items > tiles:
         peak = scores.amax(-1)
         lse = peak.sub_(probabilities.amax(-1).log_()).view(items, kv_heads, -1)[:, :, :rows]
-        lse = lse.index_select(0, group.merge_items).view(tiles, most, kv_heads * rows)
-        weights = lse.add_(group.merge_mask).softmax(1).view(tiles, most, kv_heads, rows, 1)
-        values = values.index_select(0, group.merge_items).view(tiles, most, kv_heads, rows, dim_v)
+        lse = lse.index_select(0, group.merge_items).view(tiles, places, kv_heads * rows).transpose(1, 2)
+        weights = torch.add(lse, group.merge_mask.unsqueeze(1)).softmax(-1)
+        values = values.index_select(0, group.value_items).view(tiles, -1, kv_heads * rows, dim_v)
+        weights = weights[:, :, : values.shape[1]].transpose(1, 2).unsqueeze(-1)
         values = (weights * values).sum(1).to(q.dtype)
     if queries > 1:
         values = values.view(tiles, heads, queries, dim_v).transpose(1, 2)

@@ -21,7 +21,7 @@ class Dense:
     @classmethod
     def pack(cls, weight: Tensor) -> Dense:
         """The weight [N, K] in the layout that is fastest on the device where it lies."""
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+        if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32):
             return cls(torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None))
         return cls(weight.detach().contiguous())
 

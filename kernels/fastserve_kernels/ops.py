@@ -3,59 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastserve_kernels import reference
+from fastserve_kernels import cpu, cpu_attention, cpu_sampling, reference
 from fastserve_kernels.attention_metadata import AttentionMetadata
 from fastserve_kernels.formats import Dense
 
 _library = torch.library.Library("fastserve", "DEF")
+_ops = torch.ops.fastserve
 
 
-def _define(schema: str, implementation: Callable) -> None:
+def _define(schema: str, fake: Callable[..., Any], on_cpu: Callable[..., Any] | None) -> None:
+    """Defines an operator: `reference` has its implementation for every device, `on_cpu` is the CPU's own."""
     name = schema[: schema.index("(")]
     _library.define(schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastserve::{name}", fake, lib=_library)
+    if on_cpu is not None:
+        _library.impl(name, on_cpu, "CPU")
 
 
-_define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor", reference.linear)
-_define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", reference.rms_norm)
-_define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)", reference.add_rms_norm)
-_define("swiglu(Tensor gate_up) -> Tensor", reference.swiglu)
-_define("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)", reference.rotary)
+_define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
+    lambda x, weight, bias, residual: x.new_empty(x.shape[0], weight.shape[0]),
+    None,
+)
+_library.impl("linear", cpu.packed_linear, "MkldnnCPU")
+_define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    lambda x, weight, eps: x.new_empty(x.shape),
+    cpu.rms_norm,
+)
+_define(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    cpu.add_rms_norm,
+)
+_define(
+    "swiglu(Tensor gate_up) -> Tensor",
+    lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
+    cpu.swiglu,
+)
+_define(
+    "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    lambda q, k, cos, sin: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    cpu.rotary,
+)
 _define(
     "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()",
-    reference.write_kv,
+    lambda k, v, k_cache, v_cache, slot_mapping: None,
+    cpu.write_kv,
 )
 _define(
     "rotary_write_kv(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, "
     "Tensor(b!) v_cache, Tensor slot_mapping) -> Tensor",
-    reference.rotary_write_kv,
+    lambda q, k, v, cos, sin, k_cache, v_cache, slot_mapping: q.new_empty(q.shape),
+    cpu.rotary_write_kv,
 )
 _define(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor query_start, Tensor context_lens, "
-    "Tensor block_tables, float scale, int? sliding_window, float? softcap) -> Tensor",
-    reference.paged_attention,
+    "Tensor block_tables, Tensor[] work, float scale, int? sliding_window, float? softcap) -> Tensor",
+    lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]),
+    cpu_attention.paged_attention,
 )
 _define(
-    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor uniform) -> Tensor",
-    reference.sample,
+    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor uniform) "
+    "-> Tensor",
+    lambda logits, *_: logits.new_empty(len(logits), dtype=torch.int64),
+    cpu_sampling.sample,
 )
 _define(
-    "log_probs(Tensor logits, Tensor token_ids, int k) -> (Tensor, Tensor, Tensor, Tensor)", reference.log_probs
+    "log_probs(Tensor logits, Tensor token_ids, int k) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda logits, token_ids, k: (
+        logits.new_empty(len(logits), dtype=torch.float32),
+        logits.new_empty(len(logits), dtype=torch.int64),
+        logits.new_empty(len(logits), k, dtype=torch.int64),
+        logits.new_empty(len(logits), k, dtype=torch.float32),
+    ),
+    cpu_sampling.log_probs,
 )
-
-_ops = torch.ops.fastserve
-
-
-def _mkldnn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y if residual is None else y.add_(residual)
-
-
-_library.impl("linear", _mkldnn_linear, "MkldnnCPU")
 
 
 def linear(x: Tensor, weight: Dense, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -87,7 +116,11 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Puts k [T, Hk, D] and v [T, Hk, Dv] into the caches [blocks, block_size, Hk, D or Dv] at slots [T] int64."""
+    """Puts k [T, Hk, D] and v [T, Hk, Dv] into the caches [blocks, block_size, Hk, D or Dv] at slots [T] int64.
+
+    Numbers that are not finite are written as 0: a block goes from one request to the next, and what the
+    next one has not yet overwritten is multiplied by probabilities of zero.
+    """
     _ops.write_kv(k, v, k_cache, v_cache, slot_mapping)
 
 
@@ -117,7 +150,8 @@ def paged_attention(
     """Causal attention of q [T, H, D] over each sequence's blocks: [T, H, Dv].
 
     With `sliding_window` = w a token sees itself and the w - 1 before it. With `softcap` = c scores become
-    c * tanh(score / c). The caches must hold finite numbers everywhere: zero them once when they are made.
+    c * tanh(score / c). The caches must be finite everywhere, also where nothing was written: make them of zeros;
+    `write_kv` keeps them so. Raises RuntimeError through torch for shapes that do not fit.
     """
     return _ops.paged_attention(
         q,
@@ -126,6 +160,7 @@ def paged_attention(
         meta.query_start,
         meta.context_lens,
         meta.block_tables,
+        meta.work(sliding_window),
         scale,
         sliding_window,
         softcap,
@@ -139,7 +174,10 @@ def sample(
 
     Temperature 0 takes the likeliest. Else, in this order: divide by the temperature; keep the top_k likeliest
     (0 and below: all); of these the fewest whose probabilities sum to top_p or more; of these the ones
-    at least min_p times as likely as the likeliest; then invert the cumulative distribution at `uniform`.
+    at least min_p times as likely as the likeliest; then invert the cumulative distribution at `uniform`. The
+    tokens are in the order of their probabilities, equal ones by id; where nothing is filtered, all by id.
+    temperature, top_p and min_p are [B] float32, top_k [B] int32 or int64, uniform [B] float64; temperatures
+    below 1e-5 count as 1e-5. Tokens of logit -inf are never chosen.
     """
     return _ops.sample(logits, temperature, top_k, top_p, min_p, uniform)
 

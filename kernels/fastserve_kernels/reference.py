@@ -6,6 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-5
+"""Lower ones, which might overflow, count as this."""
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     y = torch.nn.functional.linear(x, weight, bias)
@@ -41,8 +44,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    k_cache.flatten(0, 1)[slot_mapping] = k.to(k_cache.dtype)
-    v_cache.flatten(0, 1)[slot_mapping] = v.to(v_cache.dtype)
+    for new, cache in ((k, k_cache), (v, v_cache)):
+        cache.flatten(0, 1)[slot_mapping] = torch.where(new.isfinite(), new, 0.0).to(cache.dtype)
 
 
 def rotary_write_kv(
@@ -67,6 +70,7 @@ def paged_attention(
     query_start: Tensor,
     context_lens: Tensor,
     block_tables: Tensor,
+    work: list[Tensor],
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
@@ -96,27 +100,33 @@ def paged_attention(
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
 ) -> Tensor:
-    vocabulary = logits.shape[-1]
     greedy = temperature == 0
-    scaled = logits.double() / torch.where(greedy, 1.0, temperature.double())[:, None]
-    probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    limit = torch.where(top_k > 0, top_k, vocabulary)[:, None]
+    filtered = (top_k > 0) | (top_p < 1) | (min_p > 0)
+    scaled = logits.float() / temperature.float().clamp(min=LEAST_TEMPERATURE)[:, None]
+    vocabulary = logits.shape[-1]
     place = torch.arange(vocabulary, device=logits.device)
+    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.double().softmax(-1)
+    limit = torch.where(top_k > 0, top_k, vocabulary)[:, None]
     probabilities = probabilities.masked_fill(place >= limit, 0.0)
     probabilities /= probabilities.sum(-1, keepdim=True)
     before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill((before >= top_p[:, None]) & (place > 0), 0.0)
+    beyond = (before >= top_p.double()[:, None]) & (place > 0) & (top_p < 1)[:, None]
+    probabilities = probabilities.masked_fill(beyond, 0.0)
     probabilities = probabilities.masked_fill(probabilities < min_p[:, None] * probabilities[:, :1], 0.0)
+    probabilities = torch.where(filtered[:, None], probabilities, scaled.double().softmax(-1))
+    order = torch.where(filtered[:, None], order, place)
     cumulative = probabilities.cumsum(-1)
     chosen = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)
-    last_kept = (probabilities > 0).sum(-1, keepdim=True) - 1
-    drawn = order.gather(1, torch.minimum(chosen, last_kept))[:, 0]
+    last = vocabulary - 1 - (probabilities > 0).flip(-1).byte().argmax(-1, keepdim=True)
+    drawn = order.gather(1, torch.minimum(chosen, last))[:, 0]
     return torch.where(greedy, logits.argmax(-1), drawn)
 
 
 def log_probs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(1, token_ids[:, None])
-    rank = (logprobs > chosen).sum(-1) + 1
-    top_logprobs, top_ids = logprobs.topk(k, dim=-1)
-    return chosen[:, 0], rank, top_ids, top_logprobs
+    logits = logits.float()
+    logprobs = logits.log_softmax(-1)
+    chosen = token_ids[:, None]
+    rank = (logits > logits.gather(1, chosen)).sum(-1) + 1
+    top_ids = logits.argsort(dim=-1, descending=True, stable=True)[:, :k]
+    return logprobs.gather(1, chosen)[:, 0], rank, top_ids, logprobs.gather(1, top_ids)

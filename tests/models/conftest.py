@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fastserve.models.causal_lm import CausalLM
 from fastserve_kernels.attention_metadata import AttentionMetadata
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
-
-from fastserve.models.causal_lm import CausalLM
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 SIZES: dict[str, Any] = {
     "vocab_size": 199,
@@ -32,6 +28,15 @@ SIZES: dict[str, Any] = {
 
 Saved = tuple[Path, PreTrainedModel]
 SaveModel = Callable[..., Saved]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads only wait for each other over models as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -82,14 +87,14 @@ class PagedRun:
             self.block_size,
             self.model.device,
         )
-        ids = torch.tensor([token for ids in tokens.values() for token in ids])
-        logits = self.model.logits(self.model.forward(ids, meta, self.caches))
+        token_ids = torch.tensor([token for ids in tokens.values() for token in ids])
+        logits = self.model.logits(self.model.forward(token_ids, meta, self.caches))
         return dict(zip(tokens, logits.split(query_lens), strict=True))
 
 
 @pytest.fixture
 def logits_over_paged_cache() -> Callable[[CausalLM, list[list[int]]], list[Tensor]]:
-    """The logits of whole sequences, computed in ragged steps: one whole, one in chunks, one token by token."""
+    """The logits of sequences computed in ragged steps: one whole, one in chunks, one token by token."""
 
     def run(model: CausalLM, sequences: list[list[int]]) -> list[Tensor]:
         paged = PagedRun(model, [len(ids) for ids in sequences])
@@ -113,7 +118,9 @@ def logits_over_paged_cache() -> Callable[[CausalLM, list[list[int]]], list[Tens
 def sequences() -> list[list[int]]:
     """Random tokens of several sequences, longer than the sliding windows of the tests."""
     generator = torch.Generator().manual_seed(2)
-    return [torch.randint(3, 199, (length,), generator=generator).tolist() for length in (33, 29, 21, 1, 17, 9)]
+    return [
+        torch.randint(3, 199, (length,), generator=generator).tolist() for length in (33, 29, 21, 1, 17, 9)
+    ]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Other models of transformers over our paged cache, against their own attention; and those that are refused."""
+"""Other models of transformers over our paged cache, against their own attention; and the refused ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from fastserve.models.loading import load_model
+from fastserve.models.model_error import ModelError
+from fastserve.models.paged_interface import CausalMask, Probe, causal_mask, running
+from fastserve.models.transformers_model import TransformersModel
 from fastserve_kernels import ops
 from fastserve_kernels.attention_metadata import AttentionMetadata
 from safetensors.torch import load_file, save_file
@@ -16,11 +20,6 @@ from transformers.masking_utils import (
     chunked_causal_mask_function,
     sliding_window_causal_mask_function,
 )
-
-from fastserve.models.loading import load_model
-from fastserve.models.model_error import ModelError
-from fastserve.models.paged_interface import CausalMask, Probe, causal_mask, running
-from fastserve.models.transformers_model import TransformersModel
 
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
@@ -96,7 +95,9 @@ def test_models_that_need_more_than_paged_attention_are_refused(family: str, sav
         load_model(str(directory))
 
 
-def test_the_check_at_load_sees_a_wrong_attention(save_model: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_at_load_sees_a_wrong_attention(
+    save_model: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory, _ = save_model("gpt2")
     right = ops.paged_attention
 
@@ -122,7 +123,9 @@ def test_the_check_at_load_sees_a_wrong_attention(save_model: Callable, monkeypa
         (4, chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64)), False),
     ],
 )
-def test_a_mask_is_accepted_only_if_it_is_the_rule(window: int | None, rule: Callable, accepted: bool) -> None:
+def test_a_mask_is_accepted_only_if_it_is_the_rule(
+    window: int | None, rule: Callable, accepted: bool
+) -> None:
     probe = Probe(AttentionMetadata.build([1], [1], [[0]], 8, "cpu"))
     with running(probe):
         mask = causal_mask(mask_function=rule, local_size=window)
@@ -148,7 +151,7 @@ def test_longrope_is_served_up_to_where_its_frequencies_change(save_model: Calla
     }
     directory, _ = save_model("phi3", rope_parameters=rope, original_max_position_embeddings=64)
     assert load_model(str(directory)).max_position == 64
-    with pytest.raises(ModelError, match="max_model_len: got 65; .* allows at most 64"):
+    with pytest.raises(ModelError, match=r"max_model_len: got 65; .* allows at most 64"):
         load_model(str(directory), max_model_len=65)
 
 

@@ -487,7 +487,11 @@ class BatchMachine(RuleBasedStateMachine):
         waiting = [sequence for sequence in self.live if not sequence.block_table]
         if not waiting:
             return
-        first = max(waiting, key=lambda each: each.key)
+        best = min((-each.key, each.request.arrival) for each in waiting)
+        tied = [each for each in waiting if (-each.key, each.request.arrival) == best]
+        assert not all(self.could_run(each, running) for each in tied)
+
+    def could_run(self, first: Sequence, running: list[Sequence]) -> bool:
         lower = [sequence for sequence in running if sequence.key < first.key]
         has_slot = len(running) - len(lower) < self.max_num_seqs
         free = self.scheduler.pool.num_free + sum(len(each.block_table) for each in lower)
@@ -497,7 +501,7 @@ class BatchMachine(RuleBasedStateMachine):
         claims = sum(each.num_tokens - each.num_computed_tokens for each in ahead) + len(decodes)
         if len(running) == self.max_num_seqs and running[-1] in decodes:
             claims -= 1
-        assert not (has_slot and has_blocks and claims < self.budget)
+        return has_slot and has_blocks and claims < self.budget
 
     @invariant()
     def books_balance(self) -> None:

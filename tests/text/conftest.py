@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,16 @@ BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 def byte_level_backend() -> Backend:
     """All 256 bytes, a few merges, special tokens, and an added token with a space in it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "w"), ("Ã", "©"), ("ð", "Ł"), ("e", "Ã")]
+    merges = [
+        ("h", "e"),
+        ("l", "l"),
+        ("he", "ll"),
+        ("hell", "o"),
+        ("Ġ", "w"),
+        ("Ã", "©"),
+        ("ð", "Ł"),
+        ("e", "Ã"),
+    ]
     vocabulary = {token: index for index, token in enumerate([*alphabet, *(a + b for a, b in merges)])}
     backend = Backend(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -65,8 +75,8 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 }
 
 
-def save_tokenizer(backend: Backend, directory: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
-    """Writes the files of a Hugging Face tokenizer whose text ends with `</s>`."""
+def save(backend: Backend, directory: Path, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+    """Writes the files of a Hugging Face tokenizer whose end token is `</s>`."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(directory)
@@ -76,12 +86,16 @@ def save_tokenizer(backend: Backend, directory: Path, *, chat_template: str | No
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     """One tokenizer of each kind, by its name in BACKENDS."""
-    return {
-        kind: Tokenizer(save_tokenizer(make(), tmp_path_factory.mktemp(kind))) for kind, make in BACKENDS.items()
-    }
+    return {kind: Tokenizer(save(make(), tmp_path_factory.mktemp(kind))) for kind, make in BACKENDS.items()}
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizers: dict[str, Tokenizer]) -> Tokenizer:
     """The byte-level one."""
     return tokenizers["byte_level"]
+
+
+@pytest.fixture
+def save_tokenizer(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the byte-level tokenizer's files, with a `chat_template` of one's own."""
+    return partial(save, byte_level_backend(), tmp_path)

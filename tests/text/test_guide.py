@@ -28,7 +28,11 @@ def accepts(vocabulary: LLTokenizer, guide: Guide, text: str) -> bool:
 @pytest.mark.parametrize(
     ("guide", "yes", "no"),
     [
-        (Guide(json='{"type": "object", "properties": {"a": {"type": "integer"}}}'), '{"a": 1}', '{"a": "x"}'),
+        (
+            Guide(json='{"type": "object", "properties": {"a": {"type": "integer"}}}'),
+            '{"a": 1}',
+            '{"a": "x"}',
+        ),
         (Guide(regex="[0-9]{3}"), "123", "12"),
         (Guide(choice=["yes", "no"]), "no", "maybe"),
         (Guide(grammar='start: "(" start ")" | "x"'), "((x))", "((x)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,7 @@ from fastserve.config import ConfigError
 from fastserve.errors import RequestError
 from fastserve.text.tokenizer import Tokenizer
 
-from .conftest import byte_level_backend, save_tokenizer
-
+SaveTokenizer = Callable[..., Path]
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
@@ -36,23 +36,22 @@ def test_vocabulary(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_text(tokenizer.eos_token_ids[0]) == "</s>"
 
 
-def test_end_tokens_of_the_generation_config(tmp_path: Path) -> None:
-    directory = save_tokenizer(byte_level_backend(), tmp_path)
+def test_end_tokens_of_the_generation_config(tokenizer: Tokenizer, save_tokenizer: SaveTokenizer) -> None:
+    directory = save_tokenizer()
     (directory / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
-    end = byte_level_backend().token_to_id("</s>")
-    assert Tokenizer(directory).eos_token_ids == [3, 5, end]
+    assert Tokenizer(directory).eos_token_ids == [3, 5, *tokenizer.eos_token_ids]
     assert Tokenizer(directory, eos_token_ids=[7]).eos_token_ids == [7]
 
 
-def test_chat_without_a_template(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(save_tokenizer(byte_level_backend(), tmp_path, chat_template=None))
+def test_chat_without_a_template(save_tokenizer: SaveTokenizer) -> None:
+    tokenizer = Tokenizer(save_tokenizer(chat_template=None))
     with pytest.raises(RequestError, match=r"`messages`: this model has no chat template"):
         tokenizer.render_chat(MESSAGES)
 
 
-def test_chat_that_the_template_refuses(tmp_path: Path) -> None:
+def test_chat_that_the_template_refuses(save_tokenizer: SaveTokenizer) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
-    tokenizer = Tokenizer(save_tokenizer(byte_level_backend(), tmp_path, chat_template=template))
+    tokenizer = Tokenizer(save_tokenizer(chat_template=template))
     with pytest.raises(RequestError, match=r"`messages`: .*roles must alternate"):
         tokenizer.render_chat(MESSAGES)
 
@@ -62,12 +61,22 @@ def test_directory_without_a_tokenizer(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": {"type": "Nonsense"}}', b"\xff".decode("latin-1")])
+def test_directory_with_a_broken_tokenizer(save_tokenizer: SaveTokenizer, content: str) -> None:
+    directory = save_tokenizer()
+    (directory / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"`model`: no tokenizer could be read from"):
+        Tokenizer(directory)
+
+
 def run_python(*lines: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    return subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True
+    )
 
 
-def test_torch_is_kept_out_silently(tmp_path: Path) -> None:
-    directory = save_tokenizer(byte_level_backend(), tmp_path)
+def test_torch_is_kept_out_silently(save_tokenizer: SaveTokenizer) -> None:
+    directory = save_tokenizer()
     done = run_python(
         "import sys",
         "from fastserve.text.tokenizer import Tokenizer, keep_torch_out",

@@ -111,7 +111,7 @@ def paged_attention(
     """
     if not isinstance(attention_mask, CausalMask):
         raise ModelError(
-            f"{type(module).__name__} wants a bias, or a mask that is not causal (with or without a sliding window)"
+            f"{type(module).__name__} wants a bias, or a mask that is not causal, with or without a window"
         )
     if s_aux is not None:
         raise ModelError(f"{type(module).__name__} has attention sinks, which paged attention has not")

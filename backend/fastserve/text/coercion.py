@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -12,6 +12,7 @@ from fastserve.errors import RequestError, invalid
 
 MAX_JSON_DEPTH = 128
 _INT64 = range(-(2**63), 2**63)
+_PLAIN = (str, int, float, list, tuple, dict)
 
 
 def decode_text(field: str, value: object) -> str:
@@ -55,24 +56,33 @@ def coerce(field: str, value: object, kind: Any, allowed: str | None = None) -> 
     "0.5" is a number, "true" a boolean, and a string of JSON a list or an object; a boolean is no number and
     "1.5" no integer. Raises RequestError, which says what is `allowed` (default: what the type says).
     """
-    described = inspect.type_info(kind)
-    allowed = allowed or describe(described)
+    described, words = _described(kind)
     if isinstance(value, bytes | bytearray) or (
         isinstance(value, str) and isinstance(described, inspect.StrType)
     ):
         value = decode_text(field, value)
     if isinstance(value, str) and isinstance(described, inspect.ListType | inspect.DictType):
         value = decode_json(field, value)
+    allowed = allowed or words
+    if not isinstance(value, _PLAIN):  # msgspec would look inside objects of any other class
+        raise invalid(field, value, allowed)
     try:
         result = msgspec.convert(value, kind, strict=False)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise invalid(field, value, allowed) from error
     if isinstance(result, int) and result not in _INT64:
         raise invalid(field, value, f"{allowed}, in 64 bits")
     return result
 
 
-def describe(kind: inspect.Type) -> str:
+@cache
+def _described(kind: Any) -> tuple[inspect.Type, str]:
+    """What msgspec knows of a type, and the same in words."""
+    described = inspect.type_info(kind)
+    return described, _words(described)
+
+
+def _words(kind: inspect.Type) -> str:
     """A type in words, with its bounds."""
     if isinstance(kind, inspect.IntType):
         return "an integer" + _bounds(kind)
@@ -83,11 +93,11 @@ def describe(kind: inspect.Type) -> str:
     if isinstance(kind, inspect.StrType):
         return "text" if kind.max_length is None else f"text of at most {kind.max_length} characters"
     if isinstance(kind, inspect.ListType):
-        return f"a list, each element {describe(kind.item_type)}"
+        return f"a list, each element {_words(kind.item_type)}"
     if isinstance(kind, inspect.DictType):
-        return f"an object from {describe(kind.key_type)} to {describe(kind.value_type)}"
+        return f"an object from {_words(kind.key_type)} to {_words(kind.value_type)}"
     if isinstance(kind, inspect.UnionType):
-        return " or ".join(describe(member) for member in kind.types)
+        return " or ".join(_words(member) for member in kind.types)
     if isinstance(kind, inspect.NoneType):
         return "null"
     raise TypeError(f"no words for {kind}")
@@ -120,9 +130,9 @@ def _is_deeper(value: object, limit: int) -> bool:
         item, depth = pending.pop()
         if depth > limit:
             return True
-        if isinstance(item, Mapping):
+        if isinstance(item, dict):
             pending += [(child, depth + 1) for child in item.values()]
-        elif isinstance(item, Sequence) and not isinstance(item, str | bytes | bytearray):
+        elif isinstance(item, list | tuple):
             pending += [(child, depth + 1) for child in item]
     return False
 

@@ -82,7 +82,7 @@ def is_sampling_name(name: str) -> bool:
 def unknown_name(what: str, name: object, allowed: Iterable[str]) -> RequestError:
     """The error for a name that is none of those allowed; it offers the nearest."""
     shown = str(name)[:60].encode(errors="backslashreplace").decode()
-    near = difflib.get_close_matches(shown, allowed, n=1)
+    near = difflib.get_close_matches(shown, allowed, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`? " if near else ""
     return RequestError(f"`{shown}`: no such {what}; {hint}allowed: {', '.join(sorted(allowed))}")
 

@@ -46,7 +46,7 @@ class Tokenizer:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # malformed files break transformers and tokenizers in any way
             raise ConfigError(f"`model`: no tokenizer could be read from {directory}: {error}") from error
         if not getattr(self._tokenizer, "is_fast", False):
             raise ConfigError(

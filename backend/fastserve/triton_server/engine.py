@@ -79,6 +79,7 @@ class EngineStep:
         with self._lock:
             for triton_request in requests:
                 self._dispatch(triton_request, triton_request.get_response_sender())
+            self._room.open()
             self._tell_room()
 
     def _dispatch(self, triton_request: Any, sender: Any) -> None:

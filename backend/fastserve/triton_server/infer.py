@@ -6,6 +6,7 @@ and answers when that has answered, and takes other requests meanwhile.
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +14,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from fastserve.errors import RequestError, invalid
+from fastserve.triton_server.inputs import read_parameters
 from fastserve.triton_server.tensors import FINAL, error_response
+
+logger = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 256
 """Requests that wait for their answer at once; each has a thread. More wait for one of these to end."""
@@ -36,7 +40,9 @@ class InferStep:
 def _serve(request: Any, sender: Any) -> None:
     try:
         response = _ask(request)
-    except RequestError as error:
+    except Exception as error:  # whatever it is, the client must not wait for ever
+        if not isinstance(error, RequestError):
+            logger.exception("a request could not be served")
         response = error_response(error)
     sender.send(response, flags=FINAL)
 
@@ -51,7 +57,7 @@ def _ask(request: Any) -> pb_utils.InferenceResponse:
         inputs=list(request.inputs()),
         request_id=request.request_id(),
         timeout=request.timeout(),
-        parameters=request.parameters(),
+        parameters=read_parameters(request),
     )
     for response in inner.exec(decoupled=True):
         if response.has_error():

@@ -244,6 +244,7 @@ class Server:
             if stub_lost_at and time.monotonic() - stub_lost_at > START_LOSS_SECONDS:
                 return loss or "a model's process ended while it loaded"
             if self.process.is_ready():
+                self._watch.search()
                 return None
             time.sleep(POLL_SECONDS)
         return None

@@ -21,9 +21,16 @@ class RoomTeller:
         self._changed = threading.Condition()
         self._last: Room | None = None
         self._next: Room | None = None
+        self._is_open = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="room", daemon=True)
         self._thread.start()
+
+    def open(self) -> None:
+        """Begins to send: the server is up. A request to another model while ours is loading kills the server (2.51)."""
+        with self._changed:
+            self._is_open = True
+            self._changed.notify()
 
     def tell(self, incarnation: str, received: int, free_slots: int, lowest_key: float | None) -> None:
         """The numbers of `Room`; nothing is sent where they are those of the last time."""
@@ -38,7 +45,7 @@ class RoomTeller:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._next is not None)
+                self._changed.wait_for(lambda: self._stopping or (self._is_open and self._next is not None))
                 if self._stopping:
                     return
                 room, self._next = self._next, None

@@ -43,12 +43,19 @@ def check_ports(host: str, ports: Ports) -> None:
             raise StartError(f"{flag} and {taken[port]} are both {port}: give each its own port")
         taken[port] = flag
         try:
-            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-            socket.create_server((host, port), family=family).close()
+            _bind_once(host, port)
         except OSError as error:
             raise StartError(
                 f"cannot listen on {host}:{port}: {error.strerror}; give another port with {flag}"
             ) from error
+
+
+def _bind_once(host: str, port: int) -> None:
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    with socket.socket(family) as probe:
+        # As the server does: a port whose last connection has just been closed is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
 
 
 def check_shared_memory(needed: int) -> None:

@@ -25,15 +25,18 @@ class Watch:
         self._stubs: dict[psutil.Process, str] = {}
         self._next_search = 0.0
 
+    def search(self) -> None:
+        """Looks for new stubs. One that dies before it is found here goes unnoticed."""
+        self._stubs |= self._server.stubs()
+        self._next_search = time.monotonic() + SEARCH_SECONDS
+
     def loss(self) -> str | None:
         """What has died since the last call, as a sentence; None: nothing."""
         end = self._server.end()
         if end:
             return end
-        now = time.monotonic()
-        if now >= self._next_search:
-            self._next_search = now + SEARCH_SECONDS
-            self._stubs |= self._server.stubs()
+        if time.monotonic() >= self._next_search:
+            self.search()
         for stub, model in list(self._stubs.items()):
             if not is_alive(stub):
                 del self._stubs[stub]

@@ -1,0 +1,93 @@
+"""A closed loop of clients over a list of jobs, and its figures."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastserve.benchmark.targets import Target
+from fastserve.benchmark.workload import Job
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One request as its client saw it; seconds."""
+
+    num_tokens: int
+    first_token: float
+    total: float
+
+    @property
+    def per_output_token(self) -> float:
+        """Mean time between tokens after the first."""
+        return (self.total - self.first_token) / max(1, self.num_tokens - 1)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run of many jobs gave."""
+
+    tokens_per_second: float
+    """Output tokens of all jobs over the time from the first start to the last end."""
+    timings: list[Timing]
+
+    def first_token_ms(self, percent: int) -> float:
+        return 1e3 * _percentile([timing.first_token for timing in self.timings], percent)
+
+    def per_output_token_ms(self, percent: int) -> float:
+        return 1e3 * _percentile([timing.per_output_token for timing in self.timings], percent)
+
+
+def run_load(target: Target, jobs: list[Job], num_clients: int) -> Figures:
+    """Serves the jobs with `num_clients` clients, each sending its next job when its last one has ended.
+
+    Raises what a job raises.
+    """
+    queue = iter(jobs)
+    lock = threading.Lock()
+    timings: list[Timing] = []
+    errors: list[Exception] = []
+
+    def client() -> None:
+        try:
+            for job in _shared(queue, lock):
+                timings.append(_time(target, job))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=client) for _ in range(num_clients)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - start
+    if errors:
+        raise errors[0]
+    return Figures(sum(timing.num_tokens for timing in timings) / seconds, timings)
+
+
+def _shared(queue: Iterator[Job], lock: threading.Lock) -> Iterator[Job]:
+    while True:
+        with lock:
+            job = next(queue, None)
+        if job is None:
+            return
+        yield job
+
+
+def _time(target: Target, job: Job) -> Timing:
+    start = time.perf_counter()
+    first, num_tokens = 0.0, 0
+    for new in target.stream(job):
+        if not num_tokens:
+            first = time.perf_counter() - start
+        num_tokens += new
+    return Timing(num_tokens, first, time.perf_counter() - start)
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]

@@ -1,0 +1,57 @@
+"""What a benchmark can be run against. Each answers a job as a stream of numbers of new tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+from fastserve_client import Client
+
+from fastserve.benchmark.workload import Job
+
+TargetName = Literal["in-process", "grpc", "http"]
+
+
+class Target(Protocol):
+    """Threads share one."""
+
+    def stream(self, job: Job) -> Iterator[int]:
+        """How many tokens each response brought."""
+
+    def close(self) -> None: ...
+
+
+class ServerTarget:
+    """A running server, through `fastserve_client`."""
+
+    def __init__(self, url: str, protocol: Literal["grpc", "http"]) -> None:
+        self._client = Client(url, protocol)
+
+    def stream(self, job: Job) -> Iterator[int]:
+        chunks = self._client.stream(
+            prompt_token_ids=job.prompt_token_ids, temperature=0, max_tokens=job.max_tokens, ignore_eos=True
+        )
+        for chunk in chunks:
+            yield chunk.num_output_tokens
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class InProcessTarget:
+    """The same engine inside this process, without Triton server."""
+
+    def __init__(self, model: str) -> None:
+        from fastserve.embedded import Model, ModelServer
+
+        self._server = ModelServer(Model.load(model)).start()
+
+    def stream(self, job: Job) -> Iterator[int]:
+        task = self._server.submit(
+            job.prompt_token_ids, temperature=0, max_tokens=job.max_tokens, ignore_eos=True
+        )
+        for response in task.responses():
+            yield response.num_output_tokens[0]
+
+    def close(self) -> None:
+        self._server.stop()

@@ -1,0 +1,48 @@
+"""`fastserve chat`: a conversation with the model, in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastserve.commands.source import (
+    SOURCE_ERRORS,
+    Source,
+    add_sampling_arguments,
+    add_source_arguments,
+    open_source,
+    sampling_of,
+)
+
+ERRORS = SOURCE_ERRORS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", help="the system message")
+    add_source_arguments(parser)
+    add_sampling_arguments(parser, max_tokens=512)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    with open_source(arguments) as source:
+        print("An empty line or Ctrl-D ends the conversation.")
+        while words := _read():
+            messages.append({"role": "user", "content": words})
+            messages.append({"role": "assistant", "content": _answer(source, messages, arguments)})
+    return 0
+
+
+def _read() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _answer(source: Source, messages: list[dict[str, str]], arguments: argparse.Namespace) -> str:
+    pieces = []
+    for text in source.stream(messages, **sampling_of(arguments)):
+        print(text, end="", flush=True)
+        pieces.append(text)
+    print()
+    return "".join(pieces)

@@ -1,0 +1,71 @@
+"""Where `generate` and `chat` get their text: a running server, or a model loaded into this process."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from fastserve_client import Client, FastServeError
+
+from fastserve.errors import RequestError
+from fastserve.models.model_error import ModelError
+
+SOURCE_ERRORS = (FastServeError, ModelError, RequestError)
+
+class Source(Protocol):
+    """Continues a text (str) or a chat (list of messages), piece by piece."""
+
+    def stream(self, prompt: str | list[dict[str, str]], **sampling: Any) -> Iterator[str]: ...
+
+
+class _Server:
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def stream(self, prompt: str | list[dict[str, str]], **sampling: Any) -> Iterator[str]:
+        given: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+        with self._client.stream(**given, **sampling) as chunks:
+            for chunk in chunks:
+                yield chunk.text
+
+
+class _Embedded:
+    def __init__(self, server: Any) -> None:
+        self._server = server
+
+    def stream(self, prompt: str | list[dict[str, str]], **sampling: Any) -> Iterator[str]:
+        yield from self._server.submit(prompt, **sampling)
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", help="gRPC address of a running server; without it the model is loaded here")
+    parser.add_argument("--model", default="", help="directory, GGUF file or hub name (default: the default model)")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="(default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="0: all tokens (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument("--stop", action="append", default=[], help="a string that ends the text; may be repeated")
+
+
+def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters that the command line gives."""
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
+@contextmanager
+def open_source(arguments: argparse.Namespace) -> Iterator[Source]:
+    if arguments.url:
+        with Client(arguments.url) as client:
+            yield _Server(client)
+    else:
+        from fastserve.embedded import Model, ModelServer
+
+        with ModelServer(Model.load(arguments.model)) as server:
+            yield _Embedded(server)

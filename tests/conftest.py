@@ -1,0 +1,35 @@
+"""What several areas of the tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastserve.model_files import ModelFiles, locate
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="the full samples: an hour, not minutes")
+
+
+@pytest.fixture(scope="session")
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether to take a full sample in place of a small one."""
+    return bool(request.config.getoption("--soak"))
+
+
+@pytest.fixture(scope="session")
+def default_model() -> ModelFiles:
+    """SmolLM2-135M-Instruct: fetched once, then in the user's cache."""
+    return locate("")
+
+
+@pytest.fixture(scope="session")
+def default_model_path(default_model: ModelFiles) -> Path:
+    return default_model.checkpoint
+
+
+@pytest.fixture(scope="session")
+def tokenizer_directory(default_model: ModelFiles) -> Path:
+    return default_model.tokenizer

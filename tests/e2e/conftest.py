@@ -1,0 +1,83 @@
+"""A real Triton server with the default model, started once per run on free ports."""
+
+from __future__ import annotations
+
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from fastserve.config import Config
+from fastserve.model_files import ModelFiles
+from fastserve.triton_server.command_line import ServerOptions
+from fastserve.triton_server.launcher import Server
+from fastserve.triton_server.start_checks import Ports
+
+START_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """Where a server is, as host:port, and what its metrics say."""
+
+    launcher: Server
+    http_url: str
+    grpc_url: str
+    metrics_url: str
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of FastServe's own metrics by its name with labels, as Prometheus reads them."""
+        with urllib.request.urlopen(f"http://{self.metrics_url}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        samples = (line.rsplit(" ", 1) for line in lines if line.startswith("fastserve_"))
+        return {name.replace('model="fastserve",', "").replace('{model="fastserve"}', ""): float(v) for name, v in samples}
+
+    def wait_for_metrics(self, holds: Callable[[dict[str, float]], bool], seconds: float) -> float:
+        """Waits until the metrics are so, and returns the seconds it took. Fails when it takes longer."""
+        start = time.monotonic()
+        while not holds(metrics := self.metrics()):
+            assert time.monotonic() - start < seconds, f"not so after {seconds} s: {metrics}"
+            time.sleep(0.02)
+        return time.monotonic() - start
+
+    def wait_until_idle(self, seconds: float) -> float:
+        """Waits until no request runs or waits and no KV block is held; returns the seconds it took."""
+        return self.wait_for_metrics(is_idle, seconds)
+
+
+def is_idle(metrics: dict[str, float]) -> bool:
+    """Whether nothing is being served."""
+    names = ("fastserve_requests_running", "fastserve_requests_waiting", "fastserve_requests_preempted", "fastserve_kv_blocks_used")
+    return all(value == 0 for name, value in metrics.items() if name.startswith(names))
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@contextmanager
+def running(model: ModelFiles, **settings: Any) -> Iterator[RunningServer]:
+    """A server of its own with these settings."""
+    ports = Ports(*free_ports(3))
+    options = ServerOptions(ports=ports, exit_timeout_seconds=5)
+    with Server(Config(model=str(model.checkpoint), **settings), options) as launcher:
+        launcher.wait_ready(START_SECONDS)
+        yield RunningServer(launcher, *(f"127.0.0.1:{port}" for port in (ports.http, ports.grpc, ports.metrics)))
+
+
+@pytest.fixture(scope="session")
+def server(default_model: ModelFiles) -> Iterator[RunningServer]:
+    with running(default_model) as running_server:
+        yield running_server

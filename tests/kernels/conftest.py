@@ -1,0 +1,68 @@
+"""Ragged paged batches with known contents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from fastserve_kernels.attention_metadata import AttentionMetadata
+from torch import Tensor
+
+
+@dataclass
+class PagedBatch:
+    """Sequences whose keys and values lie in shuffled blocks of a cache."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    meta: AttentionMetadata
+
+
+MakeBatch = Callable[..., PagedBatch]
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture()
+def make_batch() -> MakeBatch:
+    def make(
+        query_lens: list[int],
+        context_lens: list[int],
+        *,
+        heads: tuple[int, int] = (9, 3),
+        dims: tuple[int, int] = (64, 64),
+        block_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+    ) -> PagedBatch:
+        """heads: (queries', keys'); dims: (keys', values')."""
+        counts = [-(-length // block_size) for length in context_lens]
+        blocks = (torch.randperm(sum(counts)) + 1).tolist()
+        tables = [blocks[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
+        cache = (sum(counts) + 1, block_size, heads[1])
+        return PagedBatch(
+            q=torch.randn(sum(query_lens), heads[0], dims[0]).to(dtype),
+            k_cache=torch.randn(*cache, dims[0]).to(dtype),
+            v_cache=torch.randn(*cache, dims[1]).to(dtype),
+            meta=AttentionMetadata.build(query_lens, context_lens, tables, block_size, "cpu"),
+        )
+
+    return make
+
+
+@pytest.fixture()
+def rel_rms() -> Callable[[Tensor, Tensor], float]:
+    """The root mean square of the difference, relative to that of the second."""
+
+    def measure(came: Tensor, wanted: Tensor) -> float:
+        assert came.shape == wanted.shape
+        return float((came.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+
+    return measure

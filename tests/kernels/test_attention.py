@@ -1,0 +1,205 @@
+"""Paged attention: right, whatever the shapes; and the same to the bit, whatever the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fastserve_kernels import cpu_attention, ops, reference
+from fastserve_kernels.attention_metadata import AttentionMetadata
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+# Scores and partial results are rounded to bfloat16, as in transformers' eager attention.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+SCALE = 0.125
+
+
+def wanted_of(batch: Any, scale: float, window: int | None = None, softcap: float | None = None) -> Tensor:
+    meta = batch.meta
+    return reference.paged_attention(
+        batch.q.float(),
+        batch.k_cache.float(),
+        batch.v_cache.float(),
+        meta.query_start,
+        meta.context_lens,
+        meta.block_tables,
+        [],
+        scale,
+        window,
+        softcap,
+    )
+
+
+def came_of(batch: Any, scale: float, window: int | None = None, softcap: float | None = None) -> Tensor:
+    return ops.paged_attention(batch.q, batch.k_cache, batch.v_cache, batch.meta, scale, window, softcap)
+
+
+RAGGED = {
+    "one token": ([1], [1]),
+    "one decode": ([1], [220]),
+    "decodes around block and partition bounds": ([1] * 9, [1, 15, 16, 17, 127, 128, 129, 256, 257]),
+    "a prompt": ([100], [100]),
+    "a later chunk": ([70], [300]),
+    "chunks of a tile, less and more": ([63, 64, 65, 2], [63, 164, 265, 129]),
+    "decodes and chunks mixed": ([1, 5, 1, 130, 1, 3], [20, 33, 1, 130, 700, 131]),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", RAGGED)
+def test_equals_the_reference(
+    case: str, dtype: torch.dtype, make_batch: Any, rel_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    batch = make_batch(*RAGGED[case], dtype=dtype)
+    came = came_of(batch, SCALE)
+    assert came.dtype == dtype
+    assert rel_rms(came, wanted_of(batch, SCALE)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1, 16, 100])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(
+    ("heads", "dims", "block_size"),
+    [((9, 3), (64, 64), 16), ((4, 4), (24, 40), 7), ((8, 1), (128, 64), 1), ((2, 2), (16, 16), 200)],
+)
+def test_equals_the_reference_for_every_kind(
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    block_size: int,
+    softcap: float | None,
+    window: int | None,
+    dtype: torch.dtype,
+    make_batch: Any,
+    rel_rms: Callable[[Tensor, Tensor], float],
+) -> None:
+    lengths = RAGGED["decodes and chunks mixed"]
+    batch = make_batch(*lengths, heads=heads, dims=dims, block_size=block_size, dtype=dtype)
+    scale = dims[0] ** -0.5
+    came = came_of(batch, scale, window, softcap)
+    assert rel_rms(came, wanted_of(batch, scale, window, softcap)) < TOLERANCE[dtype]
+
+
+def test_work_beyond_one_group(
+    make_batch: Any, rel_rms: Callable[[Tensor, Tensor], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_attention, "GROUP_KEYS", 1024)
+    batch = make_batch(*RAGGED["decodes and chunks mixed"])
+    assert rel_rms(came_of(batch, SCALE), wanted_of(batch, SCALE)) < 1e-5
+
+
+def test_nothing_to_do(make_batch: Any) -> None:
+    batch = make_batch([], [], dims=(64, 40))
+    assert came_of(batch, SCALE).shape == (0, 9, 40)
+
+
+def test_queries_that_lie_apart(make_batch: Any) -> None:
+    batch = make_batch([1, 5], [20, 33])
+    contiguous = came_of(batch, SCALE)
+    batch.q = torch.cat((batch.q, batch.q), 1)[:, :9]
+    assert torch.equal(came_of(batch, SCALE), contiguous)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_lies_beyond_the_context_has_no_effect(dtype: torch.dtype, make_batch: Any) -> None:
+    """The rest of a last block, and blocks of others, may hold the largest of finite numbers."""
+    query_lens, context_lens = RAGGED["decodes and chunks mixed"]
+    batch = make_batch(query_lens, context_lens, dtype=dtype)
+    before = came_of(batch, SCALE)
+    used = torch.zeros(batch.k_cache.shape[:2], dtype=torch.bool)
+    for table, length in zip(batch.meta.block_tables, context_lens, strict=True):
+        positions = torch.arange(length)
+        used[table[positions // 16], positions % 16] = True
+    assert not used.all()
+    batch.k_cache[~used] = 1e25
+    batch.v_cache[~used] = torch.finfo(dtype).max
+    assert torch.equal(came_of(batch, SCALE), before)
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"heads": (4, 4), "dims": (128, 128)},
+    {"heads": (16, 2), "dims": (128, 64), "block_size": 32},
+    {"heads": (5, 1), "dims": (80, 80), "block_size": 256},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (150, None), (None, 3.0)])
+def test_a_token_is_the_same_however_its_prompt_was_cut(
+    window: int | None, softcap: float | None, kind: dict[str, Any], dtype: torch.dtype, make_batch: Any
+) -> None:
+    """Whole, in chunks of any length, or token by token; to the last bit."""
+    length = 2500
+    whole = make_batch([length], [length], dtype=dtype, **kind)
+    wanted = came_of(whole, SCALE, window, softcap)
+    table = whole.meta.block_tables.tolist()
+    cuts = [
+        (0, 1),
+        (0, 3),
+        (1, 64),
+        (63, 130),
+        (127, 128),
+        (128, 700),
+        (698, 699),
+        (2040, 2200),
+        (2499, 2500),
+    ]
+    for first, last in cuts:
+        meta = AttentionMetadata.build([last - first], [last], table, whole.meta.block_size, "cpu")
+        came = ops.paged_attention(
+            whole.q[first:last].clone(), whole.k_cache, whole.v_cache, meta, SCALE, window, softcap
+        )
+        assert torch.equal(came, wanted[first:last]), (first, last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sequence_is_the_same_in_any_batch(
+    kind: dict[str, Any], dtype: torch.dtype, make_batch: Any
+) -> None:
+    query_lens = [1, 1, 5, 1, 64, 1, 1, 100, 2, 1]
+    context_lens = [16, 220, 33, 600, 64, 1, 1500, 300, 129, 128]
+    batch = make_batch(query_lens, context_lens, dtype=dtype, **kind)
+    wanted = came_of(batch, SCALE)
+    start = batch.meta.query_start.tolist()
+    for i, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
+        table = batch.meta.block_tables[i].tolist()
+        alone = AttentionMetadata.build([query_len], [context_len], [table], batch.meta.block_size, "cpu")
+        rows = slice(start[i], start[i + 1])
+        came = ops.paged_attention(batch.q[rows], batch.k_cache, batch.v_cache, alone, SCALE)
+        assert torch.equal(came, wanted[rows]), i
+
+
+@given(data=st.data(), block_size=st.sampled_from([1, 3, 16, 130]))
+@settings(max_examples=40, deadline=None)
+def test_metadata_says_where_each_token_stands(data: st.DataObject, block_size: int) -> None:
+    lengths = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 300)), max_size=8))
+    query_lens = [query for query, _ in lengths]
+    context_lens = [query + before for query, before in lengths]
+    tables = [[100 * i + j for j in range(-(-c // block_size) + i % 2)] for i, c in enumerate(context_lens)]
+    meta = AttentionMetadata.build(query_lens, context_lens, tables, block_size, "cpu")
+    positions = [p for q, c in zip(query_lens, context_lens, strict=True) for p in range(c - q, c)]
+    owners = [i for i, q in enumerate(query_lens) for _ in range(q)]
+    assert meta.positions.tolist() == positions
+    assert meta.slot_mapping.tolist() == [
+        tables[i][p // block_size] * block_size + p % block_size
+        for i, p in zip(owners, positions, strict=True)
+    ]
+    assert meta.last_token_index.tolist() == [sum(query_lens[: i + 1]) - 1 for i in range(len(lengths))]
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "context_lens", "tables"),
+    [([0], [1], [[1]]), ([2], [1], [[1]]), ([1], [17], [[1]]), ([1], [1], []), ([1, 1], [1], [[1]])],
+)
+def test_metadata_refuses_what_cannot_be(
+    query_lens: list[int], context_lens: list[int], tables: list[list[int]]
+) -> None:
+    with pytest.raises(ValueError, match="query_len"):
+        AttentionMetadata.build(query_lens, context_lens, tables, 16, "cpu")

@@ -1,0 +1,81 @@
+"""A dead process is noticed; an unloaded model is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import cast
+
+import psutil
+import pytest
+from fastserve.triton_server.server_process import ServerProcess, is_alive
+from fastserve.triton_server.watch import Watch
+
+
+class FakeServer:
+    """A server whose one stub is a real process."""
+
+    def __init__(self, stub: psutil.Process) -> None:
+        self.stub = stub
+        self.state = "READY"
+        self.ended: str | None = None
+
+    def end(self) -> str | None:
+        return self.ended
+
+    def stubs(self) -> dict[psutil.Process, str]:
+        return {self.stub: "engine"} if is_alive(self.stub) else {}
+
+    def model_state(self, model: str) -> str:
+        assert model == "engine"
+        return self.state
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+def watched(child: subprocess.Popen[bytes]) -> tuple[FakeServer, Watch]:
+    server = FakeServer(psutil.Process(child.pid))
+    watch = Watch(cast(ServerProcess, server))
+    assert watch.loss() is None
+    return server, watch
+
+
+@pytest.mark.parametrize("state", ["READY", ""])
+def test_a_stub_that_died_is_noticed_once(child: subprocess.Popen[bytes], state: str) -> None:
+    server, watch = watched(child)
+    server.state = state
+    child.kill()
+    child.wait()
+    assert watch.loss() == "the process of model `engine` ended"
+    assert watch.loss() is None
+
+
+@pytest.mark.parametrize("state", ["UNLOADING", "UNAVAILABLE"])
+def test_a_model_that_was_unloaded_is_no_loss(child: subprocess.Popen[bytes], state: str) -> None:
+    server, watch = watched(child)
+    server.state = state
+    child.kill()
+    child.wait()
+    assert watch.loss() is None
+
+
+def test_a_server_that_ended_is_noticed(child: subprocess.Popen[bytes]) -> None:
+    server, watch = watched(child)
+    server.ended = "tritonserver was ended by SIGSEGV"
+    assert watch.loss() == server.ended
+
+
+def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes]) -> None:
+    process = psutil.Process(child.pid)
+    assert is_alive(process)
+    child.kill()
+    psutil.wait_procs([process], timeout=0)
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        pass
+    assert not is_alive(process)

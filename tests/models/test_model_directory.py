@@ -1,0 +1,149 @@
+"""Where a model's files are found, and which tokens end an answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from fastserve.models.model_directory import (
+    eos_token_ids,
+    resolve_model_path,
+    resolve_tokenizer_directory,
+)
+from fastserve.models.model_error import ModelError
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+TEMPLATE = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+
+
+@pytest.fixture
+def gguf_with_tokenizer(tmp_path: Path) -> Path:
+    """A file with a byte-level vocabulary, one merge and one control token."""
+    tokens = [*bytes_to_unicode().values(), "ab", "<|end|>"]
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 257 + [3])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(257)
+    writer.add_eot_token_id(5)
+    writer.add_chat_template(TEMPLATE)
+    # transformers wants to see a whole model's config before it looks at the tokenizer.
+    writer.add_context_length(16)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "model.gguf"
+
+
+def test_tokenizer_of_a_gguf_file_is_converted_once(
+    gguf_with_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = resolve_tokenizer_directory(gguf_with_tokenizer)
+    assert directory.parent == tmp_path / "cache" / "fastserve" / "tokenizers"
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert tokenizer("ab<|end|>").input_ids == [256, 257]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "[x]"
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    moved = gguf_with_tokenizer.rename(tmp_path / "moved.gguf")
+    assert resolve_tokenizer_directory(moved) == directory
+
+
+def test_a_cached_tokenizer_is_found_without_torch(
+    gguf_with_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = resolve_tokenizer_directory(gguf_with_tokenizer)
+    program = (
+        "import sys; from fastserve.models.model_directory import *;"
+        f"print(resolve_tokenizer_directory({str(gguf_with_tokenizer)!r}),"
+        f" eos_token_ids({str(gguf_with_tokenizer)!r}), 'torch' in sys.modules)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert output.strip() == f"{directory} [5, 257] False"
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("of our own")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="cannot convert its tokenizer"):
+        resolve_tokenizer_directory(tmp_path / "model.gguf")
+    assert list((tmp_path / "cache" / "fastserve" / "tokenizers").iterdir()) == []
+
+
+def test_a_directory_is_its_own_tokenizer_directory(tmp_path: Path) -> None:
+    assert resolve_tokenizer_directory(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, []),
+        ({"config.json": {"eos_token_id": 2}}, [2]),
+        ({"config.json": {"eos_token_id": [4, 3]}}, [3, 4]),
+        ({"config.json": {"text_config": {"eos_token_id": 2}}}, [2]),
+        ({"config.json": {"eos_token_id": 2}, "generation_config.json": {"eos_token_id": [7, 5]}}, [5, 7]),
+        ({"config.json": {"eos_token_id": 2}, "generation_config.json": {"temperature": 1}}, [2]),
+        ({"config.json": {"eos_token_id": 2}, "tokenizer_config.json": {"eos_token": "<end>"}}, [1, 2]),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<end>"}}}, [1]),
+        ({"tokenizer_config.json": {"eos_token": "<unknown>"}}, []),
+        ({"config.json": {"eos_token_id": None}, "tokenizer_config.json": {"eos_token": None}}, []),
+    ],
+)
+def test_end_tokens_of_a_directory(files: dict[str, Any], expected: list[int], tmp_path: Path) -> None:
+    Tokenizer(models.WordLevel({"a": 0, "<end>": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert eos_token_ids(tmp_path) == expected
+
+
+def test_a_broken_json_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        eos_token_ids(tmp_path)
+
+
+@pytest.mark.parametrize("model", ["/no/such/model", "./owner/name", "nosuchmodel", "a/b/c"])
+def test_a_path_that_is_not_there_is_refused(model: str) -> None:
+    with pytest.raises(ModelError, match="no such file or directory"):
+        resolve_model_path(model)
+
+
+def test_a_hub_name_without_a_network_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=r"owner/name: not on this machine, .*`hf download owner/name`"):
+        resolve_model_path("owner/name")
+
+
+def test_a_name_that_the_hub_cannot_have_is_refused() -> None:
+    with pytest.raises(ModelError, match="the hub refused it"):
+        resolve_model_path("owner/na me")
