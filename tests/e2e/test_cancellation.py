@@ -1,0 +1,131 @@
+"""A request whose client is gone costs nothing more, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from fastserve_client import Client, DeadlineExceeded, FastServeError
+
+ENDLESS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 4000, "ignore_eos": True}
+SMALL, FULL = 100, 1000
+
+
+@pytest.fixture
+def client(server: Any) -> Iterator[Client]:
+    with Client(server.grpc_url) as client:
+        yield client
+    server.wait_until_idle(10)
+
+
+def requests_by_outcome(server: Any, outcome: str) -> float:
+    return server.metrics().get(f'fastserve_requests_total{{outcome="{outcome}"}}', 0)
+
+
+def test_grpc_cancel_frees_the_blocks_within_a_second(server: Any, client: Client) -> None:
+    before = requests_by_outcome(server, "cancelled")
+    stream = client.stream("Count up.", **ENDLESS)
+    next(iter(stream))
+    server.wait_for_metrics(lambda metrics: metrics["fastserve_kv_blocks_used"] > 0, 5)
+    stream.close()
+    assert server.wait_until_idle(5) < 1.0
+    assert requests_by_outcome(server, "cancelled") == before + 1
+
+
+def test_http_disconnect_frees_the_blocks_within_a_second(server: Any) -> None:
+    host, port = server.http_url.split(":")
+    body = b'{"text_input": "Count up.", "stream": true, "parameters": {"max_tokens": 4000, "ignore_eos": true}}'
+    head = f"POST /v2/models/fastserve/generate_stream HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + body)
+        assert b"data: " in connection.recv(4096) + connection.recv(4096)
+        server.wait_for_metrics(lambda metrics: metrics["fastserve_kv_blocks_used"] > 0, 5)
+    assert server.wait_until_idle(5) < 1.0
+
+
+def test_a_client_deadline_frees_the_blocks_within_a_second(server: Any, client: Client) -> None:
+    with pytest.raises(DeadlineExceeded):
+        client.generate("Count up.", timeout=1.0, **ENDLESS)
+    assert server.wait_until_idle(5) < 1.0
+
+
+def test_a_request_over_its_time_is_ended_by_the_server(server: Any) -> None:
+    before = requests_by_outcome(server, "timeout")
+    with Client(server.http_url, "http", retries=0) as client, pytest.raises(FastServeError):
+        client.generate("Count up.", timeout=0.7, **ENDLESS)
+    server.wait_for_metrics(lambda _: requests_by_outcome(server, "timeout") == before + 1, 2)
+    assert server.wait_until_idle(5) < 1.0
+
+
+def test_random_cancels_leave_nothing(server: Any, client: Client, soak: bool) -> None:
+    """Many clients, each leaving at a random moment: before, in or after the queue, prompt or answer."""
+    run_cancels(client, 60, seed=1)  # what is allocated once is allocated now
+    server.wait_until_idle(20)
+    before = memory_of(server)
+    run_cancels(client, FULL if soak else SMALL, seed=2)
+    assert server.wait_until_idle(20) < 20
+    after = memory_of(server)
+    for name, size in before.items():
+        assert after[name] <= size * 1.05, f"{name} grew from {size} to {after[name]} bytes"
+
+
+def run_cancels(client: Client, count: int, seed: int) -> None:
+    numbers = random.Random(seed)
+    jobs = [(numbers.randrange(1, 400), numbers.uniform(0, 0.6)) for _ in range(count)]
+    lock = threading.Lock()
+
+    def leave_early() -> None:
+        while True:
+            with lock:
+                if not jobs:
+                    return
+                prompt_length, seconds = jobs.pop()
+            prompt = [100 + (seed * 7919 + prompt_length * i) % 9000 for i in range(prompt_length)]
+            with client.stream(prompt_token_ids=prompt, **ENDLESS) as stream:
+                closer = threading.Timer(seconds, stream.close)
+                closer.start()
+                try:
+                    for _ in stream:
+                        pass
+                except FastServeError as error:
+                    assert error.code == "CANCELLED", error
+                closer.cancel()
+
+    threads = [threading.Thread(target=leave_early) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def memory_of(server: Any) -> dict[str, int]:
+    """Resident bytes of the server's processes by what they are."""
+    process = psutil.Process(server.launcher.process.pid)
+    sizes = {"tritonserver": process.memory_info().rss}
+    for child in process.children(recursive=True):
+        words = child.cmdline()
+        name = next((word.split("/")[-3] for word in words if word.endswith("model.py")), " ".join(words)[-60:])
+        sizes[name] = child.memory_info().rss
+    return sizes
+
+
+def test_a_queue_timeout_is_told_and_costs_nothing(default_model: Any) -> None:
+    from conftest import running
+
+    with running(default_model, max_num_seqs=1, max_num_batched_tokens=64, max_queue_seconds=0.5) as server:
+        with Client(server.grpc_url, retries=0) as client:
+            first = client.stream("Count up.", **ENDLESS)
+            next(iter(first))
+            start = time.monotonic()
+            with pytest.raises(FastServeError, match="queue") as error:
+                client.generate("Hello", max_tokens=4)
+            assert error.value.code == "UNAVAILABLE"
+            assert 0.4 < time.monotonic() - start < 2
+            first.close()
+        assert server.wait_until_idle(5) < 1.0

@@ -1,0 +1,180 @@
+"""Every malformed request gets an error that names the field; good ones beside it never notice."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import running
+from fastserve_client import Client, FastServeError
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+SMALL, FULL = 120, 1000
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+texts = st.text(max_size=8)
+out_of_range: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.floats(max_value=-0.001) | st.floats(min_value=100.1) | st.just("warm"),
+    "top_p": st.floats(max_value=0.0) | st.floats(min_value=1.001),
+    "top_k": st.integers(max_value=-2) | st.floats(0.1, 0.9),
+    "min_p": st.floats(max_value=-0.001) | st.floats(min_value=1.001),
+    "max_tokens": st.integers(max_value=0) | st.just("many"),
+    "n": st.integers(max_value=0) | st.integers(min_value=65),
+    "repetition_penalty": st.floats(max_value=0.0),
+    "presence_penalty": st.floats(min_value=2.001),
+    "seed": st.integers(min_value=2**63) | st.just("lucky"),
+    "stop": st.just([""]) | st.integers(),
+    "stop_token_ids": st.just([-1]) | st.just([10**9]) | st.just("x"),
+    "logprobs": st.integers(min_value=21) | st.integers(max_value=-1),
+    "logit_bias": st.just({"x": 1}) | st.just({"5": "a"}) | st.just({str(10**9): 1}),
+    "ignore_eos": st.just("perhaps"),
+    "bad_words": st.integers() | st.just([5]),
+    "structured_outputs": st.just({"regex": "("}) | st.just({"json": "{"}) | st.just({"both": 1}) | st.just(7),
+    "tempurature": st.just(0.5),
+    "best_of": st.just(3),
+    "priority": st.just(2**40) | st.just("high"),
+    "timeout": st.just(-5),
+}
+
+
+def bodies() -> st.SearchStrategy[tuple[bytes, str]]:
+    """A body for `generate`, and the word that its error must contain."""
+    bad_parameter = st.sampled_from(sorted(out_of_range)).flatmap(
+        lambda name: out_of_range[name].map(
+            lambda value: (json.dumps({"text_input": "Hi", "parameters": {name: value}}).encode(), name)
+        )
+    )
+    bad_sampling = st.sampled_from(sorted(set(out_of_range) - {"priority", "timeout"})).flatmap(
+        lambda name: out_of_range[name].map(
+            lambda value: (
+                json.dumps({"text_input": "Hi", "sampling_parameters": json.dumps({name: value})}).encode(),
+                name,
+            )
+        )
+    )
+    others = st.sampled_from(
+        [
+            (b'{"parameters": {"max_tokens": 4}}', "text_input"),
+            (b'{"text_input": ""}', "text_input"),
+            (b'{"text_input": "a", "messages": "[]"}', "text_input"),
+            (b'{"messages": "not json"}', "messages"),
+            (b'{"messages": "[]"}', "messages"),
+            (b'{"messages": "[{\\"role\\": 5}]"}', "messages"),
+            (b'{"text_input": "a", "sampling_parameters": "{"}', "sampling_parameters"),
+            (b'{"text_input": "a", "sampling_parameters": "[1]"}', "sampling_parameters"),
+            (b'{"text_input": "a", "stream": true, "exclude_input_in_output": false}', "exclude_input_in_output"),
+            (b'{"prompt_token_ids": [-1]}', "prompt_token_ids"),
+            (b'{"prompt_token_ids": [999999999]}', "prompt_token_ids"),
+            (json.dumps({"text_input": "word " * 9000}).encode(), "text_input"),
+            (json.dumps({"text_input": "x" * 2_000_000}).encode(), "text_input"),
+            (b'{"text_input": "\xff\xfe"}', ""),
+            (b'{"text_input": ', ""),
+            (b"[" * 5000, ""),
+        ]
+    )
+    strange = json_values.map(
+        lambda value: (json.dumps({"text_input": "Hi", "sampling_parameters": json.dumps({"odd name": value})}).encode(), "odd name")
+    )
+    return st.one_of(bad_parameter, bad_sampling, others, strange)
+
+
+def refused(server: Any, body: bytes) -> tuple[int, str]:
+    """The status and the error of a request that must fail."""
+    request = urllib.request.Request(f"http://{server.http_url}/v2/models/fastserve/generate", body)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            raise AssertionError(f"served: {body[:200]!r}: {response.read()[:200]!r}")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+
+
+def test_malformed_requests_are_refused_by_name(server: Any, soak: bool) -> None:
+    with good_traffic(server) as outcomes:
+
+        @settings(
+            max_examples=FULL if soak else SMALL,
+            deadline=None,
+            phases=[Phase.explicit, Phase.generate],
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(bodies())
+        def check(case: tuple[bytes, str]) -> None:
+            body, word = case
+            status, message = refused(server, body)
+            assert 400 <= status < 500, (status, message, body[:300])
+            assert word in message, (message, body[:300])
+
+        check()
+    assert outcomes
+    assert set(outcomes) == {outcomes[0]}
+
+
+class good_traffic:  # noqa: N801  reads as what it is: `with good_traffic(server) as outcomes`
+    """Sends one good request after another meanwhile; the texts they gave."""
+
+    def __init__(self, server: Any) -> None:
+        self._client = Client(server.grpc_url, retries=0)
+        self._outcomes: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._outcomes.append(self._client.generate("The capital of France is", temperature=0, max_tokens=8).text)
+            except FastServeError as error:
+                self._outcomes.append(f"failed: {error}")
+
+    def __enter__(self) -> list[str]:
+        self._thread.start()
+        return self._outcomes
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def small_server(default_model: Any) -> Iterator[Any]:
+    with running(
+        default_model, max_num_seqs=1, max_num_batched_tokens=64, max_queue_size=2, kv_cache_bytes=1 << 27
+    ) as server:
+        yield server
+
+
+def test_a_full_queue_says_unavailable_at_once(small_server: Any) -> None:
+    with Client(small_server.grpc_url, retries=0) as client:
+        endless: dict[str, Any] = {"max_tokens": 2000, "ignore_eos": True, "temperature": 0}
+        streams = [client.stream("One", **endless)]
+        next(iter(streams[0]))
+        streams += [client.stream("More", **endless) for _ in range(2)]
+        small_server.wait_for_metrics(lambda m: m.get('fastserve_requests_waiting{priority="0"}', 0) == 2, 5)
+        with pytest.raises(FastServeError, match="queue") as error:
+            client.generate("Too many", max_tokens=1)
+        assert error.value.code == "UNAVAILABLE"
+        for stream in streams:
+            stream.close()
+    small_server.wait_until_idle(5)
+
+
+def test_a_more_urgent_request_takes_a_place_at_the_next_iteration(small_server: Any) -> None:
+    with Client(small_server.grpc_url, retries=0) as client:
+        batch_job = client.stream("A long story", max_tokens=200, ignore_eos=True, temperature=0)
+        chunks = iter(batch_job)
+        first = next(chunks)
+        urgent = client.generate("Quick", priority=10, max_tokens=4, temperature=0)
+        assert urgent.num_output_tokens <= 4
+        assert small_server.metrics()['fastserve_preemptions_total{kind="recompute"}'] >= 1
+        rest = list(chunks)
+        assert first.num_output_tokens + sum(chunk.num_output_tokens for chunk in rest) == 200
