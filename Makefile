@@ -1,6 +1,6 @@
 # What a developer does with FastServe. Needs Python 3.10 to 3.13 (3.11 is what CI runs) with venv, and make.
 
-PYTHON := $(shell command -v python3.11 || command -v python3)
+PYTHON := $(or $(shell command -v python3.11 || command -v python3),python3)
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
@@ -9,11 +9,10 @@ BIN := $(VENV)/bin
 
 setup: $(STAMP)
 
-# The environment is made anew when what it is made from changes: it never holds what the files do not say.
+# Done once, and again when what is installed changes.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
-		{ echo "$(or $(PYTHON),python3) with venv is missing: install python3.11 and python3.11-venv (Debian, Ubuntu)" >&2; exit 1; }
-	rm -rf $(VENV)
+		{ echo "$(PYTHON) with venv is missing: install python3.11 and python3.11-venv (Debian, Ubuntu)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,load]' --constraint constraints.txt
 	touch $@

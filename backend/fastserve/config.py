@@ -44,6 +44,13 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_request_seconds: Annotated[float, Meta(gt=0.0, description="a request may take from arrival to end")] = 600.0
     stream_interval_ms: Annotated[float, Meta(ge=0.0, description="at least so long between two responses of a stream, after the first")] = 100.0
 
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"`max_num_batched_tokens`: got {self.max_num_batched_tokens}; allowed: at least `max_num_seqs`, "
+                f"{self.max_num_seqs}, so that each sequence of a full batch gets its token"
+            )
+
 
 def read_config() -> Config:
     """The settings in the file that FASTSERVE_CONFIG names, or the defaults where it is not set.

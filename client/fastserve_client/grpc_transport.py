@@ -43,8 +43,8 @@ class GrpcCall:
         except grpc.RpcError as error:
             raise _status_error(error) from error
 
-    def close(self) -> None:
-        """Cancels the call unless it has ended; from any thread."""
+    def cancel(self) -> None:
+        """Stops the request unless it has ended; from any thread."""
         self._call.cancel()
 
 
@@ -79,7 +79,7 @@ class AsyncGrpcCall:
     def __init__(self, call: Any) -> None:
         self._call = call
         self._responses = call.__aiter__()
-        self._closed = False
+        self._cancelled = False
 
     async def __anext__(self) -> Outputs:
         try:
@@ -87,13 +87,13 @@ class AsyncGrpcCall:
         except grpc.RpcError as error:
             raise _status_error(error) from error
         except asyncio.CancelledError:
-            if self._closed:
-                raise FastServeError("CANCELLED", "the call was closed") from None
+            if self._cancelled:
+                raise FastServeError("CANCELLED", "the call was cancelled") from None
             raise
 
-    async def close(self) -> None:
-        """Cancels the call unless it has ended."""
-        self._closed = True
+    async def cancel(self) -> None:
+        """Stops the request unless it has ended."""
+        self._cancelled = True
         self._call.cancel()
 
 

@@ -1,7 +1,6 @@
 """Calls over HTTP: `POST /v2/models/<model>/generate_stream`, a connection of its own per call.
 
-Requests that do not stream go there too, and have one event: the server notices there that a client has gone,
-which it does not at `/generate`.
+Requests that do not stream go there too, and have one event.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import aiohttp
 from fastserve_client.deadline import Deadline
 from fastserve_client.errors import DeadlineExceeded, FastServeError, server_error
 from fastserve_client.generation import Outputs
-from fastserve_client.request import Request
+from fastserve_client.request import Request, cancellation_request
 from fastserve_client.server_sent_events import EventParser
 
 STATUS_CODES = {
@@ -36,38 +35,51 @@ JSON_BODY = {"Content-Type": "application/json"}
 READY_PATH = "/v2/health/ready"
 PIECE = 65536
 """Bytes read at once, at most."""
+CANCEL_TIMEOUT = 2.0
+"""Seconds that leaving a call may take."""
 
 
 class HttpCall:
     """A call on its way: iterate for its responses."""
 
-    def __init__(self, url: str, request: Request, headers: Mapping[str, str], deadline: Deadline) -> None:
+    def __init__(self, transport: HttpTransport, request: Request, deadline: Deadline) -> None:
+        self._transport = transport
+        self._request = request
         self._deadline = deadline
-        self._connection = http.client.HTTPConnection(url, timeout=deadline.remaining())
+        self._connection = http.client.HTTPConnection(transport.url, timeout=deadline.remaining())
         self._response: http.client.HTTPResponse | None = None
         self._reading = threading.Lock()
         self._parser = EventParser()
         self._events: deque[bytes] = deque()
+        self._ended = False
         try:
             self._connection.connect()
             self._socket: socket.socket = self._connection.sock
-            self._connection.request(
-                "POST", _path(request), request.to_json(deadline.remaining()), {**JSON_BODY, **headers}
-            )
+            body = request.to_json(deadline.remaining())
+            self._connection.request("POST", _path(request), body, {**JSON_BODY, **transport.headers})
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             raise _connection_error(error) from error
 
     def __next__(self) -> Outputs:
-        try:
-            with self._reading:
-                while not self._events:
-                    if not (piece := self._read()):
-                        raise StopIteration
-                    self._events.extend(self._parser.feed(piece))
-        except (OSError, http.client.HTTPException) as error:
-            raise _connection_error(error) from error
-        return _outputs_of(self._events.popleft())
+        with self._reading:
+            if self._ended:
+                raise StopIteration
+            try:
+                return _outputs_of(self._next_event())
+            except (StopIteration, FastServeError):
+                self._end()
+                raise
+            except (OSError, http.client.HTTPException) as error:
+                self._end()
+                raise _connection_error(error) from error
+
+    def _next_event(self) -> bytes:
+        while not self._events:
+            if not (piece := self._read()):
+                raise StopIteration
+            self._events.extend(self._parser.feed(piece))
+        return self._events.popleft()
 
     def _read(self) -> bytes:
         """The next piece of the response's body; empty at its end."""
@@ -78,29 +90,46 @@ class HttpCall:
                 raise _status_error(self._response.status, self._response.read())
         return self._response.read1(PIECE)
 
-    def close(self) -> None:
-        """Drops the connection, from any thread: the server takes that for a cancellation."""
-        with contextlib.suppress(OSError):  # it may not be connected any more
+    def _end(self) -> None:
+        self._ended = True
+        self._connection.close()
+
+    def cancel(self) -> None:
+        """Stops the request unless it has ended; from any thread.
+
+        The server takes a dropped connection for a cancellation when it sends the next event. It sends
+        nothing for a request that waits or does not stream: that one is cancelled by its id too.
+        """
+        if self._ended:
+            return
+        with contextlib.suppress(OSError):  # the server may have closed it meanwhile
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads; closing alone would not
         with self._reading:
-            self._connection.close()
+            self._end()
+        if self._response is None and self._request.request_id:
+            self._transport.cancel(self._request.request_id)
 
 
 class HttpTransport:
     """The HTTP endpoint of a server."""
 
     def __init__(self, url: str, headers: Mapping[str, str]) -> None:
-        self._url = url
-        self._headers = headers
+        self.url = url
+        self.headers = headers
 
     def open(self, request: Request, deadline: Deadline) -> HttpCall:
         """Sends `request`."""
-        return HttpCall(self._url, request, self._headers, deadline)
+        return HttpCall(self, request, deadline)
+
+    def cancel(self, request_id: str) -> None:
+        """Stops the request of that id, if the server can still be reached."""
+        with contextlib.suppress(StopIteration, FastServeError):
+            next(self.open(cancellation_request(request_id), Deadline(CANCEL_TIMEOUT)))
 
     def is_ready(self, timeout: float) -> bool:
-        connection = http.client.HTTPConnection(self._url, timeout=timeout)
+        connection = http.client.HTTPConnection(self.url, timeout=timeout)
         try:
-            connection.request("GET", READY_PATH, headers=dict(self._headers))
+            connection.request("GET", READY_PATH, headers=dict(self.headers))
             return connection.getresponse().status == http.client.OK
         except (OSError, http.client.HTTPException):
             return False
@@ -114,25 +143,36 @@ class HttpTransport:
 class AsyncHttpCall:
     """A call on its way: iterate for its responses."""
 
-    def __init__(self, response: asyncio.Task[aiohttp.ClientResponse]) -> None:
+    def __init__(
+        self, transport: AsyncHttpTransport, request: Request, response: asyncio.Task[aiohttp.ClientResponse]
+    ) -> None:
+        self._transport = transport
+        self._request = request
         self._response = response
         self._parser = EventParser()
         self._events: deque[bytes] = deque()
-        self._closed = False
+        self._cancelled = False
 
     async def __anext__(self) -> Outputs:
         try:
-            while not self._events:
-                if not (piece := await self._read()):
-                    raise StopAsyncIteration
-                self._events.extend(self._parser.feed(piece))
+            return _outputs_of(await self._next_event())
+        except FastServeError:
+            self._drop_connection()
+            raise
         except (OSError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+            self._drop_connection()
             raise _connection_error(error) from error
         except asyncio.CancelledError:
-            if self._closed:
-                raise FastServeError("CANCELLED", "the call was closed") from None
+            if self._cancelled:
+                raise FastServeError("CANCELLED", "the call was cancelled") from None
             raise
-        return _outputs_of(self._events.popleft())
+
+    async def _next_event(self) -> bytes:
+        while not self._events:
+            if not (piece := await self._read()):
+                raise StopAsyncIteration
+            self._events.extend(self._parser.feed(piece))
+        return self._events.popleft()
 
     async def _read(self) -> bytes:
         """The next piece of the response's body; empty at its end."""
@@ -141,12 +181,19 @@ class AsyncHttpCall:
             raise _status_error(response.status, await response.read())
         return await response.content.readany()
 
-    async def close(self) -> None:
-        """Drops the connection: the server takes that for a cancellation."""
-        self._closed = True
-        if not self._response.done():
-            self._response.cancel()
-        elif not self._response.cancelled() and self._response.exception() is None:
+    async def cancel(self) -> None:
+        """Stops the request unless it has ended; by its id too where nothing has come, as `HttpCall` says."""
+        if self._cancelled:
+            return
+        self._cancelled = True
+        has_not_begun = not self._response.done() or self._response.cancelled()
+        self._drop_connection()
+        if has_not_begun and self._request.request_id:
+            await self._transport.cancel(self._request.request_id)
+
+    def _drop_connection(self) -> None:
+        self._response.cancel()
+        if self._response.done() and not self._response.cancelled() and self._response.exception() is None:
             self._response.result().close()
 
 
@@ -160,8 +207,13 @@ class AsyncHttpTransport:
 
     def open(self, request: Request, deadline: Deadline) -> AsyncHttpCall:
         """Sends `request`."""
-        timeout = deadline.remaining()
-        return AsyncHttpCall(asyncio.create_task(self._post(request, timeout)))
+        response = asyncio.create_task(self._post(request, deadline.remaining()))
+        return AsyncHttpCall(self, request, response)
+
+    async def cancel(self, request_id: str) -> None:
+        """Stops the request of that id, if the server can still be reached."""
+        with contextlib.suppress(StopAsyncIteration, FastServeError):
+            await self.open(cancellation_request(request_id), Deadline(CANCEL_TIMEOUT)).__anext__()
 
     async def _post(self, request: Request, timeout: float | None) -> aiohttp.ClientResponse:
         return await self._session.post(

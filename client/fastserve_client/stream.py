@@ -16,10 +16,13 @@ from fastserve_client.request import Request
 
 
 class Call(Protocol):
-    """One attempt to have a request served. `__next__` raises FastServeError."""
+    """One attempt to have a request served. `__next__` raises FastServeError.
+
+    `cancel` stops the request, unless it has ended; from any thread. What has ended holds no resources.
+    """
 
     def __next__(self) -> Outputs: ...
-    def close(self) -> None: ...
+    def cancel(self) -> None: ...
 
 
 class Transport(Protocol):
@@ -31,14 +34,14 @@ class Transport(Protocol):
 
 
 class AsyncCall(Protocol):
-    """One attempt to have a request served. `__anext__` raises FastServeError."""
+    """`Call` for asyncio."""
 
     async def __anext__(self) -> Outputs: ...
-    async def close(self) -> None: ...
+    async def cancel(self) -> None: ...
 
 
 class AsyncTransport(Protocol):
-    """`open` sends a request."""
+    """`Transport` for asyncio; its `open` raises nothing."""
 
     def open(self, request: Request, deadline: Deadline) -> AsyncCall: ...
     async def is_ready(self, timeout: float) -> bool: ...
@@ -88,7 +91,6 @@ class Stream(Iterator[Chunk]):
 
     def _wait_after(self, error: FastServeError) -> None:
         """Waits until the request may be sent again; raises the error where it may not."""
-        self._call.close()
         if self._deadline.passed and not isinstance(error, DeadlineExceeded):
             raise DeadlineExceeded(error.message) from error  # the server's own deadline was the faster one
         if self._started:
@@ -105,7 +107,7 @@ class Stream(Iterator[Chunk]):
     def close(self) -> None:
         """Cancels the request unless it has ended; from any thread. Iteration ends."""
         self._closed = True
-        self._call.close()
+        self._call.cancel()
 
     def __enter__(self) -> Stream:
         return self
@@ -150,7 +152,6 @@ class AsyncStream(AsyncIterator[Chunk]):
 
     async def _wait_after(self, error: FastServeError) -> None:
         """Waits until the request may be sent again; raises the error where it may not."""
-        await self._call.close()
         if self._deadline.passed and not isinstance(error, DeadlineExceeded):
             raise DeadlineExceeded(error.message) from error  # the server's own deadline was the faster one
         if self._started:
@@ -167,7 +168,7 @@ class AsyncStream(AsyncIterator[Chunk]):
     async def close(self) -> None:
         """Cancels the request unless it has ended. Iteration ends."""
         self._closed = True
-        await self._call.close()
+        await self._call.cancel()
 
     async def __aenter__(self) -> AsyncStream:
         return self

@@ -1,14 +1,15 @@
-"""Paged attention on a CPU: fixed-size pieces of work, two batched matmuls over all of them, and a merge.
+"""Paged attention on a CPU: equal pieces of work, two batched matmuls over all of them, and a merge.
 
-The keys of a sequence are cut into *partitions* of PARTITION positions or so, counted from position 0, and its
-queries of this step into *tiles*. An item is one tile against one partition; all items of a group have the same
-shape, so that ragged batches need no loop over sequences and hardly any padding. Each item gives softmax-weighted
-values and their log-sum-exp, and the items of a tile are merged by these (as in Flash-Decoding).
+The keys of a sequence are cut into *partitions* of PARTITION positions or so, counted from position 0, and
+its queries of this step into *tiles*. An item is one tile against one partition. All items of a group have
+the same shape, so that ragged batches need no loop over sequences and hardly any padding. Each item gives
+softmax-weighted values and a log-sum-exp, and the items of a tile are merged by these (as in Flash-Decoding).
 
-This is also what makes a token's result the same to the last bit whatever else is in the batch and wherever
-its prompt was cut: what is added up, and in which order, depends on absolute positions only. That takes matmuls
-whose rows do not depend on the number of rows (oneDNN's bfloat16 ones are so; float32 ones from MKL are so for
-multiples of four rows), and masked probabilities that are exact zeros.
+This also makes a token's result the same to the last bit whatever else is in the batch and wherever its
+prompt was cut: what is added up, and in which order, depends on absolute positions alone. That takes matmuls
+whose rows do not depend on the number of rows (oneDNN's of bfloat16 are so; MKL's of float32 are so for
+multiples of four rows), masked probabilities that are exact zeros, and sums whose order does not change when
+zeros are appended; the tests hold each of these.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Group(NamedTuple):
     mask: Tensor
     """[I, 1, 1, L, S] float32: 0 where the query sees the key, else MASKED."""
     merge_items: Tensor
-    """[Q * W] int64: the items of each tile in LANES-aligned places of their partitions; any item elsewhere."""
+    """[Q * W] int64: each tile's items, in places aligned to LANES partitions; any item elsewhere."""
     merge_mask: Tensor
     """[Q, W] float32: 0 in the places of items, -inf elsewhere. W is at least LANES."""
     value_items: Tensor
@@ -51,8 +52,11 @@ class Group(NamedTuple):
 def plan(
     query_start: Tensor, context_lens: Tensor, block_tables: Tensor, block_size: int, window: int | None
 ) -> list[Tensor]:
-    """The work of a step as a flat list, which is what an operator can take: first [T] int64, where each
-    token's result lies among those of all groups, or an empty tensor if they are in order; then the groups."""
+    """The work of a step, as a flat list because that is what an operator can take.
+
+    First [T] int64: where each token's result lies among those of all groups, or an empty tensor if they are
+    in order. Then the fields of the groups, one after the other.
+    """
     start = query_start.numpy()
     context = context_lens.numpy()
     query = np.diff(start)
@@ -74,7 +78,7 @@ def plan(
 
 
 def _by_tile_length(query: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """Sequences by the tile length that suits them: single tokens in tiles of one, all others in a common one."""
+    """Sequences and their tile length: single tokens in tiles of one, all others in a common one."""
     single = np.flatnonzero(query == 1)
     several = np.flatnonzero(query > 1)
     longest = int(query.max(initial=1))
@@ -228,5 +232,5 @@ def _attend(
 def _gather(cache: Tensor, blocks: Tensor, items: int, keys: int) -> Tensor:
     """[items * kv_heads, keys, dim]: whole blocks copied, then sorted by head."""
     kv_heads, dim = cache.shape[2:]
-    taken = cache.flatten(1).index_select(0, blocks).view(items, keys, kv_heads, dim)
+    taken = cache.index_select(0, blocks).view(items, keys, kv_heads, dim)
     return taken.transpose(1, 2).reshape(items * kv_heads, keys, dim)

@@ -1,11 +1,12 @@
 """Sampling on a CPU without sorting the vocabulary: by the likeliest few, where these are all that is kept.
 
-Each row takes one of three ways, which its own parameters choose: greedy, the whole distribution, or a filtered
-one. None depends on the other rows.
+Each row takes one of three ways, which its own parameters choose: greedy, the whole distribution, or a
+filtered one. None depends on the other rows.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +46,7 @@ def _rows(logits: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _invert_whole(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Inverts the cumulative distribution of each row, in the order of token ids: by spans, then within one."""
+    """Inverts each row's cumulative distribution, in the order of token ids: by spans, then within one."""
     rows, vocabulary = probabilities.shape
     spans = torch.nn.functional.pad(probabilities, (0, -vocabulary % SPAN)).view(rows, -1, SPAN)
     masses = spans.sum(-1, dtype=torch.float64)
@@ -76,7 +77,7 @@ def _draw_filtered(
     if by_mass.any():
         total[by_mass] = 1 / _rows(scaled, by_mass).softmax(-1).amax(-1).double()
     tokens, last = _draw(likeliest, ids, total, top_k, top_p, min_p, uniform)
-    # All that is kept has been seen only if it is likelier than the last candidate: others may tie with that one.
+    # All that is kept has been seen if it is likelier than the last candidate; others may tie with that one.
     settled = (last > likeliest[:, -1]) & (top_k <= CANDIDATES)
     if vocabulary > CANDIDATES:
         for row in (~settled).nonzero()[:, 0].tolist():
@@ -84,10 +85,9 @@ def _draw_filtered(
             floor = _floor(
                 scaled[row], float(total[row]), int(top_k[row]), float(top_p[row]), float(min_p[row])
             )
-            ids = (scaled[row] >= floor).nonzero()[:, 0]
-            likeliest, order = scaled[one, ids].sort(dim=-1, descending=True, stable=True)
+            likeliest, ids = _sorted_row(scaled[row], floor)
             tokens[one], _ = _draw(
-                likeliest, ids[order], total[one], top_k[one], top_p[one], min_p[one], uniform[one]
+                likeliest[None], ids[None], total[one], top_k[one], top_p[one], min_p[one], uniform[one]
             )
     return tokens
 
@@ -97,6 +97,22 @@ def _sorted(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     ids, order = ids.sort(dim=-1)
     values, place = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(1, place)
+
+
+def _sorted_row(scaled: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """The values that are not below floor, as `_sorted` orders them, and their ids.
+
+    Sorts whole numbers whose upper half orders the values and whose lower half is the id: numpy does that
+    with vector instructions, ten times as fast as torch's stable sort.
+    """
+    kept = (scaled >= floor).nonzero()[:, 0].numpy()
+    # Adding 0.0 makes -0.0 equal to 0.0.
+    bits = (scaled.numpy()[kept] + np.float32(0.0)).view(np.int32)
+    ascending = np.where(bits >= 0, bits, bits ^ np.int32(0x7FFFFFFF))
+    keys = (~ascending).astype(np.int64) << 32 | kept
+    keys.sort()
+    ids = torch.from_numpy(keys & 0xFFFFFFFF)
+    return scaled[ids], ids
 
 
 def _floor(scaled: Tensor, total: float, top_k: int, top_p: float, min_p: float) -> float:

@@ -1,4 +1,4 @@
-"""The public functions. Each checks nothing per call beyond what torch checks: callers pass the shapes named."""
+"""The public functions. They check no more than torch does: callers pass the shapes and dtypes named."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding (arXiv 2104.09864) of q [T, H, D] and k [T, Hk, D], halves rotated as in Llama.
+    """Rotary position embedding (arXiv 2104.09864) of q [T, H, D] and k [T, Hk, D], by halves as in Llama.
 
     cos and sin are [T, R] with R <= D: the first R of the D dimensions are rotated, the others kept.
     """
@@ -116,7 +116,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Puts k [T, Hk, D] and v [T, Hk, Dv] into the caches [blocks, block_size, Hk, D or Dv] at slots [T] int64.
+    """Puts k [T, Hk, D] and v [T, Hk, Dv] into caches [blocks, block_size, Hk, D or Dv] at slots [T] int64.
 
     Numbers that are not finite are written as 0: a block goes from one request to the next, and what the
     next one has not yet overwritten is multiplied by probabilities of zero.
@@ -147,11 +147,13 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Causal attention of q [T, H, D] over each sequence's blocks: [T, H, Dv].
+    """Causal attention of q [T, H, D] over the blocks of each token's sequence: [T, H, Dv].
 
-    With `sliding_window` = w a token sees itself and the w - 1 before it. With `softcap` = c scores become
-    c * tanh(score / c). The caches must be finite everywhere, also where nothing was written: make them of zeros;
-    `write_kv` keeps them so. Raises RuntimeError through torch for shapes that do not fit.
+    k_cache and v_cache are [blocks, block_size, Hk, D and Dv]; Hk divides H. With `sliding_window` = w a
+    token sees itself and the w - 1 before it. With `softcap` = c scores become c * tanh(score / c).
+
+    The caches must be finite everywhere, also where nothing was written: make them of zeros; `write_kv` keeps
+    them finite.
     """
     return _ops.paged_attention(
         q,
@@ -170,19 +172,23 @@ def paged_attention(
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
 ) -> Tensor:
-    """Token ids [B] int64 for logits [B, V], each row by its own parameters and its own uniform number in [0, 1).
+    """Token ids [B] int64 for logits [B, V], each row by its own parameters.
 
-    Temperature 0 takes the likeliest. Else, in this order: divide by the temperature; keep the top_k likeliest
-    (0 and below: all); of these the fewest whose probabilities sum to top_p or more; of these the ones
-    at least min_p times as likely as the likeliest; then invert the cumulative distribution at `uniform`. The
-    tokens are in the order of their probabilities, equal ones by id; where nothing is filtered, all by id.
-    temperature, top_p and min_p are [B] float32, top_k [B] int32 or int64, uniform [B] float64; temperatures
-    below 1e-5 count as 1e-5. Tokens of logit -inf are never chosen.
+    Temperature 0 takes the likeliest. Else, in this order: divide by the temperature; keep the top_k
+    likeliest (0 and below: all); of these the fewest whose probabilities sum to top_p or more; of these the
+    ones at least min_p times as likely as the likeliest; then invert the cumulative distribution at
+    `uniform`. In it the tokens come by probability, equal ones by id; where nothing is filtered, all by id.
+
+    temperature, top_p and min_p are [B] float32, top_k is [B] int32 or int64, uniform [B] float64 in [0, 1).
+    Temperatures below 1e-5 count as 1e-5. Tokens of logit -inf are never chosen.
     """
     return _ops.sample(logits, temperature, top_k, top_p, min_p, uniform)
 
 
 def log_probs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-softmax of logits [B, V]: the chosen tokens' [B], their ranks from 1 [B], and the k likeliest ids and
-    log-probabilities [B, k], best first."""
+    """Log-softmax of logits [B, V] in float32.
+
+    Returns those of token_ids [B], their ranks from 1 [B] int64, and the k likeliest tokens' ids [B, k] int64
+    and log-probabilities [B, k], best first, equal ones by id. A rank counts the tokens that are likelier.
+    """
     return _ops.log_probs(logits, token_ids, k)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 
 @given(
-    st.lists(st.text(st.characters(exclude_characters="\r\n"), min_size=1), max_size=5),
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1), max_size=5),
     st.lists(st.integers(1, 7)),
     st.sampled_from(["\n", "\r\n"]),
 )

@@ -252,6 +252,29 @@ def test_leaving_an_async_stream_cancels_it(server: FakeServer, protocol: Protoc
     assert server.client_gone.wait(5)
 
 
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_over_http_what_has_not_begun_is_cancelled_by_id(server: FakeServer, is_async: bool) -> None:
+    async def leave() -> None:
+        async with AsyncClient(server.urls["http"], "http") as client:
+            asking = asyncio.create_task(client.generate("x", request_id="r1"))
+            while not server.received:
+                await asyncio.sleep(0.001)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+
+    server.script = [[server.hang()], []]
+    if is_async:
+        asyncio.run(leave())
+    else:
+        with Client(server.urls["http"], "http") as client:
+            client.stream("x", request_id="r1").close()
+    assert server.client_gone.wait(5)
+    received = {request.model: request for request in server.received}
+    assert received["fastserve"].request_id == received["engine"].inputs["cancel"] == "r1"
+    assert len(server.received) == 2
+
+
 def test_close_wakes_the_thread_that_reads(server: FakeServer, protocol: Protocol) -> None:
     server.script = [[server.token("x"), server.hang()]]
     with Client(server.urls[protocol], protocol) as client:

@@ -6,8 +6,9 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -77,7 +78,16 @@ def running(model: ModelFiles, **settings: Any) -> Iterator[RunningServer]:
         yield RunningServer(launcher, *(f"127.0.0.1:{port}" for port in (ports.http, ports.grpc, ports.metrics)))
 
 
+Launch = Callable[..., AbstractContextManager[RunningServer]]
+
+
 @pytest.fixture(scope="session")
-def server(default_model: ModelFiles) -> Iterator[RunningServer]:
-    with running(default_model) as running_server:
+def launch(default_model: ModelFiles) -> Launch:
+    """Starts another server, with settings of its own: `with launch(max_num_seqs=1) as server`."""
+    return partial(running, default_model)
+
+
+@pytest.fixture(scope="session")
+def server(launch: Launch) -> Iterator[RunningServer]:
+    with launch() as running_server:
         yield running_server

@@ -115,10 +115,8 @@ def memory_of(server: Any) -> dict[str, int]:
     return sizes
 
 
-def test_a_queue_timeout_is_told_and_costs_nothing(default_model: Any) -> None:
-    from conftest import running
-
-    with running(default_model, max_num_seqs=1, max_num_batched_tokens=64, max_queue_seconds=0.5) as server:
+def test_a_queue_timeout_is_told_and_costs_nothing(launch: Any) -> None:
+    with launch(max_num_seqs=1, max_num_batched_tokens=64, max_queue_seconds=0.5) as server:
         with Client(server.grpc_url, retries=0) as client:
             first = client.stream("Count up.", **ENDLESS)
             next(iter(first))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import urllib.request
 import uuid
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,8 +13,12 @@ from fastserve_client import AsyncClient, Client, FastServeError, Generation
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.e2e.conftest import RunningServer
+
     Protocol = Literal["grpc", "http"]
 
+IDLE_SECONDS = 10.0
+"""A request that was left must be gone from the engine by then."""
 PROMPT = "The capital of France is"
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
 ENDLESS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 2000, "ignore_eos": True}
@@ -27,7 +30,7 @@ def protocol(request: pytest.FixtureRequest) -> Protocol:
 
 
 @pytest.fixture
-def url(server: Any, protocol: Protocol) -> str:
+def url(server: RunningServer, protocol: Protocol) -> str:
     return {"grpc": server.grpc_url, "http": server.http_url}[protocol]
 
 
@@ -40,21 +43,6 @@ def client(url: str, protocol: Protocol) -> Iterator[Client]:
 def complete(client: Client, streaming: bool, prompt: str, **options: Any) -> Generation:
     """The answer, whole or joined from a stream."""
     return client.stream(prompt, **options).read() if streaming else client.generate(prompt, **options)
-
-
-def wait_until_idle(server: Any, seconds: float = 10.0) -> None:
-    """Waits until no request runs or waits; fails when that takes longer than `seconds`."""
-    end = time.monotonic() + seconds
-    while (busy := requests_in(server)) > 0:
-        assert time.monotonic() < end, f"{busy} requests still run or wait"
-        time.sleep(0.05)
-
-
-def requests_in(server: Any) -> float:
-    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics") as response:
-        lines = response.read().decode().splitlines()
-    names = ("fastserve_requests_running", "fastserve_requests_waiting")
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(names))
 
 
 def test_ready(client: Client) -> None:
@@ -73,7 +61,7 @@ def test_the_text_of_both_ways_is_the_same(client: Client) -> None:
     assert "Paris" in whole.text
 
 
-def test_both_protocols_and_asyncio_give_the_same(server: Any, client: Client) -> None:
+def test_both_protocols_and_asyncio_give_the_same(server: RunningServer, client: Client) -> None:
     async def ask(url: str, protocol: Protocol) -> list[Generation]:
         async with AsyncClient(url, protocol) as client:
             whole, joined = await asyncio.gather(
@@ -149,22 +137,23 @@ def test_a_prompt_is_needed(client: Client) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_deadline(server: Any, client: Client, streaming: bool) -> None:
+def test_a_deadline(server: RunningServer, client: Client, streaming: bool) -> None:
     started = time.monotonic()
     with pytest.raises(TimeoutError):
         complete(client, streaming, PROMPT, **ENDLESS, timeout=0.5)
     assert time.monotonic() - started < 2.0
-    wait_until_idle(server)
+    server.wait_until_idle(IDLE_SECONDS)
 
 
-def test_leaving_a_stream_frees_its_place(server: Any, client: Client) -> None:
+def test_leaving_a_stream_frees_its_place(server: RunningServer, client: Client) -> None:
     with client.stream(PROMPT, **ENDLESS) as stream:
         assert next(stream).num_output_tokens >= 1
-        assert requests_in(server) >= 1
-    wait_until_idle(server)
+    server.wait_until_idle(IDLE_SECONDS)
 
 
-def test_a_task_that_is_cancelled_frees_its_place(server: Any, url: str, protocol: Protocol) -> None:
+def test_a_task_that_is_cancelled_frees_its_place(
+    server: RunningServer, url: str, protocol: Protocol
+) -> None:
     async def leave() -> None:
         async with AsyncClient(url, protocol) as client:
             waiting = asyncio.create_task(client.generate(PROMPT, **ENDLESS))
@@ -175,10 +164,10 @@ def test_a_task_that_is_cancelled_frees_its_place(server: Any, url: str, protoco
                 await waiting
 
     asyncio.run(leave())
-    wait_until_idle(server)
+    server.wait_until_idle(IDLE_SECONDS)
 
 
-def test_cancel_by_id_from_outside(server: Any, client: Client) -> None:
+def test_cancel_by_id_from_outside(server: RunningServer, client: Client) -> None:
     request_id = uuid.uuid4().hex
     stream = client.stream(PROMPT, **ENDLESS, request_id=request_id)
     next(stream)
@@ -186,7 +175,7 @@ def test_cancel_by_id_from_outside(server: Any, client: Client) -> None:
     with pytest.raises(FastServeError) as caught:
         stream.read()
     assert "cancelled" in caught.value.message
-    wait_until_idle(server)
+    server.wait_until_idle(IDLE_SECONDS)
 
 
 def test_cancel_of_an_unknown_id_is_no_error(client: Client) -> None:

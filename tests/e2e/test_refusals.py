@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import running
 from fastserve_client import Client, FastServeError
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -146,9 +145,9 @@ class good_traffic:  # noqa: N801  reads as what it is: `with good_traffic(serve
 
 
 @pytest.fixture(scope="module")
-def small_server(default_model: Any) -> Iterator[Any]:
-    with running(
-        default_model, max_num_seqs=1, max_num_batched_tokens=64, max_queue_size=2, kv_cache_bytes=1 << 27
+def small_server(launch: Any) -> Iterator[Any]:
+    with launch(
+        max_num_seqs=1, max_num_batched_tokens=64, max_queue_size=2, kv_cache_bytes=1 << 27
     ) as server:
         yield server
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import running
 from fastserve_client import Client, FastServeError
 
 ENDLESS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 4000, "ignore_eos": True}
@@ -21,9 +20,9 @@ STUBS = ["preprocess", "scheduler", "engine", "postprocess", "fastserve_infer"]
 
 
 @pytest.fixture(scope="module")
-def own_server(default_model: Any) -> Iterator[Any]:
+def own_server(launch: Any) -> Iterator[Any]:
     """Not the one that the other tests use: this one is hurt."""
-    with running(default_model, kv_cache_bytes=1 << 28) as server:
+    with launch(kv_cache_bytes=1 << 28) as server:
         yield server
 
 

@@ -31,7 +31,7 @@ def inference() -> Iterator[None]:
         yield
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_batch() -> MakeBatch:
     def make(
         query_lens: list[int],
@@ -57,7 +57,7 @@ def make_batch() -> MakeBatch:
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def rel_rms() -> Callable[[Tensor, Tensor], float]:
     """The root mean square of the difference, relative to that of the second."""
 

@@ -129,28 +129,35 @@ KINDS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (150, None), (None, 3.0)])
+@pytest.mark.parametrize(
+    ("kind", "length", "window", "softcap"),
+    [
+        *((kind, 400, None, None) for kind in KINDS),
+        *((kind, 400, 150, None) for kind in KINDS),
+        ({"heads": (3, 1), "dims": (32, 32)}, 2500, None, None),
+        ({"heads": (3, 1), "dims": (32, 32)}, 2500, 2200, None),
+        ({}, 400, None, 3.0),
+    ],
+)
 def test_a_token_is_the_same_however_its_prompt_was_cut(
-    window: int | None, softcap: float | None, kind: dict[str, Any], dtype: torch.dtype, make_batch: Any
+    kind: dict[str, Any],
+    length: int,
+    window: int | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+    make_batch: Any,
 ) -> None:
     """Whole, in chunks of any length, or token by token; to the last bit."""
-    length = 2500
     whole = make_batch([length], [length], dtype=dtype, **kind)
     wanted = came_of(whole, SCALE, window, softcap)
     table = whole.meta.block_tables.tolist()
-    cuts = [
-        (0, 1),
-        (0, 3),
-        (1, 64),
-        (63, 130),
-        (127, 128),
-        (128, 700),
-        (698, 699),
-        (2040, 2200),
-        (2499, 2500),
-    ]
-    for first, last in cuts:
+    bounds = [(0, 1), (0, 3), (1, 64), (63, 130), (127, 128), (128, 300), (300, 301)]
+    for first, last in [
+        *bounds,
+        (length - 260, length - 100),
+        (length - 2, length - 1),
+        (length - 1, length),
+    ]:
         meta = AttentionMetadata.build([last - first], [last], table, whole.meta.block_size, "cpu")
         came = ops.paged_attention(
             whole.q[first:last].clone(), whole.k_cache, whole.v_cache, meta, SCALE, window, softcap

@@ -40,7 +40,7 @@ def test_an_expected_error_is_one_line(
     def run(arguments: object) -> int:
         raise error
 
-    module = types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    module = types.SimpleNamespace(add_arguments=lambda parser: None, run=run, ERRORS=())
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
     assert cli.main(["serve"]) == 1
     assert capsys.readouterr().err == "fastserve: why not: do this\n"

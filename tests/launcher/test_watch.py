@@ -19,13 +19,14 @@ class FakeServer:
     def __init__(self, stub: psutil.Process) -> None:
         self.stub = stub
         self.state = "READY"
+        self.successor: psutil.Process | None = None
         self.ended: str | None = None
 
     def end(self) -> str | None:
         return self.ended
 
     def stubs(self) -> dict[psutil.Process, str]:
-        return {self.stub: "engine"} if is_alive(self.stub) else {}
+        return {each: "engine" for each in (self.stub, self.successor) if each and is_alive(each)}
 
     def model_state(self, model: str) -> str:
         assert model == "engine"
@@ -63,6 +64,26 @@ def test_a_model_that_was_unloaded_is_no_loss(child: subprocess.Popen[bytes], st
     child.kill()
     child.wait()
     assert watch.loss() is None
+
+
+def test_a_model_that_was_loaded_anew_is_no_loss(child: subprocess.Popen[bytes]) -> None:
+    server, watch = watched(child)
+    child.kill()
+    child.wait()
+    server.state = "LOADING"
+    assert watch.loss() is None
+    server.state, server.successor = "READY", psutil.Process()
+    assert watch.loss() is None
+
+
+def test_a_stub_that_died_while_its_model_was_loaded_anew_is_noticed(child: subprocess.Popen[bytes]) -> None:
+    server, watch = watched(child)
+    child.kill()
+    child.wait()
+    server.state = "LOADING"
+    assert watch.loss() is None
+    server.state = "READY"
+    assert watch.loss() is not None
 
 
 def test_a_server_that_ended_is_noticed(child: subprocess.Popen[bytes]) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastserve.models.causal_lm import CausalLM
-from fastserve_kernels.attention_metadata import AttentionMetadata
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from fastserve.models.causal_lm import CausalLM
+from fastserve_kernels.attention_metadata import AttentionMetadata
 
 SIZES: dict[str, Any] = {
     "vocab_size": 199,

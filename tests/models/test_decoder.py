@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fastserve.models.decoder import Decoder
 from fastserve.models.loading import load_model
 

@@ -10,12 +10,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import PreTrainedModel
+
 from fastserve.models.decoder import Decoder
 from fastserve.models.gguf_file import GgufFile
 from fastserve.models.loading import load_model
 from fastserve.models.model_error import ModelError
-from gguf import GGMLQuantizationType as Type
-from transformers import PreTrainedModel
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 MODULES = {

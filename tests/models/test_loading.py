@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from fastserve.models.decoder import Decoder
 from fastserve.models.loading import load_model
 from fastserve.models.model_error import ModelError
-from safetensors.torch import load_file, save_file
 
 
 def test_shards(

@@ -10,15 +10,17 @@ from typing import Any
 
 import gguf
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from fastserve.models.model_directory import (
+    context_length,
     eos_token_ids,
     resolve_model_path,
     resolve_tokenizer_directory,
 )
 from fastserve.models.model_error import ModelError
-from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 TEMPLATE = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
 
@@ -121,6 +123,39 @@ def test_end_tokens_of_a_directory(files: dict[str, Any], expected: list[int], t
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     assert eos_token_ids(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "llama", "max_position_embeddings": 77}, 77),
+        ({"model_type": "gpt2", "n_positions": 55}, 55),
+        (
+            {
+                "model_type": "phi3",
+                "max_position_embeddings": 256,
+                "original_max_position_embeddings": 64,
+                "hidden_size": 48,
+                "num_attention_heads": 4,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [4.0] * 6},
+            },
+            64,
+        ),
+    ],
+)
+def test_context_length_of_a_directory(config: dict[str, Any], expected: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert context_length(tmp_path) == expected
+
+
+def test_context_length_of_a_gguf_file(gguf_with_tokenizer: Path) -> None:
+    assert context_length(gguf_with_tokenizer) == 16
+
+
+def test_a_model_that_states_no_length_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(ModelError, match="does not say how long a sequence may be"):
+        context_length(tmp_path)
 
 
 def test_a_broken_json_file_is_named(tmp_path: Path) -> None:

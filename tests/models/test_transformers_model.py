@@ -7,12 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fastserve.models.loading import load_model
-from fastserve.models.model_error import ModelError
-from fastserve.models.paged_interface import CausalMask, Probe, causal_mask, running
-from fastserve.models.transformers_model import TransformersModel
-from fastserve_kernels import ops
-from fastserve_kernels.attention_metadata import AttentionMetadata
 from safetensors.torch import load_file, save_file
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -20,6 +14,13 @@ from transformers.masking_utils import (
     chunked_causal_mask_function,
     sliding_window_causal_mask_function,
 )
+
+from fastserve.models.loading import load_model
+from fastserve.models.model_error import ModelError
+from fastserve.models.paged_interface import CausalMask, Probe, causal_mask, running
+from fastserve.models.transformers_model import TransformersModel
+from fastserve_kernels import ops
+from fastserve_kernels.attention_metadata import AttentionMetadata
 
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),

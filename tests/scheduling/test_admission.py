@@ -94,6 +94,13 @@ def test_a_request_of_more_sequences_than_there_are_slots_gets_them_all() -> Non
     assert uids(admission.release(0.0)) == ["eight"]
 
 
+def test_a_new_worker_may_have_fewer_slots() -> None:
+    admission = an_admission(a_request("eight", n=8))
+    admission.update(a_room(1, 4))
+    admission.update(a_room(2, 2, incarnation="b"))
+    assert uids(admission.release(0.0)) == ["eight"]
+
+
 def test_a_stale_message_changes_nothing() -> None:
     admission = an_admission(a_request("r"))
     admission.update(a_room(2, 0))

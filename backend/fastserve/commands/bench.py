@@ -27,18 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grpc-url", default=DEFAULT_URLS["grpc"], help="(default: %(default)s)")
     parser.add_argument("--http-url", default=DEFAULT_URLS["http"], help="(default: %(default)s)")
     parser.add_argument("--model", default="", help="for in-process (default: the default model)")
-    parser.add_argument(
-        "--clients", type=int, nargs="+", default=[1, 4, 16, 32], help="(default: 1 4 16 32)"
-    )
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32], help="(default: 1 4 16 32)")
     parser.add_argument("--requests", type=int, default=64, help="in each run (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=1, help="runs of each, medians shown (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="runs of each, medians shown (default: %(default)s)"
+    )
     parser.add_argument(
         "--prompt-tokens", type=int, help="all prompts so long (default: log-normal, mean 160, 16 to 512)"
     )
     parser.add_argument(
         "--output-tokens", type=int, help="all answers so long (default: log-normal, mean 120, 8 to 256)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the lengths and prompts (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the lengths and prompts (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -64,7 +66,9 @@ def _target(name: str, arguments: argparse.Namespace) -> Target:
 
 def _jobs(arguments: argparse.Namespace, seed: int) -> list[Job]:
     if arguments.prompt_tokens or arguments.output_tokens:
-        return equal_jobs(arguments.requests, arguments.prompt_tokens or 160, arguments.output_tokens or 120, seed)
+        return equal_jobs(
+            arguments.requests, arguments.prompt_tokens or 160, arguments.output_tokens or 120, seed
+        )
     return chat_jobs(arguments.requests, seed)
 
 
@@ -84,7 +88,9 @@ def _measure(
 
 
 def _table(results: dict[tuple[int, str], list[Figures]]) -> Table:
-    table = Table("clients", "target", "output tok/s", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "TPOT p99 ms")
+    table = Table(
+        "clients", "target", "output tok/s", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "TPOT p99 ms"
+    )
     for (num_clients, name), runs in results.items():
         columns = [
             [run.tokens_per_second for run in runs],

@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fastserve.commands.source import SOURCE_ERRORS, add_sampling_arguments, add_source_arguments, open_source, sampling_of
+from fastserve.commands.source import (
+    SOURCE_ERRORS,
+    add_sampling_arguments,
+    add_source_arguments,
+    open_source,
+    sampling_of,
+)
 
 ERRORS = SOURCE_ERRORS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", help="the text to continue; without it, it is read from standard input")
+    parser.add_argument(
+        "prompt", nargs="?", help="the text to continue; without it, it is read from standard input"
+    )
     add_source_arguments(parser)
     add_sampling_arguments(parser, max_tokens=128)
 

@@ -14,6 +14,7 @@ from fastserve.models.model_error import ModelError
 
 SOURCE_ERRORS = (FastServeError, ModelError, RequestError)
 
+
 class Source(Protocol):
     """Continues a text (str) or a chat (list of messages), piece by piece."""
 
@@ -41,7 +42,9 @@ class _Embedded:
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="gRPC address of a running server; without it the model is loaded here")
-    parser.add_argument("--model", default="", help="directory, GGUF file or hub name (default: the default model)")
+    parser.add_argument(
+        "--model", default="", help="directory, GGUF file or hub name (default: the default model)"
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -50,7 +53,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> 
     parser.add_argument("--top-p", type=float, default=1.0, help="(default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=0, help="0: all tokens (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
-    parser.add_argument("--stop", action="append", default=[], help="a string that ends the text; may be repeated")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="a string that ends the text; may be repeated"
+    )
 
 
 def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:

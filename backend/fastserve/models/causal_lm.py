@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from fastserve_kernels.attention_metadata import AttentionMetadata
 from torch import Tensor
 
 from fastserve.models.model_error import ModelError
+from fastserve_kernels.attention_metadata import AttentionMetadata
 
 KVCaches = list[tuple[Tensor, Tensor]]
 """Per layer the keys [blocks, block_size, kv_heads, head_dim] and the values; zeroed when they are made."""

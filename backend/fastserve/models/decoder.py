@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from fastserve_kernels import ops
-from fastserve_kernels.attention_metadata import AttentionMetadata
-from fastserve_kernels.formats import Dense
 from torch import Tensor
 
 from fastserve.models.causal_lm import KVCaches, KVCacheShapes
 from fastserve.models.decoder_config import DecoderConfig
+from fastserve_kernels import ops
+from fastserve_kernels.attention_metadata import AttentionMetadata
+from fastserve_kernels.formats import Dense
 
 
 @dataclass(frozen=True)

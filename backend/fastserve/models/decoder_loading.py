@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from fastserve_kernels.formats import Dense
 from torch import Tensor
 
 from fastserve.models.checkpoint import Checkpoint
 from fastserve.models.decoder import Decoder, DecoderLayer, DecoderWeights, Linear
 from fastserve.models.decoder_config import DecoderConfig
 from fastserve.models.model_error import ModelError
+from fastserve_kernels.formats import Dense
 
 Shapes = Mapping[str, tuple[int, ...]]
 _SHOWN = 8

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from fastserve.models.causal_lm import CausalLM, served_length
 from fastserve.models.decoder_config import DecoderConfig, obstacle
 from fastserve.models.decoder_loading import load_decoder
 from fastserve.models.gguf_checkpoint import GgufCheckpoint, gguf_decoder_config
 from fastserve.models.gguf_file import GgufFile
-from fastserve.models.model_directory import resolve_model_path
+from fastserve.models.model_directory import read_transformers_config, resolve_model_path
 from fastserve.models.model_error import ModelError
 from fastserve.models.safetensors_checkpoint import SafetensorsCheckpoint
 
@@ -34,7 +34,7 @@ def load_model(
         raise ModelError(f"dtype: got {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     if path.is_file():
         return _load_gguf(path, dtype, device, max_model_len)
-    config = _read_config(path)
+    config = read_transformers_config(path)
     if obstacle(config) is None:
         return _load_directory(path, config, dtype, device, max_model_len)
     # Imported here because it brings all of transformers' modelling code, which our decoder does not need.
@@ -58,10 +58,3 @@ def _load_directory(
     max_position = served_length(path, decoder_config.max_position, max_model_len)
     own_or_wanted = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
     return load_decoder(decoder_config, checkpoint, own_or_wanted, device, max_position)
-
-
-def _read_config(directory: Path) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory}: no config that transformers can read: {error}") from error

@@ -12,10 +12,13 @@ import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastserve.models.gguf_file import GgufFile
 from fastserve.models.model_error import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _GGUF_END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -73,30 +76,45 @@ def eos_token_ids(model: str | Path) -> list[int]:
         file = GgufFile(path)
         found = (file.value(f"tokenizer.ggml.{key}") for key in _GGUF_END_TOKENS)
         return sorted({token for token in found if token is not None})
-    config, text_config = (
-        _read_json(path / "config.json"),
-        _read_json(path / "config.json").get("text_config", {}),
-    )
+    config = _read_json(path / "config.json")
     named = (
         _as_list(_read_json(path / "generation_config.json").get("eos_token_id"))
         or _as_list(config.get("eos_token_id"))
-        or _as_list(text_config.get("eos_token_id"))
+        or _as_list(config.get("text_config", {}).get("eos_token_id"))
     )
     return sorted({*named, *_tokenizer_eos(path)})
 
 
 def context_length(model: str | Path) -> int:
-    """Tokens of the longest sequence that the model was made for. Raises ModelError."""
+    """Tokens of the longest sequence that the model can be served with. Raises ModelError.
+
+    With LongRoPE (arXiv 2402.13753) that is the length up to which the rotary frequencies stay the same: beyond
+    it they follow the longest sequence of the batch, and one request would alter another's answer.
+    """
     path = resolve_model_path(str(model))
     if path.is_file():
         file = GgufFile(path)
-        return int(file.value(f"{file.architecture}.context_length"))
+        length = file.value(f"{file.architecture}.context_length")
+        rope = {}
+    else:
+        config = read_transformers_config(path).get_text_config()
+        length = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+    if length is None:
+        raise ModelError(f"{path}: it does not say how long a sequence may be")
+    if rope.get("rope_type") == "longrope":
+        return min(length, rope.get("original_max_position_embeddings", length))
+    return length
+
+
+def read_transformers_config(directory: Path) -> PretrainedConfig:
+    """The config of a Hugging Face directory. Raises ModelError."""
     from transformers import AutoConfig
 
-    length = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
-    if length is None:
-        raise ModelError(f"{path}: its config does not say how long a sequence may be; set max_model_len")
-    return int(length)
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory}: no config that transformers can read: {error}") from error
 
 
 def _tokenizer_eos(directory: Path) -> list[int]:

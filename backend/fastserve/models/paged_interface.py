@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from fastserve_kernels import ops
-from fastserve_kernels.attention_metadata import AttentionMetadata
 from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from fastserve.models.causal_lm import KVCaches
 from fastserve.models.model_error import ModelError
+from fastserve_kernels import ops
+from fastserve_kernels.attention_metadata import AttentionMetadata
 
 ATTENTION = "fastserve_paged"
 """The name of our attention and of our masks in transformers' registries."""

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastserve_kernels.attention_metadata import AttentionMetadata
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fastserve.models.causal_lm import KVCaches, KVCacheShapes, served_length
+from fastserve.models.model_directory import context_length
 from fastserve.models.model_error import ModelError
 from fastserve.models.paged_interface import ATTENTION, PROBE_BLOCK_SIZE, PagedStep, Probe, running
+from fastserve_kernels.attention_metadata import AttentionMetadata
 
 _PROMPT_LENGTH = 2 * PROBE_BLOCK_SIZE + 5
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.06}
@@ -171,7 +172,7 @@ def load_transformers_model(
     """
     if config.is_encoder_decoder:
         raise ModelError(f"{path}: an encoder-decoder ({config.model_type}) is not a causal language model")
-    max_position = served_length(path, _length_limit(config, path), max_model_len)
+    max_position = served_length(path, context_length(path), max_model_len)
     # The keyword changes the return type, which its annotation does not tell.
     loader: Any = AutoModelForCausalLM
     try:
@@ -193,16 +194,3 @@ def load_transformers_model(
         return TransformersModel(model.to(device).eval(), max_position)
     except ModelError as error:
         raise ModelError(f"{path}: {config.model_type} cannot be served: {error}") from error
-
-
-def _length_limit(config: PretrainedConfig, path: Path) -> int:
-    """The longest sequence; where rotary frequencies change with the length of the longest sequence in the
-    batch (LongRoPE), the length up to which they do not, so that no request alters another's answer."""
-    config = config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is None:
-        raise ModelError(f"{path}: {config.model_type} states no max_position_embeddings")
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        return min(limit, rope.get("original_max_position_embeddings", limit))
-    return limit

@@ -196,7 +196,7 @@ class IterationScheduler:
         """Whether the token budget would reach a newcomer: decodes and prompts of higher rank come first."""
         rank = _rank(newcomer)
         claimed = 0
-        staying = self._running[: self.max_num_seqs - 1]  # of a full batch, the last makes place
+        staying = self._running[: self.max_num_seqs - 1]  # in a full batch, the last would make way
         for sequence in staying:
             missing = sequence.num_tokens - sequence.num_computed_tokens
             if missing == 1 or _rank(sequence) <= rank:

@@ -23,6 +23,8 @@ REQUEST_SECONDS = 2.0
 """For the server to answer a question about its state."""
 KILL_SECONDS = 10.0
 """For killed processes to be gone."""
+NO_ANSWER = ""
+"""In place of the state of a model."""
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """An address that means "all" cannot be connected to everywhere; the loopback address can."""
 
@@ -86,13 +88,15 @@ class ServerProcess:
             return False
 
     def model_state(self, model: str) -> str:
-        """READY, UNLOADING and so on; empty when the server does not know the model or does not answer."""
+        """READY, LOADING, UNLOADING, UNAVAILABLE or NO_ANSWER."""
         try:
             status, body = self._request("POST", "/v2/repository/index")
         except (OSError, http.client.HTTPException):
-            return ""
+            return NO_ANSWER
         models = json.loads(body) if status == 200 else []
-        return next((entry.get("state", "") for entry in models if entry["name"] == model), "")
+        return next(
+            (entry.get("state", "UNAVAILABLE") for entry in models if entry["name"] == model), NO_ANSWER
+        )
 
     def terminate(self) -> None:
         """Asks the server to finish the requests in flight and to leave."""

@@ -9,12 +9,10 @@ import time
 
 import psutil
 
-from fastserve.triton_server.server_process import ServerProcess, is_alive
+from fastserve.triton_server.server_process import NO_ANSWER, ServerProcess, is_alive
 
 SEARCH_SECONDS = 1.0
 """Between two looks for new stubs."""
-UNWANTED_STATES = ("READY", "LOADING", "")
-"""States of a model in which the end of its stub is a crash; `""`: the server does not answer."""
 
 
 class Watch:
@@ -38,9 +36,16 @@ class Watch:
         if time.monotonic() >= self._next_search:
             self.search()
         for stub, model in list(self._stubs.items()):
-            if not is_alive(stub):
-                del self._stubs[stub]
-                # A stub also ends when somebody unloads its model, and that is as it should be.
-                if self._server.model_state(model) in UNWANTED_STATES:
-                    return f"the process of model `{model}` ended"
+            if not is_alive(stub) and self._model_is_lost(stub, model):
+                return f"the process of model `{model}` ended"
         return None
+
+    def _model_is_lost(self, stub: psutil.Process, model: str) -> bool:
+        # A stub also ends when somebody unloads its model, or loads it anew, and that is as it should be.
+        state = self._server.model_state(model)
+        if state == "LOADING":
+            return False  # asked again at the next look
+        del self._stubs[stub]
+        self.search()
+        # Our models have one instance each: a stub that is there has taken the dead one's place.
+        return state == NO_ANSWER or (state == "READY" and model not in self._stubs.values())

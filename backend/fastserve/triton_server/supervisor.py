@@ -1,0 +1,173 @@
+"""Keeps a server running: starts it, waits until it is ready, starts it anew when a part of it dies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastserve.triton_server.server_log import ServerLog, worth_showing
+from fastserve.triton_server.server_process import ServerProcess
+from fastserve.triton_server.start_error import StartError
+from fastserve.triton_server.watch import Watch
+
+POLL_SECONDS = 0.1
+EXIT_GRACE_SECONDS = 5.0
+"""For the server to leave after its exit timeout, before it is killed."""
+START_LOSS_SECONDS = 5.0
+"""A stub that ends while models load makes the server leave by itself; it has so long to do it."""
+SHORT_LIFE_SECONDS = 5.0
+"""A server that dies so soon after it was ready is started again after a pause."""
+LONGEST_PAUSE_SECONDS = 16.0
+STARTS_TRIED = 5
+"""In a row without getting ready, before the supervisor gives up."""
+LOG_LINES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Restart:
+    """The server was started anew."""
+
+    reason: str
+    seconds: float
+    """From the loss to the moment when all models were ready again."""
+
+
+class Listener(Protocol):
+    """Who is told what happens; called in the supervisor's thread."""
+
+    def ready(self, seconds: float) -> None:
+        """For the first time, so long after the start."""
+
+    def restarted(self, restart: Restart) -> None:
+        """The server is ready again."""
+
+    def show(self, line: str) -> None:
+        """A line for the operator."""
+
+
+class Supervisor:
+    """Over one run of the server after another. The server dies with the thread in which `run` is."""
+
+    def __init__(
+        self,
+        start: Callable[[], ServerProcess],
+        log: ServerLog,
+        listener: Listener,
+        exit_timeout_seconds: float,
+        show_all: bool = False,
+    ) -> None:
+        """`show_all`: every line of the log is shown, not only warnings and errors."""
+        self._start = start
+        self._log = log
+        self._listener = listener
+        self._exit_timeout_seconds = exit_timeout_seconds
+        self._show_all = show_all
+        self._stops_asked = 0
+        self._has_been_ready = False
+
+    def ask_stop(self) -> None:
+        """Makes `run` stop the server and return; asked again, the server is killed."""
+        # A plain number, no lock: a signal handler may call this in the middle of anything.
+        self._stops_asked += 1
+
+    def run(self) -> None:
+        """Returns when the server has been stopped. Raises StartError when it cannot run."""
+        loss: str | None = None
+        since = time.monotonic()
+        failed_starts = short_lives = 0
+        while not self._stops_asked:
+            process = self._start()
+            watch = Watch(process)
+            next_loss = self._wait_until_ready(process, watch)
+            if next_loss:
+                failed_starts += 1
+            else:
+                failed_starts = 0
+                ready_at = time.monotonic()
+                self._tell_ready(loss, ready_at - since)
+                next_loss = self._wait_until_lost(watch)
+                short_lives = short_lives + 1 if time.monotonic() - ready_at < SHORT_LIFE_SECONDS else 0
+            if next_loss is None:
+                self._stop(process)
+                return
+            loss, since = next_loss, time.monotonic()
+            self._end_lost(process, loss, try_again=self._has_been_ready and failed_starts < STARTS_TRIED)
+            self._sleep(pause_after(max(failed_starts, short_lives)))
+
+    def _wait_until_ready(self, process: ServerProcess, watch: Watch) -> str | None:
+        """Returns None when the server is ready or shall stop, else what has died."""
+        stub_loss, deadline = "", 0.0
+        while not self._stops_asked:
+            self._show_log()
+            loss = watch.loss()
+            end = process.end()
+            if end:
+                return end
+            if loss and not stub_loss:
+                stub_loss, deadline = loss, time.monotonic() + START_LOSS_SECONDS
+            if stub_loss and time.monotonic() > deadline:
+                return stub_loss
+            if process.is_ready():
+                watch.search()
+                return None
+            time.sleep(POLL_SECONDS)
+        return None
+
+    def _wait_until_lost(self, watch: Watch) -> str | None:
+        """Returns None when the server shall stop, else what has died."""
+        while not self._stops_asked:
+            self._show_log()
+            loss = watch.loss()
+            if loss:
+                return loss
+            time.sleep(POLL_SECONDS)
+        return None
+
+    def _tell_ready(self, loss: str | None, seconds: float) -> None:
+        if self._stops_asked:
+            return
+        if loss is None or not self._has_been_ready:
+            self._has_been_ready = True
+            self._listener.ready(seconds)
+        else:
+            self._listener.restarted(Restart(loss, seconds))
+
+    def _end_lost(self, process: ServerProcess, loss: str, try_again: bool) -> None:
+        """Kills what is left of the server. Raises StartError when it shall not be started again."""
+        process.kill()
+        self._show_log()
+        if not try_again:
+            lines = "\n".join(self._log.last_lines(LOG_LINES_SHOWN))
+            raise StartError(
+                f"the server cannot run: {loss}; the last lines of {self._log.path} say why:\n{lines}"
+            )
+        self._listener.show(f"FastServe: {loss}; starting the server anew")
+
+    def _stop(self, process: ServerProcess) -> None:
+        self._listener.show(
+            f"FastServe: stopping; requests in flight have {self._exit_timeout_seconds:.0f} s to finish"
+        )
+        process.terminate()
+        deadline = time.monotonic() + self._exit_timeout_seconds + EXIT_GRACE_SECONDS
+        while process.end() is None and self._stops_asked < 2 and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        # Also when it left by itself: nothing that it started may outlive it.
+        process.kill()
+        self._show_log()
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._stops_asked:
+            time.sleep(POLL_SECONDS)
+
+    def _show_log(self) -> None:
+        for line in self._log.new_lines():
+            if self._show_all or worth_showing(line):
+                self._listener.show(line)
+
+
+def pause_after(failures: int) -> float:
+    """Seconds before the next start: none after the first failure in a row, then 1, 2, 4 ..."""
+    return min(2.0 ** (failures - 2), LONGEST_PAUSE_SECONDS) if failures > 1 else 0.0
