@@ -18,11 +18,12 @@ from argparse import Namespace
 from typing import Any, ClassVar
 
 import grpc.experimental.gevent
-from fastserve_client import Client, FastServeError
-from fastserve_client.client import Protocol
 from gevent.pool import Group
 from locust import User, events, task
 from locust.argument_parser import LocustArgumentParser
+
+from fastserve_client import Client, FastServeError
+from fastserve_client.client import Protocol
 
 grpc.experimental.gevent.init_gevent()
 

@@ -23,32 +23,51 @@ class ConfigError(Exception):
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Settings of the engine and of the serving around it."""
 
-    model: Annotated[str, Meta(description="Hugging Face directory, GGUF file or hub name; empty: the default model")] = ""
+    model: Annotated[
+        str, Meta(description="Hugging Face directory, GGUF file or hub name; empty: the default model")
+    ] = ""
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(description="of weights and activations; auto: the checkpoint's own, bfloat16 for GGUF"),
     ] = "auto"
-    device: Annotated[str, Meta(description="cpu, cuda, cuda:N; auto: a GPU if there is one", pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    max_model_len: Annotated[int, Meta(ge=0, description="tokens of prompt and answer together; 0: the model's own limit")] = 0
+    device: Annotated[
+        str,
+        Meta(
+            description="cpu, cuda, cuda:N; auto: a GPU if there is one", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
+        ),
+    ] = "auto"
+    max_model_len: Annotated[
+        int, Meta(ge=0, description="tokens of prompt and answer together; 0: the model's own limit")
+    ] = 0
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="sequences in the batch")] = 64
-    max_num_batched_tokens: Annotated[int, Meta(ge=1, description="tokens computed in a step: longer prompts are computed in chunks")] = 512
+    max_num_batched_tokens: Annotated[
+        int, Meta(ge=1, description="tokens computed in a step: longer prompts are computed in chunks")
+    ] = 512
     block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens in a KV block")] = 16
-    kv_cache_bytes: Annotated[int, Meta(ge=0, description="of the KV cache; 0: 1 GiB on a CPU, what is free on a GPU")] = 0
+    kv_cache_bytes: Annotated[
+        int, Meta(ge=0, description="of the KV cache; 0: 1 GiB on a CPU, what is free on a GPU")
+    ] = 0
     enable_prefix_caching: Annotated[bool, Meta(description="reuse KV blocks of equal prefixes")] = True
     num_threads: Annotated[int, Meta(ge=0, description="of the worker on a CPU; 0: one per core")] = 0
     policy: Annotated[Literal["priority_age", "fcfs"], Meta(description="who runs first")] = "priority_age"
     alpha: Annotated[float, Meta(ge=0.0, description="score of one step of priority")] = 10.0
     beta: Annotated[float, Meta(gt=0.0, description="score of one second of waiting")] = 1.0
-    max_queue_size: Annotated[int, Meta(ge=1, description="requests that may wait; more are refused with UNAVAILABLE")] = 1024
+    max_queue_size: Annotated[
+        int, Meta(ge=1, description="requests that may wait; more are refused with UNAVAILABLE")
+    ] = 1024
     max_queue_seconds: Annotated[float, Meta(ge=0.0, description="a request may wait; 0: for ever")] = 0.0
-    max_request_seconds: Annotated[float, Meta(gt=0.0, description="a request may take from arrival to end")] = 600.0
-    stream_interval_ms: Annotated[float, Meta(ge=0.0, description="at least so long between two responses of a stream, after the first")] = 100.0
+    max_request_seconds: Annotated[
+        float, Meta(gt=0.0, description="a request may take from arrival to end")
+    ] = 600.0
+    stream_interval_ms: Annotated[
+        float, Meta(ge=0.0, description="at least so long between two responses of a stream, after the first")
+    ] = 100.0
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
-                f"`max_num_batched_tokens`: got {self.max_num_batched_tokens}; allowed: at least `max_num_seqs`, "
-                f"{self.max_num_seqs}, so that each sequence of a full batch gets its token"
+                f"`max_num_batched_tokens`: got {self.max_num_batched_tokens}; allowed: at least "
+                f"`max_num_seqs`, {self.max_num_seqs}, so that each sequence of a full batch gets its token"
             )
 
 

@@ -35,21 +35,18 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 def config_from(arguments: argparse.Namespace) -> Config:
     """The settings that were given, the defaults for the others. Raises ConfigError naming the flag."""
-    given = vars(arguments)
-    fields = [name for name in Config.__struct_fields__ if name in given]
-    for name in fields:
-        # One at a time: the message can then name the flag.
-        _validated({name: given[name]})
-    return _validated({name: given[name] for name in fields})
-
-
-def _validated(values: Mapping[str, Any]) -> Config:
+    values = {name: value for name, value in vars(arguments).items() if name in Config.__struct_fields__}
     try:
         return msgspec.convert(values, Config)
     except msgspec.ValidationError as error:
-        (name, value), *_ = values.items()
-        reason = str(error).split(" - at `$.")[0]
-        raise ConfigError(f"{flag(name)}: got {value!r}: {reason}") from error
+        raise ConfigError(_reason(error, values)) from error
+
+
+def _reason(error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:
+    """msgspec's sentence with the flag in place of the path; one about several fields names them itself."""
+    reason, _, path = str(error).partition(" - at `$.")
+    name = path.rstrip("`")
+    return f"{flag(name)}: got {values[name]!r}: {reason}" if name in values else reason
 
 
 def _kind_and_meta(annotation: Any) -> tuple[Any, Meta | None]:

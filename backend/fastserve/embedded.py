@@ -1,11 +1,11 @@
 """The engine inside a Python program, without Triton server.
 
-    text = Model.load("path").predict("The capital of France is", max_tokens=20, temperature=0)
+text = Model.load("path").predict("The capital of France is", max_tokens=20, temperature=0)
 
-    with ModelServer(model) as server:
-        task = server.submit("Once upon a time", priority=5, max_tokens=100)
-        for text in task:
-            print(text, end="")
+with ModelServer(model) as server:
+    task = server.submit("Once upon a time", priority=5, max_tokens=100)
+    for text in task:
+        print(text, end="")
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ class Task:
 
     def _wait(self, give_up: float | None) -> None:
         try:
-            output = self._outputs.get(timeout=None if give_up is None else max(0.0, give_up - time.monotonic()))
+            output = self._outputs.get(
+                timeout=None if give_up is None else max(0.0, give_up - time.monotonic())
+            )
         except queue.Empty:
             raise TimeoutError(f"request {self.request.uid} has not ended in time") from None
         try:
@@ -133,7 +135,7 @@ class Task:
         return "".join(response.text[0] for response in self.responses(timeout))
 
     def cancel(self) -> None:
-        """Stops the request; `result` and iteration then raise RequestError (CANCELLED), if it had not ended."""
+        """Stops the request; unless it has ended, `result` and iteration then raise RequestError (CANCELLED)."""
         self._server.send(Cancel(self.request.uid, Outcome.CANCELLED))
 
 

@@ -28,6 +28,8 @@ GROUP_KEYS = 64 * 1024
 """Keys times queries of the items that are computed together, at most: bounds the memory."""
 LANES = 16
 """A softmax adds up in lanes of a vector register: a partition is always in the same lane."""
+UNLIMITED = 1 << 60
+"""The sliding window of attention that has none."""
 MASKED = -1e30
 """Absorbs any score, and a row of nothing else still has a softmax."""
 
@@ -72,7 +74,7 @@ def plan(
         inside = np.arange(tile_len) < tiles.length[:, None]
         places[rows[inside]] = computed + np.flatnonzero(inside)
         computed += rows.size
-        groups += tiles.groups(block_tables.numpy(), block_size, window)
+        groups += tiles.groups(block_tables.numpy(), block_size, UNLIMITED if window is None else window)
     in_order = computed == len(places) and (places == np.arange(computed)).all()
     return [torch.from_numpy(places[:0] if in_order else places), *groups]
 
@@ -105,13 +107,11 @@ class _Tiles:
         self.first_position = (context - query)[sequence] + offset
         self.last_position = self.first_position + self.length - 1
 
-    def groups(self, block_tables: np.ndarray, block_size: int, window: int | None) -> list[Tensor]:
+    def groups(self, block_tables: np.ndarray, block_size: int, reach: int) -> list[Tensor]:
+        """The fields of all groups: each has as many tiles as fit into GROUP_KEYS, one at least."""
         blocks_per_partition = max(1, PARTITION // block_size)
         partition = blocks_per_partition * block_size
-        first_key = (
-            self.first_position * 0 if window is None else np.maximum(0, self.first_position - window + 1)
-        )
-        first = first_key // partition
+        first = np.maximum(0, self.first_position - reach + 1) // partition
         count = self.last_position // partition + 1 - first
         limit = max(1, GROUP_KEYS // (partition * self.tile_len))
         padding = -block_tables.shape[1] % blocks_per_partition
@@ -124,7 +124,7 @@ class _Tiles:
             fits = int(np.searchsorted(np.cumsum(count[begin:]), limit, side="right"))
             end = begin + max(1, fits)
             flat += self._group(
-                slice(begin, end), first[begin:end], count[begin:end], tables, partition, window
+                slice(begin, end), first[begin:end], count[begin:end], tables, partition, reach
             )
             begin = end
         return flat
@@ -136,8 +136,12 @@ class _Tiles:
         count: np.ndarray,
         tables: np.ndarray,
         partition: int,
-        window: int | None,
+        reach: int,
     ) -> Group:
+        """The group of some tiles, with the first partition of each and how many it meets.
+
+        tables: [sequences, partitions, blocks of a partition].
+        """
         item_start = np.cumsum(count) - count
         tile = np.repeat(np.arange(len(count)), count)
         index = first[tile] + np.arange(len(tile)) - item_start[tile]
@@ -145,9 +149,7 @@ class _Tiles:
         rows = self.first_row[members][:, None] + within
         query_position = (self.first_position[members][:, None] + within)[tile][:, :, None]
         key_position = (index[:, None] * partition + np.arange(partition))[:, None, :]
-        seen = key_position <= query_position
-        if window is not None:
-            seen &= key_position > query_position - window
+        seen = (key_position <= query_position) & (key_position > query_position - reach)
         mask = np.where(seen, np.float32(0), np.float32(MASKED))
         place = first % LANES
         used = int((place + count).max())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fastserve_client import FastServeError
 from fastserve_client.backoff import FIRST_DELAY, LONGEST_DELAY, Backoff
 from fastserve_client.deadline import Deadline
-from hypothesis import given
-from hypothesis import strategies as st
 
 UNAVAILABLE = FastServeError("UNAVAILABLE", "the queue is full")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from fastserve_client.errors import server_error
 
 

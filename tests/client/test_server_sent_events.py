@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fastserve_client.server_sent_events import EventParser
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fastserve_client.server_sent_events import EventParser
 
 
 @given(

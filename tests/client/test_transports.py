@@ -9,6 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+
 from fastserve_client import AsyncClient, Chunk, Client, DeadlineExceeded, FastServeError, Generation, backoff
 
 if TYPE_CHECKING:

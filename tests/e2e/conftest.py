@@ -36,7 +36,10 @@ class RunningServer:
         with urllib.request.urlopen(f"http://{self.metrics_url}/metrics", timeout=10) as response:
             lines = response.read().decode().splitlines()
         samples = (line.rsplit(" ", 1) for line in lines if line.startswith("fastserve_"))
-        return {name.replace('model="fastserve",', "").replace('{model="fastserve"}', ""): float(v) for name, v in samples}
+        return {
+            name.replace('model="fastserve",', "").replace('{model="fastserve"}', ""): float(v)
+            for name, v in samples
+        }
 
     def wait_for_metrics(self, holds: Callable[[dict[str, float]], bool], seconds: float) -> float:
         """Waits until the metrics are so, and returns the seconds it took. Fails when it takes longer."""
@@ -53,7 +56,12 @@ class RunningServer:
 
 def is_idle(metrics: dict[str, float]) -> bool:
     """Whether nothing is being served."""
-    names = ("fastserve_requests_running", "fastserve_requests_waiting", "fastserve_requests_preempted", "fastserve_kv_blocks_used")
+    names = (
+        "fastserve_requests_running",
+        "fastserve_requests_waiting",
+        "fastserve_requests_preempted",
+        "fastserve_kv_blocks_used",
+    )
     return all(value == 0 for name, value in metrics.items() if name.startswith(names))
 
 
@@ -75,7 +83,9 @@ def running(model: ModelFiles, **settings: Any) -> Iterator[RunningServer]:
     options = ServerOptions(ports=ports, exit_timeout_seconds=5)
     with Server(Config(model=str(model.checkpoint), **settings), options) as launcher:
         launcher.wait_ready(START_SECONDS)
-        yield RunningServer(launcher, *(f"127.0.0.1:{port}" for port in (ports.http, ports.grpc, ports.metrics)))
+        yield RunningServer(
+            launcher, *(f"127.0.0.1:{port}" for port in (ports.http, ports.grpc, ports.metrics))
+        )
 
 
 Launch = Callable[..., AbstractContextManager[RunningServer]]

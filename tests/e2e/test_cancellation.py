@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from fastserve_client import Client, DeadlineExceeded, FastServeError
 
 ENDLESS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 4000, "ignore_eos": True}
@@ -40,8 +41,11 @@ def test_grpc_cancel_frees_the_blocks_within_a_second(server: Any, client: Clien
 
 def test_http_disconnect_frees_the_blocks_within_a_second(server: Any) -> None:
     host, port = server.http_url.split(":")
-    body = b'{"text_input": "Count up.", "stream": true, "parameters": {"max_tokens": 4000, "ignore_eos": true}}'
-    head = f"POST /v2/models/fastserve/generate_stream HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+    body = (
+        b'{"text_input": "Count up.", "stream": true, "parameters": {"max_tokens": 4000, "ignore_eos": true}}'
+    )
+    path = "/v2/models/fastserve/generate_stream"
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body)
         assert b"data: " in connection.recv(4096) + connection.recv(4096)
@@ -79,6 +83,7 @@ def run_cancels(client: Client, count: int, seed: int) -> None:
     numbers = random.Random(seed)
     jobs = [(numbers.randrange(1, 400), numbers.uniform(0, 0.6)) for _ in range(count)]
     lock = threading.Lock()
+    errors: list[FastServeError] = []
 
     def leave_early() -> None:
         while True:
@@ -94,7 +99,7 @@ def run_cancels(client: Client, count: int, seed: int) -> None:
                     for _ in stream:
                         pass
                 except FastServeError as error:
-                    assert error.code == "CANCELLED", error
+                    errors.append(error)
                 closer.cancel()
 
     threads = [threading.Thread(target=leave_early) for _ in range(16)]
@@ -102,6 +107,7 @@ def run_cancels(client: Client, count: int, seed: int) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert {error.code for error in errors} <= {"CANCELLED"}
 
 
 def memory_of(server: Any) -> dict[str, int]:
@@ -110,7 +116,9 @@ def memory_of(server: Any) -> dict[str, int]:
     sizes = {"tritonserver": process.memory_info().rss}
     for child in process.children(recursive=True):
         words = child.cmdline()
-        name = next((word.split("/")[-3] for word in words if word.endswith("model.py")), " ".join(words)[-60:])
+        name = next(
+            (word.split("/")[-3] for word in words if word.endswith("model.py")), " ".join(words)[-60:]
+        )
         sizes[name] = child.memory_info().rss
     return sizes
 

@@ -8,6 +8,7 @@ import uuid
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+
 from fastserve_client import AsyncClient, Client, FastServeError, Generation
 
 if TYPE_CHECKING:

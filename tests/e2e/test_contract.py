@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
-from fastserve_client import Client
 from tritonclient.utils import np_to_triton_dtype
 
+from fastserve_client import Client
+
 PROMPT = "The capital of France is"
-SAMPLING = {"temperature": 0, "max_tokens": 20}
+SAMPLING: dict[str, Any] = {"temperature": 0, "max_tokens": 20}
 
 
 def tensor(module: Any, name: str, value: Any, dtype: Any = np.object_) -> Any:
@@ -115,7 +116,14 @@ def test_the_last_response_with_data_is_the_final_one(server: Any) -> None:
 
 
 def test_every_output_that_is_asked_for_comes(server: Any) -> None:
-    flags = ["finish_reason", "cumulative_logprob", "logprobs", "token_ids", "num_input_tokens", "num_output_tokens"]
+    flags = [
+        "finish_reason",
+        "cumulative_logprob",
+        "logprobs",
+        "token_ids",
+        "num_input_tokens",
+        "num_output_tokens",
+    ]
     inputs = [
         tensor(tritonclient.grpc, "text_input", PROMPT),
         tensor(tritonclient.grpc, "sampling_parameters", json.dumps({**SAMPLING, "logprobs": 2})),
@@ -127,14 +135,27 @@ def test_every_output_that_is_asked_for_comes(server: Any) -> None:
     assert response.as_numpy("num_output_tokens").tolist() == [20]
     logprobs = json.loads(response.as_numpy("logprobs")[0])
     assert len(logprobs) == 20
-    chosen = [entries[str(token)]["logprob"] for entries, token in zip(logprobs, response.as_numpy("token_ids"), strict=True)]
+    chosen = [
+        entries[str(token)]["logprob"]
+        for entries, token in zip(logprobs, response.as_numpy("token_ids"), strict=True)
+    ]
     assert sum(chosen) == pytest.approx(float(response.as_numpy("cumulative_logprob")[0]), rel=1e-5)
-    assert all(entries[str(token)]["rank"] == 1 for entries, token in zip(logprobs, response.as_numpy("token_ids"), strict=True))
+    assert all(
+        entries[str(token)]["rank"] == 1
+        for entries, token in zip(logprobs, response.as_numpy("token_ids"), strict=True)
+    )
 
 
 def test_what_is_not_asked_for_does_not_come(server: Any) -> None:
     answer = json.loads(post(server, "fastserve/generate", {"text_input": PROMPT, "parameters": SAMPLING}))
-    assert set(answer) == {"model_name", "model_version", "text_output", "sequence_id", "sequence_start", "sequence_end"}
+    assert set(answer) == {
+        "model_name",
+        "model_version",
+        "text_output",
+        "sequence_id",
+        "sequence_start",
+        "sequence_end",
+    }
 
 
 def test_several_sequences_of_one_prompt(server: Any) -> None:
@@ -146,7 +167,7 @@ def test_several_sequences_of_one_prompt(server: Any) -> None:
 
 
 def test_chat_messages_and_prompt_token_ids(server: Any) -> None:
-    messages = [{"role": "user", "content": "What is the capital of France? One word."}]
+    messages: list[Any] = [{"role": "user", "content": "What is the capital of France? One word."}]
     with Client(server.grpc_url) as client:
         assert "Paris" in client.generate(messages=messages, temperature=0, max_tokens=16).text
         ids = client.generate(prompt_token_ids=[504, 3575, 282, 4649, 314], **SAMPLING)
@@ -156,13 +177,20 @@ def test_chat_messages_and_prompt_token_ids(server: Any) -> None:
 @pytest.mark.parametrize(
     "guide",
     [
-        {"json": {"type": "object", "properties": {"age": {"type": "integer", "maximum": 99}}, "required": ["age"], "additionalProperties": False}},
+        {
+            "json": {
+                "type": "object",
+                "properties": {"age": {"type": "integer", "maximum": 99}},
+                "required": ["age"],
+                "additionalProperties": False,
+            }
+        },
         {"regex": "[0-9]{3}-[a-z]{2}"},
         {"choice": ["Lyon", "Nice"]},
         {"grammar": 'start: "yes" | "no"'},
     ],
 )
-def test_guided_decoding(server: Any, guide: dict[str, Any]) -> None:
+def test_guided_decoding(server: Any, guide: Any) -> None:
     import re
 
     with Client(server.grpc_url) as client:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fastserve_client import Client, FastServeError
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+from fastserve_client import Client, FastServeError
 
 SMALL, FULL = 120, 1000
 
@@ -38,7 +39,10 @@ out_of_range: dict[str, st.SearchStrategy[Any]] = {
     "logit_bias": st.just({"x": 1}) | st.just({"5": "a"}) | st.just({str(10**9): 1}),
     "ignore_eos": st.just("perhaps"),
     "bad_words": st.integers() | st.just([5]),
-    "structured_outputs": st.just({"regex": "("}) | st.just({"json": "{"}) | st.just({"both": 1}) | st.just(7),
+    "structured_outputs": st.just({"regex": "("})
+    | st.just({"json": "{"})
+    | st.just({"both": 1})
+    | st.just(7),
     "tempurature": st.just(0.5),
     "best_of": st.just(3),
     "priority": st.just(2**40) | st.just("high"),
@@ -71,7 +75,10 @@ def bodies() -> st.SearchStrategy[tuple[bytes, str]]:
             (b'{"messages": "[{\\"role\\": 5}]"}', "messages"),
             (b'{"text_input": "a", "sampling_parameters": "{"}', "sampling_parameters"),
             (b'{"text_input": "a", "sampling_parameters": "[1]"}', "sampling_parameters"),
-            (b'{"text_input": "a", "stream": true, "exclude_input_in_output": false}', "exclude_input_in_output"),
+            (
+                b'{"text_input": "a", "stream": true, "exclude_input_in_output": false}',
+                "exclude_input_in_output",
+            ),
             (b'{"prompt_token_ids": [-1]}', "prompt_token_ids"),
             (b'{"prompt_token_ids": [999999999]}', "prompt_token_ids"),
             (json.dumps({"text_input": "word " * 9000}).encode(), "text_input"),
@@ -82,7 +89,10 @@ def bodies() -> st.SearchStrategy[tuple[bytes, str]]:
         ]
     )
     strange = json_values.map(
-        lambda value: (json.dumps({"text_input": "Hi", "sampling_parameters": json.dumps({"odd name": value})}).encode(), "odd name")
+        lambda value: (
+            json.dumps({"text_input": "Hi", "sampling_parameters": json.dumps({"odd name": value})}).encode(),
+            "odd name",
+        )
     )
     return st.one_of(bad_parameter, bad_sampling, others, strange)
 
@@ -119,7 +129,7 @@ def test_malformed_requests_are_refused_by_name(server: Any, soak: bool) -> None
     assert set(outcomes) == {outcomes[0]}
 
 
-class good_traffic:  # noqa: N801  reads as what it is: `with good_traffic(server) as outcomes`
+class good_traffic:
     """Sends one good request after another meanwhile; the texts they gave."""
 
     def __init__(self, server: Any) -> None:
@@ -131,7 +141,9 @@ class good_traffic:  # noqa: N801  reads as what it is: `with good_traffic(serve
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                self._outcomes.append(self._client.generate("The capital of France is", temperature=0, max_tokens=8).text)
+                self._outcomes.append(
+                    self._client.generate("The capital of France is", temperature=0, max_tokens=8).text
+                )
             except FastServeError as error:
                 self._outcomes.append(f"failed: {error}")
 

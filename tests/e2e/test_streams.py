@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fastserve_client import Client
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+from fastserve_client import Client
 
 SMALL, FULL = 25, 200
 
@@ -25,7 +26,10 @@ prompts = st.one_of(
     ),
 )
 stops = st.lists(
-    st.one_of(st.sampled_from([" the", "\n", "e", ". ", "。", "的", "an", "🎉", "ing "]), st.text(min_size=1, max_size=3)),
+    st.one_of(
+        st.sampled_from([" the", "\n", "e", ". ", "。", "的", "an", "🎉", "ing "]),
+        st.text(min_size=1, max_size=3),
+    ),
     max_size=3,
 )
 samplings = st.fixed_dictionaries(
@@ -75,13 +79,17 @@ def test_joined_deltas_equal_the_whole_text(client: Client, soak: bool) -> None:
 
 def is_whole(text: str) -> bool:
     """Whether no character was torn apart: what a client cannot encode again was."""
-    return text.encode().decode() == text and not text.endswith("\ufffd") or "\ufffd" in text.rstrip("\ufffd")
+    return (text.encode().decode() == text and not text.endswith("\ufffd")) or "\ufffd" in text.rstrip(
+        "\ufffd"
+    )
 
 
 def check_stops(text: str, sampling: dict[str, Any]) -> None:
     for stop in sampling["stop"]:
         if sampling["include_stop_str_in_output"]:
-            assert stop not in text[:-1] or text.find(stop) + len(stop) >= len(text) - max(map(len, sampling["stop"]))
+            assert stop not in text[:-1] or text.find(stop) + len(stop) >= len(text) - max(
+                map(len, sampling["stop"])
+            )
         else:
             assert stop not in text
 
@@ -99,7 +107,9 @@ def test_a_stop_string_ends_the_computation(server: Any, client: Client) -> None
 def test_seeded_text_is_the_same_alone_and_in_a_batch(client: Client) -> None:
     sampling: dict[str, Any] = {"temperature": 1.0, "seed": 1234, "max_tokens": 48, "ignore_eos": True}
     alone = client.generate("Once upon a time", **sampling).text
-    others = [client.stream(f"Tell me about the number {i}:", temperature=1.0, max_tokens=64) for i in range(15)]
+    others = [
+        client.stream(f"Tell me about the number {i}:", temperature=1.0, max_tokens=64) for i in range(15)
+    ]
     together = client.generate("Once upon a time", **sampling).text
     for stream in others:
         stream.read()

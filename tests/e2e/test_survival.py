@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from fastserve_client import Client, FastServeError
 
 ENDLESS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 4000, "ignore_eos": True}
@@ -68,7 +69,9 @@ class Streams:
         end = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        assert not any(thread.is_alive() for thread in self._threads), f"a client still waits after {seconds} s"
+        assert not any(thread.is_alive() for thread in self._threads), (
+            f"a client still waits after {seconds} s"
+        )
 
 
 def is_ready(server: Any) -> bool:

@@ -22,7 +22,9 @@ def make_engine(default_model: ModelFiles) -> MakeEngine:
     """An engine with these settings; of fp32 weights unless told otherwise."""
 
     def make(**settings: Any) -> Engine:
-        return load_engine(Config(**{"dtype": "float32", "kv_cache_bytes": 1 << 28, **settings}), default_model)
+        return load_engine(
+            Config(**{"dtype": "float32", "kv_cache_bytes": 1 << 28, **settings}), default_model
+        )
 
     return make
 

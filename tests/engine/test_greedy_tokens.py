@@ -31,7 +31,7 @@ def prompts(tokenizer_directory: Path, soak: bool) -> list[list[int]]:
 def expected(prompts: list[list[int]], default_model_path: Path) -> list[list[int]]:
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         default_model_path.parent,
         gguf_file=default_model_path.name,
         quantization_config=GgufConfig(dequantize=True),
@@ -41,7 +41,12 @@ def expected(prompts: list[list[int]], default_model_path: Path) -> list[list[in
     for prompt in prompts:
         ids = torch.tensor([prompt])
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=-1, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=-1,
+            pad_token_id=0,
         )
         answers.append(output[0, len(prompt) :].tolist())
     return answers
@@ -50,7 +55,9 @@ def expected(prompts: list[list[int]], default_model_path: Path) -> list[list[in
 def answers(engine: Any, helpers: Any, prompts: list[list[int]], together: bool = True) -> list[list[int]]:
     outputs: dict[str, Any] = {}
     for index, prompt in enumerate(prompts):
-        engine.add(helpers.make_request(str(index), prompt, temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True))
+        engine.add(
+            helpers.make_request(str(index), prompt, temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+        )
         if not together:
             outputs |= helpers.run_until_idle(engine)
     outputs |= helpers.run_until_idle(engine)

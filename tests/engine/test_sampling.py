@@ -30,7 +30,9 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(engine: Any, helpers: A
     alone = helpers.tokens_of(helpers.run_until_idle(engine)["alone"])
     for index in range(15):
         prompt = [1000 + index, *range(2000, 2000 + 31 * index)]
-        engine.add(helpers.make_request(f"other {index}", prompt, temperature=1.0, max_tokens=64, ignore_eos=True))
+        engine.add(
+            helpers.make_request(f"other {index}", prompt, temperature=1.0, max_tokens=64, ignore_eos=True)
+        )
     engine.add(helpers.make_request("in a batch", PROMPT, **sampling))
     assert helpers.tokens_of(helpers.run_until_idle(engine)["in a batch"]) == alone
 
@@ -42,7 +44,9 @@ def test_without_a_seed_texts_differ(engine: Any, helpers: Any) -> None:
 
 def test_sequences_of_one_request_differ_and_repeat(engine: Any, helpers: Any) -> None:
     def texts() -> list[list[int]]:
-        engine.add(helpers.make_request("n", PROMPT, n=4, seed=5, temperature=1.0, max_tokens=16, ignore_eos=True))
+        engine.add(
+            helpers.make_request("n", PROMPT, n=4, seed=5, temperature=1.0, max_tokens=16, ignore_eos=True)
+        )
         outputs = helpers.run_until_idle(engine)["n"]
         return [helpers.tokens_of(outputs, index) for index in range(4)]
 
@@ -55,12 +59,19 @@ def test_banned_and_wanted_tokens(engine: Any, helpers: Any) -> None:
     (greedy,) = generate(engine, helpers, temperature=0.0, max_tokens=1)
     (other,) = generate(engine, helpers, temperature=0.0, max_tokens=1, logit_bias={greedy[0]: -100.0})
     assert other != greedy
-    (forced,) = generate(engine, helpers, temperature=0.0, max_tokens=3, logit_bias={333: 100.0}, ignore_eos=True)
+    (forced,) = generate(
+        engine, helpers, temperature=0.0, max_tokens=3, logit_bias={333: 100.0}, ignore_eos=True
+    )
     assert forced == [333, 333, 333]
 
 
 def test_penalties_push_repetition_away(engine: Any, helpers: Any) -> None:
-    repeated: dict[str, Any] = {"temperature": 0.0, "logit_bias": {333: 30.0}, "ignore_eos": True, "max_tokens": 16}
+    repeated: dict[str, Any] = {
+        "temperature": 0.0,
+        "logit_bias": {333: 30.0},
+        "ignore_eos": True,
+        "max_tokens": 16,
+    }
     (plain,) = generate(engine, helpers, **repeated)
     (frequency,) = generate(engine, helpers, frequency_penalty=2.0, **repeated)
     (repetition,) = generate(engine, helpers, repetition_penalty=10.0, **repeated)
@@ -69,7 +80,7 @@ def test_penalties_push_repetition_away(engine: Any, helpers: Any) -> None:
 
 
 def test_min_tokens_holds_the_end_back(engine: Any, helpers: Any) -> None:
-    ends = {"temperature": 0.0, "stop_token_ids": [333], "logit_bias": {333: 100.0}}
+    ends: dict[str, Any] = {"temperature": 0.0, "stop_token_ids": [333], "logit_bias": {333: 100.0}}
     (short,) = generate(engine, helpers, **ends)
     (long,) = generate(engine, helpers, min_tokens=5, **ends)
     assert short == [333]
@@ -109,7 +120,7 @@ def test_cancelled_sequences_leave_no_blocks(engine: Any, helpers: Any) -> None:
 
 def test_uniform_numbers_are_uniform_and_independent() -> None:
     numbers = uniform_numbers([7] * 20_000, list(range(20_000)))
-    assert 0 <= numbers.min()
+    assert numbers.min() >= 0
     assert numbers.max() < 1
     counts = [((numbers >= i / 20) & (numbers < (i + 1) / 20)).sum() for i in range(20)]
     chi_square = sum((count - 1000) ** 2 / 1000 for count in counts)

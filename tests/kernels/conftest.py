@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fastserve_kernels.attention_metadata import AttentionMetadata
 from torch import Tensor
+
+from fastserve_kernels.attention_metadata import AttentionMetadata
 
 
 @dataclass

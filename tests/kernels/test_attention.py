@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastserve_kernels import cpu_attention, ops, reference
-from fastserve_kernels.attention_metadata import AttentionMetadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fastserve_kernels import cpu_attention, ops, reference
+from fastserve_kernels.attention_metadata import AttentionMetadata
 
 # Scores and partial results are rounded to bfloat16, as in transformers' eager attention.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastserve_kernels import ops
 from fastserve_kernels.formats import Dense
-from torch import Tensor
 
 SHAPES = [(960, 576), (576, 1536), (1, 1), (33, 7), (100, 72)]
 # With bias and residual three roundings add up.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fastserve_kernels import ops
 
 OPS = torch.ops.fastserve

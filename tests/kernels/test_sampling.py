@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastserve_kernels import ops, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fastserve_kernels import ops, reference
 
 LIMITS = {
     "none": (0, 1.0, 0.0),

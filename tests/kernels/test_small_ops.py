@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fastserve_kernels import ops, reference
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from fastserve_kernels import ops, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 
 import pytest
+
 from fastserve import cli
 from fastserve.config import ConfigError
 from fastserve.triton_server.start_error import StartError

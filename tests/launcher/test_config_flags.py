@@ -6,10 +6,11 @@ import argparse
 
 import msgspec
 import pytest
-from fastserve.config import Config, ConfigError
-from fastserve.config_flags import add_config_flags, config_from, flag
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fastserve.config import Config, ConfigError
+from fastserve.config_flags import add_config_flags, config_from, flag
 
 
 def parsed(*words: str) -> Config:
@@ -38,8 +39,15 @@ def test_each_kind_of_flag() -> None:
 
 @given(st.integers(min_value=1, max_value=4096), st.floats(min_value=0.0, max_value=1e6))
 def test_numbers_come_through_unchanged(max_num_seqs: int, alpha: float) -> None:
-    config = parsed("--max-num-seqs", str(max_num_seqs), "--alpha", repr(alpha))
+    config = parsed(
+        "--max-num-seqs", str(max_num_seqs), "--max-num-batched-tokens", "4096", "--alpha", repr(alpha)
+    )
     assert (config.max_num_seqs, config.alpha) == (max_num_seqs, alpha)
+
+
+def test_fields_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens.*allowed: at least `max_num_seqs`, 1024"):
+        parsed("--max-num-seqs", "1024", "--max-num-batched-tokens", "512")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from fastserve.triton_server import downloads
 from fastserve.triton_server.downloads import Wheel, unpacked
 from fastserve.triton_server.start_error import StartError

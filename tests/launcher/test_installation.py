@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fastserve.triton_server import installation
 from fastserve.triton_server.installation import (
     PYTHON,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from fastserve.config import Config
 from fastserve.triton_server.command_line import ServerOptions
 from fastserve.triton_server.launcher import Server

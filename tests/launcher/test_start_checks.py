@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
+
 from fastserve.triton_server.start_checks import (
     Ports,
     check_ports,

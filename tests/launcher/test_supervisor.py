@@ -8,6 +8,7 @@ from typing import cast
 
 import psutil
 import pytest
+
 from fastserve.triton_server import supervisor as module
 from fastserve.triton_server.server_log import ServerLog
 from fastserve.triton_server.server_process import ServerProcess

@@ -9,6 +9,7 @@ from typing import cast
 
 import psutil
 import pytest
+
 from fastserve.triton_server.server_process import ServerProcess, is_alive
 from fastserve.triton_server.watch import Watch
 

@@ -4,12 +4,13 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.scheduling.admission import LOST_AFTER_SECONDS, MAX_DISPLACING, Admission
 from fastserve.scheduling.policies import PriorityAge
 from fastserve.types import OutputOptions, Request, Room, SamplingParams
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 POLICY = PriorityAge(alpha=10.0, beta=1.0)
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
 from fastserve.scheduling.block_pool import (
     ROOT_HASH,
     BlockPool,
@@ -8,8 +11,6 @@ from fastserve.scheduling.block_pool import (
     OutOfBlocksError,
     hash_block,
 )
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 A, B, C = (hash_block(ROOT_HASH, [token]) for token in range(3))
 

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.iteration_scheduler import CacheTooSmallError, IterationScheduler
 from fastserve.scheduling.policies import PriorityAge
 from fastserve.scheduling.sequence import Sequence, StepPlan
 from fastserve.types import OutputOptions, Request, SamplingParams
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 POLICY = PriorityAge(alpha=10.0, beta=1.0)
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from fastserve.config import Config
-from fastserve.scheduling.policies import Fcfs, PriorityAge, make_policy
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fastserve.config import Config
+from fastserve.scheduling.policies import Fcfs, PriorityAge, make_policy
 
 weights = st.floats(0.001, 1000.0)
 priorities = st.integers(-1000, 1000)

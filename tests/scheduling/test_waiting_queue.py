@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from fastserve.scheduling.waiting_queue import QueueFullError, WaitingQueue
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from fastserve.scheduling.waiting_queue import QueueFullError, WaitingQueue
 
 
 def test_ties_go_to_the_earlier_arrival_then_to_the_earlier_push() -> None:

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fastserve.text.tokenizer import Tokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
+
+from fastserve.text.tokenizer import Tokenizer
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] + '\n' + message['content'] }}</s>\n{% endfor %}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from fastserve.config import ConfigError
-from fastserve.text.detokenizer import Detokenizer
-from fastserve.text.stream_decoder import REPLACEMENT, stream_decoder_factory
-from fastserve.text.tokenizer import Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
+
+from fastserve.config import ConfigError
+from fastserve.text.detokenizer import Detokenizer
+from fastserve.text.stream_decoder import REPLACEMENT, stream_decoder_factory
+from fastserve.text.tokenizer import Tokenizer
 
 KINDS = [
     "byte_level",

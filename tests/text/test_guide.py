@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
-from fastserve.errors import RequestError
-from fastserve.text.guide import MAX_GUIDE_CHARACTERS, grammar_of, validate_guide
-from fastserve.text.tokenizer import Tokenizer
-from fastserve.types import Guide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
+
+from fastserve.errors import RequestError
+from fastserve.text.guide import grammar_of
+from fastserve.text.guide_validator import MAX_GRAMMAR_CHARACTERS, GuideValidator
+from fastserve.text.tokenizer import Tokenizer
+from fastserve.types import Guide
 
 
 @pytest.fixture(scope="module")
 def vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
     return LLTokenizer(tokenizer.backend.to_str(), eos_token=tokenizer.eos_token_ids[0])
+
+
+@pytest.fixture(scope="module")
+def validator(tokenizer: Tokenizer) -> GuideValidator:
+    return GuideValidator(tokenizer)
 
 
 def accepts(vocabulary: LLTokenizer, guide: Guide, text: str) -> bool:
@@ -38,21 +47,22 @@ def accepts(vocabulary: LLTokenizer, guide: Guide, text: str) -> bool:
         (Guide(grammar='start: "(" start ")" | "x"'), "((x))", "((x)"),
     ],
 )
-def test_guides_of_each_kind(vocabulary: LLTokenizer, guide: Guide, yes: str, no: str) -> None:
-    validate_guide(guide, "guided_decoding")
+def test_guides_of_each_kind(
+    vocabulary: LLTokenizer, validator: GuideValidator, guide: Guide, yes: str, no: str
+) -> None:
+    validator.validate(guide, "guided_decoding")
     assert accepts(vocabulary, guide, yes)
     assert not accepts(vocabulary, guide, no)
 
 
-def test_a_choice_is_literal(vocabulary: LLTokenizer) -> None:
-    # llguidance tokenises at U+FF itself; the rest of Unicode is fair.
+def test_a_choice_is_literal(vocabulary: LLTokenizer, validator: GuideValidator) -> None:
     texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 
     @settings(max_examples=200, deadline=None)
     @given(choices=st.lists(texts, min_size=1, max_size=4), other=texts)
     def check(choices: list[str], other: str) -> None:
         guide = Guide(choice=choices)
-        validate_guide(guide, "choice")
+        validator.validate(guide, "choice")
         assert all(accepts(vocabulary, guide, choice) for choice in choices)
         assert accepts(vocabulary, guide, other) == (other in choices)
 
@@ -69,14 +79,47 @@ def test_a_choice_is_literal(vocabulary: LLTokenizer) -> None:
         Guide(regex="("),
         Guide(regex=r"(a)\1"),
         Guide(regex="(" * 50000 + "a" + ")" * 50000),
+        Guide(regex=r"[^\s\S]"),
         Guide(grammar=""),
         Guide(grammar="start: undefined"),
         Guide(grammar="start: " + "(" * 10000 + '"a"' + ")" * 10000),
-        Guide(choice=["x" * (MAX_GUIDE_CHARACTERS + 1)]),
+        Guide(choice=["x" * (MAX_GRAMMAR_CHARACTERS + 1)]),
     ],
     ids=lambda guide: str(guide)[:40],
 )
-def test_guides_that_do_not_compile(guide: Guide) -> None:
+def test_guides_that_do_not_compile(validator: GuideValidator, guide: Guide) -> None:
     with pytest.raises(RequestError, match=r"^`guided_decoding`: ") as raised:
-        validate_guide(guide, "guided_decoding")
+        validator.validate(guide, "guided_decoding")
     assert len(str(raised.value)) < 1000
+
+
+def chain(length: int) -> Guide:
+    """Rules that refer to each other, deeper than a compiler that recurses has stack for."""
+    rules = "\n".join(f'r{i}: "a" r{i + 1}' for i in range(length))
+    return Guide(grammar=f'start: r0\n{rules}\nr{length}: "x"\n')
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [chain(9000), Guide(json='{"type": "integer", "multipleOf": 9999991}')],
+    ids=["overflows_the_stack", "takes_hours"],
+)
+def test_guides_that_would_kill_or_hang_the_process(validator: GuideValidator, guide: Guide) -> None:
+    with pytest.raises(RequestError, match=r"^`guided_decoding`: .* too complex"):
+        validator.validate(guide, "guided_decoding")
+    validator.validate(Guide(regex="a"), "guided_decoding")  # the next one is served
+
+
+def test_guides_of_honest_depth_pass(validator: GuideValidator) -> None:
+    validator.validate(chain(100), "guided_decoding")
+
+
+def test_the_child_ends_with_its_validator(tokenizer: Tokenizer) -> None:
+    validator = GuideValidator(tokenizer)
+    validator.validate(Guide(regex="a"), "guided_decoding")
+    child = validator._child
+    assert child is not None
+    assert child.poll() is None
+    del validator
+    gc.collect()
+    assert child.poll() is not None

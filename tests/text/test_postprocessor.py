@@ -7,6 +7,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.postprocessor import Postprocessor, Response
 from fastserve.text.tokenizer import Tokenizer
@@ -20,8 +23,6 @@ from fastserve.types import (
     SequenceOutput,
     TokenLogprob,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 PROMPT = "hello"
 

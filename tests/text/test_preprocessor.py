@@ -8,14 +8,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
 from fastserve.config import Config
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.preprocessor import MAX_BYTES_PER_TOKEN, Preprocessor
 from fastserve.text.sampling import SAMPLING_NAMES
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.types import Guide, Request, SamplingParams, decode, encode
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 MAX_MODEL_LEN = 64
 

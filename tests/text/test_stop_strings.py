@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from fastserve.text.stop_strings import StopStrings
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fastserve.text.stop_strings import StopStrings
 
 TEXT = st.text("ab\n", max_size=30)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from fastserve.config import ConfigError
 from fastserve.errors import RequestError
 from fastserve.text.tokenizer import Tokenizer

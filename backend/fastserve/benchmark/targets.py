@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, Protocol
 
-from fastserve_client import Client
-
 from fastserve.benchmark.workload import Job
+from fastserve_client import Client
 
 TargetName = Literal["in-process", "grpc", "http"]
 

@@ -1,11 +1,10 @@
-"""`fastserve bench`: closed-loop load on a running server, on the engine inside this process, or on both in turn."""
+"""`fastserve bench`: closed-loop load on a server, on the engine inside this process, or on both in turn."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 
-from fastserve_client import FastServeError
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +13,7 @@ from fastserve.benchmark.targets import InProcessTarget, ServerTarget, Target
 from fastserve.benchmark.workload import Job, chat_jobs, equal_jobs
 from fastserve.errors import RequestError
 from fastserve.models.model_error import ModelError
+from fastserve_client import FastServeError
 
 ERRORS = (FastServeError, ModelError, RequestError)
 TARGETS = ("grpc", "http", "in-process")

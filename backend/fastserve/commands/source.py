@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from fastserve_client import Client, FastServeError
-
 from fastserve.errors import RequestError
 from fastserve.models.model_error import ModelError
+from fastserve_client import Client, FastServeError
 
 SOURCE_ERRORS = (FastServeError, ModelError, RequestError)
 

@@ -1,6 +1,6 @@
 """The engine: plan a step, compute it, sample, say what came of it.
 
-    add / cancel -> [plan -> run -> commit -> sample -> append] -> StepOutput      (`step`, again and again)
+add / cancel -> [plan -> run -> commit -> sample -> append] -> StepOutput      (`step`, again and again)
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from fastserve_kernels.attention_metadata import AttentionMetadata
 
-from fastserve.engine.guides import GuideMatchers
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import SampledToken, Sampler, SamplingState, token_logprobs
 from fastserve.errors import ErrorCode, RequestError
@@ -27,6 +25,7 @@ from fastserve.types import (
     StepOutput,
     TokenLogprob,
 )
+from fastserve_kernels.attention_metadata import AttentionMetadata
 
 _STOPPED_FROM_OUTSIDE = {
     Outcome.CANCELLED: Failure(ErrorCode.CANCELLED.value, "the request was cancelled"),
@@ -103,8 +102,8 @@ class Engine:
             raise RequestError(f"`uid`: {request.uid} is being served already", ErrorCode.INTERNAL)
         if len(request.prompt_token_ids) >= self.max_model_len:
             raise RequestError(
-                f"prompt: got {len(request.prompt_token_ids)} tokens; allowed: at most {self.max_model_len - 1} "
-                "(model length and KV cache)"
+                f"prompt: got {len(request.prompt_token_ids)} tokens; allowed: at most "
+                f"{self.max_model_len - 1} (model length and KV cache)"
             )
 
     def cancel(self, uid: str, outcome: Outcome, index: int | None = None) -> None:
@@ -145,7 +144,8 @@ class Engine:
         sampled = self._sample(plan, rows, hidden, metadata)
         self._scheduler.commit(plan)
         return [
-            self._append(plan.scheduled[row].sequence, token) for row, token in zip(rows, sampled, strict=True)
+            self._append(plan.scheduled[row].sequence, token)
+            for row, token in zip(rows, sampled, strict=True)
         ]
 
     @torch.inference_mode()
@@ -174,7 +174,10 @@ class Engine:
     def _extend_prompt_logprobs(
         self, item: ScheduledSequence, collected: list[list[TokenLogprob]], hidden: torch.Tensor
     ) -> None:
-        """The row of a position tells of the token after it; what a preemption makes us compute again is there already."""
+        """The row of a position tells of the token after it.
+
+        What is computed again after a preemption is there already.
+        """
         sequence = item.sequence
         start = sequence.num_computed_tokens
         first = max(start, len(collected) - 1)

@@ -1,12 +1,12 @@
-"""From a step plan to hidden states: the plan's token ids and block tables as tensors, and the KV cache they index."""
+"""From a step plan to hidden states: its token ids and block tables as tensors, and the KV cache they index."""
 
 from __future__ import annotations
 
 import torch
-from fastserve_kernels.attention_metadata import AttentionMetadata
 
 from fastserve.models.causal_lm import CausalLM
 from fastserve.scheduling.sequence import StepPlan
+from fastserve_kernels.attention_metadata import AttentionMetadata
 
 DEFAULT_CPU_CACHE_BYTES = 1 << 30
 GPU_MEMORY_SHARE = 0.9

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from fastserve_kernels import ops
 
 from fastserve.engine.guides import GuideMatcher, GuideMatchers
 from fastserve.errors import RequestError
 from fastserve.scheduling.sequence import Sequence
 from fastserve.types import SamplingParams, TokenLogprob
+from fastserve_kernels import ops
 
 
 @dataclass(slots=True)
@@ -77,7 +77,10 @@ class Sampler:
 
     @staticmethod
     def _draw(
-        logits: torch.Tensor, params: list[SamplingParams], sequences: list[Sequence], states: list[SamplingState]
+        logits: torch.Tensor,
+        params: list[SamplingParams],
+        sequences: list[Sequence],
+        states: list[SamplingState],
     ) -> torch.Tensor:
         if all(p.temperature == 0.0 for p in params):
             return logits.argmax(dim=-1)
@@ -108,18 +111,27 @@ class _Logprobs:
         result: list[list[TokenLogprob]] = [[] for _ in self._counts]
         if self._logits is not None:
             counts = [self._counts[row] or 0 for row in self._rows]
-            for row, entry in zip(self._rows, token_logprobs(self._logits, token_ids[self._rows], counts), strict=True):
+            for row, entry in zip(
+                self._rows, token_logprobs(self._logits, token_ids[self._rows], counts), strict=True
+            ):
                 result[row] = entry
         return result
 
 
-def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, counts: list[int]) -> list[list[TokenLogprob]]:
-    """For each row of logits [n, vocab], (id, logprob, rank) of token_ids[row], then of the counts[row] likeliest."""
+def token_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, counts: list[int]
+) -> list[list[TokenLogprob]]:
+    """Per row of logits [n, vocab]: (id, logprob, rank) of token_ids[row], then of the counts[row] likeliest."""
     chosen, ranks, top_ids, top = ops.log_probs(logits, token_ids, max(counts))
-    rows = zip(token_ids.tolist(), chosen.tolist(), ranks.tolist(), top_ids.tolist(), top.tolist(), strict=True)
+    rows = zip(
+        token_ids.tolist(), chosen.tolist(), ranks.tolist(), top_ids.tolist(), top.tolist(), strict=True
+    )
     return [
         [(token, logprob, rank)]
-        + [(other, value, place + 1) for place, (other, value) in enumerate(zip(ids[:count], values, strict=False))]
+        + [
+            (other, value, place + 1)
+            for place, (other, value) in enumerate(zip(ids[:count], values, strict=False))
+        ]
         for count, (token, logprob, rank, ids, values) in zip(counts, rows, strict=True)
     ]
 
@@ -153,7 +165,9 @@ def _adjust(logits: torch.Tensor, sequence: Sequence, state: SamplingState) -> R
         logits[state.stop_token_ids] = -torch.inf
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
-        logits[ids] += torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype, device=logits.device)
+        logits[ids] += torch.tensor(
+            list(params.logit_bias.values()), dtype=logits.dtype, device=logits.device
+        )
     banned = banned_tokens(sequence)
     if banned:
         logits[banned] = -torch.inf
@@ -172,7 +186,7 @@ def banned_tokens(sequence: Sequence) -> list[int]:
 
 
 def _penalise(logits: torch.Tensor, sequence: Sequence, params: SamplingParams) -> None:
-    """Repetition penalty over prompt and answer (Keskar et al., arXiv 1909.05858); presence and frequency over the answer."""
+    """Repetition penalty over prompt and answer (Keskar et al., arXiv 1909.05858), the others over the answer."""
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(np.unique(sequence.token_ids), device=logits.device)
         values = logits[seen]

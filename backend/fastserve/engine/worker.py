@@ -83,7 +83,7 @@ class Worker:
         on_message: Callable[[FromWorker], None],
         on_death: Callable[[int | None], None],
     ) -> None:
-        """Starts the process. `on_message` and `on_death` (with the exit code) are called from one thread of ours.
+        """Starts the process. `on_message` and `on_death` (with the exit code) are called from one thread.
 
         `on_death` is not called for a worker that `stop` has ended.
         """
@@ -111,9 +111,7 @@ class Worker:
         except OSError:
             logger.debug("the worker is gone; %s was not sent", type(message).__name__)
 
-    def _read(
-        self, on_message: Callable[[FromWorker], None], on_death: Callable[[int | None], None]
-    ) -> None:
+    def _read(self, on_message: Callable[[FromWorker], None], on_death: Callable[[int | None], None]) -> None:
         while True:
             try:
                 data = self._connection.recv_bytes()

@@ -1,7 +1,6 @@
 """Where a model's files are: its weights, its tokenizer, and the tokens that end an answer.
 
-Imports no torch: a process that only tokenises uses it too. (Converting the tokenizer of a GGUF file, once,
-imports torch by way of transformers.)
+Imports no torch: a process that only tokenises uses it too.
 """
 
 from __future__ import annotations
@@ -9,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -88,14 +89,14 @@ def eos_token_ids(model: str | Path) -> list[int]:
 def context_length(model: str | Path) -> int:
     """Tokens of the longest sequence that the model can be served with. Raises ModelError.
 
-    With LongRoPE (arXiv 2402.13753) that is the length up to which the rotary frequencies stay the same: beyond
-    it they follow the longest sequence of the batch, and one request would alter another's answer.
+    With LongRoPE (arXiv 2402.13753) that is the length up to which the rotary frequencies stay the same:
+    beyond it they follow the longest sequence of the batch, and one request would alter another's answer.
     """
     path = resolve_model_path(str(model))
     if path.is_file():
         file = GgufFile(path)
         length = file.value(f"{file.architecture}.context_length")
-        rope = {}
+        rope: dict[str, Any] = {}
     else:
         config = read_transformers_config(path).get_text_config()
         length = getattr(config, "max_position_embeddings", None)
@@ -152,16 +153,16 @@ def _cache() -> Path:
 
 def _convert_tokenizer(gguf: Path, directory: Path) -> None:
     """Fills `directory` with the tokenizer of a GGUF file; it appears whole or not at all."""
-    from transformers import AutoTokenizer
-
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=directory.parent, prefix="unfinished-"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        tokenizer.save_pretrained(unfinished)
+        command = [sys.executable, "-m", "fastserve.models.gguf_tokenizer", str(gguf), str(unfinished)]
+        converted = subprocess.run(command, capture_output=True, text=True)
+        if converted.returncode != 0:
+            raise ModelError(
+                f"{gguf}: transformers cannot convert its tokenizer: {converted.stderr.strip()[-500:]}"
+            )
         unfinished.rename(directory)
-    except ValueError as error:
-        raise ModelError(f"{gguf}: transformers cannot convert its tokenizer: {error}") from error
     except OSError:
         # Another process was faster: a directory cannot be renamed onto one that is not empty.
         if not directory.is_dir():

@@ -6,18 +6,15 @@ import re
 
 from llguidance import LLMatcher
 
-from fastserve.errors import RequestError
 from fastserve.types import Guide
 
-MAX_GUIDE_CHARACTERS = 256 * 1024
-"""Of one grammar. With llguidance's own limits it bounds a compilation to about a second."""
 _SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&\-~/]")
 
 
 def grammar_of(guide: Guide) -> str:
     """The llguidance grammar of a guide, for `LLMatcher`.
 
-    It may be malformed, as the guide may: `validate_guide` tells.
+    It may be malformed, as the guide may, or too much for its compiler: `GuideValidator` tells.
     """
     if guide.json is not None:
         return LLMatcher.grammar_from_json_schema(guide.json)
@@ -27,18 +24,6 @@ def grammar_of(guide: Guide) -> str:
         return LLMatcher.grammar_from_regex("|".join(map(_escaped, guide.choice)))
     assert guide.grammar is not None
     return LLMatcher.grammar_from_lark(guide.grammar)
-
-
-def validate_guide(guide: Guide, field: str) -> None:
-    """Compiles the guide. Raises RequestError, naming `field`, with what llguidance says of it."""
-    grammar = grammar_of(guide)
-    if len(grammar) > MAX_GUIDE_CHARACTERS:
-        raise RequestError(
-            f"`{field}`: got a grammar of {len(grammar)} characters; allowed: at most {MAX_GUIDE_CHARACTERS}"
-        )
-    message = LLMatcher.validate_grammar(grammar)
-    if message:
-        raise RequestError(f"`{field}`: it does not compile: {message[:500]}")
 
 
 def _escaped(literal: str) -> str:

@@ -12,6 +12,7 @@ from msgspec import Meta
 from fastserve.config import Config
 from fastserve.errors import RequestError, invalid
 from fastserve.text.coercion import coerce, decode_json, decode_text
+from fastserve.text.guide_validator import GuideValidator
 from fastserve.text.sampling import SAMPLING_NAMES, is_sampling_name, parse_sampling, unknown_name
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.types import OutputOptions, Request, SamplingParams
@@ -45,12 +46,13 @@ _PARAMETER_NAMES = frozenset(["sampling_parameters", *_OPTION_TYPES, *_REQUEST_F
 
 
 class Preprocessor:
-    """Validates and tokenises requests. It has no state: threads may share one."""
+    """Validates and tokenises requests. Threads may share one."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, max_model_len: int) -> None:
         """`max_model_len`: tokens of prompt and answer together."""
         self._config = config
         self._tokenizer = tokenizer
+        self._guides = GuideValidator(tokenizer)
         self._max_model_len = max_model_len
 
     def build(
@@ -77,7 +79,9 @@ class Preprocessor:
         _check_names(inputs, parameters)
         options = {name: _option(name, inputs, parameters) for name in _OPTION_TYPES}
         output = _output_options(options)
-        sampling = parse_sampling(_sampling_values(inputs, parameters), self._tokenizer.vocab_size)
+        sampling = parse_sampling(
+            _sampling_values(inputs, parameters), self._tokenizer.vocab_size, self._guides
+        )
         prompt, prompt_token_ids = self._prompt(inputs)
         return Request(
             uid=uuid.uuid4().hex,

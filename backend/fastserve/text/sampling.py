@@ -10,7 +10,7 @@ import msgspec
 
 from fastserve.errors import RequestError, invalid
 from fastserve.text.coercion import coerce, decode_json, decode_text
-from fastserve.text.guide import validate_guide
+from fastserve.text.guide_validator import GuideValidator
 from fastserve.types import Guide, SamplingParams
 
 UNLIMITED = 2**31 - 1
@@ -58,7 +58,7 @@ _GUIDE_NOT_SERVED = (
 )
 
 
-def parse_sampling(values: Mapping[str, Any], vocab_size: int) -> SamplingParams:
+def parse_sampling(values: Mapping[str, Any], vocab_size: int, guides: GuideValidator) -> SamplingParams:
     """The parameters in `values`, each as itself or as a string; null is the default.
 
     As in vLLM, `max_tokens` as null becomes UNLIMITED, a seed of -1 none, and a temperature too small to
@@ -70,7 +70,7 @@ def parse_sampling(values: Mapping[str, Any], vocab_size: int) -> SamplingParams
     fields = {name: _parse(name, value, vocab_size) for name, value in given.items() if name in _TYPES}
     if "max_tokens" in values and values["max_tokens"] is None:
         fields["max_tokens"] = UNLIMITED
-    params = SamplingParams(**fields, guide=_parse_guide(given))
+    params = SamplingParams(**fields, guide=_parse_guide(given, guides))
     return _checked(params, vocab_size)
 
 
@@ -176,7 +176,7 @@ def _checked(params: SamplingParams, vocab_size: int) -> SamplingParams:
     )
 
 
-def _parse_guide(values: Mapping[str, Any]) -> Guide | None:
+def _parse_guide(values: Mapping[str, Any], guides: GuideValidator) -> Guide | None:
     names = [name for name in _GUIDE_NAMES if name in values]
     if not names:
         return None
@@ -195,7 +195,7 @@ def _parse_guide(values: Mapping[str, Any]) -> Guide | None:
     if len(kinds) != 1:
         raise invalid(name, kinds, f"exactly one of {', '.join(_GUIDE_KINDS)}")
     guide = _guide(f"{name}.{kinds[0]}", kinds[0], given[kinds[0]])
-    validate_guide(guide, f"{name}.{kinds[0]}")
+    guides.validate(guide, f"{name}.{kinds[0]}")
     return guide
 
 

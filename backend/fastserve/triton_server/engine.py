@@ -68,7 +68,9 @@ class EngineStep:
         self._worker = self._start_worker()
         self._started.wait()
         if self._stats is None:
-            raise pb_utils.TritonModelException("the engine's worker ended before it was ready: see its error above")
+            raise pb_utils.TritonModelException(
+                "the engine's worker ended before it was ready: see its error above"
+            )
 
     def _start_worker(self) -> Worker:
         return Worker(self._config, self._files, self._on_message, self._on_death)
@@ -178,7 +180,7 @@ class EngineStep:
 
     def _fail_what_it_had(self, exit_code: int | None) -> None:
         waiting = {request.uid for request in self._backlog}
-        message = f"the engine's worker ended (code {exit_code}) while it served the request; another is being started"
+        message = f"the engine's worker ended (code {exit_code}) while it served the request; try again"
         for uid in [uid for uid in self._relays if uid not in waiting]:
             self._relays.pop(uid).fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
 

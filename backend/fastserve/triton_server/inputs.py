@@ -27,7 +27,7 @@ NAMES = PROMPTS + OPTIONS
 
 
 def read_inputs(request: Any) -> dict[str, Any]:
-    """The inputs that came, by name. Raises RequestError for a tensor that does not hold exactly one element."""
+    """The inputs that came, by name. Raises RequestError for a tensor that does not hold one element."""
     tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in NAMES}
     return {name: _value(name, tensor.as_numpy()) for name, tensor in tensors.items() if tensor is not None}
 

@@ -107,7 +107,7 @@ class Server:
         if self._ready_after is not None:
             return self._ready_after
         if self._has_ended:
-            raise StartError("the server was stopped before it was ready: start it again")
+            raise StartError("the server was stopped before it was ready")
         raise TimeoutError(f"the server was not ready after {timeout} s; its log: {self._log.path}")
 
     def wait_restarts(self, count: int, timeout: float) -> None:

@@ -13,7 +13,24 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0]
-_TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1.0, 2.5]
+_TOKEN_SECONDS = [
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.04,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.5,
+    1.0,
+    2.5,
+]
 _TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 _MODEL = "fastserve"
 
@@ -77,7 +94,10 @@ class QueueMetrics:
     def __init__(self) -> None:
         self.waiting = Gauge("fastserve_requests_waiting", "Requests in the queue", ["priority"])
         self.wait = Histogram(
-            "fastserve_queue_wait_seconds", "From arrival to release to the engine", ["priority"], buckets=_SECONDS
+            "fastserve_queue_wait_seconds",
+            "From arrival to release to the engine",
+            ["priority"],
+            buckets=_SECONDS,
         )
         self.requests = requests_total()
 
@@ -87,11 +107,17 @@ class EngineMetrics:
 
     def __init__(self) -> None:
         self.running = Gauge("fastserve_requests_running", "Sequences in the batch")
-        self.preempted = Gauge("fastserve_requests_preempted", "Sequences that wait inside the worker for a place")
+        self.preempted = Gauge(
+            "fastserve_requests_preempted", "Sequences that wait inside the worker for a place"
+        )
         self.kv_total = Gauge("fastserve_kv_blocks_total", "KV blocks there are")
         self.kv_used = Gauge("fastserve_kv_blocks_used", "KV blocks held by a request")
-        self.step_tokens = Histogram("fastserve_step_batch_tokens", "Tokens computed in a step", buckets=_TOKENS)
-        self.cache_hits = Counter("fastserve_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache")
+        self.step_tokens = Histogram(
+            "fastserve_step_batch_tokens", "Tokens computed in a step", buckets=_TOKENS
+        )
+        self.cache_hits = Counter(
+            "fastserve_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache"
+        )
         self.preemptions = Counter("fastserve_preemptions_total", "Sequences put back to wait", ["kind"])
         self.restarts = Counter("fastserve_worker_restarts_total", "Workers started after one that died")
 
@@ -101,7 +127,10 @@ class ResponseMetrics:
 
     def __init__(self) -> None:
         self.first_token = Histogram(
-            "fastserve_time_to_first_token_seconds", "From arrival to the first token", ["priority"], buckets=_SECONDS
+            "fastserve_time_to_first_token_seconds",
+            "From arrival to the first token",
+            ["priority"],
+            buckets=_SECONDS,
         )
         self.output_token = Histogram(
             "fastserve_time_per_output_token_seconds",
@@ -109,7 +138,10 @@ class ResponseMetrics:
             buckets=_TOKEN_SECONDS,
         )
         self.end_to_end = Histogram(
-            "fastserve_e2e_request_latency_seconds", "From arrival to the last token", ["priority"], buckets=_SECONDS
+            "fastserve_e2e_request_latency_seconds",
+            "From arrival to the last token",
+            ["priority"],
+            buckets=_SECONDS,
         )
         self.prompt_tokens = Counter("fastserve_prompt_tokens_total", "Prompt tokens of finished requests")
         self.generation_tokens = Counter("fastserve_generation_tokens_total", "Tokens generated for requests")

@@ -75,7 +75,7 @@ class PostprocessStep:
                 sender.send(pb_utils.InferenceResponse(output_tensors=response), flags=FINAL)
 
     def _push(self, output: RequestOutput, is_cancelled: bool) -> list[pb_utils.Tensor] | None:
-        """The tensors of the response to this output, if there is one. Raises RequestError for a request that failed."""
+        """The tensors of the response to this output, if there is one. Raises RequestError for one that failed."""
         now = time.monotonic()
         conversation = self._conversation(output, now)
         if is_cancelled and not conversation.is_gone and not output.final:

@@ -31,7 +31,7 @@ class SchedulerStep:
     def initialize(self, args: dict[str, str]) -> None:
         config = read_config()
         self._admission = Admission(make_policy(config), config.max_queue_size, config.max_queue_seconds)
-        # The engine tells its room when a first request has reached it: until then there is room for that one.
+        # The engine tells its room when a first request has reached it: until then there is room for one.
         self._admission.update(Room(incarnation="", serial=0, received=0, free_slots=1, lowest_key=None))
         self._senders: dict[str, Any] = {}
         self._metrics = QueueMetrics()

@@ -10,9 +10,12 @@ _TABLE = ("+", "|")
 HARMLESS = (
     # What the server says of a machine without a GPU.
     "CUDA driver version is insufficient",
+    "no pinned memory pool",
     "CudaDriverHelper has not been initialized",
     "Failed to initialize NVML",
     "DCGM unable to start",
+    # The supervisor's own request to stop.
+    "Signal (15) received",
 )
 
 

@@ -6,8 +6,8 @@ if TYPE_CHECKING:
     from fastserve.triton_server.engine import EngineStep
 
 
-def TritonPythonModel() -> EngineStep:  # noqa: N802
-    """The model. Imported here because the stub completes `triton_python_backend_utils` only after it has read this file."""
+def TritonPythonModel() -> EngineStep:
+    """The model. Imported here: the stub completes `triton_python_backend_utils` after it has read this file."""
     from fastserve.triton_server.engine import EngineStep
 
     return EngineStep()

@@ -6,8 +6,8 @@ if TYPE_CHECKING:
     from fastserve.triton_server.infer import InferStep
 
 
-def TritonPythonModel() -> InferStep:  # noqa: N802
-    """The model. Imported here because the stub completes `triton_python_backend_utils` only after it has read this file."""
+def TritonPythonModel() -> InferStep:
+    """The model. Imported here: the stub completes `triton_python_backend_utils` after it has read this file."""
     from fastserve.triton_server.infer import InferStep
 
     return InferStep()

@@ -6,8 +6,8 @@ if TYPE_CHECKING:
     from fastserve.triton_server.preprocess import PreprocessStep
 
 
-def TritonPythonModel() -> PreprocessStep:  # noqa: N802
-    """The model. Imported here because the stub completes `triton_python_backend_utils` only after it has read this file."""
+def TritonPythonModel() -> PreprocessStep:
+    """The model. Imported here: the stub completes `triton_python_backend_utils` after it has read this file."""
     from fastserve.text.tokenizer import keep_torch_out
 
     keep_torch_out()

@@ -6,8 +6,8 @@ if TYPE_CHECKING:
     from fastserve.triton_server.scheduler import SchedulerStep
 
 
-def TritonPythonModel() -> SchedulerStep:  # noqa: N802
-    """The model. Imported here because the stub completes `triton_python_backend_utils` only after it has read this file."""
+def TritonPythonModel() -> SchedulerStep:
+    """The model. Imported here: the stub completes `triton_python_backend_utils` after it has read this file."""
     from fastserve.triton_server.scheduler import SchedulerStep
 
     return SchedulerStep()
