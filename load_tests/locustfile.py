@@ -1,9 +1,10 @@
 """Load on a running server: streams over gRPC and over HTTP, of mixed priorities and lengths.
 
-    locust -f load_tests/locustfile.py --headless -u 16 -r 16 -t 1m --html load_tests/report.html
+    locust --config load_tests/locust.conf [--host http://127.0.0.1:8000] [--grpc-host 127.0.0.1:8001]
 
-`-u` users, half of each protocol (or name one: `locust ... GrpcUser`), keep one request each in flight; with
-`--mode poisson --rate R` they start R requests a second in all, at random, however long the server takes.
+runs one minute and leaves `load_tests/report.html`. Users, half of each protocol (or name one: `GrpcUser`),
+keep one request each in flight; with `--mode poisson --rate R` they start R requests a second in all, at
+random, however long the server takes.
 
 For each priority and protocol the report has the milliseconds to the first token (TTFT), between tokens
 (ITL: between responses, divided by the tokens of the later one) and to the end (E2E, where failures count).
@@ -16,6 +17,7 @@ import random
 import time
 from argparse import Namespace
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import grpc.experimental.gevent
 from gevent.pool import Group
@@ -61,7 +63,6 @@ WORDS = [
 @events.init_command_line_parser.add_listener
 def add_options(parser: LocustArgumentParser) -> None:
     parser.add_argument("--grpc-host", default="127.0.0.1:8001", help="host:port of the gRPC endpoint")
-    parser.add_argument("--http-host", default="127.0.0.1:8000", help="host:port of the HTTP endpoint")
     parser.add_argument("--mode", choices=["closed", "poisson"], default="closed", help="how requests arrive")
     parser.add_argument("--rate", type=float, default=4.0, help="requests a second of all users (poisson)")
 
@@ -76,10 +77,11 @@ class StreamingUser(User):
     """Asks, reads the stream and reports."""
 
     abstract = True
+    host = "http://127.0.0.1:8000"
     protocol: ClassVar[Protocol]
 
     def on_start(self) -> None:
-        url = {"grpc": self.options.grpc_host, "http": self.options.http_host}[self.protocol]
+        url = {"grpc": self.options.grpc_host, "http": urlsplit(self.host).netloc}[self.protocol]
         self.client = Client(url, self.protocol, retries=0)
         self.in_flight = Group()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-# Over HTTP the Triton server answers 400 whatever the code of a decoupled model's error was, so the server
-# writes codes other than INVALID_ARG before the sentence. The ensemble adds its name before that.
+# The Triton server's gRPC streams say no code, and over HTTP it answers 400 whatever the code of a decoupled
+# model's error was: so FastServe writes codes other than INVALID_ARG before the sentence. The ensemble adds
+# its name before that.
 _ENSEMBLE = re.compile(r"^in ensemble '[^']*', ")
 _CODE = re.compile(r"^(INVALID_ARG|UNAVAILABLE|CANCELLED|INTERNAL): ")
 
@@ -30,7 +31,7 @@ class DeadlineExceeded(FastServeError, TimeoutError):
         super().__init__("DEADLINE_EXCEEDED", message)
 
 
-def server_error(code: str, message: str) -> FastServeError:
+def server_error(message: str, code: str = "INVALID_ARG") -> FastServeError:
     """The error for what the server said; a code written in `message` is more exact than `code`."""
     sentence = _ENSEMBLE.sub("", message)
     if written := _CODE.match(sentence):

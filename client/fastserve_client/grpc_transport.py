@@ -1,7 +1,10 @@
 """Calls over gRPC: one `ModelStreamInfer` call of its own per request, all on one channel.
 
 The usual stream of `tritonclient` carries all requests of a client in one call. A call of its own can be
-cancelled alone, is iterated where it is made, and has a status of its own.
+cancelled alone and is iterated where it is made.
+
+The header `triton_grpc_error`, which asks the server for a status in place of an error in a message, is not
+sent: on 2.51 one such status in about 3,000 ends the server with SIGSEGV.
 """
 
 from __future__ import annotations
@@ -123,15 +126,13 @@ class AsyncGrpcTransport:
 
 
 def _metadata(headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    # Without `triton_grpc_error` the server reports a failed request in a message that has no code.
-    return [("triton_grpc_error", "true"), *((name.lower(), value) for name, value in headers.items())]
+    return [(name.lower(), value) for name, value in headers.items()]
 
 
 def _outputs_of(response: service_pb2.ModelStreamInferResponse) -> Outputs:
     """The output tensors of a response. Raises FastServeError where it says one."""
     if response.error_message:
-        # It did not reach the model: no such model, or tensors that it does not take.
-        raise server_error("INVALID_ARG", response.error_message)
+        raise server_error(response.error_message)
     result = InferResult(response.infer_response)
     return {
         output.name: [
@@ -146,4 +147,4 @@ def _status_error(error: Any) -> FastServeError:
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded()
     name = error.code().name
-    return server_error(STATUS_CODES.get(name, name), error.details())
+    return FastServeError(STATUS_CODES.get(name, name), error.details())

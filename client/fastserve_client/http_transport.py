@@ -244,7 +244,7 @@ def _outputs_of(event: bytes) -> Outputs:
     """The output tensors of an event. Raises FastServeError where it says one."""
     members = json.loads(event)
     if "error" in members:
-        raise server_error("INTERNAL", members["error"])
+        raise server_error(members["error"])
     # The server writes a tensor of one element as that element.
     return {name: value if isinstance(value, list) else [value] for name, value in members.items()}
 
@@ -256,7 +256,7 @@ def _status_error(status: int, body: bytes) -> FastServeError:
         message = json.loads(text)["error"]
     except (ValueError, KeyError, TypeError):
         message = text or http.client.responses.get(status, f"HTTP status {status}")
-    return server_error(STATUS_CODES.get(status, "INTERNAL"), message)
+    return server_error(message, STATUS_CODES.get(status, "INTERNAL"))
 
 
 def _connection_error(error: Exception) -> FastServeError:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WIDEST_SINGLE_ROW = 1024
+"""oneDNN adds up a wider single row in another order than several rows; rounding to bfloat16 hides most of it."""
+
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x [T, K] by a weight in oneDNN's blocked layout. The residual is added after rounding, as transformers
     does; fused into the product it takes as long."""
     rows = len(x)
-    if rows == 1 and x.dtype == torch.float32:
-        # oneDNN's float32 product of a single row adds up in another order than that of several.
+    if rows == 1 and x.shape[1] > WIDEST_SINGLE_ROW:
         x = x.expand(2, -1)
     y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[:rows]
     return y if residual is None else y.add_(residual)

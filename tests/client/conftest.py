@@ -22,7 +22,6 @@ DATATYPES = {
     "num_output_tokens": ("UINT32", np.uint32),
     "cumulative_logprob": ("FP32", np.float32),
 }
-GRPC_CODES = {"INVALID_ARG": grpc.StatusCode.INVALID_ARGUMENT}
 
 
 class Refusal(Exception):
@@ -31,6 +30,11 @@ class Refusal(Exception):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+    def on_the_wire(self) -> str:
+        """As FastServe and the ensemble write it."""
+        code = "" if self.code == "INVALID_ARG" else f"{self.code}: "
+        return f"in ensemble 'fastserve', {code}{self}"
 
 
 class Hang:
@@ -95,7 +99,6 @@ class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelStreamInfer(self, messages: Iterator[Any], context: Any) -> Iterator[Any]:
         context.add_callback(self._server.client_gone.set)
         received = _received_by_grpc(next(messages), dict(context.invocation_metadata()))
-        assert received.headers["triton_grpc_error"] == "true"
         try:
             for response in self._server.answer(received):
                 if isinstance(response, Hang):
@@ -103,8 +106,7 @@ class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
                     return
                 yield _grpc_response(response)
         except Refusal as refusal:
-            code = GRPC_CODES.get(refusal.code) or grpc.StatusCode[refusal.code]
-            context.abort(code, f"in ensemble 'fastserve', {refusal}")
+            yield service_pb2.ModelStreamInferResponse(error_message=refusal.on_the_wire())
 
 
 def _received_by_grpc(message: Any, headers: dict[str, str]) -> Received:
@@ -156,8 +158,7 @@ def _http_handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                         return
                     self._send({name: v[0] if len(v) == 1 else v for name, v in response.items()}, 200)
             except Refusal as refusal:
-                written = "" if refusal.code == "INVALID_ARG" else f"{refusal.code}: "
-                self._send({"error": f"in ensemble 'fastserve', {written}{refusal}"}, 400)
+                self._send({"error": refusal.on_the_wire()}, 400)
             self._start(200)
             self.wfile.write(b"0\r\n\r\n")
 

@@ -17,6 +17,6 @@ from fastserve_client.errors import server_error
     ],
 )
 def test_code_and_sentence(status: str, sentence: str, code: str, message: str) -> None:
-    error = server_error(status, sentence)
+    error = server_error(sentence, status)
     assert (error.code, error.message) == (code, message)
     assert str(error) == f"{code}: {message}"

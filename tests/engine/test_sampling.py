@@ -68,7 +68,7 @@ def test_banned_and_wanted_tokens(engine: Any, helpers: Any) -> None:
 def test_penalties_push_repetition_away(engine: Any, helpers: Any) -> None:
     repeated: dict[str, Any] = {
         "temperature": 0.0,
-        "logit_bias": {333: 30.0},
+        "logit_bias": {333: 20.0},
         "ignore_eos": True,
         "max_tokens": 16,
     }

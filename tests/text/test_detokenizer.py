@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -110,3 +112,16 @@ def test_unknown_decoder_is_refused_when_loading(decoder: decoders.Decoder) -> N
     backend.decoder = decoder
     with pytest.raises(ConfigError, match=r"decoder is .*; allowed: ByteLevel"):
         stream_decoder_factory(backend)
+
+
+def test_the_default_models_vocabulary(tokenizer_directory: Path) -> None:
+    tokenizer = Tokenizer(tokenizer_directory)
+
+    @settings(max_examples=100, deadline=None)
+    @given(ids=st.lists(st.integers(0, tokenizer.vocab_size), max_size=40), skip=st.booleans())
+    def check(ids: list[int], skip: bool) -> None:
+        detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
+        text = "".join([detokenizer.push([token]) for token in ids]) + detokenizer.flush()
+        assert text == tokenizer.decode(ids, skip_special_tokens=skip)
+
+    check()

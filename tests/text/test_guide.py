@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
-from fastserve.errors import RequestError
+from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.guide import grammar_of
 from fastserve.text.guide_validator import MAX_GRAMMAR_CHARACTERS, GuideValidator
 from fastserve.text.tokenizer import Tokenizer
@@ -112,6 +113,15 @@ def test_guides_that_would_kill_or_hang_the_process(validator: GuideValidator, g
 
 def test_guides_of_honest_depth_pass(validator: GuideValidator) -> None:
     validator.validate(chain(100), "guided_decoding")
+
+
+def test_a_compiler_that_does_not_start_is_not_the_clients_fault(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RequestError, match="does not start") as raised:
+        GuideValidator(tokenizer).validate(Guide(regex="a"), "guided_decoding")
+    assert raised.value.code is ErrorCode.INTERNAL
 
 
 def test_the_child_ends_with_its_validator(tokenizer: Tokenizer) -> None:

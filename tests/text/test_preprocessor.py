@@ -302,7 +302,7 @@ REFUSED_VALUES: list[tuple[str, Any, str]] = [
     ("early_stopping", True, "not given or false"),
     ("length_penalty", 2.0, "not given or 1.0"),
     ("detokenize", False, "not given or true"),
-    ("logits_processors", ["x"], "not given or []"),
+    ("logits_processors", ["x"], "not given"),
     ("truncate_prompt_tokens", 5, "not given"),
     ("spaces_between_special_tokens", False, "not given or true"),
     ("guided_decoding", "{", "valid JSON"),
@@ -317,7 +317,7 @@ REFUSED_VALUES: list[tuple[str, Any, str]] = [
     ("guided_decoding", {"choice": "a"}, "valid JSON"),
     ("guided_decoding", {"json": 5}, "a JSON schema"),
     ("guided_decoding", {"json": {"type": "x"}}, "Invalid type"),
-    ("guided_decoding", {"json": {"a": object()}}, "a JSON schema"),
+    ("guided_decoding", {"json": {"a": 10**5000}}, "a JSON schema"),
     ("guided_decoding", {"grammar": "start: x"}, "unknown name"),
     ("guide", {"regex": "a"}, "did you mean `guided_decoding`?"),
     ("temprature", 1, "did you mean `temperature`?"),
@@ -328,7 +328,7 @@ REFUSED_VALUES: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     REFUSED_VALUES,
-    ids=lambda value: repr(value)[:30] if value.__class__ is not int else "",
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_refused_sampling_values(preprocessor: Preprocessor, name: str, value: Any, allowed: str) -> None:
     message = refusal(preprocessor, {"text_input": "a", "sampling_parameters": {name: value}}, {})
@@ -384,6 +384,7 @@ REFUSED_INPUTS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("tenant", {"text_input": "a", "tenant": "x" * 129}, {}, "at most 128 characters"),
     ("sampling_parameters", {"text_input": "a", "sampling_parameters": "[1]"}, {}, "a JSON object"),
     ("sampling_parameters", {"text_input": "a", "sampling_parameters": '{"a":' * 5000}, {}, "valid JSON"),
+    ("sampling_parameters", {"text_input": "a", "sampling_parameters": {"stop": object()}}, {}, "JSON has"),
     ("sampling_parameters", {"text_input": "a", "sampling_parameters": b"\xff"}, {}, "UTF-8"),
     ("sampling_parameters", {"text_input": "a", "sampling_parameters": '{"top_p": NaN}'}, {}, "valid JSON"),
     ("sampling_parameters", {"text_input": "a", "sampling_parameters": " " * 2**21}, {}, "bytes; allowed"),

@@ -35,7 +35,7 @@ def decode_text(field: str, value: object) -> str:
 def decode_json(field: str, value: object) -> Any:
     """The JSON value in a str or UTF-8 bytes; anything else is taken as decoded already.
 
-    Raises RequestError, also for a value nested deeper than MAX_JSON_DEPTH.
+    Raises RequestError, also for a value nested deeper than MAX_JSON_DEPTH, or one that JSON does not have.
     """
     if isinstance(value, str | bytes | bytearray):
         text = decode_text(field, value)
@@ -43,10 +43,7 @@ def decode_json(field: str, value: object) -> Any:
             value = msgspec.json.decode(text)
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
             raise RequestError(f"`{field}`: got {_start(text)}; allowed: valid JSON ({error})") from error
-    if _is_deeper(value, MAX_JSON_DEPTH):
-        raise RequestError(
-            f"`{field}`: got a value nested deeper than {MAX_JSON_DEPTH}; allowed: a flatter one"
-        )
+    _check_plain(field, value)
     return value
 
 
@@ -123,18 +120,21 @@ def _number(bound: float) -> str:
     return str(int(bound)) if float(bound).is_integer() else str(bound)
 
 
-def _is_deeper(value: object, limit: int) -> bool:
-    """Whether lists and objects nest deeper than `limit`. No recursion: Python's may not reach so deep."""
+def _check_plain(field: str, value: object) -> None:
+    """Raises RequestError unless `value` is what JSON can say, not too deep. No recursion: it may be deep."""
     pending = [(value, 0)]
     while pending:
         item, depth = pending.pop()
-        if depth > limit:
-            return True
+        if depth > MAX_JSON_DEPTH:
+            raise RequestError(
+                f"`{field}`: got a value nested deeper than {MAX_JSON_DEPTH}; allowed: a flatter one"
+            )
         if isinstance(item, dict):
             pending += [(child, depth + 1) for child in item.values()]
         elif isinstance(item, list | tuple):
             pending += [(child, depth + 1) for child in item]
-    return False
+        elif item is not None and not isinstance(item, str | int | float):
+            raise invalid(field, item, "values that JSON has")
 
 
 def _start(text: str) -> str:

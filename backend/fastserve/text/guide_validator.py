@@ -1,8 +1,8 @@
 """Trying guides out in a process that may die of it.
 
-Some grammars overflow the stack of llguidance's compiler, which ends the process, and others keep it busy for
-hours: no bound on the size of a grammar tells which. So a guide is compiled in a child process first, with less
-stack than others have and little time. What passes there, an engine may compile.
+Some grammars overflow the stack of llguidance's compiler, which ends the process, and others keep it busy
+for hours: no bound on the size of a grammar tells which. So a guide is compiled in a child process first,
+with less stack than others have and little time. What passes there, an engine may compile.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from llguidance import LLMatcher, LLTokenizer
 
-from fastserve.errors import RequestError
+from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.guide import grammar_of
 from fastserve.types import Guide
 
@@ -48,7 +48,8 @@ class GuideValidator:
         grammar = grammar_of(guide)
         if len(grammar) > MAX_GRAMMAR_CHARACTERS:
             raise RequestError(
-                f"`{field}`: got a grammar of {len(grammar)} characters; allowed: at most {MAX_GRAMMAR_CHARACTERS}"
+                f"`{field}`: got a grammar of {len(grammar)} characters;"
+                f" allowed: at most {MAX_GRAMMAR_CHARACTERS}"
             )
         complaint = self._complaint(grammar)
         if complaint:
@@ -73,22 +74,22 @@ class GuideValidator:
             stderr=subprocess.DEVNULL,  # a stack overflow is reported there
         )
         weakref.finalize(self, _end, child)
-        _send(child, [self._tokenizer.backend.to_str(), self._tokenizer.eos_token_ids])
+        if _ask(child, [self._tokenizer.backend.to_str(), self._tokenizer.eos_token_ids]) is None:
+            raise RequestError("the compiler of guides does not start", ErrorCode.INTERNAL)
         return child
 
 
-def _ask(child: subprocess.Popen[bytes], grammar: str) -> str | None:
-    """The child's answer; None if it died of the question."""
+def _ask(child: subprocess.Popen[bytes], message: Any) -> str | None:
+    """The child's answer; None if it died of the message."""
+    assert child.stdin is not None
     assert child.stdout is not None
-    _send(child, grammar)
+    try:
+        child.stdin.write(msgspec.json.encode(message) + b"\n")
+        child.stdin.flush()
+    except BrokenPipeError:
+        return None
     line = child.stdout.readline()
     return msgspec.json.decode(line, type=str) if line else None
-
-
-def _send(child: subprocess.Popen[bytes], message: Any) -> None:
-    assert child.stdin is not None
-    child.stdin.write(msgspec.json.encode(message) + b"\n")
-    child.stdin.flush()
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -97,19 +98,24 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _serve() -> None:
-    """The child: reads a tokenizer, then grammars, a line of JSON each; answers with a line for each grammar."""
+    """The child: reads a tokenizer and then grammars, a line of JSON each; answers each with a line."""
     definition, eos_token_ids = msgspec.json.decode(sys.stdin.buffer.readline())
     tokenizer = LLTokenizer(definition, eos_token=eos_token_ids or None)
     _limit(resource.RLIMIT_STACK, _STACK_BYTES)
     _limit(resource.RLIMIT_AS, _MEMORY_BYTES)
+    _answer("")
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # its signal ends the process
         matcher = LLMatcher(tokenizer, msgspec.json.decode(line), log_level=0)
         if not matcher.is_error():
             matcher.compute_bitmask()  # the first one does much of the work, and tells if nothing matches
         signal.setitimer(signal.ITIMER_PROF, 0.0)
-        sys.stdout.buffer.write(msgspec.json.encode(matcher.get_error()[:_MAX_MESSAGE]) + b"\n")
-        sys.stdout.buffer.flush()
+        _answer(matcher.get_error()[:_MAX_MESSAGE])
+
+
+def _answer(text: str) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(text) + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def _limit(kind: int, amount: int) -> None:

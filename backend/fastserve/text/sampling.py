@@ -25,16 +25,16 @@ _GUIDE_NAMES = ("structured_outputs", "guided_decoding")
 SAMPLING_NAMES = frozenset(_TYPES) | frozenset(_GUIDE_NAMES)
 
 # What vLLM knows and FastServe does not do, with the values at which vLLM does not do it either.
-_NOT_SERVED: dict[str, tuple[Any, ...]] = {
+_NOT_SERVED: dict[str, tuple[bool | int | float | str, ...]] = {
     "allowed_token_ids": (),
     "best_of": (1,),
     "detokenize": (True,),
     "early_stopping": (False,),
-    "extra_args": ({},),
+    "extra_args": (),
     "flat_logprobs": (False,),
     "include_reasoning": (True,),
     "length_penalty": (1.0,),
-    "logits_processors": ([],),
+    "logits_processors": (),
     "lora_name": ("",),
     "spaces_between_special_tokens": (True,),
     "thinking_token_budget": (),
@@ -103,8 +103,8 @@ def _check_name(name: str, value: object) -> None:
 def _is_same(value: object, default: object) -> bool:
     """Whether `value` is `default`, perhaps as a string; True is not 1."""
     try:
-        return msgspec.convert(value, type(default), strict=False) == default
-    except msgspec.ValidationError:
+        return coerce("", value, type(default)) == default
+    except RequestError:
         return False
 
 

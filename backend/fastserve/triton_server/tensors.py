@@ -53,9 +53,15 @@ def text_of(request: Any, name: str) -> str | None:
 
 
 def error_response(error: Exception) -> pb_utils.InferenceResponse:
-    """A response that says `error`; one that is no RequestError is INTERNAL."""
+    """A response that says `error`; one that is no RequestError is INTERNAL.
+
+    A code other than INVALID_ARG is written before the sentence too: Triton server's gRPC streams and its
+    HTTP `generate` tell no client which code it was.
+    """
     code = error.code if isinstance(error, RequestError) else ErrorCode.INTERNAL
     message = str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
+    if code is not ErrorCode.INVALID_ARG:
+        message = f"{code.value}: {message}"
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, _CODES[code]))
 
 
