@@ -26,16 +26,16 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 soak: setup
-	$(BIN)/python -m pytest -m soak $(ARGS)
+	$(BIN)/python -m pytest --soak --timeout 3600 $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Against a server that runs: ARGS="--host http://127.0.0.1:8000 --users 32"
+# A minute against a server that runs; leaves load_tests/report.html. ARGS="--users 32 --run-time 2m"
 load: setup
-	$(BIN)/locust --locustfile load_tests/locustfile.py $(ARGS)
+	$(BIN)/locust --config load_tests/locust.conf $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

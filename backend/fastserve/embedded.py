@@ -21,7 +21,7 @@ from fastserve.engine.engine import Engine
 from fastserve.engine.loading import load_engine
 from fastserve.engine.worker import ToWorker, run_engine
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.model_files import locate
+from fastserve.model_files import load_tokenizer, locate
 from fastserve.text.postprocessor import Postprocessor, Response
 from fastserve.text.preprocessor import Preprocessor
 from fastserve.text.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ class Model:
         config = Config(model=path, **settings)
         files = locate(config.model)
         engine = load_engine(config, files)
-        tokenizer = Tokenizer(files.tokenizer)
+        tokenizer = load_tokenizer(files)
         return cls(engine, tokenizer, Preprocessor(config, tokenizer, engine.max_model_len))
 
     @overload
@@ -135,7 +135,7 @@ class Task:
         return "".join(response.text[0] for response in self.responses(timeout))
 
     def cancel(self) -> None:
-        """Stops the request; unless it has ended, `result` and iteration then raise RequestError (CANCELLED)."""
+        """Stops the request; unless it has ended, `result` and iteration raise RequestError (CANCELLED)."""
         self._server.send(Cancel(self.request.uid, Outcome.CANCELLED))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastserve.models.model_directory import resolve_model_path, resolve_tokenizer_directory
+from fastserve.models.model_directory import eos_token_ids, resolve_model_path, resolve_tokenizer_directory
+from fastserve.text.tokenizer import Tokenizer
 from fastserve.triton_server.downloads import default_model
 
 
@@ -26,3 +27,8 @@ def locate(model: str) -> ModelFiles:
     """
     checkpoint = resolve_model_path(model) if model else default_model()
     return ModelFiles(checkpoint, resolve_tokenizer_directory(checkpoint))
+
+
+def load_tokenizer(files: ModelFiles) -> Tokenizer:
+    """The tokeniser, with the tokens that end an answer of this model."""
+    return Tokenizer(files.tokenizer, eos_token_ids(files.checkpoint))

@@ -21,7 +21,7 @@ class Job:
 
 
 def chat_jobs(count: int, seed: int) -> list[Job]:
-    """Log-normal lengths: prompts of mean 160 in 16..512, answers of mean 120 in 8..256. No prefix is shared."""
+    """Log-normal lengths: prompts of mean 160 in 16..512, answers of mean 120 in 8..256; no shared prefix."""
     numbers = random.Random(seed)
     return [
         Job(_prompt(numbers, _length(numbers, 160, 16, 512)), _length(numbers, 120, 8, 256))

@@ -6,10 +6,12 @@ add / cancel -> [plan -> run -> commit -> sample -> append] -> StepOutput      (
 from __future__ import annotations
 
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 import torch
 
+from fastserve.engine.guides import CompiledGuide, GuideCompiler
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import SampledToken, Sampler, SamplingState, token_logprobs
 from fastserve.errors import ErrorCode, RequestError
@@ -27,6 +29,7 @@ from fastserve.types import (
 )
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
+GUIDE_WAIT_SECONDS = 0.01
 _STOPPED_FROM_OUTSIDE = {
     Outcome.CANCELLED: Failure(ErrorCode.CANCELLED.value, "the request was cancelled"),
     Outcome.TIMEOUT: Failure(ErrorCode.CANCELLED.value, "the request's time was over before it was finished"),
@@ -58,6 +61,7 @@ class Engine:
         scheduler: IterationScheduler,
         policy: Policy,
         sampler: Sampler,
+        guides: GuideCompiler,
         max_model_len: int,
     ) -> None:
         self.max_model_len = max_model_len
@@ -65,6 +69,9 @@ class Engine:
         self._scheduler = scheduler
         self._policy = policy
         self._sampler = sampler
+        self._guides = guides
+        self._preparing: dict[str, tuple[Request, Future[CompiledGuide]]] = {}
+        """Requests whose guide is being compiled."""
         self._active: dict[str, _ActiveRequest] = {}
         self._received = 0
         self._endings: list[SequenceOutput] = []
@@ -72,34 +79,37 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._active or self._endings)
+        return bool(self._active or self._preparing or self._endings)
 
     def add(self, request: Request) -> None:
         """Takes a request in. One that cannot be served ends with a failure at the next step."""
         self._received += 1
+        if request.uid in self._active or request.uid in self._preparing:
+            raise ValueError(f"request {request.uid} is being served already")
         try:
-            self._check(request)
-            active = _ActiveRequest(request)
-            for index in range(request.sampling.n):
-                sequence = Sequence(
-                    request,
-                    index,
-                    key=self._policy.key(request.priority, request.arrival),
-                    token_ids=list(request.prompt_token_ids),
-                )
-                wants_prompt = request.sampling.prompt_logprobs is not None and index == 0
-                generation = _Generation(self._sampler.start(sequence), [[]] if wants_prompt else None)
-                active.generations[index] = (sequence, generation)
+            self._check_length(request)
         except RequestError as error:
-            self._endings += [_failed(request.uid, index, error) for index in range(request.sampling.n)]
+            self._fail(request, error)
             return
-        self._active[request.uid] = active
-        for sequence, _ in active.generations.values():
+        if request.sampling.guide is None:
+            self._start(request, None)
+        else:
+            self._preparing[request.uid] = (request, self._guides.compile(request.sampling.guide))
+
+    def _start(self, request: Request, guide: CompiledGuide | None) -> None:
+        active = self._active[request.uid] = _ActiveRequest(request)
+        key = self._policy.key(request.priority, request.arrival)
+        for index in range(request.sampling.n):
+            sequence = Sequence(request, index, key, token_ids=list(request.prompt_token_ids))
+            wants_prompt = request.sampling.prompt_logprobs is not None and index == 0
+            generation = _Generation(self._sampler.start(sequence, guide), [[]] if wants_prompt else None)
+            active.generations[index] = (sequence, generation)
             self._scheduler.add(sequence)
 
-    def _check(self, request: Request) -> None:
-        if request.uid in self._active:
-            raise RequestError(f"`uid`: {request.uid} is being served already", ErrorCode.INTERNAL)
+    def _fail(self, request: Request, error: RequestError) -> None:
+        self._endings += [_failed(request.uid, index, error) for index in range(request.sampling.n)]
+
+    def _check_length(self, request: Request) -> None:
         if len(request.prompt_token_ids) >= self.max_model_len:
             raise RequestError(
                 f"prompt: got {len(request.prompt_token_ids)} tokens; allowed: at most "
@@ -108,10 +118,15 @@ class Engine:
 
     def cancel(self, uid: str, outcome: Outcome, index: int | None = None) -> None:
         """Stops a request, or one sequence of it; nothing happens if it is not being served."""
+        failure = _STOPPED_FROM_OUTSIDE.get(outcome)
+        if uid in self._preparing:
+            request, _ = self._preparing.pop(uid)
+            self._endings += [
+                SequenceOutput(uid, i, outcome=outcome, failure=failure) for i in range(request.sampling.n)
+            ]
         active = self._active.get(uid)
         if active is None:
             return
-        failure = _STOPPED_FROM_OUTSIDE.get(outcome)
         for each in list(active.generations) if index is None else [index]:
             if each in active.generations:
                 self._remove(active, each)
@@ -126,6 +141,7 @@ class Engine:
     def step(self) -> StepOutput:
         """One iteration: computes what the scheduler plans, and returns what it brought to every request."""
         self._expire(time.monotonic())
+        self._start_prepared()
         plan = self._scheduler.plan()
         outputs = self._compute(plan) if plan.scheduled else []
         outputs += self._endings
@@ -133,9 +149,28 @@ class Engine:
         return StepOutput(outputs, self.stats(plan.num_tokens))
 
     def _expire(self, now: float) -> None:
-        late = [a.request for a in self._active.values() if a.request.deadline and a.request.deadline <= now]
-        for request in late:
-            self.cancel(request.uid, Outcome.TIMEOUT)
+        requests = [active.request for active in self._active.values()]
+        requests += [request for request, _ in self._preparing.values()]
+        for request in requests:
+            if request.deadline is not None and request.deadline <= now:
+                self.cancel(request.uid, Outcome.TIMEOUT)
+
+    def _start_prepared(self) -> None:
+        """Starts those whose guide is compiled; waits a little for one if there is nothing else to do."""
+        if not self._preparing:
+            return
+        wait(
+            [future for _, future in self._preparing.values()],
+            0 if self._active else GUIDE_WAIT_SECONDS,
+            FIRST_COMPLETED,
+        )
+        for uid, (request, future) in list(self._preparing.items()):
+            if future.done():
+                del self._preparing[uid]
+                try:
+                    self._start(request, future.result())
+                except RequestError as error:
+                    self._fail(request, error)
 
     def _compute(self, plan: StepPlan) -> list[SequenceOutput]:
         hidden, metadata = self._runner.run(plan)

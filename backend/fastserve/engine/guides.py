@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,24 +49,40 @@ class GuideMatcher:
         return RequestError(f"`structured_outputs`: {self._matcher.get_error()}", ErrorCode.INTERNAL)
 
 
-class GuideMatchers:
-    """Makes matchers over one tokeniser, which is prepared when the first guided request comes."""
+class CompiledGuide:
+    """A guide that can be followed any number of times."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def matcher(self) -> GuideMatcher:
+        """A matcher at the beginning."""
+        return GuideMatcher(self._matcher.deep_copy(), self._vocab_size)
+
+
+class GuideCompiler:
+    """Compiles guides over one tokeniser, which is prepared when the first guided request comes.
+
+    Either can take a second, so a thread of its own does it while the engine's steps go on.
+    """
 
     def __init__(self, tokenizer_directory: Path, eos_token_ids: list[int], vocab_size: int) -> None:
         self._directory = tokenizer_directory
         self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
         self._compiled = lru_cache(maxsize=256)(self._compile)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="guides")
 
-    def matcher(self, guide: Guide) -> GuideMatcher:
-        """A matcher at the beginning of the guide. Raises RequestError if it does not compile."""
-        return GuideMatcher(self._compiled(grammar_of(guide)).deep_copy(), self._vocab_size)
+    def compile(self, guide: Guide) -> Future[CompiledGuide]:
+        """The compiled guide, or RequestError if it does not compile."""
+        return self._thread.submit(self._compiled, grammar_of(guide))
 
-    def _compile(self, grammar: str) -> LLMatcher:
+    def _compile(self, grammar: str) -> CompiledGuide:
         matcher = LLMatcher(self._tokenizer(), grammar)
         if matcher.is_error():
             raise RequestError(f"`structured_outputs`: {matcher.get_error()}")
-        return matcher
+        return CompiledGuide(matcher, self._vocab_size)
 
     @lru_cache(maxsize=1)  # noqa: B019  one instance lives as long as its worker
     def _tokenizer(self) -> LLTokenizer:

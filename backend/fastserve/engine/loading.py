@@ -8,7 +8,7 @@ import torch
 
 from fastserve.config import Config
 from fastserve.engine.engine import Engine
-from fastserve.engine.guides import GuideMatchers
+from fastserve.engine.guides import GuideCompiler
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import Sampler
 from fastserve.model_files import ModelFiles
@@ -29,9 +29,9 @@ def load_engine(config: Config, files: ModelFiles) -> Engine:
     pool = BlockPool(runner.num_blocks, config.block_size, config.enable_prefix_caching)
     scheduler = IterationScheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
     eos = eos_token_ids(files.checkpoint)
-    sampler = Sampler(eos, GuideMatchers(files.tokenizer, eos, model.vocab_size))
+    guides = GuideCompiler(files.tokenizer, eos, model.vocab_size)
     max_model_len = min(model.max_position, runner.num_blocks * config.block_size)
-    return Engine(runner, scheduler, make_policy(config), sampler, max_model_len)
+    return Engine(runner, scheduler, make_policy(config), Sampler(eos), guides, max_model_len)
 
 
 def _device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""From a step plan to hidden states: its token ids and block tables as tensors, and the KV cache they index."""
+"""From a step plan to hidden states: its token ids and block tables as tensors, and their KV cache."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastserve.engine.guides import GuideMatcher, GuideMatchers
+from fastserve.engine.guides import CompiledGuide, GuideMatcher
 from fastserve.errors import RequestError
 from fastserve.scheduling.sequence import Sequence
 from fastserve.types import SamplingParams, TokenLogprob
@@ -42,18 +42,17 @@ class SamplingState:
 class Sampler:
     """Chooses the next token of each sequence of a batch."""
 
-    def __init__(self, eos_token_ids: list[int], guides: GuideMatchers) -> None:
+    def __init__(self, eos_token_ids: list[int]) -> None:
         self._eos_token_ids = eos_token_ids
-        self._guides = guides
 
-    def start(self, sequence: Sequence) -> SamplingState:
-        """The state for a sequence that begins. Raises RequestError for a guide that does not compile."""
+    def start(self, sequence: Sequence, guide: CompiledGuide | None) -> SamplingState:
+        """The state for a sequence that begins."""
         params = sequence.request.sampling
         seed = secrets.randbits(64) if params.seed is None else params.seed
         return SamplingState(
             seed=(seed + sequence.index) % 2**64,
             stop_token_ids=params.stop_token_ids + ([] if params.ignore_eos else self._eos_token_ids),
-            matcher=self._guides.matcher(params.guide) if params.guide else None,
+            matcher=guide.matcher() if guide else None,
         )
 
     def sample(
@@ -121,7 +120,7 @@ class _Logprobs:
 def token_logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, counts: list[int]
 ) -> list[list[TokenLogprob]]:
-    """Per row of logits [n, vocab]: (id, logprob, rank) of token_ids[row], then of the counts[row] likeliest."""
+    """Per row of logits [n, vocab]: (id, logprob, rank) of token_ids[row], then of the likeliest."""
     chosen, ranks, top_ids, top = ops.log_probs(logits, token_ids, max(counts))
     rows = zip(
         token_ids.tolist(), chosen.tolist(), ranks.tolist(), top_ids.tolist(), top.tolist(), strict=True
@@ -186,7 +185,7 @@ def banned_tokens(sequence: Sequence) -> list[int]:
 
 
 def _penalise(logits: torch.Tensor, sequence: Sequence, params: SamplingParams) -> None:
-    """Repetition penalty over prompt and answer (Keskar et al., arXiv 1909.05858), the others over the answer."""
+    """Repetition penalty (Keskar et al., arXiv 1909.05858) over prompt and answer, others over the answer."""
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(np.unique(sequence.token_ids), device=logits.device)
         values = logits[seen]

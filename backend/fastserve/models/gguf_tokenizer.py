@@ -1,4 +1,4 @@
-"""`python -m fastserve.models.gguf_tokenizer GGUF DIRECTORY`: a GGUF file's tokenizer as transformers saves it.
+"""`python -m fastserve.models.gguf_tokenizer GGUF DIRECTORY`: its tokenizer as transformers saves it.
 
 A program of its own, because the conversion imports torch and the processes that want the tokenizer do not.
 """

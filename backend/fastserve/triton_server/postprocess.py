@@ -17,9 +17,8 @@ import triton_python_backend_utils as pb_utils
 
 from fastserve.config import read_config
 from fastserve.errors import RequestError
-from fastserve.model_files import locate
+from fastserve.model_files import load_tokenizer, locate
 from fastserve.text.postprocessor import Postprocessor, Response
-from fastserve.text.tokenizer import Tokenizer
 from fastserve.triton_server.metrics import ResponseMetrics
 from fastserve.triton_server.tensors import (
     FINAL,
@@ -51,7 +50,7 @@ class PostprocessStep:
     """Triton server's Python model `postprocess`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        self._tokenizer = Tokenizer(locate(read_config().model).tokenizer)
+        self._tokenizer = load_tokenizer(locate(read_config().model))
         self._conversations: dict[str, _Conversation] = {}
         self._metrics = ResponseMetrics()
         self._stops: queue.SimpleQueue[Cancel | None] = queue.SimpleQueue()
@@ -75,7 +74,7 @@ class PostprocessStep:
                 sender.send(pb_utils.InferenceResponse(output_tensors=response), flags=FINAL)
 
     def _push(self, output: RequestOutput, is_cancelled: bool) -> list[pb_utils.Tensor] | None:
-        """The tensors of the response to this output, if there is one. Raises RequestError for one that failed."""
+        """The tensors of the response to this output, if any. Raises RequestError for one that failed."""
         now = time.monotonic()
         conversation = self._conversation(output, now)
         if is_cancelled and not conversation.is_gone and not output.final:

@@ -10,10 +10,9 @@ import triton_python_backend_utils as pb_utils
 
 from fastserve.config import read_config
 from fastserve.errors import RequestError
-from fastserve.model_files import locate
+from fastserve.model_files import load_tokenizer, locate
 from fastserve.models.model_directory import context_length
 from fastserve.text.preprocessor import Preprocessor
-from fastserve.text.tokenizer import Tokenizer
 from fastserve.triton_server.inputs import read_inputs, read_parameters
 from fastserve.triton_server.metrics import requests_total
 from fastserve.triton_server.tensors import error_response, message_tensor
@@ -29,7 +28,7 @@ class PreprocessStep:
         config = read_config()
         files = locate(config.model)
         self._preprocessor = Preprocessor(
-            config, Tokenizer(files.tokenizer), config.max_model_len or context_length(files.checkpoint)
+            config, load_tokenizer(files), config.max_model_len or context_length(files.checkpoint)
         )
         self._requests_total = requests_total()
 

@@ -27,13 +27,13 @@ class RoomTeller:
         self._thread.start()
 
     def open(self) -> None:
-        """Begins to send: the server is up. A request sent while our own model is loading kills the server (2.51)."""
+        """Begins to send: the server is up. A request sent while our model is loading kills it (2.51)."""
         with self._changed:
             self._is_open = True
             self._changed.notify()
 
     def tell(self, incarnation: str, received: int, free_slots: int, lowest_key: float | None) -> None:
-        """The numbers of `Room`, under the caller's lock; nothing is sent where they are those of the last time."""
+        """The numbers of `Room`, under the caller's lock; nothing is sent where they have not changed."""
         last = self._last
         serial = 0 if last is None else last.serial
         if last == Room(incarnation, serial, received, free_slots, lowest_key):

@@ -68,12 +68,15 @@ def error_response(error: Exception) -> pb_utils.InferenceResponse:
 def call(model: str, inputs: list[pb_utils.Tensor], request_id: str = "") -> list[pb_utils.InferenceResponse]:
     """Sends a request to another model of this server and waits for all its responses.
 
-    Raises RequestError with the first error among them.
+    Raises RequestError (UNAVAILABLE) when it cannot be sent, or with the first error among them.
     """
     request = pb_utils.InferenceRequest(
         model_name=model, requested_output_names=[], inputs=inputs, request_id=request_id
     )
-    responses = list(request.exec(decoupled=True))
+    try:
+        responses = list(request.exec(decoupled=True))
+    except pb_utils.TritonModelException as error:
+        raise RequestError(f"{model}: {error}", ErrorCode.UNAVAILABLE) from error
     for response in responses:
         if response.has_error():
             raise RequestError(f"{model}: {response.error().message()}", ErrorCode.UNAVAILABLE)

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def TritonPythonModel() -> InferStep:
-    """The model. Imported here: the stub completes `triton_python_backend_utils` after it has read this file."""
+    """Imported here: the stub completes `triton_python_backend_utils` after it has read this file."""
     from fastserve.triton_server.infer import InferStep
 
     return InferStep()

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def TritonPythonModel() -> PreprocessStep:
-    """The model. Imported here: the stub completes `triton_python_backend_utils` after it has read this file."""
+    """Imported here: the stub completes `triton_python_backend_utils` after it has read this file."""
     from fastserve.text.tokenizer import keep_torch_out
 
     keep_torch_out()
