@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 import urllib.request
@@ -20,6 +21,7 @@ from fastserve.triton_server.launcher import Server
 from fastserve.triton_server.start_checks import Ports
 
 START_SECONDS = 120
+MODEL_LABEL = re.compile(r'model="fastserve",?|,model="fastserve"(?=})')
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,7 @@ class RunningServer:
         with urllib.request.urlopen(f"http://{self.metrics_url}/metrics", timeout=10) as response:
             lines = response.read().decode().splitlines()
         samples = (line.rsplit(" ", 1) for line in lines if line.startswith("fastserve_"))
-        return {
-            name.replace('model="fastserve",', "").replace('{model="fastserve"}', ""): float(v)
-            for name, v in samples
-        }
+        return {MODEL_LABEL.sub("", name).replace("{}", ""): float(value) for name, value in samples}
 
     def wait_for_metrics(self, holds: Callable[[dict[str, float]], bool], seconds: float) -> float:
         """Waits until the metrics are so, and returns the seconds it took. Fails when it takes longer."""

@@ -71,27 +71,15 @@ def test_joined_deltas_equal_the_whole_text(client: Client, soak: bool) -> None:
         joined = "".join(chunk.text for chunk in chunks)
         assert joined == whole.text
         assert sum(chunk.num_output_tokens for chunk in chunks) == whole.num_output_tokens
-        assert all(is_whole(chunk.text) for chunk in chunks)
         check_stops(joined, sampling)
 
     check()
 
 
-def is_whole(text: str) -> bool:
-    """Whether no character was torn apart: what a client cannot encode again was."""
-    return (text.encode().decode() == text and not text.endswith("\ufffd")) or "\ufffd" in text.rstrip(
-        "\ufffd"
-    )
-
-
 def check_stops(text: str, sampling: dict[str, Any]) -> None:
-    for stop in sampling["stop"]:
-        if sampling["include_stop_str_in_output"]:
-            assert stop not in text[:-1] or text.find(stop) + len(stop) >= len(text) - max(
-                map(len, sampling["stop"])
-            )
-        else:
-            assert stop not in text
+    """The text ends with the stop string that was completed first, or just before it."""
+    shown = text[:-1] if sampling["include_stop_str_in_output"] else text
+    assert not any(stop in shown for stop in sampling["stop"])
 
 
 def test_a_stop_string_ends_the_computation(server: Any, client: Client) -> None:

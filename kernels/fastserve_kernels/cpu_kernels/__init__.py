@@ -1,0 +1,4 @@
+"""The CPU's kernels that torch has no operator for, written in Python and compiled by numba.
+
+Import a module of this package only when a kernel is needed: numba takes half a second.
+"""
