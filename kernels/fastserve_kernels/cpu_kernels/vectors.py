@@ -1,11 +1,11 @@
 """Vectors of float32 as a numba type: what is written here is what the processor does, in that order.
 
 LLVM maps a vector of any number of lanes to the registers there are. Nothing is left to its auto-vectoriser,
-whose loops would add up in another order than their remainders; so a kernel's result depends on its own
-arithmetic alone, and never on how many rows are computed together.
+whose loops add up in another order than their remainders; so a result depends on a kernel's own arithmetic
+alone, and never on how many rows are computed together.
 
-Elements in memory are float32, float16 or bfloat16, told apart by the type of the pointer; numba has no
-arithmetic for the latter two, so these are named after integers of that size.
+Elements in memory are float32, float16 or bfloat16, told apart by the type of the pointer. numba has no
+arithmetic for the latter two: here they are named after integers of their size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
@@ -24,14 +24,13 @@ float32 = types.float32
 float16 = types.int16
 bfloat16 = types.uint16
 
-_FLOAT = ir.FloatType()
-_DOUBLE = ir.DoubleType()
-_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
-
 LANES = 16
-"""The unit that kernels over single rows work in."""
+"""The lanes that most kernels work in: a register of AVX-512, two of AVX2, four of NEON."""
 WIDE = 64 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 16
-"""The lanes of which a kernel can hold four sums, a factor and room to spare in registers."""
+"""The lanes of which the registers hold four sums, a factor and a scalar."""
+
+_FLOAT = ir.FloatType()
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 class Vector(types.Type):
@@ -41,10 +40,6 @@ class Vector(types.Type):
         self.lanes = lanes
         super().__init__(f"float32x{lanes}")
 
-    @property
-    def key(self) -> int:
-        return self.lanes
-
 
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
@@ -53,93 +48,58 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _define_arithmetic(operation: Any, instruction: str) -> None:
-    """Makes a + b and the like mean vectors too."""
-
     @infer_global(operation)
     class _Typing(AbstractTemplate):
-        def generic(self, args: tuple[types.Type, ...], kws: dict) -> Any:
+        def generic(self, args: Any, kws: Any) -> Any:
             if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
                 return signature(args[0], *args)
             return None
 
     @lower_builtin(operation, Vector, Vector)
-    def _lower(context: Any, builder: ir.IRBuilder, sig: Any, args: tuple) -> ir.Value:
+    def _lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         return getattr(builder, instruction)(*args)
 
 
-for _operation, _instruction in (
-    (operator.add, "fadd"),
-    (operator.sub, "fsub"),
-    (operator.mul, "fmul"),
-    (operator.truediv, "fdiv"),
-):
-    _define_arithmetic(_operation, _instruction)
+_define_arithmetic(operator.add, "fadd")
+_define_arithmetic(operator.sub, "fsub")
+_define_arithmetic(operator.mul, "fmul")
+_define_arithmetic(operator.truediv, "fdiv")
 
 
-def _constant(element: ir.Type, values: list) -> ir.Constant:
-    return ir.Constant(ir.VectorType(element, len(values)), values)
+def _vector(element: ir.Type, like: ir.Value) -> ir.VectorType:
+    return ir.VectorType(element, like.type.count)
+
+
+def _same(kind: ir.VectorType, number: float) -> ir.Constant:
+    """A vector of one number."""
+    return ir.Constant(kind, [number] * kind.count)
+
+
+def _choose(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
+    """A vector of lanes of a, or of b from a's number of lanes on."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
 
 
 def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
-    first = builder.insert_element(
-        ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, _I32(0)
-    )
-    return builder.shuffle_vector(first, first, _constant(_I32, [0] * lanes))
+    nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    return _choose(builder, builder.insert_element(nothing, value, _I32(0)), nothing, [0] * lanes)
 
 
 def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
-    """An intrinsic of LLVM on vectors of one type."""
+    """An intrinsic of LLVM's on vectors of one type."""
     kind = args[0].type
-    suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
     function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(kind, [kind] * len(args)), f"llvm.{name}.{suffix}"
+        builder.module, ir.FunctionType(kind, [kind] * len(args)), f"llvm.{name}.v{kind.count}f32"
     )
     return builder.call(function, args)
 
 
-def _like(builder: ir.IRBuilder, element: ir.Type, value: ir.Value) -> tuple[ir.Type, Any]:
-    """The type of the same shape with another element, and how to make its constants."""
-    if isinstance(value.type, ir.VectorType):
-        count = value.type.count
-        return ir.VectorType(element, count), lambda number: _constant(element, [number] * count)
-    return element, lambda number: ir.Constant(element, number)
+def _place(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, kind: ir.VectorType) -> ir.Value:
+    return builder.bitcast(builder.gep(pointer, [index]), kind.as_pointer())
 
 
-def _widen(builder: ir.IRBuilder, element: types.Type, raw: ir.Value) -> ir.Value:
-    """Elements as they lie in memory, as float32."""
-    floats, _ = _like(builder, _FLOAT, raw)
-    if element == float32:
-        return raw
-    if element == float16:
-        return builder.fpext(builder.bitcast(raw, _like(builder, ir.HalfType(), raw)[0]), floats)
-    words, word = _like(builder, _I32, raw)
-    return builder.bitcast(builder.shl(builder.zext(raw, words), word(16)), floats)
-
-
-def _narrow(builder: ir.IRBuilder, element: types.Type, value: ir.Value) -> ir.Value:
-    """float32 rounded to the nearest element, ties to even."""
-    if element == float32:
-        return value
-    shorts, _ = _like(builder, _I16, value)
-    if element == float16:
-        return builder.bitcast(builder.fptrunc(value, _like(builder, ir.HalfType(), value)[0]), shorts)
-    words, word = _like(builder, _I32, value)
-    bits = builder.bitcast(value, words)
-    odd = builder.and_(builder.lshr(bits, word(16)), word(1))
-    rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
-    # Rounding could carry a NaN over into infinity.
-    bits = builder.select(builder.fcmp_unordered("uno", value, value), word(0x7FC00000), rounded)
-    return builder.trunc(builder.lshr(bits, word(16)), shorts)
-
-
-def _memory_type(element: types.Type) -> ir.Type:
-    return _FLOAT if element == float32 else _I16
-
-
-def _place(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, element: types.Type, to: ir.Type) -> Any:
-    size = _memory_type(element).get_abi_size(llvmlite.binding.create_target_data("e"))
-    address = builder.add(builder.ptrtoint(pointer, _I64), builder.mul(index, _I64(size)))
-    return builder.inttoptr(address, to.as_pointer())
+def _size(element: types.Type) -> int:
+    return element.bitwidth // 8
 
 
 @intrinsic(prefer_literal=True)
@@ -147,39 +107,210 @@ def load(typing: Any, pointer: Any, index: Any, lanes: Any) -> Any:
     """pointer[index : index + lanes] as float32."""
     element, count = pointer.dtype, lanes.literal_value
 
-    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: tuple) -> ir.Value:
-        kind = ir.VectorType(_memory_type(element), count)
-        place = _place(builder, args[0], args[1], element, kind)
-        return _widen(builder, element, builder.load(place, align=kind.element.get_abi_alignment(_DATA)))
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        memory = ir.VectorType(context.get_value_type(element), count)
+        raw = builder.load(_place(builder, args[0], args[1], memory), align=_size(element))
+        return _widen(builder, element, raw)
 
     return Vector(count)(pointer, types.int64, lanes), lower
 
 
-_DATA = llvmlite.binding.create_target_data("e")
+def _widen(builder: ir.IRBuilder, element: types.Type, raw: ir.Value) -> ir.Value:
+    """Elements as they lie in memory, as float32."""
+    if element == float32:
+        return raw
+    if element == float16:
+        return builder.fpext(builder.bitcast(raw, _vector(ir.HalfType(), raw)), _vector(_FLOAT, raw))
+    words = _vector(_I32, raw)
+    return builder.bitcast(builder.shl(builder.zext(raw, words), _same(words, 16)), _vector(_FLOAT, raw))
 
 
 @intrinsic
-def load_one(typing: Any, pointer: Any, index: Any) -> Any:
-    """pointer[index] as float32."""
+def store(typing: Any, pointer: Any, index: Any, vector: Any) -> Any:
+    """pointer[index : index + lanes] = vector, rounded."""
     element = pointer.dtype
 
-    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: tuple) -> ir.Value:
-        place = _place(builder, args[0], args[1], element, _memory_type(element))
-        return _widen(builder, element, builder.load(place))
-
-    return float32(pointer, types.int64), lower
-
-
-@intrinsic
-def store(typing: Any, pointer: Any, index: Any, value: Any) -> Any:
-    """pointer[index : ...] = a vector, or one float32, rounded to the pointer's elements."""
-    element = pointer.dtype
-    value = value if isinstance(value, Vector) else float32
-
-    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: tuple) -> ir.Value:
-        narrow = _narrow(builder, element, args[2])
-        place = _place(builder, args[0], args[1], element, narrow.type)
-        builder.store(narrow, place, align=_memory_type(element).get_abi_alignment(_DATA))
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        raw = _narrow(builder, element, args[2])
+        builder.store(raw, _place(builder, args[0], args[1], raw.type), align=_size(element))
         return context.get_dummy_value()
 
-    return types.void(pointer, types.int64, value), lower
+    return types.void(pointer, types.int64, vector), lower
+
+
+def _narrow(builder: ir.IRBuilder, element: types.Type, value: ir.Value) -> ir.Value:
+    """float32 as elements in memory, rounded to nearest, ties to even."""
+    if element == float32:
+        return value
+    shorts, words = _vector(_I16, value), _vector(_I32, value)
+    if element == float16:
+        return builder.bitcast(builder.fptrunc(value, _vector(ir.HalfType(), value)), shorts)
+    bits = builder.bitcast(value, words)
+    odd = builder.and_(builder.lshr(bits, _same(words, 16)), _same(words, 1))
+    rounded = builder.add(bits, builder.add(odd, _same(words, 0x7FFF)))
+    # Rounding would turn some NaNs into infinity.
+    nan = builder.fcmp_unordered("uno", value, value)
+    bits = builder.select(nan, _same(words, 0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(bits, _same(words, 16)), shorts)
+
+
+@intrinsic
+def round_to(typing: Any, pointer: Any, vector: Any) -> Any:
+    """The vector as it comes back from pointer's memory."""
+    element = pointer.dtype
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return _widen(builder, element, _narrow(builder, element, args[1]))
+
+    return vector(pointer, vector), lower
+
+
+@intrinsic(prefer_literal=True)
+def splat(typing: Any, number: Any, lanes: Any) -> Any:
+    """A vector of one number."""
+    count = lanes.literal_value
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return _splat(builder, args[0], count)
+
+    return Vector(count)(types.float32, lanes), lower
+
+
+@intrinsic
+def multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once where the processor can."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return _call(builder, "fmuladd", *args)
+
+    return a(a, b, c), lower
+
+
+@intrinsic
+def exp(typing: Any, x: Any) -> Any:
+    """e^x to within 2 units in the last place; below -87 it is 0, above 88 it is e^88.
+
+    Cody and Waite: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for e^r, and n added to the exponent.
+    """
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        kind, words = args[0].type, _vector(_I32, args[0])
+
+        def number(value: float) -> ir.Constant:
+            return _same(kind, value)
+
+        x = builder.select(builder.fcmp_ordered(">", args[0], number(88.0)), number(88.0), args[0])
+        n = _call(builder, "rint", builder.fmul(x, number(1.44269504088896341)))
+        r = _call(builder, "fmuladd", n, number(-0.693359375), x)
+        r = _call(builder, "fmuladd", n, number(2.12194440e-4), r)
+        power = number(1 / 720)
+        for divisor in (120, 24, 6, 2, 1, 1):
+            power = _call(builder, "fmuladd", power, r, number(1 / divisor))
+        exponent = builder.shl(builder.fptosi(n, words), _same(words, 23))
+        scaled = builder.bitcast(builder.add(builder.bitcast(power, words), exponent), kind)
+        return builder.select(builder.fcmp_ordered("<", x, number(-87.0)), number(0.0), scaled)
+
+    return x(x), lower
+
+
+@intrinsic
+def square_root(typing: Any, x: Any) -> Any:
+    """The square root."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return _call(builder, "sqrt", *args)
+
+    return x(x), lower
+
+
+@intrinsic
+def only(typing: Any, x: Any, first: Any, end: Any, other: Any) -> Any:
+    """Lanes first to end of x, and `other` in those outside."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        x, first, end, other = args
+        count = x.type.count
+        lane = ir.Constant(ir.VectorType(_I32, count), list(range(count)))
+        bounds = [_splat(builder, builder.trunc(bound, _I32), count) for bound in (first, end)]
+        inside = builder.and_(
+            builder.icmp_signed(">=", lane, bounds[0]), builder.icmp_signed("<", lane, bounds[1])
+        )
+        return builder.select(inside, x, _splat(builder, other, count))
+
+    return x(x, types.int64, types.int64, types.float32), lower
+
+
+@intrinsic
+def finite(typing: Any, x: Any) -> Any:
+    """x with 0 in place of what is infinite or not a number."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        size = _call(builder, "fabs", args[0])
+        known = builder.fcmp_ordered("<", size, _same(size.type, float("inf")))
+        return builder.select(known, args[0], _same(size.type, 0.0))
+
+    return x(x), lower
+
+
+def _fold(builder: ir.IRBuilder, vector: ir.Value, join: Any) -> ir.Value:
+    """Joins the two halves, the quarters, and so on down to one lane."""
+    while (half := vector.type.count // 2) > 0:
+        low = _choose(builder, vector, vector, list(range(half)))
+        high = _choose(builder, vector, vector, list(range(half, 2 * half)))
+        vector = join(low, high)
+    return builder.extract_element(vector, _I32(0))
+
+
+@intrinsic
+def total(typing: Any, x: Any) -> Any:
+    """The sum of all lanes."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return _fold(builder, args[0], builder.fadd)
+
+    return types.float32(x), lower
+
+
+@intrinsic
+def largest(typing: Any, x: Any) -> Any:
+    """The largest lane."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        def larger(a: ir.Value, b: ir.Value) -> ir.Value:
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        return _fold(builder, args[0], larger)
+
+    return types.float32(x), lower
+
+
+@intrinsic
+def store_transposed(typing: Any, source: Any, starts: Any, first: Any, target: Any, index: Any, step: Any) -> Any:
+    """16 rows of 16 elements as 16 columns: target[index + j * step + i] = source[starts[first + i] + j].
+
+    source is a pointer to elements, target one to float32, starts one to int64. Each of the four rounds
+    interleaves row i with row i + 8, which leaves the matrix transposed.
+    """
+    element = source.dtype
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        source, starts, first, target, index, step = args
+        memory = ir.VectorType(context.get_value_type(element), 16)
+        rows = []
+        for i in range(16):
+            start = builder.load(builder.gep(starts, [builder.add(first, _I64(i))]))
+            rows.append(builder.load(_place(builder, source, start, memory), align=_size(element)))
+        low = [lane for i in range(8) for lane in (i, 16 + i)]
+        high = [lane + 8 for lane in low]
+        for _ in range(4):
+            rows = [
+                _choose(builder, rows[i], rows[i + 8], lanes) for i in range(8) for lanes in (low, high)
+            ]
+        for j, row in enumerate(rows):
+            place = builder.add(index, builder.mul(step, _I64(j)))
+            column = _widen(builder, element, row)
+            builder.store(column, _place(builder, target, place, column.type), align=4)
+        return context.get_dummy_value()
+
+    integer = types.int64
+    return types.void(source, starts, integer, target, integer, integer), lower

@@ -1,0 +1,138 @@
+"""What makes a kernel of a function, and runs it on the threads that torch already has.
+
+torch's OpenMP threads spin for a while after each of its operators; threads of our own would have to fight
+them for the cores. So a kernel is run by a team of these: `GOMP_parallel` is how compiled C calls GNU's
+runtime, and Intel's and LLVM's offer it too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import inspect
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.extending import intrinsic
+
+from fastserve_kernels.cpu_kernels import vectors
+
+Work = Any
+"""In a kernel: where `claim` counts the pieces of work that threads have taken."""
+Elements = Any
+"""In a kernel: a pointer to elements of the dtype that it is compiled for; callers give an address."""
+Integers = Any
+"""In a kernel: a pointer to int64; callers give an address."""
+
+ELEMENTS = {
+    torch.float32: vectors.float32,
+    torch.float16: vectors.float16,
+    torch.bfloat16: vectors.bfloat16,
+}
+
+
+class Kernel:
+    """A compiled function. Call it with addresses and numbers in the order of the function's parameters,
+    less the first, `work`."""
+
+    def __init__(self, function: Callable[..., None], dtype: torch.dtype) -> None:
+        kinds = [str(p.annotation) for p in inspect.signature(function).parameters.values()][1:]
+        self._arguments = struct.Struct("=q" + "".join("d" if kind == "float" else "q" for kind in kinds))
+        self._buffer = ctypes.c_int64 * (len(kinds) + 1)
+        self._compiled = _compile(function, ELEMENTS[dtype], ",".join(kinds))
+        self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._compiled.address)
+
+    def __call__(self, threads: int, *arguments: float) -> None:
+        """Runs on the calling thread and as many of torch's as make up `threads`."""
+        buffer = self._buffer()
+        self._arguments.pack_into(buffer, 0, 0, *arguments)
+        if threads == 1:
+            self._run(buffer)
+        else:
+            _parallel()(self._run, buffer, threads, 0)
+
+
+def kernel(function: Callable[..., None]) -> Callable[[torch.dtype], Kernel]:
+    """Decorates a function of (work, ...) that claims pieces of work until none is left; annotated with
+    `Work`, `Elements`, `Integers`, `int` and `float`. Gives its kernel for a dtype, which is compiled once per
+    machine: numba keeps it on disk."""
+    return functools.cache(functools.partial(Kernel, function))
+
+
+def _entry(arguments: Any) -> None:
+    """Becomes the entry of each kernel, with globals of its own."""
+    body(arguments, *unpack(arguments, element, kinds))  # type: ignore[name-defined] # noqa: F821
+
+
+def _compile(function: Callable[..., None], element: types.Type, kinds: str) -> Any:
+    # numba's cache goes by the entry's file and name, and finds no globals changed: all is in the name.
+    entry = FunctionType(
+        _entry.__code__,
+        {"body": njit(function, error_model="numpy"), "unpack": unpack, "element": element, "kinds": kinds},
+    )
+    entry.__module__ = __name__
+    entry.__qualname__ = f"{function.__name__}_{element}_{_digest()}"
+    return cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")(entry)
+
+
+@functools.cache
+def _digest() -> str:
+    """Of the sources of all kernels."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+
+
+@functools.cache
+def _parallel() -> Any:
+    """void GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags)"""
+    function = ctypes.CDLL(None).GOMP_parallel
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    function.restype = None
+    return function
+
+
+@functools.cache
+def can_run_in_parallel() -> bool:
+    """Whether this process has an OpenMP runtime; without one a kernel runs on one thread."""
+    return hasattr(ctypes.CDLL(None), "GOMP_parallel")
+
+
+@intrinsic(prefer_literal=True)
+def unpack(typing: Any, arguments: Any, element: Any, kinds: Any) -> Any:
+    """The tuple of a kernel's arguments, from eight bytes each."""
+    of_kind = {
+        "Elements": types.CPointer(element.instance_type),
+        "Integers": types.CPointer(types.int64),
+        "int": types.int64,
+        "float": types.float64,
+    }
+    result = types.Tuple([of_kind[kind] for kind in kinds.literal_value.split(",")])
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        values = []
+        for i, kind in enumerate(result):
+            value = builder.load(builder.gep(args[0], [ir.IntType(64)(i + 1)]))
+            to = context.get_value_type(kind)
+            if isinstance(kind, types.CPointer):
+                value = builder.inttoptr(value, to)
+            values.append(value if value.type == to else builder.bitcast(value, to))
+        return context.make_tuple(builder, result, values)
+
+    return result(arguments, element, kinds), lower
+
+
+@intrinsic
+def claim(typing: Any, work: Any) -> Any:
+    """The number of the next piece of work, from 0: no two threads get the same."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "monotonic")
+
+    return types.int64(work), lower
