@@ -97,6 +97,11 @@ class Request(Struct, frozen=True):
     bad_words_token_ids: list[list[int]] = []
     """`sampling.bad_words`, tokenised in each way in which they can be met."""
 
+    @property
+    def priority_label(self) -> int:
+        """The priority in metrics: clients choose priorities freely, but labels must stay few."""
+        return max(-100, min(100, self.priority))
+
 
 class Room(Struct, frozen=True):
     """What the engine tells the scheduler: absolute numbers, so that a lost or late message does no harm."""

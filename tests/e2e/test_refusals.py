@@ -105,6 +105,7 @@ def refused(server: Any, body: bytes) -> tuple[int, str]:
 
 
 def test_malformed_requests_are_refused_by_name(server: Any, soak: bool) -> None:
+    refusals: list[str] = []
     with good_traffic(server) as outcomes:
 
         @settings(
@@ -120,8 +121,11 @@ def test_malformed_requests_are_refused_by_name(server: Any, soak: bool) -> None
             status, message = refused(server, body)
             assert 400 <= status < 500, (status, message, body[:300])
             assert word in message, (message, body[:300])
+            refusals.append(message)
 
         check()
+        print(f"{len(refusals)} malformed requests refused beside {len(outcomes)} good ones")
+    assert len(refusals) >= 0.9 * (FULL if soak else SMALL)
     assert outcomes
     assert set(outcomes) == {outcomes[0]}
 

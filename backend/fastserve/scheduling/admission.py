@@ -76,7 +76,7 @@ class Admission:
                 uid=request.uid,
                 key=self._policy.key(request.priority, request.arrival),
                 arrival=request.arrival,
-                priority=request.priority,
+                priority=request.priority_label,
                 deadline=min(deadlines, default=None),
             )
         except QueueFullError as error:

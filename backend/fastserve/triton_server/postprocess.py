@@ -96,7 +96,7 @@ class PostprocessStep:
         conversation = _Conversation(request, Postprocessor(self._tokenizer), now)
         self._conversations[output.uid] = conversation
         if any(each.token_ids for each in output.outputs):
-            self._metrics.first_token.observe(now - request.arrival, request.priority)
+            self._metrics.first_token.observe(now - request.arrival, request.priority_label)
         return conversation
 
     def _count(self, conversation: _Conversation, output: RequestOutput) -> None:
@@ -110,7 +110,7 @@ class PostprocessStep:
         metrics.requests.add(1, (outcome or Outcome.ERROR).value)
         metrics.prompt_tokens.add(len(request.prompt_token_ids))
         if outcome in (Outcome.STOP, Outcome.LENGTH):
-            metrics.end_to_end.observe(now - request.arrival, request.priority)
+            metrics.end_to_end.observe(now - request.arrival, request.priority_label)
             if conversation.num_tokens > 1:
                 metrics.output_token.observe((now - conversation.first_token) / (conversation.num_tokens - 1))
 

@@ -64,7 +64,7 @@ class SchedulerStep:
 
     def _release(self, now: float) -> None:
         for request in self._admission.release(now):
-            self._metrics.wait.observe(now - request.arrival, request.priority)
+            self._metrics.wait.observe(now - request.arrival, request.priority_label)
             response = pb_utils.InferenceResponse(output_tensors=[message_tensor("request", request)])
             self._senders.pop(request.uid).send(response, flags=FINAL)
         for priority, count in self._admission.waiting_by_priority().items():
