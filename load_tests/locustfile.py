@@ -6,8 +6,9 @@ runs one minute and leaves `load_tests/report.html`. Users, half of each protoco
 keep one request each in flight; with `--mode poisson --rate R` they start R requests a second in all, at
 random, however long the server takes.
 
-For each priority and protocol the report has the milliseconds to the first token (TTFT), between tokens
-(ITL: between responses, divided by the tokens of the later one) and to the end (E2E, where failures count).
+The report has, in milliseconds, the time to the first token (TTFT) of each priority, and for each priority and
+protocol the time between tokens (ITL: between responses, divided by the tokens of the later one) and to the
+end (E2E, where failures count).
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class StreamingUser(User):
                 for chunk in stream:
                     now = time.perf_counter()
                     if num_tokens == 0:
-                        self.report("TTFT", name, now - start)
+                        self.report("TTFT", f"priority {priority}", now - start)
                     elif chunk.num_output_tokens:
                         self.report("ITL", name, (now - last) / chunk.num_output_tokens)
                     num_tokens += chunk.num_output_tokens
