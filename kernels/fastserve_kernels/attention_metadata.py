@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from fastserve_kernels import cpu_attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +29,6 @@ class AttentionMetadata:
     last_token_index: Tensor
     """[B] int64: the row of each sequence's last token."""
     block_size: int
-    _work: dict[int | None, list[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -75,13 +72,3 @@ class AttentionMetadata:
             last_token_index=tensor(start[1:] - 1),
             block_size=block_size,
         )
-
-    def work(self, sliding_window: int | None) -> list[Tensor]:
-        """What the CPU's attention has prepared for this batch (`cpu_attention.plan`); elsewhere nothing."""
-        if self.positions.device.type != "cpu":
-            return []
-        if sliding_window not in self._work:
-            self._work[sliding_window] = cpu_attention.plan(
-                self.query_start, self.context_lens, self.block_tables, self.block_size, sliding_window
-            )
-        return self._work[sliding_window]

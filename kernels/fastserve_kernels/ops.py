@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve_kernels import cpu, cpu_attention, cpu_sampling, reference
+from fastserve_kernels import cpu, cpu_sampling, reference
 from fastserve_kernels.attention_metadata import AttentionMetadata
 from fastserve_kernels.formats import Dense
 
@@ -50,7 +50,7 @@ _define(
 _define(
     "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
     lambda q, k, cos, sin: (q.new_empty(q.shape), k.new_empty(k.shape)),
-    cpu.rotary,
+    None,
 )
 _define(
     "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()",
@@ -65,9 +65,9 @@ _define(
 )
 _define(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor query_start, Tensor context_lens, "
-    "Tensor block_tables, Tensor[] work, float scale, int? sliding_window, float? softcap) -> Tensor",
+    "Tensor block_tables, float scale, int? sliding_window, float? softcap) -> Tensor",
     lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]),
-    cpu_attention.paged_attention,
+    cpu.paged_attention,
 )
 _define(
     "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor uniform) "
@@ -93,7 +93,10 @@ def linear(x: Tensor, weight: Dense, bias: Tensor | None = None, residual: Tenso
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, as transformers' LlamaRMSNorm rounds it."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, as transformers' LlamaRMSNorm rounds it.
+
+    x is [T, D], or [T, H, D] for a norm of each head.
+    """
     return _ops.rms_norm(x, weight, eps)
 
 
@@ -134,7 +137,10 @@ def rotary_write_kv(
     v_cache: Tensor,
     slot_mapping: Tensor,
 ) -> Tensor:
-    """`rotary`, then `write_kv` of the rotated k: the rotated q."""
+    """`rotary`, then `write_kv` of the rotated k: the rotated q.
+
+    Raises ValueError on a CPU if a cache is not contiguous or of another dtype than q.
+    """
     return _ops.rotary_write_kv(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
 
 
@@ -153,7 +159,7 @@ def paged_attention(
     token sees itself and the w - 1 before it. With `softcap` = c scores become c * tanh(score / c).
 
     The caches must be finite everywhere, also where nothing was written: make them of zeros; `write_kv` keeps
-    them finite.
+    them finite. Raises ValueError on a CPU if a cache is not contiguous or of another dtype than q.
     """
     return _ops.paged_attention(
         q,
@@ -162,7 +168,6 @@ def paged_attention(
         meta.query_start,
         meta.context_lens,
         meta.block_tables,
-        meta.work(sliding_window),
         scale,
         sliding_window,
         softcap,

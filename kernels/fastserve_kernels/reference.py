@@ -70,7 +70,6 @@ def paged_attention(
     query_start: Tensor,
     context_lens: Tensor,
     block_tables: Tensor,
-    work: list[Tensor],
     scale: float,
     sliding_window: int | None,
     softcap: float | None,

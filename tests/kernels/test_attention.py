@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastserve_kernels import cpu_attention, ops, reference
+from fastserve_kernels import ops, reference
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 # Scores and partial results are rounded to bfloat16, as in transformers' eager attention.
@@ -28,7 +28,6 @@ def wanted_of(batch: Any, scale: float, window: int | None = None, softcap: floa
         meta.query_start,
         meta.context_lens,
         meta.block_tables,
-        [],
         scale,
         window,
         softcap,
@@ -83,14 +82,6 @@ def test_equals_the_reference_for_every_kind(
     scale = dims[0] ** -0.5
     came = came_of(batch, scale, window, softcap)
     assert rel_rms(came, wanted_of(batch, scale, window, softcap)) < TOLERANCE[dtype]
-
-
-def test_work_beyond_one_group(
-    make_batch: Any, rel_rms: Callable[[Tensor, Tensor], float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu_attention, "GROUP_KEYS", 1024)
-    batch = make_batch(*RAGGED["decodes and chunks mixed"])
-    assert rel_rms(came_of(batch, SCALE), wanted_of(batch, SCALE)) < 1e-5
 
 
 def test_nothing_to_do(make_batch: Any) -> None:

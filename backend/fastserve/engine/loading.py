@@ -20,12 +20,13 @@ from fastserve.scheduling.policies import make_policy
 
 
 def load_engine(config: Config, files: ModelFiles) -> Engine:
-    """Loads the model and makes its KV cache. Raises ModelError."""
+    """Loads the model, makes its KV cache and runs it once. Raises ModelError."""
     device = _device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     model = load_model(str(files.checkpoint), config.dtype, device, config.max_model_len)
     runner = ModelRunner(model, config.block_size, config.kv_cache_bytes)
+    runner.warm_up()
     pool = BlockPool(runner.num_blocks, config.block_size, config.enable_prefix_caching)
     scheduler = IterationScheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
     eos = eos_token_ids(files.checkpoint)

@@ -39,6 +39,17 @@ class ModelRunner:
         return max(0, free - int(total * (1 - GPU_MEMORY_SHARE)))
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Runs a prompt and a decode in blocks that nobody has yet, so that no request waits for first uses."""
+        blocks = list(range(-(-3 // self.block_size)))
+        for tokens, context_len in (([0, 0], 2), ([0], 3)):
+            metadata = AttentionMetadata.build(
+                [len(tokens)], [context_len], [blocks], self.block_size, self.model.device
+            )
+            ids = torch.tensor(tokens, dtype=torch.int64, device=self.model.device)
+            self.model.logits(self.model.forward(ids, metadata, self.kv_caches))
+
+    @torch.inference_mode()
     def run(self, plan: StepPlan) -> tuple[torch.Tensor, AttentionMetadata]:
         """Computes the plan's tokens and writes their keys and values.
 

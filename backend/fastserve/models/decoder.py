@@ -86,13 +86,16 @@ class Decoder:
         eps = self.config.norm_eps
         rotation = (self._cos[meta.positions], self._sin[meta.positions])
         hidden = self.weights.embedding[token_ids]
-        for layer, kv_cache in zip(self.weights.layers, kv_caches, strict=True):
-            normed = ops.rms_norm(hidden, layer.input_norm, eps)
-            attended = self._attention(layer, normed, rotation, meta, kv_cache)
-            hidden = layer.output(attended, residual=hidden)
-            normed = ops.rms_norm(hidden, layer.mlp_norm, eps)
-            hidden = layer.down(ops.swiglu(layer.gate_up(normed)), residual=hidden)
-        return ops.rms_norm(hidden, self.weights.final_norm, eps)
+        layers = self.weights.layers
+        # Each norm follows an addition to `hidden`, and the two are one operator.
+        next_norms = [*(layer.input_norm for layer in layers[1:]), self.weights.final_norm]
+        normed = ops.rms_norm(hidden, layers[0].input_norm, eps)
+        for layer, next_norm, kv_cache in zip(layers, next_norms, kv_caches, strict=True):
+            attended = layer.output(self._attention(layer, normed, rotation, meta, kv_cache))
+            normed, hidden = ops.add_rms_norm(attended, hidden, layer.mlp_norm, eps)
+            transformed = layer.down(ops.swiglu(layer.gate_up(normed)))
+            normed, hidden = ops.add_rms_norm(transformed, hidden, next_norm, eps)
+        return normed
 
     def _attention(
         self,

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from llvmlite import ir
 from numba import cfunc, njit, types
-from numba.extending import intrinsic
 
 from fastserve_kernels.cpu_kernels import vectors
+from fastserve_kernels.cpu_kernels.vectors import intrinsic
 
 Work = Any
 """In a kernel: where `claim` counts the pieces of work that threads have taken."""
@@ -30,6 +30,9 @@ Elements = Any
 """In a kernel: a pointer to elements of the dtype that it is compiled for; callers give an address."""
 Integers = Any
 """In a kernel: a pointer to int64; callers give an address."""
+
+AS_MANY_THREADS_AS_TORCH = 0
+"""The runtime's default, which `torch.set_num_threads` sets; another number would end or start threads."""
 
 ELEMENTS = {
     torch.float32: vectors.float32,
@@ -49,20 +52,23 @@ class Kernel:
         self._compiled = _compile(function, ELEMENTS[dtype], ",".join(kinds))
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._compiled.address)
 
-    def __call__(self, threads: int, *arguments: float) -> None:
-        """Runs on the calling thread and as many of torch's as make up `threads`."""
+    def __call__(self, in_parallel: bool, *arguments: float) -> None:
+        """Runs on the calling thread, and in parallel on all that torch's operators run on."""
         buffer = self._buffer()
         self._arguments.pack_into(buffer, 0, 0, *arguments)
-        if threads == 1:
+        parallel = _parallel() if in_parallel else None
+        if parallel is None:
             self._run(buffer)
         else:
-            _parallel()(self._run, buffer, threads, 0)
+            parallel(self._run, buffer, AS_MANY_THREADS_AS_TORCH, 0)
 
 
 def kernel(function: Callable[..., None]) -> Callable[[torch.dtype], Kernel]:
-    """Decorates a function of (work, ...) that claims pieces of work until none is left; annotated with
-    `Work`, `Elements`, `Integers`, `int` and `float`. Gives its kernel for a dtype, which is compiled once per
-    machine: numba keeps it on disk."""
+    """Decorates a function that claims pieces of work until none is left; gives its kernel for a dtype.
+
+    Its parameters are annotated with `Work`, the first, `Elements`, `Integers`, `int` and `float`. It is
+    compiled when a dtype is first asked for, once per machine: numba keeps what it compiles on disk.
+    """
     return functools.cache(functools.partial(Kernel, function))
 
 
@@ -91,17 +97,13 @@ def _digest() -> str:
 
 @functools.cache
 def _parallel() -> Any:
-    """void GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags)"""
-    function = ctypes.CDLL(None).GOMP_parallel
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    function.restype = None
+    """void GOMP_parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags); None in a
+    process without such a runtime, where kernels run on one thread."""
+    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        function.restype = None
     return function
-
-
-@functools.cache
-def can_run_in_parallel() -> bool:
-    """Whether this process has an OpenMP runtime; without one a kernel runs on one thread."""
-    return hasattr(ctypes.CDLL(None), "GOMP_parallel")
 
 
 @intrinsic(prefer_literal=True)

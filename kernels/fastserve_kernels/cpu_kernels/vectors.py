@@ -18,7 +18,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import intrinsic as _intrinsic
+from numba.extending import lower_builtin, models, register_model
+
+intrinsic: Any = _intrinsic
+"""Not of the declared type, which knows nothing of the first parameter that callers do not pass."""
 
 float32 = types.float32
 float16 = types.int16
@@ -98,8 +102,43 @@ def _place(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, kind: ir.V
     return builder.bitcast(builder.gep(pointer, [index]), kind.as_pointer())
 
 
-def _size(element: types.Type) -> int:
+def _size(element: Any) -> int:
     return element.bitwidth // 8
+
+
+@intrinsic
+def at(typing: Any, pointer: Any, index: Any) -> Any:
+    """The pointer to pointer[index]."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.int64), lower
+
+
+@intrinsic
+def as_integers(typing: Any, pointer: Any) -> Any:
+    """The same memory as int64."""
+    integers = types.CPointer(types.int64)
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[0], context.get_value_type(integers))
+
+    return integers(pointer), lower
+
+
+@intrinsic
+def prefetch(typing: Any, pointer: Any) -> Any:
+    """Has the memory there brought into the cache while other things go on."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        kind = ir.FunctionType(ir.VoidType(), [args[0].type, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        reading, keep_close, data = _I32(0), _I32(3), _I32(1)
+        builder.call(function, [args[0], reading, keep_close, data])
+        return context.get_dummy_value()
+
+    return types.void(pointer), lower
 
 
 @intrinsic(prefer_literal=True)
@@ -126,6 +165,42 @@ def _widen(builder: ir.IRBuilder, element: types.Type, raw: ir.Value) -> ir.Valu
 
 
 @intrinsic
+def load_part(typing: Any, pointer: Any, index: Any, count: Any) -> Any:
+    """pointer[index : index + LANES] as float32; if there are but `count`, 0 follows these."""
+    element = pointer.dtype
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        memory = ir.VectorType(context.get_value_type(element), LANES)
+        place = _place(builder, args[0], args[1], memory)
+        with builder.if_else(builder.icmp_signed(">=", args[2], _I64(LANES))) as (whole, part):
+            with whole:
+                all_lanes, whole_block = builder.load(place, align=_size(element)), builder.block
+            with part:
+                some_lanes, part_block = _masked_load(builder, place, memory, args[2]), builder.block
+        raw = builder.phi(memory)
+        raw.add_incoming(all_lanes, whole_block)
+        raw.add_incoming(some_lanes, part_block)
+        return _widen(builder, element, raw)
+
+    return Vector(LANES)(pointer, types.int64, types.int64), lower
+
+
+def _first_lanes(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
+    lane = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
+    return builder.icmp_signed("<", lane, _splat(builder, builder.trunc(count, _I32), LANES))
+
+
+def _masked_load(builder: ir.IRBuilder, place: ir.Value, memory: ir.VectorType, count: ir.Value) -> ir.Value:
+    mask, none = _first_lanes(builder, count), ir.Constant(memory, None)
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(memory, [place.type, _I32, mask.type, memory]),
+        f"llvm.masked.load.v{LANES}{'f32' if memory.element == _FLOAT else 'i16'}.p0",
+    )
+    return builder.call(function, [place, _I32(1), mask, none])
+
+
+@intrinsic
 def store(typing: Any, pointer: Any, index: Any, vector: Any) -> Any:
     """pointer[index : index + lanes] = vector, rounded."""
     element = pointer.dtype
@@ -136,6 +211,34 @@ def store(typing: Any, pointer: Any, index: Any, vector: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, vector), lower
+
+
+@intrinsic
+def store_part(typing: Any, pointer: Any, index: Any, vector: Any, count: Any) -> Any:
+    """pointer[index : index + LANES] = vector, rounded; no more than `count` of it."""
+    element = pointer.dtype
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        raw = _narrow(builder, element, args[2])
+        place = _place(builder, args[0], args[1], raw.type)
+        with builder.if_else(builder.icmp_signed(">=", args[3], _I64(LANES))) as (whole, part):
+            with whole:
+                builder.store(raw, place, align=_size(element))
+            with part:
+                _masked_store(builder, raw, place, args[3])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, vector, types.int64), lower
+
+
+def _masked_store(builder: ir.IRBuilder, raw: ir.Value, place: ir.Value, count: ir.Value) -> None:
+    mask = _first_lanes(builder, count)
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [raw.type, place.type, _I32, mask.type]),
+        f"llvm.masked.store.v{LANES}{'f32' if raw.type.element == _FLOAT else 'i16'}.p0",
+    )
+    builder.call(function, [raw, place, _I32(1), mask])
 
 
 def _narrow(builder: ir.IRBuilder, element: types.Type, value: ir.Value) -> ir.Value:
@@ -285,32 +388,31 @@ def largest(typing: Any, x: Any) -> Any:
 
 
 @intrinsic
-def store_transposed(typing: Any, source: Any, starts: Any, first: Any, target: Any, index: Any, step: Any) -> Any:
-    """16 rows of 16 elements as 16 columns: target[index + j * step + i] = source[starts[first + i] + j].
+def store_transposed(
+    typing: Any, source: Any, rows: Any, size: Any, target: Any, index: Any, step: Any
+) -> Any:
+    """16 rows of 16 elements as columns: target[index + j * step + i] = source[rows[i] * size + j].
 
-    source is a pointer to elements, target one to float32, starts one to int64. Each of the four rounds
-    interleaves row i with row i + 8, which leaves the matrix transposed.
+    target is a pointer to float32, rows one to int64. Each of four rounds interleaves row i with row i + 8,
+    which leaves the matrix transposed.
     """
-    element = source.dtype
+    element, integer = source.dtype, types.int64
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        source, starts, first, target, index, step = args
+        source, numbers, size, target, index, step = args
         memory = ir.VectorType(context.get_value_type(element), 16)
         rows = []
         for i in range(16):
-            start = builder.load(builder.gep(starts, [builder.add(first, _I64(i))]))
+            start = builder.mul(builder.load(builder.gep(numbers, [_I64(i)])), size)
             rows.append(builder.load(_place(builder, source, start, memory), align=_size(element)))
         low = [lane for i in range(8) for lane in (i, 16 + i)]
         high = [lane + 8 for lane in low]
         for _ in range(4):
-            rows = [
-                _choose(builder, rows[i], rows[i + 8], lanes) for i in range(8) for lanes in (low, high)
-            ]
+            rows = [_choose(builder, rows[i], rows[i + 8], lanes) for i in range(8) for lanes in (low, high)]
         for j, row in enumerate(rows):
-            place = builder.add(index, builder.mul(step, _I64(j)))
             column = _widen(builder, element, row)
+            place = builder.add(index, builder.mul(step, _I64(j)))
             builder.store(column, _place(builder, target, place, column.type), align=4)
         return context.get_dummy_value()
 
-    integer = types.int64
-    return types.void(source, starts, integer, target, integer, integer), lower
+    return types.void(source, rows, integer, target, integer, integer), lower
