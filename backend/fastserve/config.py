@@ -62,6 +62,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     stream_interval_ms: Annotated[
         float, Meta(ge=0.0, description="at least so long between two responses of a stream, after the first")
     ] = 100.0
+    max_responses_per_second: Annotated[
+        int,
+        Meta(ge=0, description="of all streams together: with many, each waits longer; 0: 40 per CPU core"),
+    ] = 0
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:

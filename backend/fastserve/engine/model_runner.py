@@ -40,7 +40,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Runs a prompt and a decode in blocks that nobody has yet, so that no request waits for first uses."""
+        """Runs a prompt and a decode in blocks that nobody has yet: no request shall wait for first uses."""
         blocks = list(range(-(-3 // self.block_size)))
         for tokens, context_len in (([0, 0], 2), ([0], 3)):
             metadata = AttentionMetadata.build(

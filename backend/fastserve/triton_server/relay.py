@@ -20,7 +20,6 @@ class Relay:
 
     request: Request
     sender: Any
-    stream_seconds: float
     sequences_left: int
     pending: list[SequenceOutput] = field(default_factory=list)
     last_sent: float | None = None
@@ -34,11 +33,11 @@ class Relay:
     def is_final(self) -> bool:
         return self.sequences_left == 0
 
-    def is_due(self, now: float) -> bool:
+    def is_due(self, now: float, stream_interval: float) -> bool:
         """The first output goes at once, so does the last; others wait for the interval to pass."""
         if not self.pending:
             return False
-        interval = self.stream_seconds if self.request.output.stream else WHOLE_ANSWER_SECONDS
+        interval = stream_interval if self.request.output.stream else WHOLE_ANSWER_SECONDS
         return self.last_sent is None or self.is_final or now - self.last_sent >= interval
 
     def send(self, now: float) -> None:
