@@ -6,8 +6,8 @@ runs one minute and leaves `load_tests/report.html`. Users, half of each protoco
 keep one request each in flight; with `--mode poisson --rate R` they start R requests a second in all, at
 random, however long the server takes.
 
-The report has, in milliseconds, the time to the first token (TTFT) of each priority, and for each priority and
-protocol the time between tokens (ITL: between responses, divided by the tokens of the later one) and to the
+The report has, in milliseconds, the time to the first token (TTFT) of each priority, and for each priority
+and protocol the time between tokens (ITL: between responses, divided by the tokens of the later one) and to the
 end (E2E, where failures count).
 """
 

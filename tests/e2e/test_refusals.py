@@ -143,7 +143,7 @@ def test_malformed_requests_are_refused_by_name(server: Any, soak: bool) -> None
     ],
 )
 def test_what_triton_server_itself_cannot_read_is_refused_by_it(server: Any, body: bytes) -> None:
-    """With 500, and before any model is asked: a body that is no JSON object, an input of another JSON type."""
+    """With 500, before any model is asked: a body that is no JSON object, an input of another type."""
     status, message = refused(server, body)
     assert status in (400, 500)
     assert json.loads(message)["error"]
