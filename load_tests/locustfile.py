@@ -7,8 +7,8 @@ keep one request each in flight; with `--mode poisson --rate R` they start R req
 random, however long the server takes.
 
 The report has, in milliseconds, the time to the first token (TTFT) of each priority, and for each priority
-and protocol the time between tokens (ITL: between responses, divided by the tokens of the later one) and to the
-end (E2E, where failures count).
+and protocol the time between tokens (ITL: between responses, divided by the tokens of the later one) and to
+the end (E2E, where failures count).
 """
 
 from __future__ import annotations
