@@ -9,9 +9,12 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+import tritonclient.grpc
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from fastserve_client import Client, FastServeError
 
@@ -209,3 +212,27 @@ def test_a_more_urgent_request_takes_a_place_at_the_next_iteration(small_server:
         assert small_server.metrics()['fastserve_preemptions_total{kind="recompute"}'] >= 1
         rest = list(chunks)
         assert first.num_output_tokens + sum(chunk.num_output_tokens for chunk in rest) == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("text_input", np.array([5], dtype=np.int32)),
+        ("text_input", np.array(["a", "b"], dtype=np.object_)),
+        ("text_input", np.array([b"\xff\xfe"], dtype=np.object_)),
+        ("priority", np.array([1.5], dtype=np.float32)),
+        ("stream", np.array([1], dtype=np.int32)),
+        ("sampling_parameters", np.array([b"{"], dtype=np.object_)),
+        ("prompt_token_ids", np.array([-1], dtype=np.int64)),
+        ("prompt_token_ids", np.array([], dtype=np.int64)),
+        ("no_such_input", np.array(["x"], dtype=np.object_)),
+    ],
+)
+def test_a_wrong_tensor_is_refused_by_name_over_grpc(server: Any, name: str, array: np.ndarray) -> None:
+    wrong = tritonclient.grpc.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+    wrong.set_data_from_numpy(array)
+    with (
+        tritonclient.grpc.InferenceServerClient(server.grpc_url) as client,
+        pytest.raises(InferenceServerException, match=name),
+    ):
+        client.infer("fastserve_infer", [wrong])
