@@ -42,7 +42,7 @@ REMEMBERED_CANCELS = 10_000
 """Client ids cancelled before their request came here: it may still wait in the scheduler's queue."""
 _CANCELLED = Failure(ErrorCode.CANCELLED.value, "the request was cancelled")
 RESPONSES_PER_CORE = 40
-"""On two cores 320 responses a second cost a tenth of the tokens, 80 hardly any: see docs/log.md."""
+"""On two cores, 80 responses a second in place of 320 gave 9 % more tokens: see docs/log.md."""
 REPORT_SECONDS = 0.1
 """Between two reports of the gauges while there is work: each is a message to the server's process."""
 RESTART_SECONDS = 1.0
