@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Here, before anything imports triton, which reads it once: its kernels then run interpreted, on CPU tensors.
+# On a machine with a GPU, TRITON_INTERPRET=0 has the tests compile them.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastserve.model_files import ModelFiles, locate
 

@@ -18,6 +18,8 @@ LEAST_PARALLEL = 16 * 1024
 """Elements that are worth a second thread: it takes a microsecond to get one."""
 LEAST_PARALLEL_KEYS = 128
 """Queries times keys that are."""
+QUANTISED_CACHES = (torch.int8, torch.float8_e4m3fn)
+"""The dtypes of caches that have scales."""
 UNLIMITED = 1 << 40
 """The sliding window of attention that has none."""
 
@@ -33,12 +35,12 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
 
 
 @functools.cache
-def _kernel(name: str, dtype: torch.dtype) -> Kernel:
+def _kernel(name: str, dtype: torch.dtype, stored: torch.dtype | None = None) -> Kernel:
     """Imports numba, which nobody need wait for who runs no kernel on a CPU, and compiles the kernel."""
     from fastserve_kernels.cpu_kernels import attention, rotary, rows
 
-    modules = {"paged_attention": attention, "rotary_write_kv": rotary}
-    kernel: Kernel = getattr(modules.get(name, rows), name)(dtype)
+    modules = {"paged_attention": attention, "rotary_write_kv": rotary, "write_kv": rotary}
+    kernel: Kernel = getattr(modules.get(name, rows), name)(dtype, stored)
     return kernel
 
 
@@ -48,8 +50,16 @@ def _with_tokens_whole(x: Tensor) -> Tensor:
     return x if within == (1,) or within == (x.shape[-1], 1) else x.contiguous()
 
 
+def _check_dtypes(dtype: torch.dtype, **others: Tensor) -> None:
+    """Operands of another dtype would be read as what they are not."""
+    for name, other in others.items():
+        if other.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype} as the first operand is, not {other.dtype}")
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x = _with_tokens_whole(x)
+    _check_dtypes(x.dtype, weight=weight)
+    x, weight = _with_tokens_whole(x), weight.contiguous()
     out = x.new_empty(x.shape)
     _kernel("rms_norm", x.dtype)(
         x.numel() >= LEAST_PARALLEL,
@@ -66,7 +76,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x, residual = x.contiguous(), residual.contiguous()
+    _check_dtypes(x.dtype, residual=residual, weight=weight)
+    x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
     out, total = x.new_empty(x.shape), x.new_empty(x.shape)
     _kernel("add_rms_norm", x.dtype)(
         x.numel() >= LEAST_PARALLEL,
@@ -92,16 +103,68 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    for new, cache in ((k, k_cache), (v, v_cache)):
-        finite = torch.nan_to_num(new, 0.0, 0.0, 0.0)
-        cache.flatten(0, 1).index_copy_(0, slot_mapping, finite.to(cache.dtype))
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
-def _check_caches(k_cache: Tensor, v_cache: Tensor, dtype: torch.dtype) -> None:
-    for cache in (k_cache, v_cache):
-        if cache.dtype != dtype or not cache.is_contiguous():
-            raise ValueError(f"a cache must be contiguous {dtype}, not {cache.dtype} of {cache.stride()}")
+def _check_caches(
+    dtype: torch.dtype, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
+    """Raises ValueError unless the kernels for activations of that dtype can take the caches."""
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError(
+            f"k_cache and v_cache must be contiguous; their strides are {k_cache.stride()}, {v_cache.stride()}"
+        )
+    stored = k_cache.dtype
+    if v_cache.dtype != stored:
+        raise ValueError(f"v_cache must be {stored} as k_cache is, not {v_cache.dtype}")
+    if stored in QUANTISED_CACHES:
+        _check_scale("k_scale", k_scale, k_cache)
+        _check_scale("v_scale", v_scale, v_cache)
+    elif stored != dtype:
+        allowed = " or ".join(map(str, (dtype, *QUANTISED_CACHES)))
+        raise ValueError(f"k_cache and v_cache must be {allowed} beside activations of {dtype}, not {stored}")
+    elif k_scale is not None or v_scale is not None:
+        raise ValueError(f"k_scale and v_scale must be None for caches of {stored}")
+
+
+def _check_scale(name: str, scale: Tensor | None, cache: Tensor) -> None:
+    heads = cache.shape[2]
+    wanted = (
+        f"{name} must be contiguous torch.float32 [{heads}], one for each key head of a {cache.dtype} cache"
+    )
+    if scale is None:
+        raise ValueError(f"{wanted}, not None")
+    if scale.dtype != torch.float32 or scale.shape != (heads,) or not scale.is_contiguous():
+        raise ValueError(f"{wanted}, not {scale.dtype} {list(scale.shape)} with strides {scale.stride()}")
+
+
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    _check_dtypes(k.dtype, v=v)
+    _check_caches(k.dtype, k_cache, v_cache, k_scale, v_scale)
+    k, v, slot_mapping = _with_tokens_whole(k), _with_tokens_whole(v), slot_mapping.contiguous()
+    _kernel("write_kv", k.dtype, k_cache.dtype)(
+        k.numel() >= LEAST_PARALLEL,
+        k.data_ptr(),
+        v.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        _address(k_scale),
+        _address(v_scale),
+        slot_mapping.data_ptr(),
+        *k.shape,
+        v.shape[2],
+        k.stride(0),
+        v.stride(0),
+    )
 
 
 def rotary_write_kv(
@@ -113,13 +176,16 @@ def rotary_write_kv(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> Tensor:
-    _check_caches(k_cache, v_cache, q.dtype)
+    _check_dtypes(q.dtype, k=k, v=v, cos=cos, sin=sin)
+    _check_caches(q.dtype, k_cache, v_cache, k_scale, v_scale)
     q, k, v = _with_tokens_whole(q), _with_tokens_whole(k), _with_tokens_whole(v)
-    cos, sin = cos.contiguous(), sin.contiguous()
+    cos, sin, slot_mapping = cos.contiguous(), sin.contiguous(), slot_mapping.contiguous()
     tokens, heads, dim = q.shape
     out = q.new_empty(q.shape)
-    _kernel("rotary_write_kv", q.dtype)(
+    _kernel("rotary_write_kv", q.dtype, k_cache.dtype)(
         out.numel() >= LEAST_PARALLEL,
         q.data_ptr(),
         k.data_ptr(),
@@ -129,6 +195,8 @@ def rotary_write_kv(
         out.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
+        _address(k_scale),
+        _address(v_scale),
         slot_mapping.data_ptr(),
         tokens,
         heads,
@@ -153,18 +221,22 @@ def paged_attention(
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> Tensor:
-    _check_caches(k_cache, v_cache, q.dtype)
+    _check_caches(q.dtype, k_cache, v_cache, k_scale, v_scale)
     q = _with_tokens_whole(q)
     tokens, heads, dim = q.shape
     _, block_size, kv_heads, dim_v = v_cache.shape
     sequences, table_width = block_tables.shape
     out = q.new_empty(tokens, heads, dim_v)
-    _kernel("paged_attention", q.dtype)(
+    _kernel("paged_attention", q.dtype, k_cache.dtype)(
         tokens * table_width * block_size >= LEAST_PARALLEL_KEYS,
         q.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
+        _address(k_scale),
+        _address(v_scale),
         out.data_ptr(),
         query_start.data_ptr(),
         context_lens.data_ptr(),

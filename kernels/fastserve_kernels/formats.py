@@ -1,36 +1,60 @@
-"""The formats of a linear layer's weight; its type picks the operator that `ops.linear` runs."""
+"""The formats of a linear layer's weight. `prepared.prepare` arranges one for a device; its type picks the
+operator.
+
+| format | bits per weight (bfloat16, G = 128) | |
+|---|---|---|
+| `Dense` | 16 | |
+| `Int4`, `NF4` | 4.125 | groups of columns share a scale |
+| `Int8`, `FP8` | 8.125 | the same |
+| `W8A8` | 8 | the activations are rounded to eight bits too |
+| `Sparse24` | 9 | two of four columns |
+| `Sparse24Int4` | 3.125 | the same in four bits |
+| `BlockSparse` | 16 times the density | blocks |
+| `Bitmap` | 1 + 16 times the density | single weights |
+| `LowRank` | 16 R (1 / N + 1 / K) | two thin matrices |
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fastserve_kernels.quantised import FP8, LARGEST_FP8, NF4, NORMAL_FLOAT_4, W8A8, Int4, Int8
+from fastserve_kernels.sparse import Bitmap, BlockSparse, Sparse24, Sparse24Int4
+from fastserve_kernels.weight import FLOATS, Weight, check_tensor, check_weight
 
-@dataclass(frozen=True)
-class Dense:
-    """An unquantised weight [out_features, in_features], float32, float16 or bfloat16.
+__all__ = [
+    "FP8",
+    "LARGEST_FP8",
+    "NF4",
+    "NORMAL_FLOAT_4",
+    "W8A8",
+    "Bitmap",
+    "BlockSparse",
+    "Dense",
+    "Int4",
+    "Int8",
+    "LowRank",
+    "Sparse24",
+    "Sparse24Int4",
+    "Weight",
+]
 
-    Made by `Dense.pack`; on a CPU `weight` may lie in oneDNN's blocked layout, which only `ops.linear` and
-    `dequantize` understand.
-    """
+
+@dataclass(frozen=True, eq=False)
+class Dense(Weight):
+    """An ordinary weight."""
 
     weight: Tensor
+    """[N, K] float32, float16 or bfloat16."""
 
-    @classmethod
-    def pack(cls, weight: Tensor) -> Dense:
-        """The weight [N, K] in the layout that is fastest on the device where it lies.
+    operator: ClassVar[str] = "linear"
 
-        On a CPU oneDNN's blocks: twice as fast as torch's own product for bfloat16, four times for float32.
-        """
-        if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32):
-            return cls(torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None))
-        return cls(weight.detach().contiguous())
-
-    def dequantize(self) -> Tensor:
-        """The weight [N, K] as an ordinary tensor."""
-        return self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+    def _check(self) -> None:
+        check_tensor("Dense.weight", self.weight, ("N", "K"), FLOATS)
 
     @property
     def out_features(self) -> int:
@@ -41,5 +65,54 @@ class Dense:
         return self.weight.shape[1]
 
     @property
-    def nbytes(self) -> int:
-        return self.weight.numel() * self.weight.element_size()
+    def arguments(self) -> tuple[Tensor | int | None, ...]:
+        return (self.weight,)
+
+    def dequantize(self) -> Tensor:
+        return self.weight.float()
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Weight):
+    """w = up @ down."""
+
+    down: Tensor
+    """[R, K] float32, float16 or bfloat16."""
+    up: Tensor
+    """[N, R] of the same dtype."""
+
+    operator: ClassVar[str] = "linear_low_rank"
+
+    @classmethod
+    def pack(cls, weight: Tensor, rank: int) -> LowRank:
+        """The product of this rank that is nearest to a float weight [N, K]: its truncated singular value
+        decomposition (Eckart and Young, 1936), the root of each singular value in either factor.
+
+        Raises ValueError if the weight is no finite float matrix, or the rank not from 1 to min(N, K).
+        """
+        weight = check_weight(weight)
+        if not 1 <= rank <= min(weight.shape):
+            raise ValueError(f"rank must be from 1 to {min(weight.shape)}, not {rank}")
+        left, singular, right = torch.linalg.svd(weight.float(), full_matrices=False)
+        root = singular[:rank].sqrt()
+        down, up = root[:, None] * right[:rank], left[:, :rank] * root
+        return cls(down.to(weight.dtype), up.to(weight.dtype))
+
+    def _check(self) -> None:
+        rank, _ = check_tensor("LowRank.down", self.down, ("R", "K"), FLOATS)
+        check_tensor("LowRank.up", self.up, ("N", rank), (self.down.dtype,))
+
+    @property
+    def out_features(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.down.shape[1]
+
+    @property
+    def arguments(self) -> tuple[Tensor | int | None, ...]:
+        return (self.down, self.up)
+
+    def dequantize(self) -> Tensor:
+        return self.up.float() @ self.down.float()

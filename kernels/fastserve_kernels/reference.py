@@ -6,13 +6,163 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastserve_kernels.formats import (
+    FP8,
+    LARGEST_FP8,
+    NF4,
+    Bitmap,
+    BlockSparse,
+    Int4,
+    Int8,
+    Sparse24,
+    Sparse24Int4,
+    Weight,
+)
+
 LEAST_TEMPERATURE = 1e-5
 """Lower ones, which might overflow, count as this."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    y = torch.nn.functional.linear(x, weight, bias)
-    return y if residual is None else y + residual
+    """torch's own product, which is what runs on a GPU: the residual is added to its sums before they are
+    rounded."""
+    if residual is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    y = torch.addmm(residual, x, weight.T)
+    return y if bias is None else y.add_(bias)
+
+
+def _product(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """In float32, rounded once."""
+    return _finish(x.float() @ weight.dequantize().T, x.dtype, bias, residual)
+
+
+def _finish(y: Tensor, dtype: torch.dtype, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if bias is not None:
+        y = y + bias.float()
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(dtype)
+
+
+def linear_int4(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    return _product(x, Int4(codes, scales, zeros, group_size), bias, residual)
+
+
+def linear_int8(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    return _product(x, Int8(values, scales, zeros, group_size), bias, residual)
+
+
+def linear_nf4(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    codebook: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    return _product(x, NF4(codes, scales, codebook, group_size), bias, residual)
+
+
+def linear_fp8(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    return _product(x, FP8(values, scales, group_size), bias, residual)
+
+
+def linear_w8a8(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    step = x.float().abs().amax(-1, keepdim=True) / 127
+    rounded = (x.float() / step).round().masked_fill(step == 0, 0.0)
+    total = rounded.double() @ values.double().T  # integers below 2^53: exact
+    return _finish(total.float() * step * scales, x.dtype, bias, residual)
+
+
+def linear_sparse24(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    return _product(x, Sparse24(values, indices), bias, residual)
+
+
+def linear_sparse24_int4(
+    x: Tensor,
+    codes: Tensor,
+    indices: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    return _product(x, Sparse24Int4(codes, indices, scales, group_size), bias, residual)
+
+
+def linear_block_sparse(
+    x: Tensor,
+    blocks: Tensor,
+    row_starts: Tensor,
+    columns: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    weight = BlockSparse(blocks, row_starts, columns, (out_features, x.shape[1]))
+    return _product(x, weight, bias, residual)
+
+
+def linear_bitmap(
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    row_starts: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    return _product(x, Bitmap(values, mask, row_starts, x.shape[1]), bias, residual)
+
+
+def linear_low_rank(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    return _finish(x.float() @ down.float().T @ up.float().T, x.dtype, bias, residual)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -43,9 +193,27 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    for new, cache in ((k, k_cache), (v, v_cache)):
-        cache.flatten(0, 1)[slot_mapping] = torch.where(new.isfinite(), new, 0.0).to(cache.dtype)
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        finite = torch.where(new.isfinite(), new, 0.0)
+        stored = finite.to(cache.dtype) if scale is None else _quantise(finite, scale, cache.dtype)
+        cache.flatten(0, 1)[slot_mapping] = stored
+
+
+def _quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [T, Hk, D] / scale [Hk], rounded half to even, in int8 or float8_e4m3fn."""
+    scaled = x.float() / scale[:, None]
+    if dtype == torch.int8:
+        return scaled.round().clamp(-127, 127).to(dtype)
+    return scaled.clamp(-LARGEST_FP8, LARGEST_FP8).to(dtype)
 
 
 def rotary_write_kv(
@@ -57,9 +225,11 @@ def rotary_write_kv(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> Tensor:
     q, k = rotary(q, k, cos, sin)
-    write_kv(k, v, k_cache, v_cache, slot_mapping)
+    write_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     return q
 
 
@@ -73,14 +243,16 @@ def paged_attention(
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> Tensor:
     group = q.shape[1] // k_cache.shape[2]
     out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
     starts = query_start.tolist()
     for i, context_len in enumerate(context_lens.tolist()):
         queries = q[starts[i] : starts[i + 1]].float().transpose(0, 1)
-        keys = k_cache[block_tables[i]].flatten(0, 1)[:context_len].float()
-        values = v_cache[block_tables[i]].flatten(0, 1)[:context_len].float()
+        keys = _cached(k_cache, k_scale, block_tables[i], context_len)
+        values = _cached(v_cache, v_scale, block_tables[i], context_len)
         keys = keys.permute(1, 2, 0).repeat_interleave(group, dim=0)
         values = values.transpose(0, 1).repeat_interleave(group, dim=0)
         scores = queries @ keys * scale
@@ -94,6 +266,12 @@ def paged_attention(
         probabilities = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         out[starts[i] : starts[i + 1]] = (probabilities @ values).transpose(0, 1).to(q.dtype)
     return out
+
+
+def _cached(cache: Tensor, scale: Tensor | None, blocks: Tensor, context_len: int) -> Tensor:
+    """The keys or values [context_len, Hk, D] float32 of a sequence."""
+    found = cache[blocks].flatten(0, 1)[:context_len].float()
+    return found if scale is None else found * scale[:, None]
 
 
 def sample(

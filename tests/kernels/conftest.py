@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,18 @@ def inference() -> Iterator[None]:
     torch.manual_seed(0)
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `Tensor.new_empty` gives is full of NaN, or of -99: an output must be wholly written."""
+    empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        tensor = empty(self, *args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -99)
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
 
 
 @pytest.fixture

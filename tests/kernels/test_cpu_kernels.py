@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fastserve_kernels import cpu, ops
 
+pytestmark = pytest.mark.usefixtures("poison")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def results(batch: Any) -> list[Tensor]:
+def results(batch: Any, cache_dtype: torch.dtype) -> list[Tensor]:
     """Of all kernels, on inputs as large as the batch's queries."""
     dtype, tokens = batch.q.dtype, len(batch.q)
     torch.manual_seed(1)
@@ -21,28 +23,36 @@ def results(batch: Any) -> list[Tensor]:
     weight, gate_up = torch.randn(576).to(dtype), torch.randn(tokens, 1000).to(dtype)
     cos, sin = torch.randn(2, tokens, 64).to(dtype)
     k, v = torch.randn(2, tokens, 3, 64).to(dtype)
-    caches = batch.k_cache.clone(), batch.v_cache.clone()
+    caches = batch.k_cache.to(cache_dtype, copy=True), batch.v_cache.to(cache_dtype, copy=True)
+    k_scale, v_scale = (None, None) if cache_dtype == dtype else torch.rand(2, 3) / 100 + 0.01
     return [
         ops.rms_norm(x, weight, 1e-5),
         *ops.add_rms_norm(x, residual, weight, 1e-5),
         ops.swiglu(gate_up),
-        ops.rotary_write_kv(batch.q, k, v, cos, sin, *caches, batch.meta.slot_mapping),
-        *caches,
-        ops.paged_attention(batch.q, *caches, batch.meta, 0.125),
+        ops.rotary_write_kv(batch.q, k, v, cos, sin, *caches, batch.meta.slot_mapping, k_scale, v_scale),
+        *(cache.view(torch.uint8) for cache in caches),
+        ops.paged_attention(batch.q, *caches, batch.meta, 0.125, None, None, k_scale, v_scale),
     ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"),
+    [
+        *((dtype, dtype) for dtype in DTYPES),
+        (torch.bfloat16, torch.int8),
+        (torch.bfloat16, torch.float8_e4m3fn),
+    ],
+)
 def test_threads_make_no_difference(
-    dtype: torch.dtype, make_batch: Any, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, cache_dtype: torch.dtype, make_batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = make_batch([1, 150, 1, 70], [20, 150, 300, 100], dtype=dtype)
     monkeypatch.setattr(cpu, "LEAST_PARALLEL", 1)
     monkeypatch.setattr(cpu, "LEAST_PARALLEL_KEYS", 1)
-    in_parallel = results(batch)
+    in_parallel = results(batch, cache_dtype)
     monkeypatch.setattr(cpu, "LEAST_PARALLEL", 1 << 40)
     monkeypatch.setattr(cpu, "LEAST_PARALLEL_KEYS", 1 << 40)
-    for came, wanted in zip(in_parallel, results(batch), strict=True):
+    for came, wanted in zip(in_parallel, results(batch, cache_dtype), strict=True):
         assert torch.equal(came, wanted)
 
 
@@ -67,10 +77,56 @@ def test_swiglu_far_out(dtype: torch.dtype) -> None:
     assert ops.swiglu(nothing).isnan().all()
 
 
+Caches = tuple[Tensor, Tensor]
+
+
+def bad_caches(k: Tensor, v: Tensor) -> dict[str, tuple[Caches, tuple[Tensor | None, Tensor | None]]]:
+    """Caches and scales that the kernels for float32 refuse, each by a part of what they say."""
+    ones = torch.ones(k.shape[2])
+    int8 = torch.zeros(k.shape, dtype=torch.int8), torch.zeros(v.shape, dtype=torch.int8)
+    fp8 = int8[0].to(torch.float8_e4m3fn), int8[1].to(torch.float8_e4m3fn)
+    return {
+        "must be torch.float32 or torch.int8": ((k.bfloat16(), v.bfloat16()), (None, None)),
+        "not torch.float64": ((k.double(), v.double()), (None, None)),
+        "must be contiguous": ((k.transpose(0, 1), v.transpose(0, 1)), (None, None)),
+        "v_cache must be torch.float32 as k_cache": ((k, int8[1]), (ones, ones)),
+        "must be None for caches of torch.float32": ((k, v), (None, ones)),
+        "k_scale must .* torch.int8 cache, not None": (int8, (None, ones)),
+        "v_scale must .* torch.float8_e4m3fn cache, not None": (fp8, (ones, None)),
+        r"k_scale must .* \[3\], .* not torch.float64": (int8, (ones.double(), ones)),
+        r"v_scale must .* \[3\], .* not torch.float32 \[2\]": (fp8, (ones, ones[:2])),
+        r"k_scale must .* not torch.float32 \[3, 1\]": (int8, (ones[:, None], ones)),
+        r"v_scale must be contiguous .* strides \(2,\)": (int8, (ones, torch.ones(6)[::2])),
+    }
+
+
 def test_caches_of_another_kind_are_refused(make_batch: Any) -> None:
     batch = make_batch([1], [20])
-    other = batch.k_cache.bfloat16(), batch.v_cache.bfloat16()
-    apart = batch.k_cache.transpose(0, 1), batch.v_cache.transpose(0, 1)
-    for caches in (other, apart):
-        with pytest.raises(ValueError, match="must be contiguous"):
-            ops.paged_attention(batch.q, *caches, batch.meta, 0.125)
+    q, slots = batch.q, batch.meta.slot_mapping
+    k = v = torch.randn(1, 3, 64)
+    cos, sin = torch.randn(2, 1, 64)
+    for message, (caches, scales) in bad_caches(batch.k_cache, batch.v_cache).items():
+        with pytest.raises(ValueError, match=message):
+            ops.paged_attention(q, *caches, batch.meta, 0.125, None, None, *scales)
+        with pytest.raises(ValueError, match=message):
+            ops.rotary_write_kv(q, k, v, cos, sin, *caches, slots, *scales)
+        with pytest.raises(ValueError, match=message):
+            ops.write_kv(k, v, *caches, slots, *scales)
+
+
+def test_operands_of_another_dtype_are_refused(make_batch: Any) -> None:
+    """They would be read as what they are not."""
+    x, half, weight = torch.randn(2, 8), torch.randn(2, 8).half(), torch.randn(8)
+    with pytest.raises(ValueError, match=r"weight must be torch.float16 as the first operand is"):
+        ops.rms_norm(half, weight, 1e-5)
+    with pytest.raises(ValueError, match=r"residual must be torch.float32 .* not torch.float16"):
+        ops.add_rms_norm(x, half, weight, 1e-5)
+    with pytest.raises(ValueError, match=r"swiglu takes .* not torch.int8"):
+        ops.swiglu(torch.ones(2, 8, dtype=torch.int8))
+    batch = make_batch([1], [20])
+    k, angle, slots = torch.randn(1, 3, 64), torch.randn(1, 64), batch.meta.slot_mapping
+    caches = batch.k_cache, batch.v_cache
+    with pytest.raises(ValueError, match=r"cos must be torch.float32"):
+        ops.rotary_write_kv(batch.q, k, k, angle.half(), angle, *caches, slots)
+    with pytest.raises(ValueError, match=r"v must be torch.float32"):
+        ops.write_kv(k, k.half(), *caches, slots)

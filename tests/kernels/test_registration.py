@@ -1,21 +1,75 @@
-"""Every operator as torch.library sees it: schema, fake tensors, no hidden mutation."""
+"""Every operator as torch.library sees it: schema, fake tensors, mutation, tracing; and lean imports."""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from fastserve_kernels import ops
+from fastserve_kernels import implementations, ops
+from fastserve_kernels.attention_metadata import AttentionMetadata
+from fastserve_kernels.formats import (
+    FP8,
+    NF4,
+    W8A8,
+    Bitmap,
+    BlockSparse,
+    Dense,
+    Int4,
+    Int8,
+    LowRank,
+    Sparse24,
+    Sparse24Int4,
+    Weight,
+)
+from fastserve_kernels.prepared import prepare
 
 OPS = torch.ops.fastserve
-CHECKS = ("test_schema", "test_faketensor")
+MOST_IMPORT_SECONDS = 0.05
+"""Beyond torch itself."""
+
+FORMATS: dict[str, Callable[[Tensor], Weight]] = {
+    "linear": Dense,
+    "linear_int4": lambda weight: Int4.pack(weight, 32, symmetric=False),
+    "linear_int8": Int8.pack,
+    "linear_nf4": lambda weight: NF4.pack(weight, 32),
+    "linear_fp8": FP8.pack,
+    "linear_w8a8": W8A8.pack,
+    "linear_sparse24": Sparse24.pack,
+    "linear_sparse24_int4": lambda weight: Sparse24Int4.pack(weight, 32),
+    "linear_block_sparse": lambda weight: BlockSparse.pack(weight, (16, 32), 0.5),
+    "linear_bitmap": lambda weight: Bitmap.pack(weight, density=0.5),
+    "linear_low_rank": lambda weight: LowRank.pack(weight, 3),
+}
+OTHERS = [
+    "rms_norm",
+    "add_rms_norm",
+    "swiglu",
+    "rotary",
+    "write_kv",
+    "rotary_write_kv",
+    "paged_attention",
+    "sample",
+    "log_probs",
+]
 
 
 def arguments(name: str, make_batch: Any) -> tuple[Any, ...]:
+    """Of the operator, on a CPU."""
+    if name in FORMATS:
+        weight = FORMATS[name](torch.randn(48, 64))
+        prepared = prepare(weight, "cpu", torch.float32)
+        # Plain is the dense weight, as torch's checks read addresses, which one in oneDNN's blocks has not;
+        # and what a CPU multiplies by another format's operator.
+        plain = name == "linear" or prepared.operator != name
+        given = weight.arguments if plain else prepared.arguments
+        return (torch.randn(3, 64), *given, torch.randn(48), torch.randn(3, 48))
     x = torch.randn(3, 8)
     q, k = torch.randn(3, 4, 8), torch.randn(3, 2, 8)
     caches = torch.zeros(4, 16, 2, 8), torch.zeros(4, 16, 2, 8)
@@ -25,41 +79,117 @@ def arguments(name: str, make_batch: Any) -> tuple[Any, ...]:
         batch = make_batch([1, 5], [20, 33])
         meta = batch.meta
         where = (meta.query_start, meta.context_lens, meta.block_tables)
-        return (batch.q, batch.k_cache, batch.v_cache, *where, 0.125, None, None)
+        return (batch.q, batch.k_cache, batch.v_cache, *where, 0.125, None, None, None, None)
     return {
-        "linear": (x, torch.randn(5, 8), torch.randn(5), torch.randn(3, 5)),
         "rms_norm": (x, torch.randn(8), 1e-5),
         "add_rms_norm": (x, torch.randn(3, 8), torch.randn(8), 1e-5),
         "swiglu": (x,),
         "rotary": (q, k, x, x),
-        "write_kv": (k, k, *caches, slots),
-        "rotary_write_kv": (q, k, k, x, x, *caches, slots),
+        "write_kv": (k, k, *caches, slots, None, None),
+        "rotary_write_kv": (q, k, k, x, x, *caches, slots, None, None),
         "sample": (x, rows, torch.full((3,), 2), rows, rows * 0, rows.double() / 2),
         "log_probs": (x, torch.tensor([0, 7, 2]), 4),
     }[name]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "linear",
-        "rms_norm",
-        "add_rms_norm",
-        "swiglu",
-        "rotary",
-        "write_kv",
-        "rotary_write_kv",
-        "paged_attention",
-        "sample",
-        "log_probs",
-    ],
-)
-def test_opcheck(name: str, make_batch: Any) -> None:
+def opcheck(name: str, given: tuple[Any, ...]) -> None:
+    """torch cannot compare float8 before and after, as its schema check does."""
+    float8 = any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in given)
+    checks = ("test_faketensor",) if float8 else ("test_schema", "test_faketensor")
     with torch.inference_mode(False):
-        torch.library.opcheck(getattr(OPS, name), arguments(name, make_batch), test_utils=CHECKS)
+        given = tuple(a.clone() if isinstance(a, Tensor) and not a.is_mkldnn else a for a in given)
+        torch.library.opcheck(getattr(OPS, name), given, test_utils=checks)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *OTHERS])
+def test_opcheck(name: str, make_batch: Any) -> None:
+    opcheck(name, arguments(name, make_batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["write_kv", "rotary_write_kv", "paged_attention"])
+def test_opcheck_of_quantised_caches(name: str, dtype: torch.dtype, make_batch: Any) -> None:
+    *given, _, _ = arguments(name, make_batch)
+    given = [a.to(dtype) if isinstance(a, Tensor) and a.dim() == 4 else a for a in given]
+    heads = next(a.shape[2] for a in given if isinstance(a, Tensor) and a.dim() == 4)
+    opcheck(name, (*given, torch.rand(heads) + 0.5, torch.rand(heads) + 0.5))
+
+
+def test_every_operator_is_here() -> None:
+    defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "fastserve::" in name}
+    assert defined == {*FORMATS, *OTHERS}
+    assert {*implementations.CPU_MODULES, *implementations.GPU_MODULES} == defined
+
+
+@pytest.mark.parametrize("name", implementations.CPU_MODULES)
+def test_a_cpu_has_its_implementation(name: str) -> None:
+    assert callable(getattr(implementations.cpu_module(name), name))
+
+
+@pytest.mark.parametrize("name", implementations.GPU_MODULES)
+def test_a_gpu_has_its_implementation(name: str) -> None:
+    assert callable(getattr(implementations.gpu_module(name), name))
+
+
+def test_a_gpu_without_its_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert importlib.util.find_spec("triton") is None
+    with pytest.raises(ImportError, match="linear_int4 on a GPU needs the package triton"):
+        prepare(Int4.pack(torch.randn(8, 64), 32), "cuda", torch.bfloat16)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_linear_traces(name: str) -> None:
+    weight = prepare(FORMATS[name](torch.randn(48, 64)), "cpu", torch.float32)
+
+    def layer(x: Tensor, bias: Tensor) -> Tensor:
+        return ops.linear(x * 2, weight, bias, x[:, :48])
+
+    x, bias = torch.randn(5, 64), torch.randn(48)
+    assert torch.equal(compiled(layer)(x, bias), layer(x, bias))
+
+
+def test_a_step_of_attention_traces(make_batch: Any) -> None:
+    batch = make_batch([1, 5], [20, 33])
+    norm, weight = torch.randn(64), prepare(Int8.pack(torch.randn(64, 9 * 64)), "cpu", torch.float32)
+    cos, sin = torch.randn(6, 64), torch.randn(6, 64)
+    k, v = torch.randn(2, 6, 3, 64)
+
+    def step(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata) -> Tensor:
+        q = ops.rms_norm(q, norm, 1e-5)
+        q = ops.rotary_write_kv(q, k, v, cos, sin, k_cache, v_cache, meta.slot_mapping)
+        attended = ops.paged_attention(q, k_cache, v_cache, meta, 0.125)
+        y = ops.linear(attended.flatten(1), weight)
+        normed, _ = ops.add_rms_norm(y, y * 2, norm, 1e-5)
+        return ops.swiglu(normed)
+
+    k_cache, v_cache = batch.k_cache.clone(), batch.v_cache.clone()
+    wanted = step(batch.q, k_cache, v_cache, batch.meta)
+    assert not torch.equal(batch.k_cache, k_cache)
+    assert torch.equal(compiled(step)(batch.q, batch.k_cache, batch.v_cache, batch.meta), wanted)
+    assert torch.equal(batch.k_cache, k_cache)
+    assert torch.equal(batch.v_cache, v_cache)
+
+
+def test_sampling_traces() -> None:
+    rows, uniform = torch.ones(3), torch.rand(3).double()
+
+    def last(logits: Tensor) -> tuple[Tensor, ...]:
+        ids = ops.sample(logits * 2, rows, rows.int() * 5, rows * 0.9, rows * 0.1, uniform)
+        return (ids, *ops.log_probs(logits, ids, 4))
+
+    logits = torch.randn(3, 50)
+    for came, wanted in zip(compiled(last)(logits), last(logits), strict=True):
+        assert torch.equal(came, wanted)
 
 
 def test_import_is_light_and_touches_no_device() -> None:
+    """The best of a few, since the machine does other things too."""
     script = f"""
 import sys, time, torch
 start = time.perf_counter()
@@ -68,5 +198,27 @@ print(time.perf_counter() - start)
 assert not torch.cuda.is_initialized()
 assert not {{"fastserve", "transformers", "triton", "numba"}} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1.0
+    best = 1e9
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        best = min(best, float(done.stdout))
+        if best < MOST_IMPORT_SECONDS:
+            break
+    assert best < MOST_IMPORT_SECONDS
+
+
+def test_a_device_of_no_kernels_takes_the_plain_tensors() -> None:
+    weight = Int4.pack(torch.randn(8, 64), 32)
+    prepared = prepare(weight, "meta", torch.float32)
+    assert (prepared.operator, prepared.out_features, prepared.in_features) == ("linear_int4", 8, 64)
+    codes, scales, zeros, *sizes = prepared.arguments
+    assert isinstance(codes, Tensor)
+    assert isinstance(scales, Tensor)
+    assert (codes.device.type, scales.shape, zeros, sizes) == ("meta", (8, 2), None, [8, 32])
+    assert ops.linear(torch.empty(3, 64, device="meta"), prepared).shape == (3, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
+def test_activations_of_other_dtypes_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16, not"):
+        prepare(Int4.pack(torch.randn(8, 64), 32), "cpu", dtype)

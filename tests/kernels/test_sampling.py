@@ -55,6 +55,14 @@ def test_equals_the_oracle_where_many_tokens_tie(limits: str) -> None:
     assert torch.equal(ops.sample(logits, *given_), reference.sample(logits, *given_))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("limits", LIMITS)
+def test_logits_of_half_precision_that_lie_apart(limits: str, dtype: torch.dtype) -> None:
+    logits = (torch.randn(777, 6) * 3).to(dtype).t()
+    given_ = parameters(6, 0.8, LIMITS[limits])
+    assert torch.equal(ops.sample(logits, *given_), reference.sample(logits, *given_))
+
+
 @given(seed=st.integers(0, 2**32), rows=st.integers(0, 12))
 @settings(max_examples=30, deadline=None)
 def test_rows_do_not_depend_on_each_other(seed: int, rows: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from fastserve_kernels import ops, reference
 
+pytestmark = pytest.mark.usefixtures("poison")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+QUANTISED = [torch.int8, torch.float8_e4m3fn]
 
 
 def rounds_like(came: Tensor, wanted: Tensor) -> bool:
@@ -38,6 +42,24 @@ def test_rms_norm_rounds_like_that_of_transformers(rows: int, dim: int, dtype: t
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 17, 64])
+def test_norms_are_near_the_exact_ones(
+    rows: int, dtype: torch.dtype, rel_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    """Also of columns of a wider tensor."""
+    x, residual = torch.randn(2, rows, 200).to(dtype)[:, :, 3:180]
+    weight = torch.randn(2, 177).to(dtype).t()[:, 0]
+
+    def exact(x: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+
+    assert rel_rms(ops.rms_norm(x, weight, 1e-5), exact(x.double())) < TOLERANCE[dtype]
+    normed, total = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert rel_rms(total, x.double() + residual.double()) < TOLERANCE[dtype]
+    assert rel_rms(normed, exact(total.double())) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm_of_heads_that_lie_apart(dtype: torch.dtype) -> None:
     x = torch.randn(7, 12, 64).to(dtype)[:, 3:9]
     weight = torch.randn(64).to(dtype)
@@ -45,9 +67,11 @@ def test_rms_norm_of_heads_that_lie_apart(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [0, 1, 17])
-def test_swiglu(rows: int, dtype: torch.dtype, rel_rms: Callable[[Tensor, Tensor], float]) -> None:
-    gate_up = torch.randn(rows, 2 * 77).to(dtype)
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 16, 17, 64])
+@pytest.mark.parametrize("dim", [1, 77, 160])
+def test_swiglu(rows: int, dim: int, dtype: torch.dtype, rel_rms: Callable[[Tensor, Tensor], float]) -> None:
+    """Of columns of a wider tensor."""
+    gate_up = torch.randn(rows, 2 * dim + 5).to(dtype)[:, 2:-3]
     gate, up = gate_up.double().chunk(2, -1)
     assert rel_rms(ops.swiglu(gate_up), gate * torch.sigmoid(gate) * up) < TOLERANCE[dtype]
     assert rounds_like(ops.swiglu(gate_up), reference.swiglu(gate_up))
@@ -76,32 +100,116 @@ def test_rotary_is_that_of_transformers(rel_rms: Callable[[Tensor, Tensor], floa
         assert rel_rms(came, want[0].transpose(0, 1)) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [0, 1, 19])
-def test_rotary_write_kv_is_rotary_then_write_kv(tokens: int, dtype: torch.dtype) -> None:
-    q, k = torch.randn(tokens, 9, 64).to(dtype), torch.randn(tokens, 3, 64).to(dtype)
-    v = torch.randn(tokens, 3, 40).to(dtype)
-    cos, sin = torch.randn(2, tokens, 64).to(dtype)
-    slots = torch.randperm(5 * 8)[:tokens]
-    caches = torch.zeros(5, 8, 3, 64, dtype=dtype), torch.zeros(5, 8, 3, 40, dtype=dtype)
-    rotated = ops.rotary_write_kv(q, k, v, cos, sin, *caches, slots)
-    wanted_q, wanted_k = ops.rotary(q, k, cos, sin)
-    wanted = torch.zeros(5 * 8, 3, 64, dtype=dtype), torch.zeros(5 * 8, 3, 40, dtype=dtype)
-    wanted[0][slots], wanted[1][slots] = wanted_k, v
-    assert torch.equal(rotated, wanted_q)
-    assert torch.equal(caches[0].flatten(0, 1), wanted[0])
-    assert torch.equal(caches[1].flatten(0, 1), wanted[1])
+@dataclass
+class Step:
+    """Tokens whose heads lie apart, and the caches and slots that their keys and values are for."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    caches: tuple[Tensor, Tensor]
+    scales: tuple[Tensor | None, Tensor | None]
+
+    @classmethod
+    def random(
+        cls, tokens: int, dims: tuple[int, int], rotary_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype
+    ) -> Step:
+        heads, kv_heads, blocks, block_size = 9, 3, 7, 8
+        q, k, _ = torch.randn(tokens, heads + 2 * kv_heads, dims[0]).to(dtype).split([9, 3, 3], dim=1)
+        slots = torch.randperm(blocks * block_size).repeat_interleave(2)[::2][:tokens]
+        k_scale, v_scale = torch.rand(2, kv_heads) / 100 + 0.01 if cache_dtype in QUANTISED else (None, None)
+        return cls(
+            q=q,
+            k=k,
+            v=torch.randn(tokens, kv_heads + 1, dims[1]).to(dtype)[:, 1:],
+            cos=torch.randn(tokens, rotary_dim).to(dtype),
+            sin=torch.randn(tokens, rotary_dim).to(dtype),
+            slots=slots,
+            caches=(
+                torch.randn(blocks, block_size, kv_heads, dims[0]).to(cache_dtype),
+                torch.randn(blocks, block_size, kv_heads, dims[1]).to(cache_dtype),
+            ),
+            scales=(k_scale, v_scale),
+        )
+
+
+def cloned(caches: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return caches[0].clone(), caches[1].clone()
+
+
+CACHES = [(dtype, cache_dtype) for dtype in DTYPES for cache_dtype in (dtype, *QUANTISED)]
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 16, 17, 50])
+@pytest.mark.parametrize(
+    ("dims", "rotary_dim"), [((64, 40), 64), ((80, 80), 20), ((33, 7), 6), ((128, 96), 2)]
+)
+def test_the_cache_is_written(
+    dims: tuple[int, int], rotary_dim: int, tokens: int, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
+    """To the bit as by the reference; and nothing but the slots that are meant."""
+    step = Step.random(tokens, dims, rotary_dim, dtype, cache_dtype)
+    turned = (step.q, step.k, step.v, step.cos, step.sin)
+    came, wanted = cloned(step.caches), cloned(step.caches)
+    rotated = ops.rotary_write_kv(*turned, *came, step.slots, *step.scales)
+    assert torch.equal(rotated, reference.rotary_write_kv(*turned, *wanted, step.slots, *step.scales))
+    for one, other, before in zip(came, wanted, step.caches, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        assert tokens == 0 or not torch.equal(one.view(torch.uint8), before.view(torch.uint8))
+    ops.write_kv(step.k, step.v, *came, step.slots, *step.scales)
+    reference.write_kv(step.k, step.v, *wanted, step.slots, *step.scales)
+    for one, other in zip(came, wanted, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("cache_dtype", QUANTISED)
+def test_quantised_numbers_round_to_the_nearest(cache_dtype: torch.dtype) -> None:
+    """Halves to even, tiny ones, and what lies beyond the largest: compared with torch's own rounding."""
+    halves = torch.arange(-600, 600) / 4
+    tiny = torch.arange(-600, 600) / 2**13
+    bits = torch.randint(-(2**31), 2**31, (20_000,)).to(torch.int32).view(torch.float32)
+    x = torch.cat((halves, tiny, bits)).view(-1, 1, 1)
+    one = torch.ones(1)
+    empty = torch.zeros(len(x), 1, 1, 1, dtype=cache_dtype)
+    came, wanted = cloned((empty, empty)), cloned((empty, empty))
+    ops.write_kv(x, -x, *came, torch.arange(len(x)), one, one)
+    reference.write_kv(x, -x, *wanted, torch.arange(len(x)), one, one)
+    for cache, other in zip(came, wanted, strict=True):
+        assert torch.equal(cache.view(torch.uint8), other.view(torch.uint8))
 
 
 @pytest.mark.parametrize("implementation", [ops.write_kv, reference.write_kv])
 def test_the_cache_stays_finite(implementation: Callable[..., None]) -> None:
     caches = torch.ones(2, 4, 1, 2), torch.ones(2, 4, 1, 2)
     bad = torch.tensor([[[float("nan"), 2.0]], [[float("inf"), -float("inf")]]])
-    implementation(bad, bad, *caches, torch.tensor([6, 1]))
+    implementation(bad, bad, *caches, torch.tensor([6, 1]), None, None)
     for cache in caches:
         assert cache[1, 2].tolist() == [[0.0, 2.0]]
         assert cache[0, 1].tolist() == [[0.0, 0.0]]
         assert cache.sum() == 14.0
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES)
+def test_keys_that_become_infinite_as_they_are_turned_are_0(
+    dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
+    """As are those that only rounding makes infinite."""
+    step = Step.random(2, (64, 64), 64, dtype, cache_dtype)
+    largest = torch.finfo(dtype).max
+    step.k.fill_(largest)
+    step.cos.fill_(1.0)
+    step.sin[0], step.sin[1] = -1.0, torch.finfo(dtype).eps
+    step.v[0], step.v[1] = float("-inf"), float("nan")
+    rotated = (step.q, step.k, step.v, step.cos, step.sin)
+    ops.rotary_write_kv(*rotated, *step.caches, step.slots, *step.scales)
+    k, v = (cache.flatten(0, 1)[step.slots].float() for cache in step.caches)
+    assert k.isfinite().all()
+    assert (k == 0).any()
+    assert (v == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,14 +11,14 @@ from fastserve.models.causal_lm import KVCaches, KVCacheShapes
 from fastserve.models.decoder_config import DecoderConfig
 from fastserve_kernels import ops
 from fastserve_kernels.attention_metadata import AttentionMetadata
-from fastserve_kernels.formats import Dense
+from fastserve_kernels.prepared import Prepared
 
 
 @dataclass(frozen=True)
 class Linear:
     """A weight [N, K] and its bias [N]."""
 
-    weight: Dense
+    weight: Prepared
     bias: Tensor | None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -21,19 +21,22 @@ from typing import Any, NamedTuple
 
 from numba import float32, njit, types
 
-from fastserve_kernels.cpu_kernels.kernel import Elements, Integers, Work, claim, kernel
+from fastserve_kernels.cpu_kernels.kernel import Elements, Floats, Integers, Stored, Work, claim, kernel
+from fastserve_kernels.cpu_kernels.tiles import SPAN, Batch, Shape, Tile, first_span, span_len, tile_of
 from fastserve_kernels.cpu_kernels.vectors import (
     LANES,
     WIDE,
     as_integers,
     at,
     exp,
+    is_quantised,
     largest,
     load,
     load_part,
     multiply_add,
     only,
     prefetch,
+    size_of,
     splat,
     store,
     store_part,
@@ -41,67 +44,26 @@ from fastserve_kernels.cpu_kernels.vectors import (
     total,
 )
 
-SPAN = 64
-"""Keys between two looks at the softmax."""
 ROWS = 4
 """Rows that are multiplied together: their sums of WIDE lanes fit the registers."""
 TILE = 48
 """Rows of a tile, unless one query has more: with the span they fit the cache nearest to the processor."""
-LINE = 32
-"""Elements of two bytes that come into the cache together."""
+LINE = 64
+"""Bytes that come into the cache together."""
 UNSEEN = -1e30
 """Less than any score, and the difference of two such is a number."""
-
-Floats = Any
-"""A pointer to float32."""
 
 _allocate: Any = types.ExternalFunction("aligned_alloc", types.CPointer(float32)(types.intp, types.intp))
 _free: Any = types.ExternalFunction("free", types.void(types.CPointer(float32)))
 
 
-class Shape(NamedTuple):
-    """What is the same for all pieces of work."""
+class Cache(NamedTuple):
+    """Keys and values; if these are quantised they are multiples of their head's scale."""
 
-    heads: int
-    kv_heads: int
-    group: int
-    """Query heads of a key head."""
-    dim: int
-    dim_v: int
-    wide_dim: int
-    """dim in whole LANES."""
-    wide_dim_v: int
-    """dim_v in whole WIDE."""
-    block_size: int
-    q_stride: int
-    window: int
-    scale: float
-    softcap: float
-
-
-class Batch(NamedTuple):
-    """The sequences, as `AttentionMetadata` describes them."""
-
-    query_start: Integers
-    context_lens: Integers
-    block_tables: Integers
-    sequences: int
-    table_width: int
-    tile_len: int
-    """Queries of a tile, at most."""
-
-
-class Tile(NamedTuple):
-    """Queries that follow each other, and the key head that they are to meet."""
-
-    token: int
-    """Where the first lies in the batch."""
-    position: int
-    """Where it stands in its sequence."""
-    queries: int
-    kv_head: int
-    table: Integers
-    """The sequence's blocks."""
+    keys: Stored
+    values: Stored
+    key_scales: Floats
+    value_scales: Floats
 
 
 class Scratch(NamedTuple):
@@ -123,14 +85,18 @@ class Scratch(NamedTuple):
     """[rows]: the sum of exponentials so far."""
     starts: Integers
     """[SPAN] int64: which of the cache's keys each is, counting heads and all."""
+    coming: Integers
+    """[SPAN] int64: those of the span that is next."""
 
 
 @kernel
 def paged_attention(
     work: Work,
     q: Elements,
-    k_cache: Elements,
-    v_cache: Elements,
+    k_cache: Stored,
+    v_cache: Stored,
+    k_scales: Floats,
+    v_scales: Floats,
     out: Elements,
     query_start: Integers,
     context_lens: Integers,
@@ -148,7 +114,8 @@ def paged_attention(
     softcap: float,
 ) -> None:
     """q [tokens, heads, dim], its tokens q_stride apart; caches [blocks, block_size, kv_heads, dim or dim_v];
-    out [tokens, heads, dim_v]; block_tables [sequences, table_width]. A softcap of 0 is none."""
+    scales [kv_heads], which are read for quantised caches alone; out [tokens, heads, dim_v]; block_tables
+    [sequences, table_width]. A softcap of 0 is none."""
     group = heads // kv_heads
     shape = Shape(
         heads,
@@ -167,31 +134,15 @@ def paged_attention(
     tile_len = max(1, TILE // group)
     memory = _allocate(64, _round_up(4 * _scratch_size(shape, tile_len), 64))
     scratch = _scratch(memory, shape, tile_len)
+    cache = Cache(k_cache, v_cache, k_scales, v_scales)
     batch = Batch(query_start, context_lens, block_tables, sequences, table_width, tile_len)
-    tile = _tile(batch, shape, claim(work))
+    tile = tile_of(batch, shape, claim(work))
+    _find_span(tile, shape, scratch, first_span(tile, shape))
     while tile.queries > 0:
-        following = _tile(batch, shape, claim(work))
-        _find_span(following, shape, scratch, k_cache, v_cache, _first_span(following, shape))
-        _attend(tile, shape, scratch, q, k_cache, v_cache, out)
+        following = tile_of(batch, shape, claim(work))
+        _attend(tile, following, shape, scratch, q, cache, out)
         tile = following
     _free(memory)
-
-
-@njit(error_model="numpy")
-def _tile(batch: Batch, shape: Shape, piece: int) -> Tile:
-    """The tile that is a certain piece of the batch's work; beyond the last, one of no queries."""
-    number, kv_head = piece // shape.kv_heads, piece % shape.kv_heads
-    for i in range(batch.sequences):
-        start, end = batch.query_start[i], batch.query_start[i + 1]
-        tiles = (end - start + batch.tile_len - 1) // batch.tile_len
-        if number < tiles:
-            # The last queries see the most keys: the longest work comes first.
-            before = (tiles - 1 - number) * batch.tile_len
-            position = batch.context_lens[i] - (end - start) + before
-            table = at(batch.block_tables, i * batch.table_width)
-            return Tile(start + before, position, min(batch.tile_len, end - start - before), kv_head, table)
-        number -= tiles
-    return Tile(0, 0, 0, 0, batch.block_tables)
 
 
 @njit(error_model="numpy")
@@ -203,55 +154,59 @@ def _round_up(number: int, multiple: int) -> int:
 def _scratch_size(shape: Shape, tile_len: int) -> int:
     rows = _round_up(tile_len * shape.group, ROWS)
     of_row = shape.wide_dim + SPAN + shape.wide_dim_v + 2
-    return SPAN * (2 + shape.dim + shape.wide_dim_v) + rows * of_row
+    return SPAN * (4 + shape.dim + shape.wide_dim_v) + rows * of_row
 
 
 @njit(error_model="numpy")
 def _scratch(memory: Floats, shape: Shape, tile_len: int) -> Scratch:
     rows = _round_up(tile_len * shape.group, ROWS)
-    keys = at(memory, 2 * SPAN)
+    keys = at(memory, 4 * SPAN)
     values = at(keys, SPAN * shape.dim)
     queries = at(values, SPAN * shape.wide_dim_v)
     weights = at(queries, rows * shape.wide_dim)
     results = at(weights, rows * SPAN)
     peaks = at(results, rows * shape.wide_dim_v)
-    return Scratch(keys, values, queries, weights, results, peaks, at(peaks, rows), as_integers(memory))
+    sums = at(peaks, rows)
+    starts, coming = as_integers(memory), as_integers(at(memory, 2 * SPAN))
+    return Scratch(keys, values, queries, weights, results, peaks, sums, starts, coming)
 
 
 @njit(error_model="numpy")
 def _attend(
-    tile: Tile,
-    shape: Shape,
-    scratch: Scratch,
-    q: Elements,
-    k_cache: Elements,
-    v_cache: Elements,
-    out: Elements,
+    tile: Tile, following: Tile, shape: Shape, scratch: Scratch, q: Elements, cache: Cache, out: Elements
 ) -> None:
     rows = _round_up(tile.queries * shape.group, ROWS)
-    _begin(tile, shape, scratch, q, rows)
-    first = _first_span(tile, shape)
-    _find_span(tile, shape, scratch, k_cache, v_cache, first)
-    for base in range(first, tile.position + tile.queries, SPAN):
-        _load_span(tile, shape, scratch, k_cache, v_cache, base)
-        _find_span(tile, shape, scratch, k_cache, v_cache, base + SPAN)
+    end = tile.position + tile.queries
+    _begin(tile, shape, scratch, q, cache, rows)
+    for base in range(first_span(tile, shape), end, SPAN):
+        for j in range(SPAN):
+            scratch.starts[j] = scratch.coming[j]
+        if base + SPAN < end:
+            _find_span(tile, shape, scratch, base + SPAN)
+        else:
+            _find_span(following, shape, scratch, first_span(following, shape))
+        _load_span(tile, shape, scratch, cache, base)
         for row in range(0, rows, ROWS):
             # Query i sees the keys up to its own position, and down to as many as the window has.
             last = tile.position + min((row + ROWS - 1) // shape.group, tile.queries - 1)
             if base <= last and base + SPAN > tile.position + row // shape.group - shape.window + 1:
-                _multiply_keys(shape, scratch, row)
+                _multiply_keys(shape, scratch, cache, row)
                 for r in range(row, row + ROWS):
                     position = tile.position + min(r // shape.group, tile.queries - 1)
                     first = max(0, position - shape.window + 1 - base)
                     _weigh(shape, scratch, r, first, position + 1 - base)
-                _add_values(shape, scratch, row, min(SPAN, last + 1 - base))
-    _finish(tile, shape, scratch, out)
+                _add_values(shape, scratch, cache, row, min(SPAN, last + 1 - base))
+    _finish(tile, shape, scratch, cache, out)
 
 
 @njit(error_model="numpy")
-def _begin(tile: Tile, shape: Shape, scratch: Scratch, q: Elements, rows: int) -> None:
-    """Scales the queries of a tile and clears what is added up; rows that only fill up are zeros."""
-    scale = splat(float32(shape.scale), LANES)
+def _begin(tile: Tile, shape: Shape, scratch: Scratch, q: Elements, cache: Cache, rows: int) -> None:
+    """Scales the queries of a tile, also by the keys' scale, and clears what is added up; rows that only fill
+    up are zeros."""
+    factor = float32(shape.scale)
+    if is_quantised(cache.keys):
+        factor *= cache.key_scales[tile.kv_head]
+    scale = splat(factor, LANES)
     zero = splat(float32(0), LANES)
     for row in range(rows):
         query, head = row // shape.group, tile.kv_head * shape.group + row % shape.group
@@ -268,24 +223,9 @@ def _begin(tile: Tile, shape: Shape, scratch: Scratch, q: Elements, rows: int) -
 
 
 @njit(error_model="numpy")
-def _first_span(tile: Tile, shape: Shape) -> int:
-    """Where the first span begins of which the tile sees anything."""
-    return max(0, tile.position - shape.window + 1) // SPAN * SPAN
-
-
-@njit(error_model="numpy")
-def _span_len(tile: Tile, base: int) -> int:
-    """How many keys the tile sees of the span at base, and before them."""
-    return min(SPAN, tile.position + tile.queries - base)
-
-
-@njit(error_model="numpy")
-def _find_span(
-    tile: Tile, shape: Shape, scratch: Scratch, k_cache: Elements, v_cache: Elements, base: int
-) -> None:
-    """Looks up where the keys of the span at base lie, and has these and the values brought into the cache:
-    blocks lie too far apart for the processor to foresee them. A last sixteen repeats what is last."""
-    count = _span_len(tile, base)
+def _find_span(tile: Tile, shape: Shape, scratch: Scratch, base: int) -> None:
+    """Looks up where the keys of the next span lie, which begins at base; beyond the last it repeats that."""
+    count = span_len(tile, base)
     if count <= 0:
         return
     block, offset = base // shape.block_size, base % shape.block_size
@@ -294,48 +234,53 @@ def _find_span(
         if offset == shape.block_size:
             block, offset = block + 1, 0
             start = tile.table[block] * shape.block_size * shape.kv_heads + tile.kv_head
-        scratch.starts[j] = start
-        for i in range(0, shape.dim, LINE):
-            prefetch(at(k_cache, start * shape.dim + i))
-        for i in range(0, shape.dim_v, LINE):
-            prefetch(at(v_cache, start * shape.dim_v + i))
+        scratch.coming[j] = start
         start += shape.kv_heads
         offset += 1
-    for j in range(count, _round_up(count, LANES)):
-        scratch.starts[j] = scratch.starts[count - 1]
+    for j in range(count, SPAN):
+        scratch.coming[j] = scratch.coming[count - 1]
 
 
 @njit(error_model="numpy")
-def _load_span(
-    tile: Tile, shape: Shape, scratch: Scratch, k_cache: Elements, v_cache: Elements, base: int
-) -> None:
-    """The keys of the span that was found last, transposed, and its values.
+def _bring(elements: Stored, start: int, count: int) -> None:
+    """Has the memory of a head brought into the cache: blocks lie too far apart for the processor to foresee
+    them. It can wait for few lines at once, so they are asked for between multiplications."""
+    for i in range(0, count, LINE // size_of(elements)):
+        prefetch(at(elements, start + i))
+
+
+@njit(error_model="numpy")
+def _load_span(tile: Tile, shape: Shape, scratch: Scratch, cache: Cache, base: int) -> None:
+    """The keys of the span that begins at base, transposed, and its values.
 
     The lanes of keys that the tile does not see hold others or what was there before.
     """
-    count = _span_len(tile, base)
+    count = span_len(tile, base)
     for j in range(count):
         start = scratch.starts[j] * shape.dim_v
         for i in range(0, shape.wide_dim_v, LANES):
-            value = load_part(v_cache, start + i, shape.dim_v - i)
+            value = load_part(cache.values, start + i, shape.dim_v - i)
             store(scratch.values, j * shape.wide_dim_v + i, value)
     for first in range(0, count, LANES):
         starts = at(scratch.starts, first)
         for i in range(0, shape.dim - LANES + 1, LANES):
-            store_transposed(at(k_cache, i), starts, shape.dim, scratch.keys, i * SPAN + first, SPAN)
+            store_transposed(at(cache.keys, i), starts, shape.dim, scratch.keys, i * SPAN + first, SPAN)
         for i in range(shape.dim // LANES * LANES, shape.dim):
             for j in range(LANES):
-                scratch.keys[i * SPAN + first + j] = total(load(k_cache, starts[j] * shape.dim + i, 1))
+                scratch.keys[i * SPAN + first + j] = total(load(cache.keys, starts[j] * shape.dim + i, 1))
 
 
 @njit(error_model="numpy")
-def _multiply_keys(shape: Shape, scratch: Scratch, row: int) -> None:
-    """The scores of ROWS rows with all keys of the span."""
+def _multiply_keys(shape: Shape, scratch: Scratch, cache: Cache, row: int) -> None:
+    """The scores of ROWS rows with all keys of the span. The first rows bring the keys of the next, those of
+    fewer dimensions than the span has keys a part of them."""
     first = row * shape.wide_dim
     second, third, fourth = first + shape.wide_dim, first + 2 * shape.wide_dim, first + 3 * shape.wide_dim
     for lane in range(0, SPAN, WIDE):
         a = b = c = d = splat(float32(0), WIDE)
         for i in range(shape.dim):
+            if row + lane == 0:
+                _bring(cache.keys, scratch.coming[i % SPAN] * shape.dim, shape.dim)
             key = load(scratch.keys, i * SPAN + lane, WIDE)
             a = multiply_add(splat(scratch.queries[first + i], WIDE), key, a)
             b = multiply_add(splat(scratch.queries[second + i], WIDE), key, b)
@@ -383,8 +328,12 @@ def _cap(scores: Any, softcap: Any) -> Any:
 
 
 @njit(error_model="numpy")
-def _add_values(shape: Shape, scratch: Scratch, row: int, count: int) -> None:
-    """Adds the span's first values, weighted, to the results of ROWS rows."""
+def _add_values(shape: Shape, scratch: Scratch, cache: Cache, row: int, count: int) -> None:
+    """Adds the span's first values, weighted, to the results of ROWS rows. The first rows bring the values of
+    the next."""
+    if row == 0:
+        for j in range(count, SPAN):
+            _bring(cache.values, scratch.coming[j] * shape.dim_v, shape.dim_v)
     for i in range(0, shape.wide_dim_v, WIDE):
         first = row * shape.wide_dim_v + i
         second, third, fourth = (
@@ -395,6 +344,8 @@ def _add_values(shape: Shape, scratch: Scratch, row: int, count: int) -> None:
         a, b = load(scratch.results, first, WIDE), load(scratch.results, second, WIDE)
         c, d = load(scratch.results, third, WIDE), load(scratch.results, fourth, WIDE)
         for j in range(count):
+            if row + i == 0:
+                _bring(cache.values, scratch.coming[j] * shape.dim_v, shape.dim_v)
             value = load(scratch.values, j * shape.wide_dim_v + i, WIDE)
             weight = row * SPAN + j
             a = multiply_add(splat(scratch.weights[weight], WIDE), value, a)
@@ -408,12 +359,13 @@ def _add_values(shape: Shape, scratch: Scratch, row: int, count: int) -> None:
 
 
 @njit(error_model="numpy")
-def _finish(tile: Tile, shape: Shape, scratch: Scratch, out: Elements) -> None:
-    """Divides the results by the sums of their weights."""
+def _finish(tile: Tile, shape: Shape, scratch: Scratch, cache: Cache, out: Elements) -> None:
+    """Divides the results by the sums of their weights, and multiplies them by the values' scale."""
+    scale = cache.value_scales[tile.kv_head] if is_quantised(cache.values) else float32(1)
     for row in range(tile.queries * shape.group):
         query, head = row // shape.group, tile.kv_head * shape.group + row % shape.group
         to = ((tile.token + query) * shape.heads + head) * shape.dim_v
-        share = splat(float32(1) / scratch.sums[row], LANES)
+        share = splat(scale / scratch.sums[row], LANES)
         for i in range(0, shape.dim_v, LANES):
             result = load(scratch.results, row * shape.wide_dim_v + i, LANES) * share
             store_part(out, to + i, result, shape.dim_v - i)

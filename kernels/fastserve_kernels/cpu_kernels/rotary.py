@@ -3,10 +3,20 @@ the bytes."""
 
 from __future__ import annotations
 
-from numba import njit
+from typing import Any
 
-from fastserve_kernels.cpu_kernels.kernel import Elements, Integers, Work, claim, kernel
-from fastserve_kernels.cpu_kernels.vectors import LANES, finite, load_part, round_to, store_part
+from numba import float32, njit
+
+from fastserve_kernels.cpu_kernels.kernel import Elements, Floats, Integers, Stored, Work, claim, kernel
+from fastserve_kernels.cpu_kernels.vectors import (
+    LANES,
+    finite,
+    is_quantised,
+    load_part,
+    round_to,
+    splat,
+    store_part,
+)
 
 PIECE = 4
 """Tokens that a thread takes at a time."""
@@ -21,8 +31,10 @@ def rotary_write_kv(
     cos: Elements,
     sin: Elements,
     out: Elements,
-    k_cache: Elements,
-    v_cache: Elements,
+    k_cache: Stored,
+    v_cache: Stored,
+    k_scales: Floats,
+    v_scales: Floats,
     slots: Integers,
     tokens: int,
     heads: int,
@@ -36,7 +48,8 @@ def rotary_write_kv(
 ) -> None:
     """q [tokens, heads, dim], k [tokens, kv_heads, dim] and v [tokens, kv_heads, dim_v], their tokens as far
     apart as the strides say; cos and sin [tokens, rotary_dim]; out [tokens, heads, dim]; caches
-    [slots, kv_heads, dim or dim_v]."""
+    [slots, kv_heads, dim or dim_v]; scales [kv_heads], which are read for quantised caches alone."""
+    one = float32(1)
     first = claim(work) * PIECE
     while first < tokens:
         for token in range(first, min(first + PIECE, tokens)):
@@ -44,13 +57,54 @@ def rotary_write_kv(
             start = token * heads
             for head in range(heads):
                 to = (start + head) * dim
-                _rotate(q, token * q_stride + head * dim, cos, sin, angle, rotary_dim, out, to, dim, False)
+                _rotate(
+                    q, token * q_stride + head * dim, cos, sin, angle, rotary_dim, out, to, dim, False, one
+                )
             start = slots[token] * kv_heads
             for head in range(kv_heads):
+                scale = _scale(k_cache, k_scales, head)
                 to = (start + head) * dim
-                _rotate(k, token * k_stride + head * dim, cos, sin, angle, rotary_dim, k_cache, to, dim, True)
-                _copy(v, token * v_stride + head * dim_v, v_cache, (start + head) * dim_v, dim_v, True)
+                here = token * k_stride + head * dim
+                _rotate(k, here, cos, sin, angle, rotary_dim, k_cache, to, dim, True, scale)
+                scale = _scale(v_cache, v_scales, head)
+                to = (start + head) * dim_v
+                _copy(v, token * v_stride + head * dim_v, v_cache, to, dim_v, True, scale)
         first = claim(work) * PIECE
+
+
+@kernel
+def write_kv(
+    work: Work,
+    k: Elements,
+    v: Elements,
+    k_cache: Stored,
+    v_cache: Stored,
+    k_scales: Floats,
+    v_scales: Floats,
+    slots: Integers,
+    tokens: int,
+    kv_heads: int,
+    dim: int,
+    dim_v: int,
+    k_stride: int,
+    v_stride: int,
+) -> None:
+    """As `rotary_write_kv`, of keys that are as they should be."""
+    first = claim(work) * PIECE
+    while first < tokens:
+        for token in range(first, min(first + PIECE, tokens)):
+            for head in range(kv_heads):
+                place = slots[token] * kv_heads + head
+                scale = _scale(k_cache, k_scales, head)
+                _copy(k, token * k_stride + head * dim, k_cache, place * dim, dim, True, scale)
+                scale = _scale(v_cache, v_scales, head)
+                _copy(v, token * v_stride + head * dim_v, v_cache, place * dim_v, dim_v, True, scale)
+        first = claim(work) * PIECE
+
+
+@njit(error_model="numpy")
+def _scale(cache: Stored, scales: Floats, head: int) -> Any:
+    return scales[head] if is_quantised(cache) else float32(1)
 
 
 @njit(error_model="numpy")
@@ -61,12 +115,13 @@ def _rotate(
     sin: Elements,
     angle: int,
     rotary_dim: int,
-    out: Elements,
+    out: Stored,
     to: int,
     dim: int,
     scrub: bool,
+    scale: Any,
 ) -> None:
-    """One head; both products are rounded, and so is their sum. With scrub, what is not finite becomes 0."""
+    """One head; both products are rounded, and so is their sum."""
     half = rotary_dim // 2
     for i in range(0, half, LANES):
         count = half - i
@@ -74,16 +129,25 @@ def _rotate(
         turned = round_to(x, low * load_part(cos, angle + i, count)) - round_to(
             x, high * load_part(sin, angle + i, count)
         )
-        store_part(out, to + i, finite(turned) if scrub else turned, count)
+        _put(x, turned, out, to + i, count, scrub, scale)
         turned = round_to(x, high * load_part(cos, angle + half + i, count)) + round_to(
             x, low * load_part(sin, angle + half + i, count)
         )
-        store_part(out, to + half + i, finite(turned) if scrub else turned, count)
-    _copy(x, start + rotary_dim, out, to + rotary_dim, dim - rotary_dim, scrub)
+        _put(x, turned, out, to + half + i, count, scrub, scale)
+    _copy(x, start + rotary_dim, out, to + rotary_dim, dim - rotary_dim, scrub, scale)
 
 
 @njit(error_model="numpy")
-def _copy(x: Elements, start: int, out: Elements, to: int, count: int, scrub: bool) -> None:
+def _copy(x: Elements, start: int, out: Stored, to: int, count: int, scrub: bool, scale: Any) -> None:
     for i in range(0, count, LANES):
-        part = load_part(x, start + i, count - i)
-        store_part(out, to + i, finite(part) if scrub else part, count - i)
+        _put(x, load_part(x, start + i, count - i), out, to + i, count - i, scrub, scale)
+
+
+@njit(error_model="numpy")
+def _put(x: Elements, part: Any, out: Stored, to: int, count: int, scrub: bool, scale: Any) -> None:
+    """Part of a head of x's dtype, to a cache or elsewhere. With scrub, what is not finite becomes 0."""
+    if scrub:
+        part = finite(x, part)
+    if is_quantised(out):
+        part = round_to(x, part) / splat(scale, LANES)
+    store_part(out, to, part, count)

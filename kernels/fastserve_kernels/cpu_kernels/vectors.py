@@ -4,8 +4,7 @@ LLVM maps a vector of any number of lanes to the registers there are. Nothing is
 whose loops add up in another order than their remainders; so a result depends on a kernel's own arithmetic
 alone, and never on how many rows are computed together.
 
-Elements in memory are float32, float16 or bfloat16, told apart by the type of the pointer. numba has no
-arithmetic for the latter two: here they are named after integers of their size.
+What a pointer points to are the elements of `elements.py`; the type of the pointer says which.
 """
 
 from __future__ import annotations
@@ -21,20 +20,30 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic as _intrinsic
 from numba.extending import lower_builtin, models, register_model
 
+from fastserve_kernels.cpu_kernels.elements import (
+    FLOAT,
+    I32,
+    I64,
+    bfloat16,
+    bytes_of,
+    call,
+    float8,
+    float16,
+    float32,
+    int8,
+    narrow,
+    same,
+    vector_of,
+    widen,
+)
+
 intrinsic: Any = _intrinsic
 """Not of the declared type, which knows nothing of the first parameter that callers do not pass."""
-
-float32 = types.float32
-float16 = types.int16
-bfloat16 = types.uint16
 
 LANES = 16
 """The lanes that most kernels work in: a register of AVX-512, two of AVX2, four of NEON."""
 WIDE = 64 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 16
 """The lanes of which the registers hold four sums, a factor and a scalar."""
-
-_FLOAT = ir.FloatType()
-_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 class Vector(types.Type):
@@ -48,7 +57,7 @@ class Vector(types.Type):
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, vector: Vector) -> None:
-        super().__init__(manager, vector, ir.VectorType(_FLOAT, vector.lanes))
+        super().__init__(manager, vector, ir.VectorType(FLOAT, vector.lanes))
 
 
 def _define_arithmetic(operation: Any, instruction: str) -> None:
@@ -70,40 +79,38 @@ _define_arithmetic(operator.mul, "fmul")
 _define_arithmetic(operator.truediv, "fdiv")
 
 
-def _vector(element: ir.Type, like: ir.Value) -> ir.VectorType:
-    return ir.VectorType(element, like.type.count)
-
-
-def _same(kind: ir.VectorType, number: float) -> ir.Constant:
-    """A vector of one number."""
-    return ir.Constant(kind, [number] * kind.count)
-
-
 def _choose(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
     """A vector of lanes of a, or of b from a's number of lanes on."""
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
 def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
     nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-    return _choose(builder, builder.insert_element(nothing, value, _I32(0)), nothing, [0] * lanes)
-
-
-def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
-    """An intrinsic of LLVM's on vectors of one type."""
-    kind = args[0].type
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(kind, [kind] * len(args)), f"llvm.{name}.v{kind.count}f32"
-    )
-    return builder.call(function, args)
+    return _choose(builder, builder.insert_element(nothing, value, I32(0)), nothing, [0] * lanes)
 
 
 def _place(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, kind: ir.VectorType) -> ir.Value:
     return builder.bitcast(builder.gep(pointer, [index]), kind.as_pointer())
 
 
-def _size(element: Any) -> int:
-    return element.bitwidth // 8
+@intrinsic
+def size_of(typing: Any, pointer: Any) -> Any:
+    """The bytes of an element, a constant."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return I64(bytes_of(pointer.dtype))
+
+    return types.int64(pointer), lower
+
+
+@intrinsic
+def is_quantised(typing: Any, pointer: Any) -> Any:
+    """Whether the elements stand for multiples of a scale, a constant: the branch not taken costs nothing."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return ir.IntType(1)(pointer.dtype in (int8, float8))
+
+    return types.boolean(pointer), lower
 
 
 @intrinsic
@@ -132,9 +139,9 @@ def prefetch(typing: Any, pointer: Any) -> Any:
     """Has the memory there brought into the cache while other things go on."""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        kind = ir.FunctionType(ir.VoidType(), [args[0].type, _I32, _I32, _I32])
+        kind = ir.FunctionType(ir.VoidType(), [args[0].type, I32, I32, I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        reading, keep_close, data = _I32(0), _I32(3), _I32(1)
+        reading, keep_close, data = I32(0), I32(3), I32(1)
         builder.call(function, [args[0], reading, keep_close, data])
         return context.get_dummy_value()
 
@@ -148,20 +155,10 @@ def load(typing: Any, pointer: Any, index: Any, lanes: Any) -> Any:
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         memory = ir.VectorType(context.get_value_type(element), count)
-        raw = builder.load(_place(builder, args[0], args[1], memory), align=_size(element))
-        return _widen(builder, element, raw)
+        raw = builder.load(_place(builder, args[0], args[1], memory), align=bytes_of(element))
+        return widen(builder, element, raw)
 
     return Vector(count)(pointer, types.int64, lanes), lower
-
-
-def _widen(builder: ir.IRBuilder, element: types.Type, raw: ir.Value) -> ir.Value:
-    """Elements as they lie in memory, as float32."""
-    if element == float32:
-        return raw
-    if element == float16:
-        return builder.fpext(builder.bitcast(raw, _vector(ir.HalfType(), raw)), _vector(_FLOAT, raw))
-    words = _vector(_I32, raw)
-    return builder.bitcast(builder.shl(builder.zext(raw, words), _same(words, 16)), _vector(_FLOAT, raw))
 
 
 @intrinsic
@@ -172,32 +169,36 @@ def load_part(typing: Any, pointer: Any, index: Any, count: Any) -> Any:
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         memory = ir.VectorType(context.get_value_type(element), LANES)
         place = _place(builder, args[0], args[1], memory)
-        with builder.if_else(builder.icmp_signed(">=", args[2], _I64(LANES))) as (whole, part):
+        with builder.if_else(builder.icmp_signed(">=", args[2], I64(LANES))) as (whole, part):
             with whole:
-                all_lanes, whole_block = builder.load(place, align=_size(element)), builder.block
+                all_lanes, whole_block = builder.load(place, align=bytes_of(element)), builder.block
             with part:
                 some_lanes, part_block = _masked_load(builder, place, memory, args[2]), builder.block
         raw = builder.phi(memory)
         raw.add_incoming(all_lanes, whole_block)
         raw.add_incoming(some_lanes, part_block)
-        return _widen(builder, element, raw)
+        return widen(builder, element, raw)
 
     return Vector(LANES)(pointer, types.int64, types.int64), lower
 
 
 def _first_lanes(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
-    lane = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
-    return builder.icmp_signed("<", lane, _splat(builder, builder.trunc(count, _I32), LANES))
+    lane = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+    return builder.icmp_signed("<", lane, _splat(builder, builder.trunc(count, I32), LANES))
+
+
+def _short_name(element: ir.Type) -> str:
+    return "f32" if element == FLOAT else f"i{element.width}"
 
 
 def _masked_load(builder: ir.IRBuilder, place: ir.Value, memory: ir.VectorType, count: ir.Value) -> ir.Value:
     mask, none = _first_lanes(builder, count), ir.Constant(memory, None)
     function = cgutils.get_or_insert_function(
         builder.module,
-        ir.FunctionType(memory, [place.type, _I32, mask.type, memory]),
-        f"llvm.masked.load.v{LANES}{'f32' if memory.element == _FLOAT else 'i16'}.p0",
+        ir.FunctionType(memory, [place.type, I32, mask.type, memory]),
+        f"llvm.masked.load.v{LANES}{_short_name(memory.element)}.p0",
     )
-    return builder.call(function, [place, _I32(1), mask, none])
+    return builder.call(function, [place, I32(1), mask, none])
 
 
 @intrinsic
@@ -206,8 +207,8 @@ def store(typing: Any, pointer: Any, index: Any, vector: Any) -> Any:
     element = pointer.dtype
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        raw = _narrow(builder, element, args[2])
-        builder.store(raw, _place(builder, args[0], args[1], raw.type), align=_size(element))
+        raw = narrow(builder, element, args[2])
+        builder.store(raw, _place(builder, args[0], args[1], raw.type), align=bytes_of(element))
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, vector), lower
@@ -219,11 +220,11 @@ def store_part(typing: Any, pointer: Any, index: Any, vector: Any, count: Any) -
     element = pointer.dtype
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        raw = _narrow(builder, element, args[2])
+        raw = narrow(builder, element, args[2])
         place = _place(builder, args[0], args[1], raw.type)
-        with builder.if_else(builder.icmp_signed(">=", args[3], _I64(LANES))) as (whole, part):
+        with builder.if_else(builder.icmp_signed(">=", args[3], I64(LANES))) as (whole, part):
             with whole:
-                builder.store(raw, place, align=_size(element))
+                builder.store(raw, place, align=bytes_of(element))
             with part:
                 _masked_store(builder, raw, place, args[3])
         return context.get_dummy_value()
@@ -235,26 +236,10 @@ def _masked_store(builder: ir.IRBuilder, raw: ir.Value, place: ir.Value, count: 
     mask = _first_lanes(builder, count)
     function = cgutils.get_or_insert_function(
         builder.module,
-        ir.FunctionType(ir.VoidType(), [raw.type, place.type, _I32, mask.type]),
-        f"llvm.masked.store.v{LANES}{'f32' if raw.type.element == _FLOAT else 'i16'}.p0",
+        ir.FunctionType(ir.VoidType(), [raw.type, place.type, I32, mask.type]),
+        f"llvm.masked.store.v{LANES}{_short_name(raw.type.element)}.p0",
     )
-    builder.call(function, [raw, place, _I32(1), mask])
-
-
-def _narrow(builder: ir.IRBuilder, element: types.Type, value: ir.Value) -> ir.Value:
-    """float32 as elements in memory, rounded to nearest, ties to even."""
-    if element == float32:
-        return value
-    shorts, words = _vector(_I16, value), _vector(_I32, value)
-    if element == float16:
-        return builder.bitcast(builder.fptrunc(value, _vector(ir.HalfType(), value)), shorts)
-    bits = builder.bitcast(value, words)
-    odd = builder.and_(builder.lshr(bits, _same(words, 16)), _same(words, 1))
-    rounded = builder.add(bits, builder.add(odd, _same(words, 0x7FFF)))
-    # Rounding would turn some NaNs into infinity.
-    nan = builder.fcmp_unordered("uno", value, value)
-    bits = builder.select(nan, _same(words, 0x7FC00000), rounded)
-    return builder.trunc(builder.lshr(bits, _same(words, 16)), shorts)
+    builder.call(function, [raw, place, I32(1), mask])
 
 
 @intrinsic
@@ -263,7 +248,7 @@ def round_to(typing: Any, pointer: Any, vector: Any) -> Any:
     element = pointer.dtype
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return _widen(builder, element, _narrow(builder, element, args[1]))
+        return widen(builder, element, narrow(builder, element, args[1]))
 
     return vector(pointer, vector), lower
 
@@ -284,7 +269,7 @@ def multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, rounded once where the processor can."""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return _call(builder, "fmuladd", *args)
+        return call(builder, "fmuladd", *args)
 
     return a(a, b, c), lower
 
@@ -297,19 +282,19 @@ def exp(typing: Any, x: Any) -> Any:
     """
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        kind, words = args[0].type, _vector(_I32, args[0])
+        kind, words = args[0].type, vector_of(I32, args[0])
 
         def number(value: float) -> ir.Constant:
-            return _same(kind, value)
+            return same(kind, value)
 
         x = builder.select(builder.fcmp_ordered(">", args[0], number(88.0)), number(88.0), args[0])
-        n = _call(builder, "rint", builder.fmul(x, number(1.44269504088896341)))
-        r = _call(builder, "fmuladd", n, number(-0.693359375), x)
-        r = _call(builder, "fmuladd", n, number(2.12194440e-4), r)
+        n = call(builder, "rint", builder.fmul(x, number(1.44269504088896341)))
+        r = call(builder, "fmuladd", n, number(-0.693359375), x)
+        r = call(builder, "fmuladd", n, number(2.12194440e-4), r)
         power = number(1 / 720)
         for divisor in (120, 24, 6, 2, 1, 1):
-            power = _call(builder, "fmuladd", power, r, number(1 / divisor))
-        exponent = builder.shl(builder.fptosi(n, words), _same(words, 23))
+            power = call(builder, "fmuladd", power, r, number(1 / divisor))
+        exponent = builder.shl(builder.fptosi(n, words), same(words, 23))
         scaled = builder.bitcast(builder.add(builder.bitcast(power, words), exponent), kind)
         return builder.select(builder.fcmp_ordered("<", x, number(-87.0)), number(0.0), scaled)
 
@@ -321,7 +306,7 @@ def square_root(typing: Any, x: Any) -> Any:
     """The square root."""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return _call(builder, "sqrt", *args)
+        return call(builder, "sqrt", *args)
 
     return x(x), lower
 
@@ -333,8 +318,8 @@ def only(typing: Any, x: Any, first: Any, end: Any, other: Any) -> Any:
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         x, first, end, other = args
         count = x.type.count
-        lane = ir.Constant(ir.VectorType(_I32, count), list(range(count)))
-        bounds = [_splat(builder, builder.trunc(bound, _I32), count) for bound in (first, end)]
+        lane = ir.Constant(ir.VectorType(I32, count), list(range(count)))
+        bounds = [_splat(builder, builder.trunc(bound, I32), count) for bound in (first, end)]
         inside = builder.and_(
             builder.icmp_signed(">=", lane, bounds[0]), builder.icmp_signed("<", lane, bounds[1])
         )
@@ -344,15 +329,16 @@ def only(typing: Any, x: Any, first: Any, end: Any, other: Any) -> Any:
 
 
 @intrinsic
-def finite(typing: Any, x: Any) -> Any:
-    """x with 0 in place of what is infinite or not a number."""
+def finite(typing: Any, pointer: Any, x: Any) -> Any:
+    """x with 0 in place of what would not be finite in pointer's memory."""
+    too_large = {float32: float("inf"), float16: 65520.0, bfloat16: 2.0**128 - 2.0**119}[pointer.dtype]
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        size = _call(builder, "fabs", args[0])
-        known = builder.fcmp_ordered("<", size, _same(size.type, float("inf")))
-        return builder.select(known, args[0], _same(size.type, 0.0))
+        kind = args[1].type
+        known = builder.fcmp_ordered("<", call(builder, "fabs", args[1]), same(kind, too_large))
+        return builder.select(known, args[1], same(kind, 0.0))
 
-    return x(x), lower
+    return x(pointer, x), lower
 
 
 def _fold(builder: ir.IRBuilder, vector: ir.Value, join: Any) -> ir.Value:
@@ -361,7 +347,7 @@ def _fold(builder: ir.IRBuilder, vector: ir.Value, join: Any) -> ir.Value:
         low = _choose(builder, vector, vector, list(range(half)))
         high = _choose(builder, vector, vector, list(range(half, 2 * half)))
         vector = join(low, high)
-    return builder.extract_element(vector, _I32(0))
+    return builder.extract_element(vector, I32(0))
 
 
 @intrinsic
@@ -403,15 +389,15 @@ def store_transposed(
         memory = ir.VectorType(context.get_value_type(element), 16)
         rows = []
         for i in range(16):
-            start = builder.mul(builder.load(builder.gep(numbers, [_I64(i)])), size)
-            rows.append(builder.load(_place(builder, source, start, memory), align=_size(element)))
+            start = builder.mul(builder.load(builder.gep(numbers, [I64(i)])), size)
+            rows.append(builder.load(_place(builder, source, start, memory), align=bytes_of(element)))
         low = [lane for i in range(8) for lane in (i, 16 + i)]
         high = [lane + 8 for lane in low]
         for _ in range(4):
             rows = [_choose(builder, rows[i], rows[i + 8], lanes) for i in range(8) for lanes in (low, high)]
         for j, row in enumerate(rows):
-            column = _widen(builder, element, row)
-            place = builder.add(index, builder.mul(step, _I64(j)))
+            column = widen(builder, element, row)
+            place = builder.add(index, builder.mul(step, I64(j)))
             builder.store(column, _place(builder, target, place, column.type), align=4)
         return context.get_dummy_value()
 

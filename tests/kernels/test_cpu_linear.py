@@ -1,0 +1,194 @@
+"""What is particular to the linears of a CPU: a row by itself, threads, arrangements, and other
+processors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastserve_kernels import cpu_linear, ops, reference
+from fastserve_kernels.cpu_kernels import features
+from fastserve_kernels.formats import (
+    FP8,
+    NF4,
+    W8A8,
+    Bitmap,
+    BlockSparse,
+    Int4,
+    Int8,
+    LowRank,
+    Sparse24,
+    Sparse24Int4,
+    Weight,
+)
+from fastserve_kernels.prepared import prepare
+
+pytestmark = pytest.mark.usefixtures("poison")
+native = pytest.mark.skipif(
+    not features.supported(features.of_host()), reason="this processor lacks extensions of AVX-512"
+)
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+FORMATS: dict[str, Callable[[Tensor], Weight]] = {
+    "int4": lambda weight: Int4.pack(weight, 32),
+    "int4 with zeros": lambda weight: Int4.pack(weight, None, symmetric=False),
+    "nf4": lambda weight: NF4.pack(weight, None),
+    "int8": lambda weight: Int8.pack(weight, 32),
+    "int8 with zeros": lambda weight: Int8.pack(weight, None, symmetric=False),
+    "fp8": lambda weight: FP8.pack(weight, None),
+    "w8a8": W8A8.pack,
+    "sparse24": Sparse24.pack,
+    "sparse24 int4": lambda weight: Sparse24Int4.pack(weight, 32),
+    "block sparse": lambda weight: BlockSparse.pack(weight, (16, 32), 0.5),
+    "tall blocks": lambda weight: BlockSparse.pack(weight, (64, 16), 0.3),
+    "bitmap": lambda weight: Bitmap.pack(weight, density=0.4),
+    "low rank": lambda weight: LowRank.pack(weight, 37),
+}
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_does_not_depend_on_the_others(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor on the threads: rows alone, in groups of each size, beside a whole slice of the weight, in two
+    blocks of tokens."""
+    weight = prepare(FORMATS[name](torch.randn(192, 672).to(dtype)), "cpu", dtype)
+    x = torch.randn(75, 672).to(dtype)
+    together = ops.linear(x, weight)
+    assert together.isfinite().all()
+    for rows in (*range(1, 10), 16, 17, 31, 64, 66):
+        assert torch.equal(ops.linear(x[:rows], weight), together[:rows]), rows
+        assert torch.equal(ops.linear(x[-rows:], weight), together[-rows:]), rows
+    monkeypatch.setattr(cpu_linear, "LEAST_PARALLEL", 1)
+    assert torch.equal(ops.linear(x, weight), together)
+    monkeypatch.setattr(cpu_linear, "LEAST_PARALLEL", 1 << 60)
+    assert torch.equal(ops.linear(x, weight), together)
+
+
+@native
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 2), (33, 70), (47, 130), (100, 1030)])
+def test_odd_shapes(
+    shape: tuple[int, int], dtype: torch.dtype, rel_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    plain = torch.randn(shape)
+    packs: list[Callable[[Tensor], Weight]] = [
+        lambda weight: Int4.pack(weight, None),
+        lambda weight: Int8.pack(weight, None),
+        lambda weight: Int8.pack(weight[:, :-1], None, symmetric=False),
+        lambda weight: FP8.pack(weight[:, :-1], None),
+        lambda weight: Bitmap.pack(weight[:, :-1], density=0.6),
+        lambda weight: LowRank.pack(weight[:, :-1], (min(weight.shape) + 1) // 2),
+    ]
+    for pack in packs:
+        weight = pack(plain.to(dtype))
+        roundings = 2 if isinstance(weight, LowRank) else 1  # which few outputs do not even out
+        for rows in (1, 3, 17):
+            x = torch.randn(rows, weight.in_features).to(dtype)
+            came = ops.linear(x, prepare(weight, "cpu", dtype))
+            wanted = x.double() @ weight.dequantize().double().T
+            assert rel_rms(came, wanted) < roundings * TOLERANCE[dtype]
+
+
+@native
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_scales_of_another_dtype(
+    scale_dtype: torch.dtype, rel_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    x = torch.randn(5, 256)
+    for weight in (
+        Int4.pack(torch.randn(64, 256), 64, False, scale_dtype),
+        Int8.pack(torch.randn(64, 256), 64, False, scale_dtype),
+    ):
+        wanted = x.double() @ weight.dequantize().double().T
+        assert rel_rms(ops.linear(x, prepare(weight, "cpu", torch.float32)), wanted) < 1e-5
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_code_stands_for_its_value(dtype: torch.dtype) -> None:
+    """Each of 256 columns has another code, and x picks one column at a time. -0 in x takes no harm."""
+    x = torch.eye(256).to(dtype)
+    integers = torch.arange(-128, 128, dtype=torch.int8).repeat(2, 1)
+    ones = torch.ones(2, 1)
+    came = ops.linear(x, prepare(Int8(integers, ones, None, 256), "cpu", dtype))
+    assert torch.equal(came, integers.T.to(dtype))
+    zeros = torch.tensor([[-128.0], [3.25]])
+    came = ops.linear(x, prepare(Int8(integers, ones, zeros, 256), "cpu", dtype))
+    assert torch.equal(came, (integers.T - zeros.T).to(dtype))
+    bits = torch.arange(256, dtype=torch.uint8)
+    floats = bits[(bits & 0x7F) != 0x7F].view(torch.float8_e4m3fn).repeat(2, 1)
+    came = ops.linear(x[:254, :254], prepare(FP8(floats, ones, 254), "cpu", dtype))
+    assert torch.equal(came, floats.T.to(dtype))
+    nibbles = (bits[:16] | bits[:16].flip(0) << 4).repeat(2, 1)
+    came = ops.linear(x[:32, :32], prepare(Int4(nibbles, ones, None, 32), "cpu", dtype))
+    codes = torch.stack((bits[:16], bits[:16].flip(0)), 1).flatten().float() - 8
+    assert torch.equal(came, codes[:, None].expand(-1, 2).to(dtype))
+
+
+@native
+def test_w8a8_sums_are_exact() -> None:
+    """Of float32, whose sums of so many columns would not be."""
+    values = torch.randint(-127, 128, (40, 4100), dtype=torch.int8)
+    weight = W8A8(values, torch.rand(40) + 0.5)
+    x = torch.randn(19, 4100)
+    x[3] = 0
+    x[4, 7], x[5, 9] = float("nan"), float("inf")
+    came = ops.linear(x, prepare(weight, "cpu", torch.float32))
+    good = [row for row in range(19) if row not in (4, 5)]
+    wanted = reference.linear_w8a8(x[good], values, weight.scales, 40, None, None)
+    assert torch.allclose(came[good], wanted, rtol=3e-7, atol=0)
+    assert came[4:6].isnan().all()
+
+
+@native
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 65536 columns, not 65600"):
+        prepare(W8A8(torch.ones(1, 65600, dtype=torch.int8), torch.ones(1)), "cpu", torch.float32)
+    x = torch.randn(2, 64)
+    for weight in (NF4.pack(torch.randn(8, 64), 64), Bitmap.pack(torch.randn(8, 64), density=0.5)):
+        with pytest.raises(ValueError, match="prepared as"):
+            ops.linear(x, prepare(weight, "cpu", torch.bfloat16))
+    prepared = prepare(Int4.pack(torch.randn(8, 64), 64), "cpu", torch.float32)
+    with pytest.raises(ValueError, match="bias must be"):
+        ops.linear(x, prepared, torch.zeros(8, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="residual must be"):
+        ops.linear(x, prepared, None, torch.zeros(2, 9))
+
+
+@pytest.mark.parametrize("missing", features.FEATURES)
+def test_a_processor_must_have_all_extensions(missing: str) -> None:
+    every = dict.fromkeys(features.FEATURES, True)
+    assert features.supported(every)
+    assert not features.supported({**every, missing: False})
+    assert not features.supported({name: True for name in every if name != missing})
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_other_processors_get_dense_weights(
+    dtype: torch.dtype, rel_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    for pack in FORMATS.values():
+        weight = pack(torch.randn(64, 96).to(dtype))
+        prepare_it = getattr(cpu_linear, weight.operator.replace("linear", "prepare"))
+        with pytest.warns(UserWarning, match="dequantised as they are loaded"):
+            prepared = prepare_it(weight, dtype, {"avx2": True})
+        assert prepared.operator == "linear"
+        x = torch.randn(3, 96).to(dtype)
+        wanted = x.double() @ weight.dequantize().double().T
+        assert rel_rms(ops.linear(x, prepared), wanted) < TOLERANCE[dtype]
+
+
+def test_the_warning_comes_once() -> None:
+    weight = Int4.pack(torch.randn(32, 64), 64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            cpu_linear.prepare_int4(weight, torch.float32, {})
+    assert len(caught) == 1
