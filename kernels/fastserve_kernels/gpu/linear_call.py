@@ -1,0 +1,75 @@
+"""What the operators of sparse and low-rank weights do alike on the host: calls, splits, random inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastserve_kernels.gpu.launch import launch_all
+from fastserve_kernels.gpu.operator import Cost, Operator, Shape
+from fastserve_kernels.gpu.tuning import config_for
+from fastserve_kernels.prepared import Prepared
+from fastserve_kernels.weight import Weight
+
+LinearInputs = tuple[Tensor | int | None, ...]
+"""(x, the weight's arguments, bias, residual, out): what `plan` of a linear takes."""
+
+
+def call_linear(
+    operator: Operator,
+    shape: Shape,
+    x: Tensor,
+    weight: tuple[Tensor | int, ...],
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """x [M, K] times the weight transposed, plus bias [N] and residual [M, N]: [M, N] of x's dtype."""
+    out = x.new_empty(shape["m"], shape["n"])
+    if out.numel():
+        config = config_for(operator, shape, x.device)
+        bias = None if bias is None else bias.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        launch_all(operator.plan(x.contiguous(), *weight, bias, residual, out, config=config))
+    return out
+
+
+def words_of_fours(x: Tensor) -> Tensor:
+    """x [M, K] contiguous, K a multiple of 4, as [M, K / 4] int64; as it is if it is float32.
+
+    Copies it if it does not begin at a multiple of 8 bytes, where words must.
+    """
+    if x.dtype == torch.float32:
+        return x
+    return (x.clone() if x.data_ptr() % 8 else x).view(torch.int64)
+
+
+def random_linear(
+    pack: Callable[[Tensor, Shape], Weight], prepare: Callable[[Weight, torch.device, torch.dtype], Prepared]
+) -> Callable[[Shape, torch.dtype, torch.device], LinearInputs]:
+    """The `inputs` of an operator whose shapes have m, n, k, for weights that `pack` makes of normal ones."""
+
+    def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> LinearInputs:
+        m, n, k = shape["m"], shape["n"], shape["k"]
+        weight = prepare(pack(torch.randn(n, k, dtype=dtype, device=device), shape), device, dtype)
+        x = torch.randn(m, k, dtype=dtype, device=device)
+        return (x, *weight.arguments, None, None, x.new_empty(m, n))
+
+    return inputs
+
+
+def linear_cost(shape: Shape, dtype: torch.dtype, weight_bytes: int, kept: int) -> Cost:
+    """Of a linear that reads so many bytes of weight, and multiplies by so many weights."""
+    m, n, k = shape["m"], shape["n"], shape["k"]
+    return Cost(bytes=weight_bytes + dtype.itemsize * m * (k + n), flops=2 * m * kept)
+
+
+def splits_for(programs: int, steps: int, wanted: int = 528) -> int:
+    """The power of two into which K is split so that about `wanted` programs run: 4 for each of an H200's 132
+    multiprocessors. `programs` is their number without, `steps` the tiles of K.
+    """
+    splits = 1
+    while 2 * splits <= steps and 2 * splits * programs <= wanted:
+        splits *= 2
+    return splits
