@@ -1,0 +1,1 @@
+"""Measuring the operators: on a GPU their kernels, on a CPU the public functions."""

@@ -1,0 +1,1 @@
+"""What the command `fastserve-kernels` does; a module each."""
