@@ -30,6 +30,13 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(description="of weights and activations; auto: the checkpoint's own, bfloat16 for GGUF"),
     ] = "auto"
+    quantization: Annotated[
+        Literal["auto", "none", "int4", "int8", "nf4", "fp8", "w8a8"],
+        Meta(
+            description="of weights; auto: as the checkpoint holds them; none: all in `dtype`; the others: "
+            "rounded when loaded"
+        ),
+    ] = "auto"
     device: Annotated[
         str,
         Meta(

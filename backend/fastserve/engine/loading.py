@@ -24,7 +24,8 @@ def load_engine(config: Config, files: ModelFiles) -> Engine:
     device = _device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
-    model = load_model(str(files.checkpoint), config.dtype, device, config.max_model_len)
+    checkpoint, length = str(files.checkpoint), config.max_model_len
+    model = load_model(checkpoint, config.dtype, device, length, config.quantization)
     runner = ModelRunner(model, config.block_size, config.kv_cache_bytes)
     runner.warm_up()
     pool = BlockPool(runner.num_blocks, config.block_size, config.enable_prefix_caching)

@@ -5,7 +5,7 @@ Tensors are read one by one, fused and packed as they come: never is much more t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,18 +14,27 @@ from fastserve.models.checkpoint import Checkpoint
 from fastserve.models.decoder import Decoder, DecoderLayer, DecoderWeights, Linear
 from fastserve.models.decoder_config import DecoderConfig
 from fastserve.models.model_error import ModelError
-from fastserve_kernels.formats import Dense
+from fastserve.models.quantization import quantize, quantize_head
+from fastserve.models.weight_rows import stack_rows
+from fastserve_kernels.formats import Dense, Weight
+from fastserve_kernels.prepared import prepare
 
 Shapes = Mapping[str, tuple[int, ...]]
+Quantize = Callable[[str, Tensor, str], Weight]
 _SHOWN = 8
 
 
 def load_decoder(
-    config: DecoderConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, max_position: int
+    config: DecoderConfig,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_position: int,
+    quantization: str,
 ) -> Decoder:
     """Raises ModelError if tensors are missing, misshapen or unexpected; it names them."""
     _check(expected_shapes(config), checkpoint.shapes)
-    weights = _Reader(config, checkpoint, dtype, device).weights()
+    weights = _Reader(config, checkpoint, dtype, device, quantization).weights()
     return Decoder(config, weights, max_position)
 
 
@@ -94,21 +103,26 @@ class _Reader:
     """Reads the weights of a decoder, whose tensors are known to be there."""
 
     def __init__(
-        self, config: DecoderConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+        self,
+        config: DecoderConfig,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str,
     ) -> None:
         self._config = config
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
+        self._quantization = quantization
 
     def weights(self) -> DecoderWeights:
-        embedding = self._tensor("model.embed_tokens.weight")
-        head = embedding if self._config.tie_word_embeddings else self._tensor("lm_head.weight")
+        head = "model.embed_tokens" if self._config.tie_word_embeddings else "lm_head"
         return DecoderWeights(
-            embedding=embedding,
+            embedding=self._tensor("model.embed_tokens.weight"),
             layers=[self._layer(index) for index in range(self._config.num_layers)],
             final_norm=self._tensor("model.norm.weight"),
-            head=Linear(Dense.pack(head), bias=None),
+            head=self._linear(False, head, quantize=quantize_head),
         )
 
     def _layer(self, index: int) -> DecoderLayer:
@@ -127,9 +141,18 @@ class _Reader:
             sliding_window=config.sliding_windows[index],
         )
 
-    def _linear(self, has_bias: bool, *names: str) -> Linear:
-        weight = Dense.pack(self._tensor(*(f"{name}.weight" for name in names)))
-        return Linear(weight, self._tensor(*(f"{name}.bias" for name in names)) if has_bias else None)
+    def _linear(self, has_bias: bool, *names: str, quantize: Quantize = quantize) -> Linear:
+        weight = self._weight([f"{name}.weight" for name in names], quantize)
+        prepared = prepare(weight, self._device, self._dtype)
+        return Linear(prepared, self._tensor(*(f"{name}.bias" for name in names)) if has_bias else None)
+
+    def _weight(self, names: list[str], quantize: Quantize) -> Weight:
+        """The matrices of these names, one below the other."""
+        if self._quantization != "auto":
+            return quantize(names[0], self._tensor(*names), self._quantization)
+        exact = self._dtype == torch.float32
+        packed = stack_rows([self._checkpoint.read_packed(name, exact) for name in names])
+        return Dense(self._tensor(*names)) if packed is None else packed
 
     def _tensor(self, *names: str) -> Tensor:
         """The tensors of these names, one below the other."""

@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: tensors dequantised as they are read, under the names of transformers."""
+"""A GGUF file as a checkpoint: tensors dequantised or packed as they lie, under the names of transformers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from fastserve.models.decoder_config import DecoderConfig
+from fastserve.models.gguf_blocks import read_blocks
 from fastserve.models.gguf_file import GgufFile
 from fastserve.models.model_error import ModelError
+from fastserve.models.weight_rows import select_rows
+from fastserve_kernels.formats import Int4, Int8
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """llama.cpp calls Mistral "llama" too."""
@@ -64,6 +67,13 @@ class GgufCheckpoint:
         _dequantize(self._tensors[name], interleaved)
         pairs = interleaved.view(heads, -1, 2, *destination.shape[1:])
         destination.copy_(pairs.transpose(1, 2).reshape(destination.shape))
+
+    def read_packed(self, name: str, exact: bool) -> Int4 | Int8 | None:
+        """A matrix as its blocks hold it; None if they are of a kind that must be dequantised."""
+        weight, heads = read_blocks(self._tensors[name], exact), self._interleaved_heads(name)
+        if weight is None or heads is None:
+            return weight
+        return select_rows(weight, torch.arange(weight.out_features).view(heads, -1, 2).mT.flatten())
 
     def _interleaved_heads(self, name: str) -> int | None:
         """How many heads the rows belong to, if the two halves of each head alternate; None if they do not.

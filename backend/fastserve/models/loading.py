@@ -14,47 +14,70 @@ from fastserve.models.gguf_checkpoint import GgufCheckpoint, gguf_decoder_config
 from fastserve.models.gguf_file import GgufFile
 from fastserve.models.model_directory import read_transformers_config, resolve_model_path
 from fastserve.models.model_error import ModelError
+from fastserve.models.quantization import QUANTIZATIONS
 from fastserve.models.safetensors_checkpoint import SafetensorsCheckpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def load_model(
-    model: str, dtype: str = "auto", device: torch.device | str = "cpu", max_model_len: int = 0
+    model: str,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    max_model_len: int = 0,
+    quantization: str = "auto",
 ) -> CausalLM:
     """Loads a Hugging Face directory (safetensors), a GGUF file or a model of the hub.
 
     `dtype`: "bfloat16", "float16", "float32", or "auto": the checkpoint's own, bfloat16 for GGUF.
     `max_model_len`: tokens of the longest sequence; 0: the model's own limit.
+    `quantization`: "auto": weights as the checkpoint holds them; "none": all in `dtype`; "int4", "int8",
+    "nf4", "fp8" or "w8a8": rounded to that.
 
     Raises ModelError if the model cannot be found, read or served.
     """
     path, device = resolve_model_path(model), torch.device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype: got {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+    if quantization not in QUANTIZATIONS:
+        raise ModelError(f"quantization: got {quantization!r}; allowed: {', '.join(QUANTIZATIONS)}")
     if path.is_file():
-        return _load_gguf(path, dtype, device, max_model_len)
+        return _load_gguf(path, dtype, device, max_model_len, quantization)
     config = read_transformers_config(path)
-    if obstacle(config) is None:
-        return _load_directory(path, config, dtype, device, max_model_len)
+    reason = obstacle(config)
+    if reason is None:
+        return _load_directory(path, config, dtype, device, max_model_len, quantization)
+    if quantization not in ("auto", "none"):
+        raise ModelError(
+            f"quantization: got {quantization!r}; allowed for {path}: auto, none, because transformers' "
+            f"own code runs it ({reason})"
+        )
     # Imported here because it brings all of transformers' modelling code, which our decoder does not need.
     from fastserve.models.transformers_model import load_transformers_model
 
     return load_transformers_model(path, config, DTYPES.get(dtype), device, max_model_len)
 
 
-def _load_gguf(path: Path, dtype: str, device: torch.device, max_model_len: int) -> CausalLM:
+def _load_gguf(
+    path: Path, dtype: str, device: torch.device, max_model_len: int, quantization: str
+) -> CausalLM:
     file = GgufFile(path)
     config, checkpoint = gguf_decoder_config(file), GgufCheckpoint(file)
     max_position = served_length(path, config.max_position, max_model_len)
-    return load_decoder(config, checkpoint, DTYPES.get(dtype, checkpoint.dtype), device, max_position)
+    wanted = DTYPES.get(dtype, checkpoint.dtype)
+    return load_decoder(config, checkpoint, wanted, device, max_position, quantization)
 
 
 def _load_directory(
-    path: Path, config: PretrainedConfig, dtype: str, device: torch.device, max_model_len: int
+    path: Path,
+    config: PretrainedConfig,
+    dtype: str,
+    device: torch.device,
+    max_model_len: int,
+    quantization: str,
 ) -> CausalLM:
     checkpoint = SafetensorsCheckpoint(path)
     decoder_config = DecoderConfig.from_transformers(config)
     max_position = served_length(path, decoder_config.max_position, max_model_len)
     own_or_wanted = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
-    return load_decoder(decoder_config, checkpoint, own_or_wanted, device, max_position)
+    return load_decoder(decoder_config, checkpoint, own_or_wanted, device, max_position, quantization)
