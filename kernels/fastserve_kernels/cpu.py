@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,15 +50,16 @@ def _with_tokens_whole(x: Tensor) -> Tensor:
     return x if within == (1,) or within == (x.shape[-1], 1) else x.contiguous()
 
 
-def _check_dtypes(dtype: torch.dtype, **others: Tensor) -> None:
+def _refuse(dtype: torch.dtype, **others: Tensor) -> NoReturn:
     """Operands of another dtype would be read as what they are not."""
-    for name, other in others.items():
-        if other.dtype != dtype:
-            raise ValueError(f"{name} must be {dtype} as the first operand is, not {other.dtype}")
+    wrong = {name: other.dtype for name, other in others.items() if other.dtype != dtype}
+    name, came = next(iter(wrong.items()))
+    raise ValueError(f"{name} must be {dtype} as the first operand is, not {came}")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    _check_dtypes(x.dtype, weight=weight)
+    if weight.dtype != x.dtype:
+        _refuse(x.dtype, weight=weight)
     x, weight = _with_tokens_whole(x), weight.contiguous()
     out = x.new_empty(x.shape)
     _kernel("rms_norm", x.dtype)(
@@ -76,7 +77,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _check_dtypes(x.dtype, residual=residual, weight=weight)
+    if not x.dtype == residual.dtype == weight.dtype:
+        _refuse(x.dtype, residual=residual, weight=weight)
     x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
     out, total = x.new_empty(x.shape), x.new_empty(x.shape)
     _kernel("add_rms_norm", x.dtype)(
@@ -113,7 +115,7 @@ def _check_caches(
     """Raises ValueError unless the kernels for activations of that dtype can take the caches."""
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError(
-            f"k_cache and v_cache must be contiguous; their strides are {k_cache.stride()}, {v_cache.stride()}"
+            f"k_cache and v_cache must be contiguous, but have strides {k_cache.stride()} {v_cache.stride()}"
         )
     stored = k_cache.dtype
     if v_cache.dtype != stored:
@@ -148,7 +150,8 @@ def write_kv(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
-    _check_dtypes(k.dtype, v=v)
+    if v.dtype != k.dtype:
+        _refuse(k.dtype, v=v)
     _check_caches(k.dtype, k_cache, v_cache, k_scale, v_scale)
     k, v, slot_mapping = _with_tokens_whole(k), _with_tokens_whole(v), slot_mapping.contiguous()
     _kernel("write_kv", k.dtype, k_cache.dtype)(
@@ -179,7 +182,8 @@ def rotary_write_kv(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> Tensor:
-    _check_dtypes(q.dtype, k=k, v=v, cos=cos, sin=sin)
+    if not q.dtype == k.dtype == v.dtype == cos.dtype == sin.dtype:
+        _refuse(q.dtype, k=k, v=v, cos=cos, sin=sin)
     _check_caches(q.dtype, k_cache, v_cache, k_scale, v_scale)
     q, k, v = _with_tokens_whole(q), _with_tokens_whole(k), _with_tokens_whole(v)
     cos, sin, slot_mapping = cos.contiguous(), sin.contiguous(), slot_mapping.contiguous()

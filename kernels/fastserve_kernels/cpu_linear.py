@@ -55,7 +55,7 @@ WIDEST_SINGLE_ROW = 1024
 """oneDNN adds up a wider single row in another order than several rows; rounding hides most of it."""
 LEAST_PARALLEL = 1 << 18
 """Products that are worth a second thread: it takes a microsecond to get one."""
-RUN_BYTES = 1 << 16
+RUN_BYTES = 1 << 18
 """Of weights that lie together and go to one thread, if there are enough for all."""
 RUNS_PER_THREAD = 8
 """So that the threads end together."""

@@ -15,7 +15,7 @@ from numba import njit, types
 from fastserve_kernels.cpu_kernels import vectors
 from fastserve_kernels.cpu_kernels.elements import FLOAT, I8, I16, I32, I64, float32, same, widen
 from fastserve_kernels.cpu_kernels.kernel import Elements, Floats
-from fastserve_kernels.cpu_kernels.products import MOST_TOKENS, for_each_count, width_of
+from fastserve_kernels.cpu_kernels.products import MOST_TOKENS, for_each_count, width_for, width_of
 from fastserve_kernels.cpu_kernels.vectors import (
     LANES,
     at,
@@ -66,15 +66,6 @@ def as_quads(typing: Any, memory: Any) -> Any:
         return builder.bitcast(args[0], context.get_value_type(words))
 
     return words(memory), lower
-
-
-@njit(error_model="numpy")
-def width_for(tokens: int) -> int:
-    """The words that lie side by side for so many tokens: the next power of two."""
-    width = 1
-    while width < tokens:
-        width *= 2
-    return width
 
 
 @njit(error_model="numpy")

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
+from numba import njit, types
 
 from fastserve_kernels.cpu_kernels.elements import I32, I64, same
 from fastserve_kernels.cpu_kernels.vectors import intrinsic
 from fastserve_kernels.cpu_kernels.words import (
-    AHEAD,
     PANELS,
     SUMS,
     WORDS,
@@ -26,6 +24,7 @@ from fastserve_kernels.cpu_kernels.words import (
     invoke,
     load,
     multiply_words,
+    nibbles,
     place_of,
     prefetch,
     spread,
@@ -35,9 +34,7 @@ from fastserve_kernels.cpu_kernels.words import (
 
 MOST_TOKENS = 8
 """Tokens that are multiplied together."""
-SPANS = {1: 4, 2: 4, 3: 2, 4: 2}
-"""Blocks that are multiplied together for so few tokens: a sum waits for the one before it, and those of one
-block would not keep the processor busy."""
+COLUMNS_OF_NIBBLES = nibbles.columns
 
 Sums = list[list[list[ir.Value]]]
 """By block, panel and token."""
@@ -45,7 +42,24 @@ Sums = list[list[list[ir.Value]]]
 
 def width_of(tokens: int) -> int:
     """The words that lie side by side for so many tokens: the next power of two."""
-    return 1 << (tokens - 1).bit_length()
+    width = 1
+    while width < tokens:
+        width *= 2
+    return width
+
+
+def span_of(tokens: int, columns: int) -> int:
+    """How many blocks `multiply` takes at once, of weights that have so many columns in a word. A sum waits
+    for the one before it: for few tokens those of one block would not keep up with the memory."""
+    if tokens <= 2 and columns == COLUMNS_OF_NIBBLES:
+        return 4
+    return 2 if tokens <= 4 else 1
+
+
+width_for: Any = njit(width_of)
+"""The same in a kernel."""
+span_for: Any = njit(span_of)
+"""The same in a kernel."""
 
 
 def for_each_count(builder: ir.IRBuilder, tokens: ir.Value, body: Callable[[int], None]) -> None:
@@ -62,27 +76,18 @@ def for_each_count(builder: ir.IRBuilder, tokens: ir.Value, body: Callable[[int]
     builder.position_at_end(after)
 
 
-def _distance(builder: ir.IRBuilder, count: ir.Value, blocks: int) -> ir.Value:
-    """How far ahead to ask for weights: beyond the blocks that are being multiplied."""
-    size = builder.mul(count, I64(blocks * PANELS * 64))
-    return builder.select(builder.icmp_signed(">", size, I64(AHEAD)), size, I64(AHEAD))
-
-
 def _add_products(
     builder: ir.IRBuilder,
     unpack: Unpack,
     word: Word,
     weights: ir.Value,
     x: ir.Value,
-    block: ir.Value,
     count: ir.Value,
     first: Sums,
 ) -> Sums:
-    """first + the products of `count` vectors of each panel, of so many blocks from `block` on, with the
-    words of each token."""
+    """first + the products of `count` vectors of each block and panel with the words of each token."""
     tokens = len(first[0][0])
     width = width_of(tokens)
-    distance = _distance(builder, count, len(first))
     before = builder.block
     loop, after = builder.append_basic_block("words"), builder.append_basic_block("summed")
     builder.branch(loop)
@@ -91,11 +96,13 @@ def _add_products(
     sums = [[[builder.phi(total.type) for total in panel] for panel in of_block] for of_block in first]
     totals = [[list(panel) for panel in of_block] for of_block in sums]
     for s in range(len(first)):
-        position = builder.add(i, builder.mul(count, builder.add(block, I64(s))))
+        position = builder.add(i, builder.mul(count, I64(s)))
         found = []
         for p in range(PANELS):
             index = builder.add(builder.mul(position, I64(PANELS)), I64(p))
-            prefetch(builder, place_of(builder, weights, index, WORDS), distance)
+            # In the order in which they lie, which memory likes better than that of the loads.
+            ordinal = builder.add(builder.mul(i, I64(len(first) * PANELS)), I64(s * PANELS + p))
+            prefetch(builder, place_of(builder, weights, ordinal, WORDS))
             found.append(unpack(load(builder, weights, index)))
         of_x = place_of(builder, x, builder.mul(position, I64(len(found[0]) * width)), I32)
         for j in range(len(found[0])):
@@ -132,7 +139,9 @@ def multiply(
     """totals[token, row] += scales[row] * sum of weights * x, block by block.
 
     A block is `count` vectors of each panel, whose sum begins at 0; it has scales [PANELS * ROWS] float32,
-    those of the next block `step` further on. The blocks lie one after another.
+    those of the next block `step` further on. The blocks lie one after another, and there are 1 or
+    span_for(tokens, columns). (A loop over all blocks here is slower: LLVM keeps totals for all of it, and
+    spills.)
     """
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -141,20 +150,20 @@ def multiply(
         def body(tokens_: int) -> None:
             unpack = unpacker(builder, stored.dtype, x.dtype, table_)
 
-            def add(block: ir.Value, together: int) -> None:
-                nothing = [[[same(SUMS, 0.0)] * tokens_] * PANELS for _ in range(together)]
-                sums = _add_products(builder, unpack, x.dtype, weights, words, block, count_, nothing)
-                _add_scaled(builder, sums, block, totals_, scales_, step_)
+            def add(blocks: int) -> None:
+                nothing = [[[same(SUMS, 0.0)] * tokens_] * PANELS for _ in range(blocks)]
+                sums = _add_products(builder, unpack, x.dtype, weights, words, count_, nothing)
+                _add_scaled(builder, sums, totals_, scales_, step_)
 
-            span = SPANS.get(tokens_, 1)
-            spans = builder.sdiv(blocks_, I64(span))
-            with cgutils.for_range(builder, spans) as loop:
-                add(builder.mul(loop.index, I64(span)), span)
-            if span > 1:
-                with cgutils.for_range_slice(
-                    builder, builder.mul(spans, I64(span)), blocks_, I64(1), I64, inc=True
-                ) as (block, _):
-                    add(block, 1)
+            span = span_of(tokens_, stored.dtype.columns)
+            if span == 1:
+                add(1)
+                return
+            with builder.if_else(builder.icmp_signed("==", blocks_, I64(1))) as (one, several):
+                with one:
+                    add(1)
+                with several:
+                    add(span)
 
         for_each_count(builder, token_count, body)
         return context.get_dummy_value()
@@ -164,12 +173,12 @@ def multiply(
 
 
 def _add_scaled(
-    builder: ir.IRBuilder, sums: Sums, block: ir.Value, totals: ir.Value, scales: ir.Value, step: ir.Value
+    builder: ir.IRBuilder, sums: Sums, totals: ir.Value, scales: ir.Value, step: ir.Value
 ) -> None:
-    """Adds the sums of the blocks from `block` on to the totals."""
+    """Adds the sums of the blocks to the totals."""
     factors = []
     for s in range(len(sums)):
-        of_block = builder.gep(scales, [builder.mul(step, builder.add(block, I64(s)))])
+        of_block = builder.gep(scales, [builder.mul(step, I64(s))])
         factors.append([load(builder, of_block, I64(p), SUMS) for p in range(PANELS)])
     for t in range(len(sums[0][0])):
         for p in range(PANELS):
@@ -192,7 +201,7 @@ def multiply_integers(typing: Any, weights: Any, x: Any, tokens: Any, count: Any
                 [load(builder, totals_, I64(t * PANELS + p)) for t in range(tokens_)] for p in range(PANELS)
             ]
             sums = _add_products(
-                builder, lambda vector: [vector], x.dtype, weights_, x_words, I64(0), count_, [first]
+                builder, lambda vector: [vector], x.dtype, weights_, x_words, count_, [first]
             )
             for p, panel in enumerate(sums[0]):
                 for t, total in enumerate(panel):

@@ -16,17 +16,15 @@ from fastserve_kernels.cpu_kernels.activations import (
     as_words,
     pack,
     sum_groups,
-    width_for,
 )
 from fastserve_kernels.cpu_kernels.kernel import Elements, Floats, Work, claim
-from fastserve_kernels.cpu_kernels.products import MOST_TOKENS
+from fastserve_kernels.cpu_kernels.products import MOST_TOKENS, width_for
 from fastserve_kernels.cpu_kernels.vectors import (
     LANES,
     at,
     load,
     load_part,
     multiply_add,
-    prefetch,
     splat,
     store,
     store_part,
@@ -196,25 +194,13 @@ def subtract_zeros(shape: Shape, memory: Memory, tokens: int) -> None:
 
 
 @njit(error_model="numpy")
-def fetch_outputs(shape: Shape, outputs: Outputs, piece: Piece, strip: int) -> None:
-    """Has the places of a strip's results brought into the cache: they lie too far apart for the processor to
-    foresee them, and one that is waited for holds up all that is stored after it."""
-    for t in range(piece.tokens):
-        prefetch(at(outputs.out, (piece.token + t) * shape.out_features + strip * ROWS))
-
-
-@njit(error_model="numpy")
 def write(shape: Shape, memory: Memory, outputs: Outputs, piece: Piece, strip: int) -> None:
     """The results of a strip from its totals."""
     row = strip * ROWS
-    plain = not outputs.has_bias and not outputs.has_residual and row + ROWS <= shape.out_features
     for t in range(piece.tokens):
         place = (piece.token + t) * shape.out_features + row
-        if plain:
-            store(outputs.out, place, load(memory.totals, t * ROWS, ROWS))
-        else:
-            for i in range(0, ROWS, LANES):
-                write_vector(shape, outputs, load(memory.totals, t * ROWS + i, LANES), place + i, row + i)
+        for i in range(0, ROWS, LANES):
+            write_vector(shape, outputs, load(memory.totals, t * ROWS + i, LANES), place + i, row + i)
 
 
 @njit(error_model="numpy")

@@ -34,8 +34,8 @@ ROWS = 16
 """Rows of a vector."""
 PANELS = 2
 """Vectors of weights that meet each word of the activations while it is in a register."""
-AHEAD = 4096
-"""Bytes by which weights are asked for before they are needed, at least."""
+AHEAD = 8192
+"""Bytes by which weights are asked for before they are needed: as many as are ever multiplied together."""
 
 WORDS, SUMS = ir.VectorType(I32, ROWS), ir.VectorType(FLOAT, ROWS)
 SHORTS, BYTES = ir.VectorType(I16, 2 * ROWS), ir.VectorType(I8, 4 * ROWS)
@@ -102,9 +102,9 @@ def store(builder: ir.IRBuilder, vector: ir.Value, pointer: ir.Value, index: ir.
     builder.store(vector, place_of(builder, pointer, index, vector.type), align=4)
 
 
-def prefetch(builder: ir.IRBuilder, place: ir.Value, distance: ir.Value) -> None:
-    """Has the memory so many bytes further on brought into the cache while other things go on."""
-    place = builder.gep(builder.bitcast(place, I8.as_pointer()), [distance])
+def prefetch(builder: ir.IRBuilder, place: ir.Value) -> None:
+    """Has the memory AHEAD of a place brought into the cache while other things go on."""
+    place = builder.gep(builder.bitcast(place, I8.as_pointer()), [I64(AHEAD)])
     reading, keep_close, data = I32(0), I32(3), I32(1)
     invoke(builder, "prefetch.p0", ir.VoidType(), place, reading, keep_close, data)
 
@@ -188,7 +188,7 @@ def unpack(typing: Any, stored: Any, table: Any, count: Any, target: Any) -> Any
             first = builder.mul(loop.index, I64(PANELS))
             for panel in range(PANELS):
                 index = builder.add(first, I64(panel))
-                prefetch(builder, place_of(builder, source, index, WORDS), I64(AHEAD))
+                prefetch(builder, place_of(builder, source, index, WORDS))
                 found = words_of(load(builder, source, index))
                 for j, words in enumerate(found):
                     place = builder.add(builder.mul(first, I64(len(found))), I64(j * PANELS + panel))
@@ -225,7 +225,7 @@ def expand(typing: Any, values: Any, start: Any, masks: Any, first: Any, count: 
                 mask = builder.load(place_of(builder, masks_, builder.add(first, index), mask_kind), align=2)
                 begin = builder.load(end)
                 place = place_of(builder, values_, begin, kind.element)
-                prefetch(builder, place, I64(AHEAD))
+                prefetch(builder, place)
                 raw = builder.load(builder.bitcast(place, kind.as_pointer()), align=2)
                 bits = builder.bitcast(mask, ir.VectorType(ir.IntType(1), kind.count))
                 raw = _in_register(builder, raw)
