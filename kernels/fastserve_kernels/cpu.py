@@ -1,4 +1,4 @@
-"""The operators on a CPU: oneDNN's products, and kernels of our own for what torch has no operator for."""
+"""The operators on a CPU beside the linears: kernels of our own for what torch has no operator for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastserve_kernels.cpu_kernels.kernel import Kernel
 
-WIDEST_SINGLE_ROW = 1024
-"""oneDNN adds up a wider single row in another order than several rows; rounding hides most of it."""
-
 LEAST_PARALLEL = 16 * 1024
 """Elements that are worth a second thread: it takes a microsecond to get one."""
 LEAST_PARALLEL_KEYS = 128
@@ -22,16 +19,6 @@ QUANTISED_CACHES = (torch.int8, torch.float8_e4m3fn)
 """The dtypes of caches that have scales."""
 UNLIMITED = 1 << 40
 """The sliding window of attention that has none."""
-
-
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """x [T, K] by a weight in oneDNN's blocked layout. The residual is added after rounding, as transformers
-    does; fused into the product it takes as long."""
-    if x.shape[0] == 1 and x.shape[1] > WIDEST_SINGLE_ROW:
-        y = torch.ops.mkldnn._linear_pointwise(x.expand(2, -1), weight, bias, "none", [], "")[:1]
-    else:
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y if residual is None else y.add_(residual)
 
 
 @functools.cache

@@ -17,7 +17,6 @@ CPU_MODULES = {
     "linear_fp8": "cpu_linear",
     "linear_w8a8": "cpu_linear",
     "linear_block_sparse": "cpu_linear",
-    "linear_bitmap": "cpu_linear",
     "linear_low_rank": "cpu_linear",
     "rms_norm": "cpu",
     "add_rms_norm": "cpu",

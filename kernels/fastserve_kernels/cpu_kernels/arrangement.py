@@ -98,19 +98,6 @@ def taller_blocks(values: Tensor, row_starts: Tensor, columns: Tensor) -> tuple[
     return taller.flatten(1, 2), starts, keys % (columns.max() + 1)
 
 
-def bitmap(dense: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of [N, K]: what is not 0 as values [nnz + 32], 32 of them to be read but not used; masks [strips, words
-    of a row, 2, bytes] uint8 with a bit for each element of a vector; where each strip's values start,
-    int64."""
-    vectors = _in_vectors(_padded(dense.to(word_dtype(dtype)), STRIP, 32), _word_columns(dtype)).flatten(3)
-    kept = vectors != 0
-    bits = kept.unflatten(3, (-1, 8)).to(torch.uint8) << torch.arange(8, dtype=torch.uint8)
-    counts = kept.flatten(1).sum(1)
-    starts = torch.nn.functional.pad(counts.cumsum(0)[:-1], (1, 0))
-    values = torch.nn.functional.pad(vectors[kept], (0, STRIP))
-    return values, bits.sum(-1, dtype=torch.uint8), starts
-
-
 def nibble_table(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The values [16] of nibbles, for pairs twice."""
     return values.float() if word_dtype(dtype) == torch.float32 else values.to(torch.bfloat16).repeat(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
-FEATURES = ("avx512bw", "avx512bf16", "avx512vbmi", "avx512vbmi2", "avx512vnni")
+FEATURES = ("avx512bw", "avx512bf16", "avx512vbmi", "avx512vnni")
 """The extensions of AVX-512, as LLVM names them, that AMD has had since Zen 4 and Intel since Sapphire
 Rapids."""
 

@@ -3,8 +3,7 @@
 A thread takes a few strips of rows for up to TOKENS tokens (`strips`), whose activations it puts into words
 for itself (`activations`). SLICE columns of a strip at a time, whose weights then lie in the nearest cache,
 meet the tokens in groups of eight (`products`). Codes are unpacked in registers, next to each group again,
-which costs as much as writing them down and reading them until there are UNPACKED_AGAIN tokens. What is
-sparse is expanded to ordinary words.
+which costs as much as writing them down and reading them until there are UNPACKED_AGAIN tokens.
 
 The sum over a *block* of columns, a group of the weight or BLOCK of them, begins at 0, is scaled and then
 added to the total of its row and token. So a token's result is the same to the last bit whatever else is
@@ -44,7 +43,6 @@ from fastserve_kernels.cpu_kernels.products import (
 from fastserve_kernels.cpu_kernels.strips import (
     ROWS,
     SLICE,
-    WIDE_SLICE,
     Memory,
     Outputs,
     Piece,
@@ -60,15 +58,13 @@ from fastserve_kernels.cpu_kernels.strips import (
     write_vector,
 )
 from fastserve_kernels.cpu_kernels.vectors import LANES, at, load, splat, store
+from fastserve_kernels.cpu_kernels.words import ROWS as PANEL
 from fastserve_kernels.cpu_kernels.words import (
-    PANELS,
     columns_of,
-    expand,
     integers_above,
     sum_integers,
     unpack,
 )
-from fastserve_kernels.cpu_kernels.words import ROWS as PANEL
 
 UNPACKED_AGAIN = 32
 """Tokens, at most, for which codes are unpacked next to each group; for more they are unpacked once."""
@@ -277,48 +273,6 @@ def _multiply_block(
         x = at(memory.words, t * (shape.padded // columns_of(memory.words)))
         x = at(x, column // columns_of(memory.words) * width_for(group))
         multiply(weights, unused, x, group, 1, count, at(memory.totals, t * ROWS), memory.scales, 0)
-
-
-@kernel
-def linear_bitmap(
-    work: Work,
-    x: Elements,
-    values: RowWords,
-    masks: Bytes,
-    starts: Integers,
-    bias: Elements,
-    residual: Elements,
-    out: Elements,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    x_stride: int,
-    run: int,
-    has_bias: int,
-    has_residual: int,
-) -> None:
-    """masks [strips, words of a row, PANELS] of an element's bit each, values in their order; those of strip
-    i begin at starts[i]. Behind the last value must lie 64 bytes."""
-    shape = shape_for(tokens, out_features, in_features, x_stride, 32, in_features, run)
-    outputs = Outputs(bias, residual, out, has_bias, has_residual)
-    memory = memory_for(shape, x)
-    _fill(memory)
-    wide = shape.padded // columns_of(values)
-    piece = take(work, shape, memory, x, -1, False)
-    while piece.tokens > 0:
-        for strip in range(piece.first, piece.end):
-            clear(memory, piece.tokens)
-            start = starts[strip]
-            size = SLICE if piece.tokens > MOST_TOKENS else WIDE_SLICE
-            for first in range(0, shape.padded, size):
-                columns = min(size, shape.padded - first)
-                vector = (strip * wide + first // columns_of(values)) * PANELS
-                count = columns // columns_of(values)
-                start = expand(values, start, masks, vector, count, memory.expanded)
-                _multiply_slice(shape, memory, memory.expanded, masks, first, columns, piece.tokens)
-            write(shape, memory, outputs, piece, strip)
-        piece = take(work, shape, memory, x, piece.token, False)
-    free_memory(memory)
 
 
 @kernel

@@ -38,8 +38,6 @@ TOKENS = 64
 """Whose activations are put into words at a time, and stay in the second cache."""
 SLICE = 256
 """Columns of a strip that meet all these tokens before the next ones do."""
-WIDE_SLICE = 512
-"""The same for a single group of tokens, which takes several blocks at once."""
 BLOCK = 128
 """Columns that are added up before they are scaled, unless a group has fewer."""
 
@@ -88,7 +86,7 @@ class Memory(NamedTuple):
     zeros: Floats
     """[groups, ROWS] of a strip, times their scales, negative."""
     expanded: Words
-    """[WIDE_SLICE, ROWS] of a strip."""
+    """[SLICE, ROWS] of a strip."""
 
 
 class Piece(NamedTuple):
@@ -125,7 +123,7 @@ def memory_for(shape: Shape, x: Elements) -> Memory:
     sums = tokens * max(shape.groups, PANEL)
     totals = tokens * ROWS
     scales = shape.groups * ROWS
-    size = words + sums + totals + 2 * scales + WIDE_SLICE * ROWS
+    size = words + sums + totals + 2 * scales + SLICE * ROWS
     memory = _allocate(64, _round_up(4 * size, 64))
     to_sums = at(memory, words)
     to_totals = at(to_sums, sums)

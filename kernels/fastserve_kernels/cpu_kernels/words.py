@@ -13,7 +13,7 @@ these words as their types, by which the functions here are chosen:
 | `nibbles` | 16 rows x 8 codes of 4 bits | 8 `single` or 4 `pair`, looked up in a table of 16 |
 | `codes` | 16 rows x 4 codes of 8 bits | 4 `single` or 2 `pair`, looked up in a table of 128, and a sign |
 
-The instructions are those of AVX-512 with its extensions BF16, VBMI, VBMI2 and VNNI. LLVM has changed some of
+The instructions are those of AVX-512 with its extensions BF16, VBMI and VNNI. LLVM has changed some of
 their types between its versions, and takes the older ones, which are used here, as well.
 """
 
@@ -196,44 +196,6 @@ def unpack(typing: Any, stored: Any, table: Any, count: Any, target: Any) -> Any
         return context.get_dummy_value()
 
     return types.void(stored, table, types.int64, target), lower
-
-
-def _in_register(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    """The vector itself, loaded by an instruction of its own: AMD's processors take four times as long to
-    expand what lies in memory."""
-    kind = ir.FunctionType(vector.type, [vector.type])
-    return builder.asm(kind, "", "=v,0", [vector], side_effect=False)
-
-
-@intrinsic
-def expand(typing: Any, values: Any, start: Any, masks: Any, first: Any, count: Any, target: Any) -> Any:
-    """The words of `count` vectors of each panel, to target: the elements of a vector where its mask has a
-    bit come one after another from values[start], the others are 0. Returns where the values end.
-
-    A vector's mask has a bit per element, 32 for `pair` and 16 for `single`; masks[first] is the first one.
-    """
-    word = target.dtype
-    mask_kind, kind = (I16, SUMS) if word == single else (I32, SHORTS)
-    name = "x86.avx512.mask.expand." + ("v16f32" if word == single else "v32i16")
-
-    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        values_, start, masks_, first, count, to = args
-        end = cgutils.alloca_once_value(builder, start)
-        with cgutils.for_range(builder, count) as loop:
-            for panel in range(PANELS):
-                index = builder.add(builder.mul(loop.index, I64(PANELS)), I64(panel))
-                mask = builder.load(place_of(builder, masks_, builder.add(first, index), mask_kind), align=2)
-                begin = builder.load(end)
-                place = place_of(builder, values_, begin, kind.element)
-                prefetch(builder, place)
-                raw = builder.load(builder.bitcast(place, kind.as_pointer()), align=2)
-                bits = builder.bitcast(mask, ir.VectorType(ir.IntType(1), kind.count))
-                raw = _in_register(builder, raw)
-                store(builder, invoke(builder, name, kind, raw, ir.Constant(kind, None), bits), to, index)
-                builder.store(builder.add(begin, builder.zext(builder.ctpop(mask), I64)), end)
-        return builder.load(end)
-
-    return types.int64(values, types.int64, masks, types.int64, types.int64, target), lower
 
 
 @intrinsic
