@@ -58,6 +58,8 @@ def test_rows_without_whole_groups_are_refused(save_model: Callable) -> None:
     directory, _ = save_model("llama")
     with pytest.raises(ModelError, match=r"q_proj\.weight: rows of 48 .* multiples of 32"):
         load_model(str(directory), quantization="int4")
+    layer = load_model(str(directory), "float32", quantization="int8").weights.layers[0]  # type: ignore[attr-defined]
+    assert layer.qkv.weight.arguments[-1] == 48  # one scale for a whole row
 
 
 def test_unknown_quantization_is_refused(save_model: Callable) -> None:

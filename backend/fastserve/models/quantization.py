@@ -10,7 +10,7 @@ from fastserve.models.model_error import ModelError
 from fastserve_kernels.formats import FP8, NF4, W8A8, Dense, Int4, Int8, Weight
 
 GROUP_SIZES = (64, 32)
-"""Of the formats of 4 bits: the first that divides a row."""
+"""Columns that share a scale: the first that divides a row."""
 
 
 def quantize(name: str, weight: Tensor, quantization: str) -> Weight:
@@ -23,19 +23,26 @@ def quantize_head(name: str, weight: Tensor, quantization: str) -> Weight:
     return quantize(name, weight, "none" if quantization == "none" else "int8")
 
 
-def _group_size(name: str, weight: Tensor) -> int:
-    width = weight.shape[1]
-    for size in GROUP_SIZES:
-        if width % size == 0:
-            return size
-    raise ModelError(f"{name}: rows of {width} cannot be quantised to 4 bits; allowed: multiples of 32")
+def _group_size(weight: Tensor) -> int | None:
+    """None if no size divides a row."""
+    return next((size for size in GROUP_SIZES if weight.shape[1] % size == 0), None)
+
+
+def _group_size_of_4_bits(name: str, weight: Tensor) -> int:
+    """A whole row is too much to share a scale of 4 bits."""
+    size = _group_size(weight)
+    if size is None:
+        raise ModelError(
+            f"{name}: rows of {weight.shape[1]} cannot be quantised to 4 bits; allowed: multiples of 32"
+        )
+    return size
 
 
 _METHODS: dict[str, Callable[[str, Tensor], Weight]] = {
     "none": lambda name, weight: Dense(weight),
-    "int4": lambda name, weight: Int4.pack(weight, group_size=_group_size(name, weight), symmetric=False),
-    "nf4": lambda name, weight: NF4.pack(weight, group_size=_group_size(name, weight)),
-    "int8": lambda name, weight: Int8.pack(weight),
+    "int4": lambda name, weight: Int4.pack(weight, _group_size_of_4_bits(name, weight), symmetric=False),
+    "nf4": lambda name, weight: NF4.pack(weight, _group_size_of_4_bits(name, weight)),
+    "int8": lambda name, weight: Int8.pack(weight, _group_size(weight)),
     "fp8": lambda name, weight: FP8.pack(weight),
     "w8a8": lambda name, weight: W8A8.pack(weight),
 }
