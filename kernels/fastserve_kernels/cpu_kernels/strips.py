@@ -34,8 +34,8 @@ from fastserve_kernels.cpu_kernels.words import ROWS as PANEL
 
 ROWS = PANELS * PANEL
 """Of a strip."""
-TOKENS = 64
-"""Whose activations are put into words at a time, and stay in the second cache."""
+TOKENS = 256
+"""Whose activations are put into words at a time, and who meet codes that were unpacked once."""
 SLICE = 256
 """Columns of a strip that meet all these tokens before the next ones do."""
 BLOCK = 128
