@@ -256,8 +256,10 @@ def _run(
     if tokens == 0:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
+    in_parallel = tokens * in_features * out_features >= LEAST_PARALLEL
+    threads = torch.get_num_threads() if in_parallel else 1
     _kernel(name, x.dtype, stored)(
-        tokens * in_features * out_features >= LEAST_PARALLEL,
+        in_parallel,
         x.data_ptr(),
         *map(_address, weight),
         _address(bias),
@@ -267,7 +269,8 @@ def _run(
         out_features,
         in_features,
         x.stride(0),
-        _strips_of_a_run(out_features, weight[0]),
+        _strips_of_a_run(out_features, weight[0], threads),
+        threads,
         bias is not None,
         residual is not None,
         *numbers,
@@ -275,12 +278,10 @@ def _run(
     return out
 
 
-def _strips_of_a_run(out_features: int, weight: Tensor | None) -> int:
+def _strips_of_a_run(out_features: int, weight: Tensor | None, threads: int) -> int:
     strips = -(-out_features // arrangement.STRIP)
     nbytes = 0 if weight is None else weight.nbytes
-    return max(
-        1, min(RUN_BYTES * strips // max(1, nbytes), strips // (RUNS_PER_THREAD * torch.get_num_threads()))
-    )
+    return max(1, min(RUN_BYTES * strips // max(1, nbytes), strips // (RUNS_PER_THREAD * threads)))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -97,6 +97,16 @@ def transformers_name(name: str) -> str:
     return f"{layer}{_MODULES[match[2]]}.{match[3]}"
 
 
+def gguf_transformers_config(file: GgufFile) -> PretrainedConfig:
+    """The config with which transformers would describe the model of a GGUF file.
+
+    Raises ModelError for another architecture, and for rotary embeddings that it cannot describe.
+    """
+    if _ROPE_FACTORS in file.tensors:
+        raise ModelError(f"{file.path}: its rotary frequencies are scaled one by one; give the model's directory")
+    return _transformers_config(file)
+
+
 def gguf_decoder_config(file: GgufFile) -> DecoderConfig:
     """The config that the metadata of a GGUF file describes.
 

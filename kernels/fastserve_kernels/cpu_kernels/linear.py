@@ -170,6 +170,7 @@ def linear_nibbles(
     in_features: int,
     x_stride: int,
     run: int,
+    threads: int,
     has_bias: int,
     has_residual: int,
     group: int,
@@ -178,7 +179,7 @@ def linear_nibbles(
 ) -> None:
     """codes [strips, K / 8, ROWS] words; scales and zeros [strips, groups, ROWS]; weights are
     (table[code] - zero - shift) * scale."""
-    shape = shape_for(tokens, out_features, in_features, x_stride, 32, group, run)
+    shape = shape_for(tokens, out_features, in_features, x_stride, 32, group, run, threads)
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
     _multiply_codes(work, shape, outputs, x, codes, table, scales, zeros, shift, has_zeros)
 
@@ -199,6 +200,7 @@ def linear_codes(
     in_features: int,
     x_stride: int,
     run: int,
+    threads: int,
     has_bias: int,
     has_residual: int,
     group: int,
@@ -206,7 +208,7 @@ def linear_codes(
     has_zeros: int,
 ) -> None:
     """As `linear_nibbles`, codes [strips, K / 4, ROWS] words."""
-    shape = shape_for(tokens, out_features, in_features, x_stride, 32, group, run)
+    shape = shape_for(tokens, out_features, in_features, x_stride, 32, group, run, threads)
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
     _multiply_codes(work, shape, outputs, x, codes, table, scales, zeros, shift, has_zeros)
 
@@ -233,6 +235,7 @@ def linear_blocks(
     in_features: int,
     x_stride: int,
     run: int,
+    threads: int,
     has_bias: int,
     has_residual: int,
     block_rows: int,
@@ -240,7 +243,7 @@ def linear_blocks(
 ) -> None:
     """blocks, those of a block row one after another for its first strip, then for its next one: of each
     [block_columns, ROWS] in words. row_starts [block rows + 1] counts blocks; columns are block columns."""
-    shape = shape_for(tokens, out_features, in_features, x_stride, max(32, block_columns), in_features, run)
+    shape = shape_for(tokens, out_features, in_features, x_stride, max(32, block_columns), in_features, run, threads)
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
     memory = memory_for(shape, x)
     _fill(memory)
@@ -289,12 +292,13 @@ def linear_quads(
     in_features: int,
     x_stride: int,
     run: int,
+    threads: int,
     has_bias: int,
     has_residual: int,
 ) -> None:
     """values [strips, K / 4, ROWS] quads, each value + 128 as a byte without a sign; scales [strips,
     ROWS]."""
-    shape = shape_for(tokens, out_features, in_features, x_stride, 64, in_features, run)
+    shape = shape_for(tokens, out_features, in_features, x_stride, 64, in_features, run, threads)
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
     memory = memory_for(shape, x)
     words = as_quads(memory.words)

@@ -59,7 +59,8 @@ class Shape(NamedTuple):
     groups: int
     """Of columns that share a scale: a block each, or one of all columns."""
     run: int
-    """Strips of a piece of work."""
+    """Strips of a piece of work, at least."""
+    threads: int
 
 
 class Outputs(NamedTuple):
@@ -100,14 +101,21 @@ class Piece(NamedTuple):
 
 @njit(error_model="numpy")
 def shape_for(
-    tokens: int, out_features: int, in_features: int, x_stride: int, multiple: int, group: int, run: int
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    x_stride: int,
+    multiple: int,
+    group: int,
+    run: int,
+    threads: int,
 ) -> Shape:
     """`group` columns share a scale: 32, 64, 128, or all of them."""
     padded = _round_up(in_features, multiple)
     shared = group >= in_features
     block = BLOCK if shared else group
     groups = 1 if shared else in_features // group
-    return Shape(tokens, out_features, in_features, x_stride, padded, block, groups, run)
+    return Shape(tokens, out_features, in_features, x_stride, padded, block, groups, run, threads)
 
 
 @njit(error_model="numpy")
@@ -135,13 +143,19 @@ def memory_for(shape: Shape, x: Elements) -> Memory:
 
 @njit(error_model="numpy")
 def next_piece(work: Work, shape: Shape) -> Piece:
-    """The next piece of work; beyond the last, one of no tokens."""
-    number = claim(work)
+    """The next piece of work; beyond the last, one of no tokens.
+
+    A thread's share of half of the strips that are left, so that few pieces are begun, which stops a thread
+    for a microsecond, and yet the threads end together."""
     strips = (shape.out_features + ROWS - 1) // ROWS
-    runs = (strips + shape.run - 1) // shape.run
-    first = number % runs * shape.run
-    token = number // runs * TOKENS
-    return Piece(first, min(first + shape.run, strips), token, max(0, min(TOKENS, shape.tokens - token)))
+    first, size, token = 0, 0, 0
+    for _ in range(claim(work) + 1):
+        first += size
+        if first == strips:
+            first, token = 0, token + TOKENS
+        left = strips - first
+        size = min(left, max(shape.run, left // (2 * shape.threads)))
+    return Piece(first, first + size, token, max(0, min(TOKENS, shape.tokens - token)))
 
 
 @njit(error_model="numpy")

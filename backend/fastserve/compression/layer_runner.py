@@ -1,0 +1,83 @@
+"""Takes the layers of a model through a step, one in memory at a time; an interrupted run is gone on from.
+
+After each layer two files are written: the layer, and the hidden states before the next one. To go on is to
+read the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastserve.compression.layer import Calls, Layer
+from fastserve.compression.linear_report import linear_report
+from fastserve.compression.skeleton import Skeleton
+from fastserve.compression.state import State, StateWriter, read_part, write_part
+from fastserve.compression.step import Context, LayerStep
+from fastserve_kernels.formats import Weight
+
+HIDDEN = "hidden.safetensors"
+
+
+@dataclass(frozen=True)
+class _Front:
+    """How far a step has come: the states before layer `index`."""
+
+    index: int
+    hidden: Tensor
+    reference: Tensor | None
+
+
+@torch.no_grad()
+def run_layers(step: LayerStep, before: State, after: StateWriter, context: Context) -> None:
+    """Writes the state after a step whose `compress` takes a layer."""
+    skeleton = Skeleton(before.config, context.device)
+    entering, calls = skeleton.embed(_embedding(before), context.calibration)
+    front = _read_front(after) or _Front(0, entering, entering.clone() if step.with_reference else None)
+    task = context.progress.add_task(step.name, total=before.num_layers, completed=front.index)
+    for index in range(front.index, before.num_layers):
+        layer = _layer(skeleton, before, index, calls[index], front)
+        names = tuple(name for name in skeleton.linears(index) if step.selects(f"{layer.prefix}{name}"))
+        step.compress(layer, names)
+        reports = [linear_report(layer, name) for name in names]
+        layer.advance()
+        after.write_layer(index, layer.part)
+        after.note(f"layer {index}", [report.__dict__ for report in reports])
+        front = _Front(index + 1, front.hidden, front.reference)
+        _write_front(after, front)
+        context.progress.advance(task)
+    after.write_outer(before.outer())
+    after.write_config(before.config)
+    (after.directory / HIDDEN).unlink()
+
+
+def _embedding(state: State) -> Tensor:
+    weight = state.outer()["model.embed_tokens"]
+    return weight.dequantize() if isinstance(weight, Weight) else weight
+
+
+def _layer(skeleton: Skeleton, before: State, index: int, call: Mapping[str, Any], front: _Front) -> Layer:
+    tensors = before.dense_layer(index)
+    calls = Calls(skeleton.materialize(index, tensors), dict(call))
+    reference = Calls(skeleton.materialize(index, tensors), dict(call))
+    prefix = f"{skeleton.prefix}{index}."
+    return Layer(index, prefix, before.layer(index), calls, front.hidden, reference, front.reference)
+
+
+def _read_front(after: StateWriter) -> _Front | None:
+    path = after.directory / HIDDEN
+    if not path.is_file():
+        return None
+    part: dict[str, Any] = dict(read_part(path))
+    return _Front(int(part["index"]), part["hidden"], part.get("reference"))
+
+
+def _write_front(after: StateWriter, front: _Front) -> None:
+    part: dict[str, Tensor] = {"index": torch.tensor(front.index), "hidden": front.hidden}
+    if front.reference is not None:
+        part["reference"] = front.reference
+    write_part(after.directory / HIDDEN, part)

@@ -1,0 +1,94 @@
+"""From a model and a recipe to a checkpoint: the steps one after the other, each from a state to the next."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from rich.progress import Progress
+
+from fastserve.compression.export import export
+from fastserve.compression.recipe import Recipe, check_recipe
+from fastserve.compression.source_state import SourceState
+from fastserve.compression.state import SavedState, State, StateWriter, write_atomically
+from fastserve.compression.step import Context, RecipeError, Step
+from fastserve.compression.text import calibration_windows
+from fastserve.model_files import ModelFiles
+
+PARTIAL = ".partial"
+"""Added to the name of the result's directory: where an unfinished run keeps its states."""
+RUN, DONE = "run.json", "done"
+
+
+@dataclass(frozen=True)
+class StepNotes:
+    """What a step had to say."""
+
+    step: str
+    notes: dict[str, Any]
+
+
+def compress(
+    files: ModelFiles,
+    recipe: Recipe,
+    out: Path,
+    device: torch.device,
+    progress: Progress,
+    restart: bool = False,
+) -> list[StepNotes]:
+    """Writes the compressed checkpoint to `out`, which must not exist yet, and returns what each step noted.
+
+    An interrupted run of the same recipe on the same model is gone on from, layer by layer; `restart` begins
+    anew. Raises RecipeError, and ModelError if the model cannot be read.
+    """
+    if out.exists():
+        raise RecipeError(f"out: {out} exists already; name a directory that does not")
+    source = SourceState(files.checkpoint)
+    check_recipe(recipe, source.config)
+    work = out.with_name(out.name + PARTIAL)
+    _open_work(work, _digest(recipe, source), restart)
+    calibration, held_out = calibration_windows(recipe.calibration, files.tokenizer, recipe.seed)
+    context = Context(source, calibration, held_out, device, progress, recipe.seed)
+    state: State = source
+    notes: list[StepNotes] = []
+    for number, step in enumerate(recipe.steps, start=1):
+        saved = _run(step, work / f"{number}-{step.name}", state, context)
+        notes.append(StepNotes(step.name, saved.notes))
+        state = saved
+    export(state, files.tokenizer, out)
+    shutil.rmtree(work)
+    return notes
+
+
+def _run(step: Step, directory: Path, before: State, context: Context) -> SavedState:
+    """The state after a step, which is there already if an interrupted run came so far."""
+    if not (directory / DONE).is_file():
+        torch.manual_seed(context.seed)
+        step.run(before, StateWriter(directory), context)
+        write_atomically(directory / DONE, b"")
+    return SavedState(directory)
+
+
+def _digest(recipe: Recipe, source: SourceState) -> str:
+    """Of what the result depends on."""
+    return hashlib.sha256(msgspec.json.encode(recipe) + source.digest().encode()).hexdigest()
+
+
+def _open_work(work: Path, digest: str, restart: bool) -> None:
+    """Raises RecipeError if it holds an unfinished run of something else."""
+    if restart:
+        shutil.rmtree(work, ignore_errors=True)
+    if not (work / RUN).is_file():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_atomically(work / RUN, msgspec.json.encode({"digest": digest}))
+    elif msgspec.json.decode((work / RUN).read_bytes())["digest"] != digest:
+        raise RecipeError(
+            f"out: {work} holds an unfinished run of another recipe or model; finish that, or begin anew with "
+            "--restart"
+        )

@@ -1,0 +1,115 @@
+"""A causal model of transformers without its weights: where its decoder layers are, and how they are called."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fastserve.compression.step import RecipeError
+
+
+class Skeleton:
+    """The modules of a model, on the meta device but for its rotary tables."""
+
+    def __init__(self, config: PretrainedConfig, device: torch.device) -> None:
+        """Raises RecipeError if the model is no stack of decoder layers as transformers usually has them."""
+        self.config = copy.deepcopy(config)
+        self.config._attn_implementation = "sdpa"
+        self.device = device
+        self.model = _without_weights(self.config, device)
+        decoder = self.model.get_decoder()
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise RecipeError(f"model: {config.model_type} keeps its decoder layers otherwise than in `layers`")
+        self.layers = layers
+        names = {module: name for name, module in self.model.named_modules()}
+        self.prefix = f"{names[layers]}."
+        """Of the full names of what is in the layers: `model.layers.`"""
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Skeleton:
+        """On the CPU."""
+        return cls(config, torch.device("cpu"))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def linears(self, index: int) -> tuple[str, ...]:
+        """The local names of a layer's linears: `mlp.up_proj`."""
+        return tuple(
+            name for name, module in self.layers[index].named_modules() if isinstance(module, nn.Linear)
+        )
+
+    def tensors(self, index: int) -> tuple[str, ...]:
+        """The local names of a layer's tensors: `mlp.up_proj.weight`."""
+        return tuple(self.layers[index].state_dict())
+
+    def outer_tensors(self) -> tuple[str, ...]:
+        """The full names of the tensors outside the layers; a head that is the embedding is not among them."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        return tuple(
+            name for name in self.model.state_dict() if not name.startswith(self.prefix) and name not in tied
+        )
+
+    def outer_matrices(self) -> tuple[str, ...]:
+        """The full names of the modules outside the layers that are an embedding or a linear."""
+        found = (
+            f"{name}.weight"
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding | nn.Linear) and not name.startswith(self.prefix)
+        )
+        present = set(self.outer_tensors())
+        return tuple(name.removesuffix(".weight") for name in found if name in present)
+
+    def materialize(self, index: int, tensors: dict[str, Tensor]) -> nn.Module:
+        """A layer with weights, in float32: `tensors` by local name."""
+        layer = copy.deepcopy(self.layers[index]).to_empty(device=self.device).float()
+        layer.load_state_dict(tensors)
+        return layer.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def embed(self, embedding: Tensor, token_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The hidden states [samples, T, hidden] float32 before the first layer of token_ids [samples, T],
+        and the keyword arguments with which the model calls each of its layers for a sequence so long."""
+        calls: list[dict[str, Any]] = []
+        decoder = copy.deepcopy(self.model.get_decoder())
+        entering: list[Tensor] = []
+        for layer in decoder.layers:
+            layer.forward = _Recorder(entering, calls)
+        decoder.norm = nn.Identity()
+        decoder.set_input_embeddings(nn.Embedding.from_pretrained(embedding.float().to(self.device)))
+        for sequence in token_ids.to(self.device):
+            decoder(input_ids=sequence[None], use_cache=False)
+        hidden = torch.cat(entering[:: self.num_layers])
+        return hidden, calls[: self.num_layers]
+
+
+class _Recorder:
+    """Stands for a layer's computation: notes what it is called with, and changes nothing."""
+
+    def __init__(self, entering: list[Tensor], calls: list[dict[str, Any]]) -> None:
+        self._entering, self._calls = entering, calls
+
+    def __call__(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self._entering.append(hidden)
+        self._calls.append(arguments)
+        return hidden
+
+
+def _without_weights(config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    decoder = model.get_decoder()
+    rotary = getattr(decoder, "rotary_emb", None)
+    if rotary is not None:
+        # Its tables are computed, not loaded.
+        decoder.rotary_emb = type(rotary)(config=config).to(device)
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if left:
+        raise RecipeError(f"model: {config.model_type} computes {', '.join(left)} as it is made")
+    return model.eval()
