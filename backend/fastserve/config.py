@@ -54,6 +54,13 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     kv_cache_bytes: Annotated[
         int, Meta(ge=0, description="of the KV cache; 0: 1 GiB on a CPU, what is free on a GPU")
     ] = 0
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8", "fp8"],
+        Meta(
+            description="of the KV cache, with the checkpoint's scales or with scales measured when it is "
+            "loaded; auto: what the checkpoint names, else that of the weights"
+        ),
+    ] = "auto"
     enable_prefix_caching: Annotated[bool, Meta(description="reuse KV blocks of equal prefixes")] = True
     num_threads: Annotated[int, Meta(ge=0, description="of the worker on a CPU; 0: one per core")] = 0
     policy: Annotated[Literal["priority_age", "fcfs"], Meta(description="who runs first")] = "priority_age"

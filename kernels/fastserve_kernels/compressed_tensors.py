@@ -1,14 +1,16 @@
 """Weights as checkpoints of the `compressed-tensors` library hold them, to and from the plain formats.
 
-- `pack-quantized`, of `Int4` and `Int8`: `weight_packed` int32 [N, ceil(K bits / 32)], the first code in the
-  lowest bits of a word; `weight_scale`; `weight_shape` [2]; `weight_zero_point` int32 [ceil(N bits / 32), K /
-  G], packed along the rows. Codes are unsigned: less 2^(bits - 1) they are the number; zero points too.
+- `pack-quantized`, of `Int4` and `Int8`, in the 2 to 8 bits that the codes need: `weight_packed` int32 [N,
+  ceil(K bits / 32)] as in `code_words`; `weight_scale`; `weight_shape` [2]; `weight_zero_point` int32 [ceil(N
+  bits / 32), K / G], packed along the rows. Codes are unsigned: less 2^(bits - 1) they are the number; zero
+  points too. Old versions began each word with a new code.
 - `int-quantized` and `naive-quantized`, of `Int8`, and of `W8A8` where activations are rounded too: `weight`
   int8 [N, K]; `weight_scale`; `weight_zero_point` int8.
 - `float-quantized` and `naive-quantized`, of `FP8`: `weight` float8_e4m3fn [N, K]; `weight_scale`.
 - `sparse-24-bitmask`, of `Sparse24`: `compressed` [N, K / 2]; `bitmask` uint8 [N, K / 8]; `shape` [2, 1].
 - `sparse-bitmask`, of `Bitmap`: `compressed` [nnz]; `bitmask` uint8 [N, ceil(K / 8)]; `row_offsets` int64
   [N]; `shape` [2].
+- The last two with a `weight_scale` are `int-quantized` or `float-quantized`, `compressed` for `weight`.
 
 `weight_scale` is [1], [N, 1], [N, K / G] or, of blocks, [N / rows, K / columns]. The sparse layouts are those
 of versions up to 0.12; later ones do not write them. `marlin-24` has no conversion: it is the order in which
@@ -24,8 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastserve_kernels.code_words import pack_codes, unpack_codes, words_of
 from fastserve_kernels.formats import FP8, W8A8, Bitmap, Int4, Int8, Sparse24, Weight
-from fastserve_kernels.weight import check_tensor, pack_pairs, unpack_pairs
+from fastserve_kernels.sparse import unpack_bits
+from fastserve_kernels.weight import check_even, check_tensor, pack_pairs, unpack_pairs
 
 COLUMNS_OF_MASK = {
     0b0011: 0b0100,
@@ -61,8 +65,8 @@ def from_compressed_tensors(compressed: CompressedTensors) -> Weight:
 
     Raises ValueError if the layout, a tensor or the scheme is none that a format of ours holds, and says why.
     """
-    if compressed.format not in _READERS:
-        raise ValueError(f"format must be {', '.join(_READERS)}, not {compressed.format!r}")
+    if compressed.format not in LAYOUTS:
+        raise ValueError(f"format must be {', '.join(LAYOUTS)}, not {compressed.format!r}")
     tensors, scheme = dict(compressed.tensors), compressed.scheme
     if scheme.get("output_activations"):
         raise ValueError("output_activations must be absent: no operator rounds what it returns")
@@ -100,8 +104,8 @@ def _of_weights(scheme: Mapping[str, Any]) -> Mapping[str, Any]:
 def _from_pack_quantized(tensors: dict[str, Tensor], scheme: Mapping[str, Any]) -> Weight:
     arguments = _of_weights(scheme)
     bits = arguments.get("num_bits", 8)
-    if bits not in (4, 8) or arguments.get("type", "int") != "int":
-        raise ValueError(f"weights must be integers of 4 or 8 bits, not {arguments.get('type')} of {bits}")
+    if bits not in range(2, 9) or arguments.get("type", "int") != "int":
+        raise ValueError(f"weights must be integers of 2 to 8 bits, not {arguments.get('type')} of {bits}")
     if scheme.get("input_activations"):
         raise ValueError(
             "input_activations must be absent: packed weights meet activations that are not rounded"
@@ -114,14 +118,15 @@ def _from_pack_quantized(tensors: dict[str, Tensor], scheme: Mapping[str, Any]) 
     if zeros is not None and zeros.dtype == torch.int32:
         zeros = _unpack(zeros.T, "weight_zero_point", (scales.shape[1], n), bits).T
     zeros = _zeros(zeros, scales, arguments)
-    if bits == 8:
+    if bits > 4:
         return Int8(codes, scales, zeros, group_size)
+    check_even(k, 2)
     return Int4(pack_pairs(codes + 8), scales, None if zeros is None else zeros + 8, group_size)
 
 
 def _from_quantized(tensors: dict[str, Tensor], scheme: Mapping[str, Any]) -> Weight:
     arguments, activations = _of_weights(scheme), scheme.get("input_activations")
-    values = _take(tensors, "weight")
+    values = _with_zeros(tensors) if "bitmask" in tensors else _take(tensors, "weight")
     n, k = check_tensor("weight", values, ("N", "K"), (torch.int8, torch.float8_e4m3fn))
     scales, group_size = _scales(_take(tensors, "weight_scale"), (n, k), arguments)
     zeros = _zeros(tensors.pop("weight_zero_point", None), scales, arguments)
@@ -141,6 +146,16 @@ def _from_quantized(tensors: dict[str, Tensor], scheme: Mapping[str, Any]) -> We
     if zeros is not None or group_size != k:
         raise ValueError("weights must be symmetric with a scale per row where activations are rounded too")
     return W8A8(values, scales[:, 0].float())
+
+
+def _with_zeros(tensors: dict[str, Tensor]) -> Tensor:
+    """The quantised values [N, K] of old sparse layouts, which hold those that are not zero."""
+    n, k = _take(tensors, "shape").flatten().tolist()
+    bitmask, kept = _take(tensors, "bitmask"), _take(tensors, "compressed")
+    check_tensor("bitmask", bitmask, (n, -(-k // 8)), (torch.uint8,))
+    tensors.pop("row_offsets", None)
+    values = torch.zeros(n, k, dtype=torch.uint8, device=kept.device)  # 0 has no bits in any dtype
+    return values.masked_scatter_(unpack_bits(bitmask, k), kept.view(torch.uint8)).view(kept.dtype)
 
 
 def _from_sparse_24(tensors: dict[str, Tensor], scheme: Mapping[str, Any]) -> Weight:
@@ -163,30 +178,35 @@ def _from_bitmask(tensors: dict[str, Tensor], scheme: Mapping[str, Any]) -> Weig
     return Bitmap(values, _take(tensors, "bitmask"), starts.to(torch.int32), k)
 
 
-def _int4_to_pack_quantized(weight: Int4) -> CompressedTensors:
-    zeros = None if weight.zeros is None else weight.zeros - 8
-    return _to_pack_quantized(weight, unpack_pairs(weight.codes).to(torch.int8) - 8, zeros, 4)
+def bits_of(weight: Int4 | Int8) -> int:
+    """The fewest bits, 2 or more for `Int4` and 5 or more for `Int8`, whose signed numbers hold its codes and
+    zeros. A weight that was rounded to b bits, with the middle code at 8 (`Int4`) or 0 (`Int8`), has b.
+    """
+    codes, zeros = _signed(weight)
+    numbers = [*codes.aminmax(), *(() if zeros is None else zeros.aminmax())]
+    # -8 needs as many bits as 7: ~x is -x - 1.
+    largest = max(number if number >= 0 else ~number for number in map(round, map(float, numbers)))
+    return max(2 if isinstance(weight, Int4) else 5, 1 + largest.bit_length())
 
 
-def _int8_to_pack_quantized(weight: Int8) -> CompressedTensors:
-    return _to_pack_quantized(weight, weight.values, weight.zeros, 8)
+def _signed(weight: Int4 | Int8) -> tuple[Tensor, Tensor | None]:
+    """Codes [N, K] int8, and zeros [N, K / G], less the middle code."""
+    if isinstance(weight, Int8):
+        return weight.values, weight.zeros
+    return unpack_pairs(weight.codes).to(torch.int8) - 8, None if weight.zeros is None else weight.zeros - 8
 
 
-def _to_pack_quantized(
-    weight: Int4 | Int8, codes: Tensor, zeros: Tensor | None, bits: int
-) -> CompressedTensors:
-    """Of signed codes [N, K] int8 and zeros [N, K / G]."""
+def _to_pack_quantized(weight: Int4 | Int8) -> CompressedTensors:
+    (codes, zeros), bits = _signed(weight), bits_of(weight)
+    most = 4 if isinstance(weight, Int4) else 8
+    if zeros is not None and ((zeros != zeros.round()).any() or bits > most):
+        raise ValueError(f"zeros must be whole numbers of {most} bits: pack-quantized stores them as such")
     tensors = {
         "weight_packed": _pack(codes, bits),
         "weight_scale": weight.scales,
         "weight_shape": torch.tensor([weight.out_features, weight.in_features]),
     }
     if zeros is not None:
-        largest = 2 ** (bits - 1)
-        if ((zeros != zeros.round()) | (zeros < -largest) | (zeros >= largest)).any():
-            raise ValueError(
-                f"zeros must be whole numbers of {bits} bits: pack-quantized stores them as such"
-            )
         tensors["weight_zero_point"] = _pack(zeros.T.to(torch.int8), bits).T.contiguous()
     return CompressedTensors("pack-quantized", tensors, _scheme(weight, bits, "int", zeros is None))
 
@@ -247,9 +267,11 @@ _READERS: dict[str, Callable[[dict[str, Tensor], Mapping[str, Any]], Weight]] = 
     "sparse-24-bitmask": _from_sparse_24,
     "sparse-bitmask": _from_bitmask,
 }
+LAYOUTS = tuple(_READERS)
+"""Those that can be read, by the library's names."""
 _WRITERS: dict[type[Weight], Callable[[Any], CompressedTensors]] = {
-    Int4: _int4_to_pack_quantized,
-    Int8: _int8_to_pack_quantized,
+    Int4: _to_pack_quantized,
+    Int8: _to_pack_quantized,
     W8A8: _to_int_quantized,
     FP8: _to_naive_quantized,
     Sparse24: _to_sparse_24,
@@ -259,19 +281,19 @@ _WRITERS: dict[type[Weight], Callable[[Any], CompressedTensors]] = {
 
 def _unpack(packed: Tensor, field: str, shape: tuple[int, int], bits: int) -> Tensor:
     """Signed numbers [N, K] int8 of words [N, ceil(K bits / 32)]."""
-    check_tensor(field, packed, (shape[0], -(-shape[1] * bits // 32)), (torch.int32,))
-    # The lowest byte of a word comes first on every machine that torch is built for.
-    codes = packed.flatten().view(torch.uint8).unflatten(0, (shape[0], -1))
-    codes = codes if bits == 8 else unpack_pairs(codes)
-    return (codes[:, : shape[1]].to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    rows, columns = shape
+    per_word = 32 // bits
+    if packed.shape == (rows, -(-columns // per_word)) and packed.shape[1] > words_of(columns, bits):
+        codes = unpack_codes(packed.reshape(-1, 1), bits, per_word).reshape(rows, -1)[:, :columns]
+    else:
+        check_tensor(field, packed, (rows, words_of(columns, bits)), (torch.int32,))
+        codes = unpack_codes(packed, bits, columns)
+    return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """The reverse of `_unpack`."""
-    unsigned = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
-    padded = torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % (32 // bits)))
-    packed = padded if bits == 8 else pack_pairs(padded)
-    return packed.flatten().view(torch.int32).unflatten(0, (codes.shape[0], -1))
+    """The reverse of `_unpack`, as today's versions of the library have it."""
+    return pack_codes((codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), bits)
 
 
 def _scales(scales: Tensor, shape: tuple[int, int], arguments: Mapping[str, Any]) -> tuple[Tensor, int]:

@@ -12,12 +12,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastserve_kernels.code_words import pack_codes, unpack_codes
 from fastserve_kernels.compressed_tensors import (
     CompressedTensors,
+    bits_of,
     from_compressed_tensors,
     to_compressed_tensors,
 )
 from fastserve_kernels.formats import FP8, NF4, W8A8, Bitmap, Int4, Int8, Sparse24, Weight
+from fastserve_kernels.quantised import round_to_integers
+from fastserve_kernels.weight import pack_pairs
+
+
+def rounded(bits: int, symmetric: bool) -> Callable[[Tensor], Weight]:
+    """Makes a weight of so many bits in groups of 32, its codes in the middle of the format's range."""
+
+    def make(weight: Tensor) -> Weight:
+        codes, scales, zeros = round_to_integers(weight, 32, bits, symmetric, None)
+        middle = 2 ** (bits - 1)
+        signed, zeros = codes - middle, None if zeros is None else zeros - middle
+        if bits > 4:
+            return Int8(signed.to(torch.int8), scales, zeros, 32)
+        return Int4(pack_pairs(signed + 8), scales, None if zeros is None else zeros + 8, 32)
+
+    return make
+
 
 MAKERS: dict[str, Callable[[Tensor], Weight]] = {
     "int4": lambda w: Int4.pack(w, 32),
@@ -30,6 +49,8 @@ MAKERS: dict[str, Callable[[Tensor], Weight]] = {
     "w8a8": lambda w: W8A8.pack(w),
     "sparse24": lambda w: Sparse24.pack(w),
     "bitmap": lambda w: Bitmap.pack(w, density=0.5),
+    **{f"{bits} bits": rounded(bits, True) for bits in (2, 3, 5, 6, 7)},
+    **{f"{bits} bits with zeros": rounded(bits, False) for bits in (2, 3, 5, 6, 7)},
 }
 
 
@@ -108,6 +129,51 @@ def test_literal_packed_codes() -> None:
     assert torch.equal(from_compressed_tensors(compressed).dequantize(), wanted)
 
 
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**32 - 1))
+def test_codes_follow_each_other_bit_by_bit(bits: int, rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    words = pack_codes(codes, bits)
+    for row, packed in zip(codes.tolist(), words.tolist(), strict=True):
+        stream = sum(code << bits * place for place, code in enumerate(row))
+        assert stream == sum((word & 0xFFFFFFFF) << 32 * place for place, word in enumerate(packed))
+    assert torch.equal(unpack_codes(words, bits, columns), codes)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_number_of_bits_survives(bits: int, symmetric: bool) -> None:
+    weight = rounded(bits, symmetric)(torch.randn(8, 64))
+    assert isinstance(weight, Int4 | Int8)
+    assert bits_of(weight) == bits
+    compressed = to_compressed_tensors(weight)
+    assert compressed.scheme["weights"]["num_bits"] == bits
+    assert compressed.tensors["weight_packed"].shape == (8, 64 * bits // 32)
+
+
+def test_zeros_count_among_the_bits() -> None:
+    """All weights of a row positive: the codes are high, the zero is low."""
+    weight = Int4(pack_pairs(torch.full((1, 32), 9)), torch.ones(1, 1), torch.tensor([[1.0]]), 32)
+    assert bits_of(weight) == 4
+    assert same(from_compressed_tensors(to_compressed_tensors(weight)), weight)
+
+
+@pytest.mark.parametrize(("bits", "per_word"), [(3, 10), (5, 6), (6, 5), (7, 4)])
+def test_words_of_old_versions_that_begin_with_a_new_code(bits: int, per_word: int) -> None:
+    weight = rounded(bits, True)(torch.randn(3, 96))
+    compressed = to_compressed_tensors(weight)
+    codes = unpack_codes(compressed.tensors["weight_packed"], bits, 96).tolist()
+    words = [
+        [
+            sum(code << bits * place for place, code in enumerate(row[start : start + per_word]))
+            for start in range(0, 96, per_word)
+        ]
+        for row in codes
+    ]
+    tensors = {**compressed.tensors, "weight_packed": torch.tensor(words).int()}
+    assert same(from_compressed_tensors(replace(compressed, tensors=tensors)), weight)
+
+
 def test_literal_sparse_bitmasks() -> None:
     """As version 0.12 of the library wrote them, bit 0 for the first column."""
     dense = torch.tensor([[1.0, 0, 2, 0, 0, 3, 4, 0], [0, 0, -5, 6, 7, 8, 0, 0]])
@@ -180,7 +246,7 @@ STATIC = INT8_TOKENS | {"dynamic": False}
         ("int4", {"tensors": {"weight_scale": None}}, "weight_scale is missing"),
         ("int4", {"tensors": {"weight_global_scale": torch.ones(1)}}, "no tensors .* weight_global_scale"),
         ("int4", {"tensors": {"weight_shape": torch.tensor([5, 200])}}, "weight_packed must be int32 .* 25"),
-        ("int4", {"weights": {"num_bits": 3}}, "4 or 8 bits, not int of 3"),
+        ("int4", {"weights": {"num_bits": 9}}, "2 to 8 bits, not int of 9"),
         ("int4", {"weights": {"group_size": 16}}, "group_size must be one of .* not 16"),
         ("int4", {"weights": {"symmetric": False}}, "weight_zero_point is missing"),
         ("int4", {"weights": {"strategy": "tensor_group"}}, "strategy must be .* not tensor_group"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from fastserve.models.causal_lm import CausalLM
+from fastserve.models.kv_cache import make_kv_caches
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 SIZES: dict[str, Any] = {
@@ -70,10 +71,7 @@ class PagedRun:
         blocks = torch.randperm(sum(needed) + 3, generator=torch.Generator().manual_seed(1)).tolist()
         self.block_tables = [[blocks.pop() for _ in range(count)] for count in needed]
         num_blocks = sum(needed) + 3
-        self.caches = [
-            (torch.zeros(keys, dtype=model.dtype), torch.zeros(values, dtype=model.dtype))
-            for keys, values in model.kv_cache_shapes(num_blocks, block_size)
-        ]
+        self.caches = make_kv_caches(model.kv_cache_shapes(num_blocks, block_size), model.dtype, "cpu")
         self.computed = [0] * len(lengths)
 
     def step(self, tokens: dict[int, list[int]]) -> dict[int, Tensor]:

@@ -96,4 +96,3 @@ def test_sizes(save_model: Callable) -> None:
     assert model.vocab_size == 199
     assert model.max_position == 256
     assert model.kv_cache_shapes(5, 16) == [((5, 16, 2, 32), (5, 16, 2, 32))] * 3
-    assert model.kv_bytes_per_token == 3 * 2 * 2 * 32 * 4

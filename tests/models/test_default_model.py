@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from fastserve.models.causal_lm import CausalLM
+from fastserve.models.kv_cache import make_kv_caches
 from fastserve.models.loading import load_model
 from fastserve.models.model_directory import eos_token_ids, resolve_tokenizer_directory
 from fastserve_kernels.attention_metadata import AttentionMetadata
@@ -47,8 +48,7 @@ def tokenizer(default_model_path: Path) -> PreTrainedTokenizerBase:
 
 def greedy(model: CausalLM, token_ids: list[int]) -> list[int]:
     """The prompt and its NEW_TOKENS likeliest next tokens."""
-    shapes = model.kv_cache_shapes(num_blocks=8, block_size=16)
-    caches = [(torch.zeros(k, dtype=model.dtype), torch.zeros(v, dtype=model.dtype)) for k, v in shapes]
+    caches = make_kv_caches(model.kv_cache_shapes(num_blocks=8, block_size=16), model.dtype, "cpu")
     computed, tokens = 0, list(token_ids)
     for _ in range(NEW_TOKENS):
         new = tokens[computed:]

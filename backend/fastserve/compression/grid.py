@@ -7,6 +7,7 @@ stand in the middle of its range: less 8 (`Int4`) or 0 (`Int8`) they are signed 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,6 +79,27 @@ class Grid:
         """The same with other scales [N, K / G], rounded to the dtype of these."""
         return replace(self, scales=_stored(scales, self.scales.dtype))
 
+    def split(self, rows: Sequence[int]) -> list[Grid]:
+        """The grids of so many rows each."""
+        zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(list(rows))
+        return [
+            replace(self, scales=scales, zeros=its_zeros)
+            for scales, its_zeros in zip(self.scales.split(list(rows)), zeros, strict=True)
+        ]
+
+    def shifted(self, steps: int) -> Grid:
+        """The same with zero points moved, as far as they may be."""
+        if self.zeros is None:
+            return self
+        return replace(self, zeros=(self.zeros + steps).clamp(0, 2**self.bits - 1))
+
+    def where(self, kept: Tensor, other: Grid) -> Grid:
+        """Of the groups [N, K / G] that `kept` is true for this grid, of the rest another."""
+        zeros = None
+        if self.zeros is not None and other.zeros is not None:
+            zeros = torch.where(kept, self.zeros, other.zeros)
+        return replace(self, scales=torch.where(kept, self.scales, other.scales), zeros=zeros)
+
     def pack(self, codes: Tensor) -> Int4 | Int8:
         """Codes [N, K] in the kernels' format: `Int4` for up to 4 bits, else `Int8`."""
         middle = 2 ** (self.bits - 1)
@@ -90,9 +112,71 @@ class Grid:
         )
 
 
+def search(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    metric: Tensor | None = None,
+    ratios: tuple[float, ...] = RATIOS,
+) -> Grid:
+    """The grid on which rounding a weight [N, K] to nearest costs each group least.
+
+    Tried are the group's range, shrunk by each of the ratios, and zero points one step off. The cost is the sum of
+    d^2 over the group, d being what rounding changes; with a `metric` [K] of metric_k d_k^2; with a `metric` [K / G,
+    G, G] of d^T metric d.
+    """
+    rows = max(1, ELEMENTS_AT_A_TIME // weight.shape[1])
+    grids = [
+        _search(part, bits, group_size, symmetric, dtype, metric, ratios)
+        for part in weight.float().split(rows)
+    ]
+    zeros = None if symmetric else torch.cat([grid.zeros for grid in grids if grid.zeros is not None])
+    return Grid(torch.cat([grid.scales for grid in grids]), zeros, bits, group_size)
+
+
+def _search(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    metric: Tensor | None,
+    ratios: tuple[float, ...],
+) -> Grid:
+    groups = weight.unflatten(1, (-1, group_size))
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    best = Grid.from_ranges(low, high, bits, group_size, dtype, symmetric)
+    least = _costs(weight, best, metric)
+    whole = best
+    for ratio in ratios:
+        for shift in (0,) if symmetric else (0, 1, -1):
+            candidate = whole.with_scales(whole.scales.float() * ratio).shifted(shift)
+            costs = _costs(weight, candidate, metric)
+            best = best.where(costs >= least, candidate)
+            least = torch.minimum(costs, least)
+    return best
+
+
+def _costs(weight: Tensor, grid: Grid, metric: Tensor | None) -> Tensor:
+    """Of rounding each group, [N, K / G]."""
+    difference = (grid.values(grid.nearest(weight)) - weight).unflatten(1, (-1, grid.group_size))
+    if metric is None:
+        return difference.square().sum(-1)
+    if metric.dim() == 1:
+        return (difference.square() * metric.view(-1, grid.group_size)).sum(-1)
+    return (torch.einsum("ngk,gkl->ngl", difference, metric) * difference).sum(-1)
+
+
 def bits_of(weight: Int4 | Int8) -> int:
     """The fewest bits, 2 to 8, that hold its codes as signed numbers."""
     codes = unpack_pairs(weight.codes).to(torch.int8) - 8 if isinstance(weight, Int4) else weight.values
     # -8 needs as many bits as 7: ~x is -x - 1.
     largest = int(torch.where(codes < 0, ~codes, codes).max())
     return max(2, 1 + largest.bit_length())
+
+
+def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in a dtype, none so small that it is 0 or loses precision."""
+    return scales.clamp(min=torch.finfo(dtype).tiny).to(dtype)

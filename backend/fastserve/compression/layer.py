@@ -28,8 +28,8 @@ class Moments:
     magnitude: Tensor
     """[K] E[|x|]."""
     drift: Tensor | None
-    """[K, K] E[(x_before - x) x^T], where x_before is the input in the model before this step; None unless the
-    step has a reference."""
+    """[K, K] E[(x_before - x) x^T], where x_before is the input in the model before this step; None unless
+    the step has a reference."""
     tokens: int
 
 
@@ -46,21 +46,29 @@ class Calls:
         return out[0] if isinstance(out, tuple) else out
 
     def input(self, name: str, hidden: Tensor) -> Tensor:
-        """What enters a linear [tokens, K] while `hidden` passes through the layer; it goes no further."""
+        """What enters a module [tokens, K] while `hidden` passes through the layer; it goes no further."""
+        return self.inputs((name,), hidden)[0]
+
+    def inputs(self, names: tuple[str, ...], hidden: Tensor) -> tuple[Tensor, ...]:
+        """The same of several, in the order in which they run."""
         seen: list[Tensor] = []
 
         def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            seen.append(given[0])
-            raise _Seen
+            seen.append(given[0].flatten(0, -2))
+            if len(seen) == len(names):
+                raise _Seen
 
-        hook = self.module.get_submodule(name).register_forward_pre_hook(note, prepend=True)
+        hooks = [
+            self.module.get_submodule(name).register_forward_pre_hook(note, prepend=True) for name in names
+        ]
         try:
             self(hidden)
         except _Seen:
             pass
         finally:
-            hook.remove()
-        return seen[0].flatten(0, -2)
+            for hook in hooks:
+                hook.remove()
+        return tuple(seen)
 
 
 class _Seen(Exception):
@@ -151,6 +159,10 @@ class Layer:
         self._part[name] = rounded
         self._changed(after=None)
 
+    def add_other(self, name: str, tensor: Tensor) -> None:
+        """Gives the layer a tensor that transformers knows nothing of: a scale."""
+        self._part[name] = tensor
+
     def moments(self, stage: Stage) -> Moments:
         """Of the input that the linears of a stage share, with the layer as it is now."""
         if stage not in self._moments:
@@ -168,6 +180,14 @@ class Layer:
     def run_reference(self, hidden: Tensor) -> Tensor:
         """The same of the layer before this step."""
         return self._reference(hidden)
+
+    def inputs(self, names: tuple[str, ...], hidden: Tensor) -> tuple[Tensor, ...]:
+        """What enters these modules [tokens, K], named in the order in which they run, for such hidden states."""
+        return self._calls.inputs(names, hidden)
+
+    def reference_inputs(self, names: tuple[str, ...], hidden: Tensor) -> tuple[Tensor, ...]:
+        """The same of the layer before this step."""
+        return self._reference.inputs(names, hidden)
 
     def batches(self) -> Iterator[Tensor]:
         """The hidden states before the layer, [sequences, T, hidden]: views, which may be written to when no

@@ -6,7 +6,7 @@ read the latter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastserve.compression.linear_report import linear_report
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.state import State, StateWriter, read_part, write_part
 from fastserve.compression.step import Context, LayerStep
-from fastserve_kernels.formats import Weight
+from fastserve_kernels.formats import Dense, Weight
 
 HIDDEN = "hidden.safetensors"
 
@@ -55,9 +55,24 @@ def run_layers(step: LayerStep, before: State, after: StateWriter, context: Cont
     (after.directory / HIDDEN).unlink()
 
 
+@torch.no_grad()
+def survey_layers(name: str, state: State, context: Context) -> Iterator[Layer]:
+    """The layers of a model as they are, one after the other, with the hidden states that reach them. `name`
+    is what the progress bar says."""
+    skeleton = Skeleton(state.config, context.device)
+    hidden, calls = skeleton.embed(_embedding(state), context.calibration)
+    task = context.progress.add_task(name, total=state.num_layers)
+    for index in range(state.num_layers):
+        layer = _layer(skeleton, state, index, calls[index], _Front(index, hidden, None))
+        yield layer
+        layer.advance()
+        context.progress.advance(task)
+
+
 def _embedding(state: State) -> Tensor:
     weight = state.outer()["model.embed_tokens"]
-    return weight.dequantize() if isinstance(weight, Weight) else weight
+    assert isinstance(weight, Weight)
+    return weight.weight if isinstance(weight, Dense) else weight.dequantize()
 
 
 def _layer(skeleton: Skeleton, before: State, index: int, call: Mapping[str, Any], front: _Front) -> Layer:

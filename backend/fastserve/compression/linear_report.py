@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fastserve_kernels.formats import LowRank, Weight
+from fastserve_kernels.formats import LowRank
 
 if TYPE_CHECKING:
     from fastserve.compression.layer import Layer

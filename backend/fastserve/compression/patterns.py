@@ -7,14 +7,13 @@
 | `2:4` | single weights, two of each four adjacent columns | `Sparse24` |
 | `block 32x64` | blocks of 32 rows and 64 columns | `BlockSparse` |
 
-The type of a weight says that it was pruned: `mask_of` reads the pattern back from it, and `repack` puts new
-values in the same places.
+The type of a weight says that it was pruned: `mask_of` reads from it which weights are kept, and `repack` puts
+new values in their places.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -25,78 +24,84 @@ from torch import Tensor
 from fastserve_kernels.formats import Bitmap, BlockSparse, Dense, Sparse24, Sparse24Int4, Weight
 
 PatternName = Annotated[
-    str, Meta(pattern=r"^(unstructured|rows|2:4|block (16|32|64|128)x(16|32|64|128))$")
+    str,
+    Meta(
+        pattern=r"^(unstructured|rows|2:4|block (16|32|64|128)x(16|32|64|128))$",
+        description="`unstructured`, `rows`, `2:4`, or `block RxC` of 16, 32, 64 or 128 rows and columns",
+    ),
 ]
-"""A pattern as a recipe spells it; a block's rows come first."""
 Scope = Literal["row", "matrix"]
-"""What is compared with what: the tiles of one row of tiles, or all of a matrix."""
+"""What is compared with what: single weights with those of their row, or of their matrix; blocks likewise."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The cheapest tiles of some rows and columns are left out; None is all of the matrix's columns."""
+    """Leaves out the cheapest tiles of some rows and columns. A tile costs the mean of what its weights cost."""
 
-    rows: int = 1
-    columns: int | None = 1
+    rows: int
+    columns: int | None
+    """None: all of the matrix's."""
 
-    def check(self, shape: tuple[int, int]) -> None:
-        """Raises ValueError if a weight [N, K] does not divide into the tiles."""
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError if a weight of shape [N, K] does not divide into tiles."""
         if shape[0] % self.rows or shape[1] % (self.columns or 1):
-            raise ValueError(f"blocks of {self.rows}x{self.columns} do not divide a weight of {shape}")
+            raise ValueError(f"blocks of {self.rows}x{self.columns} do not divide {shape[0]}x{shape[1]}")
 
     def choose(self, costs: Tensor, sparsity: float, scope: Scope = "matrix") -> Tensor:
-        """A mask [N, K] bool, true where a weight is kept, given what leaving each out costs [N, K].
+        """A mask [N, K] bool, true where a weight is kept, given what it costs to leave each out [N, K].
 
-        A tile costs what its weights cost together. Of each scope's tiles `round(sparsity * tiles)` go.
+        Of the tiles of a scope, `round(sparsity * tiles)` go.
         """
-        tile_costs = self.sums(costs)
-        each = tile_costs if scope == "row" else tile_costs.flatten()[None]
-        kept = torch.ones_like(each, dtype=torch.bool)
-        cheapest = each.topk(round(sparsity * each.shape[1]), dim=1, largest=False, sorted=False).indices
-        kept.scatter_(1, cheapest, False)
-        return self.spread(kept.view_as(tile_costs), costs.shape[1])
+        of_tiles = self.means(costs)
+        scopes = of_tiles if scope == "row" else of_tiles.flatten()[None]
+        out = round(sparsity * scopes.shape[1])
+        cheapest = scopes.topk(out, dim=1, largest=False, sorted=False).indices
+        kept = torch.ones_like(scopes, dtype=torch.bool).scatter_(1, cheapest, False)
+        return self.spread(kept.view_as(of_tiles), costs.shape[1])
 
-    def sums(self, values: Tensor) -> Tensor:
-        """The sum over each tile [N / rows, K / columns] of values [N, K]."""
-        columns = self.columns or values.shape[1]
-        return values if self == UNSTRUCTURED else _tiles(values, self.rows, columns).sum((-1, -2))
+    def means(self, costs: Tensor) -> Tensor:
+        """What each tile costs [N / rows, K / columns]."""
+        return costs if self == UNSTRUCTURED else self._split(costs).mean((-1, -2))
 
     def spread(self, tiles: Tensor, width: int) -> Tensor:
         """One value per tile [N / rows, K / columns] as one per weight [N, K], K being the width."""
-        columns = self.columns or width
-        return tiles.repeat_interleave(self.rows, 0).repeat_interleave(columns, 1)
+        return tiles.repeat_interleave(self.rows, 0).repeat_interleave(self.columns or width, 1)
 
     def pack(self, weight: Tensor, mask: Tensor) -> Weight:
-        """The weight where the mask is true."""
+        """A weight [N, K] where the mask is true."""
         if self.rows == 1:
             return Bitmap.pack(weight, mask)
         assert self.columns is not None
         return repack(BlockSparse.pack(mask.to(weight.dtype), (self.rows, self.columns)), weight)
 
+    def _split(self, values: Tensor) -> Tensor:
+        """[N / rows, K / columns, rows, columns] of values [N, K]."""
+        columns = self.columns or values.shape[1]
+        return values.unflatten(1, (-1, columns)).unflatten(0, (-1, self.rows)).transpose(1, 2)
+
 
 @dataclass(frozen=True)
 class TwoOfFour:
-    """The cheaper two of each four adjacent columns are left out."""
+    """Leaves out the cheaper two of each four adjacent columns."""
 
-    def check(self, shape: tuple[int, int]) -> None:
-        """Raises ValueError if `Sparse24` cannot hold a weight [N, K]."""
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError if `Sparse24` cannot hold a weight of shape [N, K]."""
         if shape[1] % 8:
-            raise ValueError(f"2:4 needs columns in multiples of 8, not a weight of {shape}")
+            raise ValueError(f"the columns of {shape[0]}x{shape[1]} are no multiple of 8")
 
-    def choose(self, costs: Tensor, sparsity: float = 0.5, scope: Scope = "row") -> Tensor:
-        """As `Tiles.choose`. The sparsity is a half whatever the scope."""
+    def choose(self, costs: Tensor, sparsity: float = 0.5, scope: Scope = "matrix") -> Tensor:
+        """As `Tiles.choose`; neither the sparsity nor the scope changes anything."""
         fours = costs.unflatten(1, (-1, 4))
-        kept = torch.ones_like(fours, dtype=torch.bool)
-        kept.scatter_(-1, fours.topk(2, dim=-1, largest=False).indices, False)
-        return kept.flatten(1)
+        cheapest = fours.topk(2, dim=-1, largest=False).indices
+        return torch.ones_like(fours, dtype=torch.bool).scatter_(-1, cheapest, False).flatten(1)
 
     def pack(self, weight: Tensor, mask: Tensor) -> Weight:
-        """The weight where the mask is true."""
+        """A weight [N, K] where the mask is true."""
         return repack(Sparse24.pack(mask.to(weight.dtype)), weight)
 
 
 Pattern = Tiles | TwoOfFour
-UNSTRUCTURED = Tiles()
+UNSTRUCTURED = Tiles(1, 1)
 ROWS = Tiles(1, None)
 
 
@@ -110,13 +115,13 @@ def parse_pattern(name: str) -> Pattern:
 
 
 def mask_of(weight: Weight) -> Tensor | None:
-    """A mask [N, K] bool, true where the weight's pattern keeps one; None if its format leaves none out."""
+    """A mask [N, K] bool, true where a weight is kept; None if its format leaves none out."""
     match weight:
         case Bitmap() | Sparse24():
-            ones = dataclasses.replace(weight, values=torch.ones_like(weight.values))
+            ones: Weight = dataclasses.replace(weight, values=torch.ones_like(weight.values))
         case Sparse24Int4():
-            values = torch.ones(weight.out_features, weight.in_features // 2, device=weight.device)
-            ones = Sparse24(values, weight.indices)
+            kept = torch.ones(weight.out_features, weight.in_features // 2, device=weight.device)
+            ones = Sparse24(kept, weight.indices)
         case BlockSparse():
             ones = dataclasses.replace(weight, blocks=torch.ones_like(weight.blocks))
         case _:
@@ -125,23 +130,17 @@ def mask_of(weight: Weight) -> Tensor | None:
 
 
 def repack(like: Weight, dense: Tensor) -> Weight:
-    """New values [N, K] in the pattern and the dtype of a weight; what the pattern leaves out is dropped.
+    """New values [N, K] in the pattern and the dtype of a weight. Those that the pattern leaves out are dropped.
 
     Raises TypeError if the weight holds codes or factors.
     """
     mask = mask_of(like)
-    match like:
-        case Dense():
-            return Dense(dense.to(like.weight.dtype))
-        case Bitmap() | Sparse24() if mask is not None:
-            return dataclasses.replace(like, values=dense[mask].view_as(like.values).to(like.values.dtype))
-        case BlockSparse() if mask is not None:
-            _, rows, columns = like.blocks.shape
-            kept = _tiles(mask, rows, columns)[..., 0, 0]
-            return dataclasses.replace(like, blocks=_tiles(dense, rows, columns)[kept].to(like.blocks.dtype))
+    if isinstance(like, Dense):
+        return Dense(dense.to(like.weight.dtype))
+    if isinstance(like, Bitmap | Sparse24) and mask is not None:
+        return dataclasses.replace(like, values=dense[mask].view_as(like.values).to(like.values.dtype))
+    if isinstance(like, BlockSparse) and mask is not None:
+        tiles = Tiles(like.blocks.shape[1], like.blocks.shape[2])
+        kept = tiles._split(mask)[..., 0, 0]
+        return dataclasses.replace(like, blocks=tiles._split(dense)[kept].to(like.blocks.dtype))
     raise TypeError(f"a weight of the format {type(like).__name__} takes no new values")
-
-
-def _tiles(values: Tensor, rows: int, columns: int) -> Tensor:
-    """[N / rows, K / columns, rows, columns] of [N, K]."""
-    return values.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2)

@@ -89,6 +89,6 @@ def _open_work(work: Path, digest: str, restart: bool) -> None:
         write_atomically(work / RUN, msgspec.json.encode({"digest": digest}))
     elif msgspec.json.decode((work / RUN).read_bytes())["digest"] != digest:
         raise RecipeError(
-            f"out: {work} holds an unfinished run of another recipe or model; finish that, or begin anew with "
-            "--restart"
+            f"out: {work} holds an unfinished run of another recipe or model; finish that, or begin anew "
+            "(--restart)"
         )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import yaml
 from msgspec import Meta, Struct
 from transformers import PretrainedConfig
 
@@ -45,8 +44,8 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file. Raises RecipeError."""
     try:
-        return parse_recipe(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return parse_recipe(msgspec.yaml.decode(path.read_bytes()))
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
         raise RecipeError(f"recipe {path}: {error}") from error
 
 
@@ -70,7 +69,7 @@ def parse_recipe(data: object) -> Recipe:
 
 
 def check_recipe(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Raises RecipeError if a step is impossible with a model of this config, or after the steps before it."""
+    """Raises RecipeError if a step is impossible with a model of this config, or after those before it."""
     kinds: dict[str, Kind] = dict.fromkeys(_linears(Skeleton.of(config)), "dense")
     for index, step in enumerate(recipe.steps):
         where = f"steps[{index}] ({step.name})"
@@ -81,9 +80,9 @@ def check_recipe(recipe: Recipe, config: PretrainedConfig) -> None:
         selected = [name for name in kinds if step.selects(name)]
         targets = getattr(step, "targets", ())
         if targets and not selected:
+            some = ", ".join(list(kinds)[:7])
             raise RecipeError(
-                f"{where}: targets: {', '.join(targets)} match no linear; there are {', '.join(list(kinds)[:7])} "
-                "and so on"
+                f"{where}: targets: got {', '.join(targets)}, which match no linear; there are {some}, ..."
             )
         for name in selected:
             if kinds[name] not in step.takes:

@@ -1,4 +1,4 @@
-"""A causal model of transformers without its weights: where its decoder layers are, and how they are called."""
+"""A causal model of transformers without its weights: where its decoder layers are, and how it calls them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ class Skeleton:
     def __init__(self, config: PretrainedConfig, device: torch.device) -> None:
         """Raises RecipeError if the model is no stack of decoder layers as transformers usually has them."""
         self.config = copy.deepcopy(config)
-        self.config._attn_implementation = "sdpa"
         self.device = device
         self.model = _without_weights(self.config, device)
         decoder = self.model.get_decoder()
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList):
-            raise RecipeError(f"model: {config.model_type} keeps its decoder layers otherwise than in `layers`")
+            raise RecipeError(
+                f"model: {config.model_type} keeps its decoder layers otherwise than in `layers`"
+            )
         self.layers = layers
         names = {module: name for name, module in self.model.named_modules()}
         self.prefix = f"{names[layers]}."
@@ -50,7 +51,7 @@ class Skeleton:
         return tuple(self.layers[index].state_dict())
 
     def outer_tensors(self) -> tuple[str, ...]:
-        """The full names of the tensors outside the layers; a head that is the embedding is not among them."""
+        """The full names of the tensors outside the layers, without a head that is the embedding."""
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         return tuple(
             name for name in self.model.state_dict() if not name.startswith(self.prefix) and name not in tied
@@ -82,9 +83,9 @@ class Skeleton:
         for layer in decoder.layers:
             layer.forward = _Recorder(entering, calls)
         decoder.norm = nn.Identity()
-        decoder.set_input_embeddings(nn.Embedding.from_pretrained(embedding.float().to(self.device)))
-        for sequence in token_ids.to(self.device):
-            decoder(input_ids=sequence[None], use_cache=False)
+        for sequence in token_ids:
+            embedded = embedding[sequence].to(self.device, torch.float32)
+            decoder(inputs_embeds=embedded[None], use_cache=False)
         hidden = torch.cat(entering[:: self.num_layers])
         return hidden, calls[: self.num_layers]
 

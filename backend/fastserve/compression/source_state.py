@@ -38,7 +38,7 @@ class SourceState(State):
         return self._checkpoint.dtype
 
     def digest(self) -> str:
-        """Of what tells this model from another: its tensors' shapes, and its files' names, sizes and times."""
+        """Of what tells this model from others: its tensors' shapes, its files' names, sizes and times."""
         files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr((stats, sorted(self._checkpoint.shapes.items()))).encode()).hexdigest()

@@ -1,53 +1,60 @@
-"""Second-order pruning: SparseGPT (Frantar and Alistarh, arXiv 2301.00774).
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): pruning with the second order of the error.
 
-Columns are gone through from left to right. Leaving out a weight costs w^2 / [H^-1]_jj of output error, with
-H the gram matrix of the inputs that are still to come; the columns after it then make up for it.
+Columns are pruned from left to right. To leave out w_j costs w_j^2 / [H^-1]_jj of output error, where H is the
+gram of the inputs from j on; the weights from j on then make up for it as well as they can.
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from msgspec import Meta
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from fastserve.compression.patterns import Pattern, TwoOfFour
+from fastserve.compression.gptq import inverse_factor
+from fastserve.compression.layer import Moments
+from fastserve.compression.patterns import Pattern, TwoOfFour, parse_pattern
+from fastserve.compression.pruning import SparsityStep
+from fastserve.compression.reconstruction import damped, reconstruct
+from fastserve.compression.step import RecipeError
+
+COLUMNS = 128
+"""Whose mask is chosen together. All blocks of `patterns` divide it."""
 
 
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """The gram [K, K] with `damping` times the mean of its diagonal added to it, so that it has an inverse."""
-    floor = damping * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    return gram + floor * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
-
-
-def prune(
-    weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float, damping: float = 0.01, columns: int = 128
+def sparsegpt(
+    weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float, damping: float = 0.01
 ) -> tuple[Tensor, Tensor]:
-    """The pruned weight [N, K] float32, and its mask [N, K] bool, true where a weight is kept."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damping)))
-    factor = torch.linalg.cholesky(inverse, upper=True)
-    weight = weight.clone()
-    mask = torch.ones_like(weight, dtype=torch.bool)
-    for start in range(0, weight.shape[1], columns):
-        stop = min(start + columns, weight.shape[1])
-        here, kept, errors = prune_columns(weight[:, start:stop], factor[start:stop, start:stop], pattern, sparsity)
-        weight[:, start:stop], mask[:, start:stop] = here, kept
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    """The weight [N, K] float32 after pruning, given the gram [K, K] of its inputs, and its mask [N, K]."""
+    factor = inverse_factor(damped(gram, damping))
+    weight, mask = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+    for start in range(0, weight.shape[1], COLUMNS):
+        these, later = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
+        weight[:, these], mask[:, these], errors = _prune_columns(
+            weight[:, these], factor[these, these], pattern, sparsity
+        )
+        weight[:, later] -= errors @ factor[these, later]
     return weight, mask
 
 
-def prune_columns(
+def _prune_columns(
     weight: Tensor, factor: Tensor, pattern: Pattern, sparsity: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight = weight.clone()
-    scale = factor.diagonal()
-    if isinstance(pattern, TwoOfFour):
-        mask = torch.ones_like(weight, dtype=torch.bool)
-    else:
-        mask = pattern.choose((weight / scale) ** 2, sparsity)
-    errors = torch.zeros_like(weight)
+    """Adjacent columns [N, C] after pruning, their mask, and the errors that later columns make up for.
+
+    The factor [C, C] is theirs of the inverse gram's upper Cholesky factor U: [H^-1]_jj is U_jj^2.
+    """
+    weight, errors = weight.clone(), torch.empty_like(weight)
+    together = 4 if isinstance(pattern, TwoOfFour) else weight.shape[1]
+    masks: list[Tensor] = []
     for j in range(weight.shape[1]):
-        if isinstance(pattern, TwoOfFour) and j % 4 == 0:
-            four = slice(j, j + 4)
-            mask[:, four] = pattern.choose((weight[:, four] / scale[four]) ** 2, sparsity)
-        errors[:, j] = weight[:, j] * ~mask[:, j] / scale[j]
+        if j % together == 0:
+            these = slice(j, j + together)
+            masks.append(pattern.choose((weight[:, these] / factor.diagonal()[these]).square(), sparsity))
+        pruned = ~masks[-1][:, j % together]
+        errors[:, j] = weight[:, j] * pruned / factor[j, j]
         weight[:, j:] -= errors[:, j, None] * factor[j, j:]
+    mask = torch.cat(masks, dim=1)
     return weight * mask, mask, errors

@@ -37,8 +37,8 @@ class State(ABC):
 
     @abstractmethod
     def outer(self) -> dict[str, Tensor | Weight]:
-        """What is outside the layers: `model.embed_tokens` and `lm_head` (unless it is the former) as weights,
-        `model.norm.weight` as a tensor."""
+        """What is outside the layers: `model.embed_tokens` and `lm_head` (unless it is the former) as
+        weights, `model.norm.weight` as a tensor."""
 
     @cached_property
     def skeleton(self) -> Skeleton:
@@ -76,8 +76,9 @@ class State(ABC):
             tensors |= {f"{prefix}{name}": t.to(dtype) for name, t in self.dense_layer(index).items()}
         tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
         skeleton.model.load_state_dict(tensors, assign=True, strict=False)
-        skeleton.model.tie_weights()
-        return skeleton.model.to(dtype=dtype)
+        model: Any = skeleton.model
+        model.tie_weights()
+        return model
 
 
 def dense(part: Part) -> dict[str, Tensor]:
@@ -154,7 +155,8 @@ def read_part(path: Path) -> dict[str, Tensor | Weight]:
     """What `write_part` wrote."""
     with safe_open(path, framework="pt") as file:
         entries = json.loads(file.metadata()["weights"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no mapping
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
     part: dict[str, Tensor | Weight] = {}
     for name, entry in entries.items():
         fields = {field: f"{name}.{field}" for field in tensor_fields(entry["format"])}

@@ -24,7 +24,7 @@ format of fewer bits."""
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be followed; the sentence names the step, the field, what came, what is allowed."""
+    """A recipe that cannot be followed; the sentence names step and field, what came and what is allowed."""
 
 
 @dataclass(frozen=True)

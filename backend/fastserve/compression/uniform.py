@@ -55,7 +55,9 @@ def quantize(x: Tensor, bits: int, symmetric: bool = False, group_size: GroupSiz
     if not 2 <= bits <= 8:
         raise ValueError(f"bits must be from 2 to 8, not {bits}")
     if x.dim() != 2 or not x.isfinite().all():
-        raise ValueError(f"x must be a finite matrix, not of shape {list(x.shape)} with infinite elements or NaN")
+        raise ValueError(
+            f"x must be a finite matrix, not of shape {list(x.shape)} with infinite elements or NaN"
+        )
     groups = _groups(x.double(), group_size)
     low, high = groups.amin(-1), groups.amax(-1)
     if symmetric:

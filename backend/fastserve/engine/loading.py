@@ -9,6 +9,7 @@ import torch
 from fastserve.config import Config
 from fastserve.engine.engine import Engine
 from fastserve.engine.guides import GuideCompiler
+from fastserve.engine.kv_scales import choose_kv_cache
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import Sampler
 from fastserve.model_files import ModelFiles
@@ -26,7 +27,8 @@ def load_engine(config: Config, files: ModelFiles) -> Engine:
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     checkpoint, length = str(files.checkpoint), config.max_model_len
     model = load_model(checkpoint, config.dtype, device, length, config.quantization)
-    runner = ModelRunner(model, config.block_size, config.kv_cache_bytes)
+    kv_dtype, kv_scales = choose_kv_cache(config.kv_cache_dtype, files, model)
+    runner = ModelRunner(model, config.block_size, config.kv_cache_bytes, kv_dtype, kv_scales)
     runner.warm_up()
     pool = BlockPool(runner.num_blocks, config.block_size, config.enable_prefix_caching)
     scheduler = IterationScheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)

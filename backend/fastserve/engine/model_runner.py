@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastserve.models.causal_lm import CausalLM
+from fastserve.models.kv_cache import KVScales, make_kv_caches, num_elements
 from fastserve.scheduling.sequence import StepPlan
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
@@ -16,21 +17,23 @@ GPU_MEMORY_SHARE = 0.9
 class ModelRunner:
     """Holds the paged KV cache of a model and runs the model over step plans."""
 
-    def __init__(self, model: CausalLM, block_size: int, kv_cache_bytes: int) -> None:
-        """`kv_cache_bytes` 0: 1 GiB on a CPU, most of what is free on a GPU."""
+    def __init__(
+        self,
+        model: CausalLM,
+        block_size: int,
+        kv_cache_bytes: int,
+        kv_dtype: torch.dtype,
+        kv_scales: list[KVScales] | None,
+    ) -> None:
+        """`kv_cache_bytes` 0: 1 GiB on a CPU, most of what is free on a GPU. A `kv_dtype` of 8 bits needs
+        each layer's scales."""
         self.model = model
         self.block_size = block_size
         budget = kv_cache_bytes or self._default_cache_bytes()
-        self.num_blocks = max(1, budget // (model.kv_bytes_per_token * block_size))
-        # Written over once, so that the process has its memory from the start and a request never waits for
-        # the kernel to find pages.
-        self.kv_caches = [
-            (self._filled(k_shape), self._filled(v_shape))
-            for k_shape, v_shape in model.kv_cache_shapes(self.num_blocks, block_size)
-        ]
-
-    def _filled(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.model.dtype, device=self.model.device).zero_()
+        bytes_per_block = num_elements(model.kv_cache_shapes(1, block_size)) * kv_dtype.itemsize
+        self.num_blocks = max(1, budget // bytes_per_block)
+        shapes = model.kv_cache_shapes(self.num_blocks, block_size)
+        self.kv_caches = make_kv_caches(shapes, kv_dtype, model.device, kv_scales)
 
     def _default_cache_bytes(self) -> int:
         if self.model.device.type != "cuda":

@@ -7,12 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastserve.models.kv_cache import KVCaches, KVCacheShapes
 from fastserve.models.model_error import ModelError
 from fastserve_kernels.attention_metadata import AttentionMetadata
-
-KVCaches = list[tuple[Tensor, Tensor]]
-"""Per layer the keys [blocks, block_size, kv_heads, head_dim] and the values; zeroed when they are made."""
-KVCacheShapes = list[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 class CausalLM(Protocol):
@@ -27,14 +24,10 @@ class CausalLM(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, activations and caches."""
+        """Of weights and activations, and of caches that are not quantised."""
 
     @property
     def device(self) -> torch.device: ...
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Of all layers together."""
 
     def kv_cache_shapes(self, num_blocks: int, block_size: int) -> KVCacheShapes:
         """The shapes of each layer's key and value cache."""

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastserve_kernels.formats import Int4, Int8
+from fastserve_kernels.formats import Weight
 
 
 class Checkpoint(Protocol):
@@ -25,8 +25,9 @@ class Checkpoint(Protocol):
     def read(self, name: str, destination: Tensor) -> None:
         """Writes a tensor into `destination` of the same shape, converted to its dtype."""
 
-    def read_packed(self, name: str, exact: bool) -> Int4 | Int8 | None:
-        """A matrix in the low-bit format in which the file holds it; None if we compute in no such format.
+    def read_packed(self, name: str, exact: bool) -> Weight | None:
+        """A matrix in the format in which the file holds it; None if that is numbers, or if we compute in no
+        such format.
 
         `exact`: with scales that are not rounded beyond float32.
         """

@@ -7,23 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastserve.models.causal_lm import KVCaches, KVCacheShapes
 from fastserve.models.decoder_config import DecoderConfig
+from fastserve.models.kv_cache import KVCache, KVCaches, KVCacheShapes
+from fastserve.models.linear import AnyLinear
 from fastserve_kernels import ops
 from fastserve_kernels.attention_metadata import AttentionMetadata
-from fastserve_kernels.prepared import Prepared
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A weight [N, K] and its bias [N]."""
-
-    weight: Prepared
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [T, K]: x W^T + b + residual, [T, N]."""
-        return ops.linear(x, self.weight, self.bias, residual)
 
 
 @dataclass(frozen=True)
@@ -31,15 +19,15 @@ class DecoderLayer:
     """The weights of a layer, fused where one input meets several of them."""
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: AnyLinear
     """Rows: all heads' queries, then keys, then values."""
     query_norm: Tensor | None
     key_norm: Tensor | None
     """Over each head's query and key (Qwen3); None: not normed."""
-    output: Linear
+    output: AnyLinear
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: AnyLinear
+    down: AnyLinear
     sliding_window: int | None
 
 
@@ -51,7 +39,7 @@ class DecoderWeights:
     """[vocab, hidden]."""
     layers: list[DecoderLayer]
     final_norm: Tensor
-    head: Linear
+    head: AnyLinear
 
 
 class Decoder:
@@ -68,12 +56,6 @@ class Decoder:
         self._cos, self._sin = config.rotary_tables(max_position, self.dtype, self.device)
         self._scale = config.head_dim**-0.5
         self._head_counts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Of all layers together."""
-        config = self.config
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
 
     def kv_cache_shapes(self, num_blocks: int, block_size: int) -> KVCacheShapes:
         """The shapes of each layer's key and value cache."""
@@ -103,7 +85,7 @@ class Decoder:
         normed: Tensor,
         rotation: tuple[Tensor, Tensor],
         meta: AttentionMetadata,
-        kv_cache: tuple[Tensor, Tensor],
+        cache: KVCache,
     ) -> Tensor:
         """What each token gathers from those before it, [T, heads * head_dim]."""
         heads = layer.qkv(normed).view(normed.shape[0], -1, self.config.head_dim)
@@ -111,8 +93,9 @@ class Decoder:
         if layer.query_norm is not None and layer.key_norm is not None:
             q = ops.rms_norm(q, layer.query_norm, self.config.norm_eps)
             k = ops.rms_norm(k, layer.key_norm, self.config.norm_eps)
-        q = ops.rotary_write_kv(q, k, v, *rotation, *kv_cache, meta.slot_mapping)
-        attended = ops.paged_attention(q, *kv_cache, meta, self._scale, layer.sliding_window)
+        caches, scales = (cache.keys, cache.values), (cache.k_scale, cache.v_scale)
+        q = ops.rotary_write_kv(q, k, v, *rotation, *caches, meta.slot_mapping, *scales)
+        attended = ops.paged_attention(q, *caches, meta, self._scale, layer.sliding_window, None, *scales)
         return attended.flatten(1)
 
     @torch.inference_mode()

@@ -18,6 +18,8 @@ from fastserve.models.model_error import ModelError
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose frequencies depend on nothing but the config."""
+QUANT_METHODS = ("compressed-tensors", "gptq", "awq", "fastserve")
+"""Whose layouts of weights we read."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class DecoderConfig:
 
 
 def obstacle(config: PretrainedConfig) -> str | None:
-    """Why our decoder cannot compute this model, or None if it can."""
+    """Why our decoder cannot compute this model, or None if it can, as far as its config tells."""
     if config.model_type not in MODEL_TYPES:
         return f"its model_type is {config.model_type!r}, not one of {', '.join(MODEL_TYPES)}"
     if config.hidden_act != "silu":
@@ -99,9 +101,16 @@ def obstacle(config: PretrainedConfig) -> str | None:
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if unknown:
         return f"it has layers of type {', '.join(sorted(unknown))}"
-    if getattr(config, "quantization_config", None) is not None:
-        return "its weights are quantised"
+    method = quant_method(config)
+    if method is not None and method not in QUANT_METHODS:
+        return f"its quant_method is {method!r}, not one of {', '.join(QUANT_METHODS)}"
     return None
+
+
+def quant_method(config: PretrainedConfig) -> str | None:
+    """How the weights are quantised; None if they are not."""
+    quantization = getattr(config, "quantization_config", None)
+    return None if quantization is None else str(quantization.get("quant_method"))
 
 
 def _head_dim(config: PretrainedConfig) -> int:

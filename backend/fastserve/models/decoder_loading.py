@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastserve.models.checkpoint import Checkpoint
-from fastserve.models.decoder import Decoder, DecoderLayer, DecoderWeights, Linear
+from fastserve.models.decoder import Decoder, DecoderLayer, DecoderWeights
 from fastserve.models.decoder_config import DecoderConfig
+from fastserve.models.linear import AnyLinear, Linear, LinearRows
 from fastserve.models.model_error import ModelError
 from fastserve.models.quantization import quantize, quantize_head
 from fastserve.models.weight_rows import stack_rows
@@ -73,7 +74,7 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 def _check(expected: Shapes, found: Shapes) -> None:
     missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected and not _is_redundant(name)]
+    unexpected = [name for name in found if name not in expected and not _is_passed_over(name)]
     misshapen = [
         f"{name} {list(found[name])} instead of {list(shape)}"
         for name, shape in expected.items()
@@ -88,10 +89,13 @@ def _check(expected: Shapes, found: Shapes) -> None:
         raise ModelError("the checkpoint does not fit its config: " + "; ".join(problems))
 
 
-def _is_redundant(name: str) -> bool:
-    """Whether a tensor that a checkpoint may hold is known to follow from the others: frequencies that old
-    versions saved, and the head when it is tied to the embedding."""
-    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+def _is_passed_over(name: str) -> bool:
+    """Whether a tensor that a checkpoint may hold is known not to be needed here: frequencies that old versions
+    saved and the head when it is tied to the embedding follow from the others, and the scales of keys and
+    values belong to the cache."""
+    return name == "lm_head.weight" or name.endswith(
+        ("rotary_emb.inv_freq", "self_attn.k_scale", "self_attn.v_scale")
+    )
 
 
 def _shorten(names: list[str]) -> str:
@@ -141,18 +145,32 @@ class _Reader:
             sliding_window=config.sliding_windows[index],
         )
 
-    def _linear(self, has_bias: bool, *names: str, quantize: Quantize = quantize) -> Linear:
-        weight = self._weight([f"{name}.weight" for name in names], quantize)
-        prepared = prepare(weight, self._device, self._dtype)
-        return Linear(prepared, self._tensor(*(f"{name}.bias" for name in names)) if has_bias else None)
+    def _linear(self, has_bias: bool, *names: str, quantize: Quantize = quantize) -> AnyLinear:
+        """The linears of these names, one below the other."""
+        weights = self._weights([f"{name}.weight" for name in names], quantize)
+        rows = [weight.out_features for weight in weights]
+        bias = self._tensor(*(f"{name}.bias" for name in names)) if has_bias else None
+        biases = [None] * len(rows) if bias is None else bias.split(rows)
+        parts = [
+            Linear(prepare(weight, self._device, self._dtype), part)
+            for weight, part in zip(weights, biases, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else LinearRows(tuple(parts))
 
-    def _weight(self, names: list[str], quantize: Quantize) -> Weight:
-        """The matrices of these names, one below the other."""
+    def _weights(self, names: list[str], quantize: Quantize) -> list[Weight]:
+        """The matrices of these names, one below the other: one weight if they are of one kind."""
         if self._quantization != "auto":
-            return quantize(names[0], self._tensor(*names), self._quantization)
+            return [quantize(names[0], self._tensor(*names), self._quantization)]
         exact = self._dtype == torch.float32
-        packed = stack_rows([self._checkpoint.read_packed(name, exact) for name in names])
-        return Dense(self._tensor(*names)) if packed is None else packed
+        packed = [self._checkpoint.read_packed(name, exact) for name in names]
+        if all(weight is None for weight in packed):
+            return [Dense(self._tensor(*names))]
+        return stack_rows(
+            [
+                Dense(self._tensor(name)) if weight is None else weight
+                for name, weight in zip(names, packed, strict=True)
+            ]
+        )
 
     def _tensor(self, *names: str) -> Tensor:
         """The tensors of these names, one below the other."""

@@ -8,14 +8,14 @@ import torch
 from transformers import PretrainedConfig
 
 from fastserve.models.causal_lm import CausalLM, served_length
-from fastserve.models.decoder_config import DecoderConfig, obstacle
+from fastserve.models.decoder_config import DecoderConfig, obstacle, quant_method
 from fastserve.models.decoder_loading import load_decoder
 from fastserve.models.gguf_checkpoint import GgufCheckpoint, gguf_decoder_config
 from fastserve.models.gguf_file import GgufFile
+from fastserve.models.layouts import open_checkpoint
 from fastserve.models.model_directory import read_transformers_config, resolve_model_path
 from fastserve.models.model_error import ModelError
 from fastserve.models.quantization import QUANTIZATIONS
-from fastserve.models.safetensors_checkpoint import SafetensorsCheckpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -31,8 +31,8 @@ def load_model(
 
     `dtype`: "bfloat16", "float16", "float32", or "auto": the checkpoint's own, bfloat16 for GGUF.
     `max_model_len`: tokens of the longest sequence; 0: the model's own limit.
-    `quantization`: "auto": weights as the checkpoint holds them; "none": all in `dtype`; "int4", "int8",
-    "nf4", "fp8" or "w8a8": rounded to that.
+    `quantization`: "auto": weights as the checkpoint holds them; else for weights that are not quantised yet,
+    and for those of GGUF: "none": all in `dtype`; "int4", "int8", "nf4", "fp8" or "w8a8": rounded to that.
 
     Raises ModelError if the model cannot be found, read or served.
     """
@@ -46,6 +46,12 @@ def load_model(
     config = read_transformers_config(path)
     reason = obstacle(config)
     if reason is None:
+        method = quant_method(config)
+        if method is not None and quantization != "auto":
+            raise ModelError(
+                f"quantization: got {quantization!r}; allowed for {path}: auto, because its weights are quantised "
+                f"already (quant_method {method!r})"
+            )
         return _load_directory(path, config, dtype, device, max_model_len, quantization)
     if quantization not in ("auto", "none"):
         raise ModelError(
@@ -76,7 +82,7 @@ def _load_directory(
     max_model_len: int,
     quantization: str,
 ) -> CausalLM:
-    checkpoint = SafetensorsCheckpoint(path)
+    checkpoint = open_checkpoint(path, config)
     decoder_config = DecoderConfig.from_transformers(config)
     max_position = served_length(path, decoder_config.max_position, max_model_len)
     own_or_wanted = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from fastserve.models.causal_lm import KVCaches
+from fastserve.models.kv_cache import KVCache, KVCaches
 from fastserve.models.model_error import ModelError
 from fastserve_kernels import ops
 from fastserve_kernels.attention_metadata import AttentionMetadata
@@ -43,8 +43,8 @@ class PagedStep:
     meta: AttentionMetadata
     kv_caches: KVCaches
 
-    def cache_of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The caches of a layer whose key is [T, kv_heads, head_dim]."""
+    def cache_of(self, layer: int, key: Tensor, value: Tensor) -> KVCache:
+        """The cache of a layer whose key is [T, kv_heads, head_dim]."""
         return self.kv_caches[layer]
 
     def accepts(self, mask: CausalMask, sees: Callable[[int, int], bool]) -> bool:
@@ -58,17 +58,17 @@ class Probe(PagedStep):
 
     kv_caches: KVCaches = field(default_factory=list)
 
-    def cache_of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """New caches of PROBE_BLOCKS blocks. Raises ModelError if a layer is passed over, or comes twice."""
+    def cache_of(self, layer: int, key: Tensor, value: Tensor) -> KVCache:
+        """A new cache of PROBE_BLOCKS blocks. Raises ModelError if a layer is passed over, or comes twice."""
         due = len(self.kv_caches)
         if layer > due:
             raise ModelError(f"layer {due} keeps a state other than keys and values")
         if layer < due:
             raise ModelError(f"layer {layer} attends more than once")
         size = (PROBE_BLOCKS, PROBE_BLOCK_SIZE)
-        caches = (key.new_zeros(*size, *key.shape[1:]), value.new_zeros(*size, *value.shape[1:]))
-        self.kv_caches.append(caches)
-        return caches
+        cache = KVCache(key.new_zeros(*size, *key.shape[1:]), value.new_zeros(*size, *value.shape[1:]))
+        self.kv_caches.append(cache)
+        return cache
 
     def accepts(self, mask: CausalMask, sees: Callable[[int, int], bool]) -> bool:
         """Tried at the edges of the window, at positions beyond any prompt that could be computed at load."""
@@ -117,10 +117,12 @@ def paged_attention(
         raise ModelError(f"{type(module).__name__} has attention sinks, which paged attention has not")
     step = _current.get()
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    k_cache, v_cache = step.cache_of(cast(int, module.layer_idx), k, v)
-    ops.write_kv(k, v, k_cache, v_cache, step.meta.slot_mapping)
+    cache = step.cache_of(cast(int, module.layer_idx), k, v)
+    caches, scales = (cache.keys, cache.values), (cache.k_scale, cache.v_scale)
+    ops.write_kv(k, v, *caches, step.meta.slot_mapping, *scales)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    out = ops.paged_attention(q, k_cache, v_cache, step.meta, scale, attention_mask.sliding_window, softcap)
+    window = attention_mask.sliding_window
+    out = ops.paged_attention(q, *caches, step.meta, scale, window, softcap, *scales)
     return out[None], None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
@@ -38,7 +39,11 @@ class SafetensorsCheckpoint:
     @property
     def dtype(self) -> torch.dtype:
         """That of its largest tensor. Raises ModelError if that is none in which we compute."""
-        largest = max(self.shapes, key=lambda name: prod(self.shapes[name]))
+        return self.dtype_of(self.shapes)
+
+    def dtype_of(self, names: Iterable[str]) -> torch.dtype:
+        """That of the largest of these tensors. Raises ModelError if that is none in which we compute."""
+        largest = max(names, key=lambda name: prod(self.shapes[name]))
         dtype = _DTYPES.get(self._dtype_of[largest])
         if dtype is None:
             raise ModelError(
@@ -48,7 +53,11 @@ class SafetensorsCheckpoint:
 
     def read(self, name: str, destination: Tensor) -> None:
         """Writes a tensor into `destination` of the same shape, converted to its dtype."""
-        destination.copy_(self._file_of[name].get_tensor(name))
+        destination.copy_(self.tensor(name))
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as the file holds it."""
+        return self._file_of[name].get_tensor(name)
 
     def read_packed(self, name: str, exact: bool) -> None:
         """These files hold numbers."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from fastserve.models.causal_lm import KVCaches, KVCacheShapes, served_length
+from fastserve.models.causal_lm import served_length
+from fastserve.models.kv_cache import KVCaches, KVCacheShapes
 from fastserve.models.model_directory import context_length
 from fastserve.models.model_error import ModelError
 from fastserve.models.paged_interface import ATTENTION, PROBE_BLOCK_SIZE, PagedStep, Probe, running
@@ -48,11 +49,6 @@ class TransformersModel:
             raise ModelError(f"{type(model).__name__} does not use transformers' attention interface")
         self._body, self._given, self._head = _take_apart(model)
         self._kv_shapes = self._check(prompt, expected, config.num_hidden_layers)
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Of all layers together."""
-        return sum(heads * dim for shapes in self._kv_shapes for heads, dim in shapes) * self.dtype.itemsize
 
     def kv_cache_shapes(self, num_blocks: int, block_size: int) -> KVCacheShapes:
         """The shapes of each layer's key and value cache."""
@@ -112,7 +108,7 @@ class TransformersModel:
             raise ModelError(f"its modules do not run with paged attention: {error!r}") from error
         found = torch.cat((logits_first, logits_second))
         _compare(found, torch.cat((expected[:first], expected[:beginning], expected[first:])), self.dtype)
-        return [(k.shape[2:], v.shape[2:]) for k, v in probe.kv_caches]
+        return [(cache.keys.shape[2:], cache.values.shape[2:]) for cache in probe.kv_caches]
 
 
 class _GivenHiddenStates(nn.Module):

@@ -1,15 +1,21 @@
-"""Rows of low-bit weights: each tensor of `Int4` and `Int8` has a row for each row of the weight."""
+"""Rows of weights that are no ordinary tensors: choosing some, and putting weights one below the other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastserve_kernels.formats import Int4, Int8
+from fastserve_kernels.formats import BlockSparse, Int4, Int8, LowRank, Weight
+
+_SHARED = ("codebook",)
+"""Tensors that belong to all rows."""
+_STARTS = "row_starts"
+"""Where each row's part of the other tensors begins, and last the end."""
 
 
 def select_rows(weight: Int4 | Int8, rows: Tensor) -> Int4 | Int8:
@@ -18,25 +24,44 @@ def select_rows(weight: Int4 | Int8, rows: Tensor) -> Int4 | Int8:
     return replace(weight, **selected)
 
 
-def stack_rows(weights: Sequence[Int4 | Int8 | None]) -> Int4 | Int8 | None:
-    """The weights one below the other; None if they are not all of one kind."""
+def stack_rows(weights: Sequence[Weight]) -> list[Weight]:
+    """The weights one below the other, as few as hold them: neighbours of one kind become one weight."""
+    return [_stack(list(alike)) for _, alike in groupby(weights, key=_kind)]
+
+
+def _stack(weights: Sequence[Weight]) -> Weight:
     first = weights[0]
-    if first is None or len({_kind(weight) for weight in weights}) > 1:
-        return None
+    if len(weights) == 1:
+        return first
     stacked: dict[str, Any] = {
-        name: torch.cat([getattr(weight, name) for weight in weights]) for name in _tensors(first)
+        name: _join(name, [getattr(weight, name) for weight in weights]) for name in _tensors(first)
     }
+    if isinstance(first, BlockSparse):
+        stacked["shape"] = (sum(weight.out_features for weight in weights), first.in_features)
     return replace(first, **stacked)
 
 
-def _tensors(weight: Int4 | Int8) -> dict[str, Tensor]:
+def _join(name: str, parts: list[Tensor]) -> Tensor:
+    if name in _SHARED:
+        return parts[0]
+    if name != _STARTS:
+        return torch.cat(parts)
+    joined = parts[0]
+    for part in parts[1:]:
+        joined = torch.cat((joined, part[1:] + joined[-1]))
+    return joined
+
+
+def _tensors(weight: Weight) -> dict[str, Tensor]:
     values = {field.name: getattr(weight, field.name) for field in fields(weight)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def _kind(weight: Int4 | Int8 | None) -> object:
-    """What must be equal for two weights to be stacked; their dtypes too, so that nothing is rounded."""
-    if weight is None:
-        return None
-    dtypes = tuple((name, tensor.dtype, tensor.shape[1]) for name, tensor in _tensors(weight).items())
-    return type(weight), weight.group_size, dtypes
+def _kind(weight: Weight) -> object:
+    """What is equal for two weights that can be stacked; their dtypes too, so that nothing is rounded."""
+    if isinstance(weight, LowRank):  # each has a matrix of its own for all of its rows
+        return id(weight)
+    tensors = _tensors(weight)
+    shapes = tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in tensors.items())
+    shared = tuple(tuple(tensors[name].tolist()) for name in _SHARED if name in tensors)
+    return type(weight), weight.in_features, getattr(weight, "group_size", None), shapes, shared

@@ -1,0 +1,91 @@
+"""Which input columns of a linear to leave out, and how the others make up for it.
+
+With inputs x, the weight whose output is nearest to a wanted y is W* = E[y x^T] P, where P = E[x x^T]^-1. To
+leave out the columns B of it adds at least tr(W*_B (P_BB)^-1 W*_B^T) to E||y - W x||^2, reached when those that
+remain are solved anew: the optimal brain surgeon (Hassibi and Stork, 1993) for columns, as ZipLM (Kurtic et
+al., arXiv 2302.04089) has it for the structures of a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+AT_ONCE = 0.02
+"""The part of the units left that is left out together, between two rankings of them."""
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Least squares of wanted outputs y from inputs x, float64."""
+
+    cross: Tensor
+    """[N, K] E[y x^T]."""
+    gram: Tensor
+    """[K, K] E[x x^T], positive definite."""
+
+    @classmethod
+    def towards(cls, weight: Tensor, cross: Tensor, gram: Tensor, damping: float = 1e-3) -> Regression:
+        """Of means over tokens, held to a weight [N, K] in directions that the inputs hardly have: as if there
+        were more inputs, `damping` times the energy of x and the same in all directions, with y = W x."""
+        weight, cross, gram = weight.double(), cross.double(), gram.double()
+        more = damping * gram.diagonal().mean().clamp_min(1e-30)
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return cls(cross + more * weight, gram + more * identity)
+
+    def solve(self, columns: Tensor) -> Tensor:
+        """The best weight [N, len(columns)] float32 of these columns alone."""
+        factor = torch.linalg.cholesky(self.gram[columns][:, columns])
+        return torch.cholesky_solve(self.cross[:, columns].T, factor).T.float().contiguous()
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Units of columns in the order in which to leave them out."""
+
+    order: Tensor
+    """[removed] int64: the units, first to go first."""
+    errors: Tensor
+    """[removed + 1] float64: by how many are gone, what that adds to E||y - W x||^2."""
+
+
+def removal(regression: Regression, unit: int, count: int) -> Removal:
+    """Leaves out `count` units of `unit` neighbouring columns, again and again those that cost least."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(regression.gram))
+    weight = regression.cross @ inverse
+    inverse, weight = inverse.float(), weight.float()
+    left = torch.arange(inverse.shape[0] // unit, device=weight.device)
+    order, errors = [left[:0]], [torch.zeros(1, dtype=torch.float64, device=weight.device)]
+    while count > 0:
+        costs = unit_costs(weight, inverse, unit)
+        ranked = costs.argsort(stable=True)
+        now = min(count, max(1, int(AT_ONCE * len(left))))
+        gone, kept = ranked[:now], ranked[now:].sort().values
+        order.append(left[gone])
+        errors.append(errors[-1][-1] + costs[gone].double().cumsum(0))
+        weight, inverse = without(weight, inverse, unit_columns(gone, unit), unit_columns(kept, unit))
+        left, count = left[kept], count - now
+    return Removal(torch.cat(order), torch.cat(errors))
+
+
+def unit_costs(weight: Tensor, inverse: Tensor, unit: int) -> Tensor:
+    """What it costs to leave out one unit alone, for each: [units]."""
+    if unit == 1:
+        return weight.square().sum(0) / inverse.diagonal()
+    count = weight.shape[1] // unit
+    blocks = torch.stack([inverse[s : s + unit, s : s + unit] for s in range(0, count * unit, unit)])
+    columns = weight.reshape(-1, count, unit).permute(1, 2, 0)
+    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+
+
+def without(weight: Tensor, inverse: Tensor, gone: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The best weight and the inverse gram of the kept columns alone, from those of all."""
+    step = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, kept])
+    return weight[:, kept] - weight[:, gone] @ step, inverse[kept][:, kept] - inverse[kept][:, gone] @ step
+
+
+def unit_columns(units: Tensor, unit: int) -> Tensor:
+    """The columns [len(units) * unit] of units."""
+    return (units[:, None] * unit + torch.arange(unit, device=units.device)).flatten()

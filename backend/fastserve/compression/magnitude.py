@@ -1,0 +1,87 @@
+"""Pruning by magnitude alone: no calibration text is looked at."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+import torch
+from msgspec import Meta
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fastserve.compression.layer import Moments
+from fastserve.compression.patterns import Tiles, parse_pattern
+from fastserve.compression.pruning import PruningStep, Sparsity, check_two_of_four
+from fastserve.compression.state import State, StateWriter
+from fastserve.compression.step import Context, RecipeError
+
+BINS = 1 << 15
+"""As many as there are bfloat16 numbers from 0 up."""
+
+
+class Magnitude(PruningStep, frozen=True, kw_only=True, tag="magnitude"):
+    """Leaves out the weights of least magnitude; the blocks or rows of least L1 norm."""
+
+    sparsity: Sparsity | None = None
+    """None: a half, unless there is a threshold."""
+    threshold: Annotated[float, Meta(gt=0, description="|w|, or L1 norm per weight, of what stays")] | None = None
+    over: Annotated[
+        Literal["row", "matrix", "model"], Meta(description="what the sparsity is a share of")
+    ] = "matrix"
+    """`model`: all targeted linears together, so that some are pruned more than others."""
+
+    def check(self, config: PretrainedConfig) -> None:
+        super().check(config)
+        if self.sparsity is not None and self.threshold is not None:
+            raise RecipeError(f"threshold: got {self.threshold} beside a sparsity; allowed: one of the two")
+        if self.threshold is not None and self.over != "matrix":
+            raise RecipeError(f"over: got {self.over!r}; a threshold is over nothing, so leave it out")
+        check_two_of_four(self.pattern, "sparsity", self.sparsity or 0.5, 0.5)
+        check_two_of_four(self.pattern, "threshold", self.threshold, None)
+        check_two_of_four(self.pattern, "over", self.over, "matrix")
+
+    def run(self, before: State, after: StateWriter, context: Context) -> None:
+        if self.over == "model":
+            threshold = self._threshold_of(before)
+            msgspec.structs.replace(self, over="matrix", threshold=threshold).run(before, after, context)
+        else:
+            super().run(before, after, context)
+
+    def prune(self, weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+        pattern, costs = parse_pattern(self.pattern), weight.abs()
+        if self.threshold is not None:
+            assert isinstance(pattern, Tiles)
+            mask = pattern.spread(pattern.means(costs) >= self.threshold, weight.shape[1])
+        else:
+            assert self.over != "model"
+            mask = pattern.choose(costs, self.sparsity or 0.5, self.over)
+        return weight * mask, mask
+
+    def _threshold_of(self, state: State) -> float:
+        """Below which the sparsity's share of all targeted weights lies."""
+        pattern = parse_pattern(self.pattern)
+        assert isinstance(pattern, Tiles)
+        counts = torch.zeros(BINS, dtype=torch.int64)
+        for index in range(state.num_layers):
+            for name, weight in state.linears(index).items():
+                if self.selects(f"{state.skeleton.prefix}{index}.{name}"):
+                    counts += weight_histogram(weight.dequantize(), pattern)
+        return quantile(counts, self.sparsity or 0.5)
+
+
+def weight_histogram(weight: Tensor, pattern: Tiles) -> Tensor:
+    """How many of the weights [N, K] lie in tiles whose L1 norm per weight is each bfloat16 number [BINS].
+
+    Numbers that are no bfloat16 are rounded down to one, which changes none that a bfloat16 model holds.
+    """
+    norms = pattern.means(weight.abs())
+    of_a_tile = weight.numel() // norms.numel()
+    bits = norms.float().contiguous().view(torch.int32) >> 16
+    return of_a_tile * torch.bincount(bits.flatten(), minlength=BINS).cpu()
+
+
+def quantile(counts: Tensor, share: float) -> float:
+    """The least bfloat16 number below which this share of what a `weight_histogram` counted lies."""
+    below = int(torch.searchsorted(counts.cumsum(0), round(share * int(counts.sum()))))
+    return float(torch.tensor(below + 1, dtype=torch.int32).bitwise_left_shift(16).view(torch.float32))

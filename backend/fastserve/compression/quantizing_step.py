@@ -1,0 +1,72 @@
+"""What the steps that round weights to few bits share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from msgspec import Meta
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from fastserve.compression.bias_correction import corrected_bias
+from fastserve.compression.layer import Layer, Stage
+from fastserve.compression.skeleton import Skeleton
+from fastserve.compression.step import Kind, LayerStep, RecipeError
+from fastserve_kernels.formats import Weight
+
+Bits = Annotated[int, Meta(ge=2, le=8, description="of a code")]
+GroupSize = Annotated[
+    Literal[32, 64, 128] | None, Meta(description="columns of a row that share a scale; null: all of them")
+]
+
+
+class QuantizingStep(LayerStep, frozen=True, kw_only=True):
+    """A step after which linears are codes of few bits."""
+
+    takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse"))
+    leaves: ClassVar[Kind | None] = "codes"
+
+    bias_correction: Annotated[
+        bool, Meta(description="add to biases what rounding takes from the mean of the output")
+    ] = False
+
+    def check(self, config: PretrainedConfig) -> None:
+        group_size = getattr(self, "group_size", None)
+        has_bias = False
+        for name, linear in self._linears(config):
+            has_bias |= linear.bias is not None
+            if isinstance(group_size, int) and linear.in_features % group_size:
+                raise RecipeError(
+                    f"group_size: got {group_size}; allowed: a divisor of the {linear.in_features} columns of "
+                    f"{name}, or null"
+                )
+        if self.bias_correction and not has_bias:
+            raise RecipeError(
+                f"bias_correction: got true; allowed: false, as no linear among the targets has a bias in a model "
+                f"of the type {config.model_type}"
+            )
+
+    def stages(self, layer: Layer, names: tuple[str, ...]) -> Iterator[tuple[Stage, tuple[str, ...]]]:
+        """The stages with targeted linears, in the order in which they run, and these."""
+        for stage in layer.stages:
+            chosen = tuple(name for name in stage if name in names)
+            if chosen:
+                yield stage, chosen
+
+    def put(self, layer: Layer, name: str, weight: Weight, mean: Tensor) -> None:
+        """Replaces the weight of a linear of a layer, given the mean [K] of its input."""
+        bias = None
+        if self.bias_correction and f"{name}.bias" in layer.part:
+            bias = corrected_bias(layer.other(f"{name}.bias"), layer.dense(name), weight.dequantize(), mean)
+        layer.replace(name, weight, bias)
+
+    def _linears(self, config: PretrainedConfig) -> Iterator[tuple[str, nn.Linear]]:
+        """Those that are targets, by full name."""
+        skeleton = Skeleton.of(config)
+        for index, layer in enumerate(skeleton.layers):
+            for name in skeleton.linears(index):
+                linear = layer.get_submodule(name)
+                full_name = f"{skeleton.prefix}{index}.{name}"
+                if self.selects(full_name) and isinstance(linear, nn.Linear):
+                    yield full_name, linear

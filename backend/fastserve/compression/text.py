@@ -1,0 +1,135 @@
+"""The text that compression measures, trains and is judged on: from text to windows of token ids."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastserve.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from fastserve.compression.recipe import Calibration, Evaluation
+
+BETWEEN_DOCUMENTS = "\n\n"
+HELD_OUT_EVERY = 10
+"""Of so many windows of calibration text the last one is held out."""
+
+
+class TextError(ValueError):
+    """Text that cannot be used; the sentence says which, why, and what would do."""
+
+
+def calibration_text() -> str:
+    """What comes with FastServe to measure and train on, about 620 kB. See `corpus/README.md`."""
+    return _packaged("calibration")
+
+
+def evaluation_text() -> str:
+    """What comes with FastServe to judge by, about 200 kB: other documents than those of calibration."""
+    return _packaged("evaluation")
+
+
+def read_text(files: Sequence[str | Path]) -> str:
+    """The files' text, one after the other. Raises TextError for one that is missing, empty or not UTF-8."""
+    return BETWEEN_DOCUMENTS.join(_read(Path(file).expanduser()) for file in files)
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"text file {path}: not UTF-8 (byte {error.start}: {error.reason}); allowed: plain text in UTF-8"
+        ) from error
+    except OSError as error:
+        raise TextError(f"text file {path}: cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise TextError(f"text file {path}: holds no text")
+    return text
+
+
+def _packaged(part: str) -> str:
+    folder = resources.files("fastserve.compression") / "corpus" / part
+    documents = sorted((file for file in folder.iterdir()), key=lambda file: file.name)
+    return BETWEEN_DOCUMENTS.join(file.read_text(encoding="utf-8") for file in documents)
+
+
+def token_windows(
+    tokenizer: Tokenizer | Path, text: str, length: int, samples: int | None = None, seed: int | None = None
+) -> Tensor:
+    """Windows of `length` tokens that do not overlap, in the text's order, [samples, length] int64.
+
+    `samples` None: all of them; else so many, spread evenly over the text: the middle one of each of as many
+    equal stretches, or with a `seed` one drawn from each. A window begins with the tokens that the tokeniser
+    puts before every text (Llama 3: one), as the windows of a model in service do. `tokenizer` may be the
+    directory of one.
+
+    Raises TextError if the text has fewer windows than `samples`, or none.
+    """
+    windows = _all_windows(tokenizer, text, length)
+    return windows if samples is None else _spread(windows, samples, seed)
+
+
+def calibration_windows(source: Calibration, tokenizer: Path, seed: int) -> tuple[Tensor, Tensor]:
+    """The calibration windows [source.samples, source.length] and the held-out ones, a tenth as many.
+
+    Every tenth window of the text is held out, so that these too come from all over it. Raises TextError.
+    """
+    text = read_text(source.files) if source.files else calibration_text()
+    windows = _all_windows(tokenizer, text, source.length)
+    is_held_out = torch.arange(len(windows)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    held_out = windows[is_held_out]
+    if not len(held_out):
+        raise TextError(
+            f"calibration text: {len(windows)} windows of {source.length} tokens; needed: at least "
+            f"{HELD_OUT_EVERY}. Give longer files, or a smaller length"
+        )
+    wanted = min(len(held_out), max(1, source.samples // HELD_OUT_EVERY))
+    return _spread(windows[~is_held_out], source.samples, seed), _spread(held_out, wanted, None)
+
+
+def evaluation_windows(source: Evaluation, tokenizer: Path) -> Tensor:
+    """The evaluation windows [samples, source.length], of about `source.tokens` tokens. Raises TextError."""
+    text = read_text(source.files) if source.files else evaluation_text()
+    windows = _all_windows(tokenizer, text, source.length)
+    if not source.tokens:
+        return windows
+    return _spread(windows, min(len(windows), max(1, source.tokens // source.length)), None)
+
+
+def _all_windows(tokenizer: Tokenizer | Path, text: str, length: int) -> Tensor:
+    if isinstance(tokenizer, Path):
+        tokenizer = Tokenizer(tokenizer)
+    start = tokenizer.backend.encode("").ids
+    ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    step = length - len(start)
+    count = len(ids) // step
+    if not count:
+        raise TextError(
+            f"text: {len(ids)} tokens; needed: at least one window of {length}. Give longer files"
+        )
+    windows = torch.tensor(ids[: count * step], dtype=torch.int64).view(count, step)
+    return torch.cat([torch.tensor([start], dtype=torch.int64).expand(count, -1), windows], dim=1)
+
+
+def _spread(windows: Tensor, samples: int, seed: int | None) -> Tensor:
+    """One window of each of `samples` equal stretches."""
+    count = len(windows)
+    if samples > count:
+        raise TextError(
+            f"text: {count} windows of {windows.shape[1]} tokens; needed: {samples}. Give longer files, "
+            "fewer samples or a smaller length"
+        )
+    bounds = [count * index // samples for index in range(samples + 1)]
+    stretches = [range(first, last) for first, last in pairwise(bounds)]
+    if seed is None:
+        return windows[[stretch[len(stretch) // 2] for stretch in stretches]]
+    numbers = random.Random(seed)
+    return windows[[numbers.choice(stretch) for stretch in stretches]]

@@ -1,0 +1,210 @@
+"""The training loop: AdamW on windows of text, to a budget of steps or of minutes.
+
+What trains is in float32, and so is what the optimiser keeps; matrix products are in bfloat16 where the
+device multiplies that faster. Nothing but the order of the windows is random, and that depends on the seed
+and the step alone: a run of so many steps ends in the same bytes, also if it was killed on the way and goes
+on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from msgspec import Meta
+from rich.progress import Progress
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from fastserve.compression.step import RecipeError, Step
+
+MICRO_TOKENS = 2048
+"""Tokens that go through the model at once; the gradients of a larger batch are summed up."""
+HELD_OUT_TOKENS = 8192
+"""Of the held-out text that are looked at in an evaluation."""
+CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
+
+Loss = Callable[[Tensor], Tensor]
+"""Maps windows [n, T] int64 to their mean loss."""
+
+
+class TrainingStep(Step, frozen=True, kw_only=True):
+    """A step that trains: for how long, how fast, and when it stops."""
+
+    minutes: Annotated[float, Meta(gt=0, description="of processor time, all cores together")] | None = None
+    steps: Annotated[int, Meta(ge=1, description="of the optimiser; in place of minutes")] | None = None
+    learning_rate: Annotated[float, Meta(gt=0, description="at its highest")] = 1e-4
+    warm_up: Annotated[float, Meta(ge=0, lt=1, description="share of the budget; after it, cosine to 0")] = 0.05
+    batch: Annotated[int, Meta(ge=1, description="windows of a step")] = 4
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    clip: Annotated[float, Meta(gt=0, description="largest norm of the gradient")] = 1.0
+    evaluations: Annotated[int, Meta(ge=1, description="on held-out text; each writes a checkpoint")] = 8
+    patience: Annotated[int, Meta(ge=1, description="evaluations without improvement before it stops")] = 3
+
+    def check(self, config: PretrainedConfig) -> None:
+        if (self.minutes is None) == (self.steps is None):
+            both = "both" if self.steps else "neither"
+            raise RecipeError(f"minutes, steps: got {both}; allowed: one of them, the budget")
+
+    def rate(self, done: float) -> float:
+        """The learning rate when this share of the budget is spent."""
+        if done < self.warm_up:
+            return self.learning_rate * done / self.warm_up
+        return self.learning_rate * (1 + math.cos(math.pi * (done - self.warm_up) / (1 - self.warm_up))) / 2
+
+
+@dataclass(frozen=True)
+class Point:
+    """Of a training curve."""
+
+    step: int
+    tokens: int
+    minutes: float
+    training: float | None
+    """The mean loss of the steps since the last point; None before the first step."""
+    held_out: float
+
+
+class Training:
+    """A run of the loop, which its directory outlives."""
+
+    def __init__(
+        self,
+        step: TrainingStep,
+        parameters: dict[str, nn.Parameter],
+        loss: Loss,
+        directory: Path,
+        seed: int,
+        mask_gradients: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`mask_gradients` drops gradients of what must not change, before each step."""
+        self._plan = step
+        self._parameters = parameters
+        self._loss = loss
+        self._directory = directory
+        self._seed = seed
+        self._mask_gradients = mask_gradients
+        self._optimizer = _optimizer(parameters, step.weight_decay)
+        self._points: list[Point] = []
+        self._step = 0
+        self._minutes = 0.0
+        self._recent: list[float] = []
+
+    def run(self, text: Tensor, held_out: Tensor, progress: Progress) -> list[Point]:
+        """Trains on `text` [samples, T] and leaves the parameters as they did best on `held_out` [samples, T].
+
+        Returns the curve.
+        """
+        self._resume()
+        task = progress.add_task(self._plan.name, total=1.0)
+        held_out = held_out[: max(1, HELD_OUT_TOKENS // held_out.shape[1])]
+        started = time.process_time() / 60 - self._minutes
+        while not self._is_finished():
+            progress.update(task, completed=self._done())
+            if self._done() * self._plan.evaluations >= len(self._points):
+                self._evaluate(text, held_out)
+            else:
+                self._take_step(text)
+            self._minutes = time.process_time() / 60 - started
+        self._load(torch.load(self._directory / BEST, weights_only=True))
+        return self._points
+
+    def _done(self) -> float:
+        """Share of the budget that is spent."""
+        plan = self._plan
+        return self._step / plan.steps if plan.steps else min(1.0, self._minutes / (plan.minutes or 1.0))
+
+    def _is_finished(self) -> bool:
+        """Whether the last evaluation was at the end of the budget, or so many in vain."""
+        losses = [point.held_out for point in self._points]
+        if not losses:
+            return False
+        in_vain = len(losses) - 1 - losses.index(min(losses))
+        at_the_end = self._done() >= 1 and self._points[-1].step == self._step
+        return at_the_end or in_vain >= self._plan.patience
+
+    def _take_step(self, text: Tensor) -> None:
+        windows = text[_order(self._step, self._plan.batch, len(text), self._seed)]
+        total = 0.0
+        for some in windows.split(max(1, MICRO_TOKENS // text.shape[1])):
+            loss = self._loss(some) * (len(some) / len(windows))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss)
+        self._mask_gradients()
+        torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._plan.clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._plan.rate(self._done())
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._recent.append(total)
+        self._step += 1
+
+    @torch.no_grad()
+    def _evaluate(self, text: Tensor, held_out: Tensor) -> None:
+        found = [float(self._loss(window[None])) for window in held_out]
+        recent = sum(self._recent) / len(self._recent) if self._recent else None
+        tokens = self._step * self._plan.batch * text.shape[1]
+        point = Point(self._step, tokens, self._minutes, recent, sum(found) / len(found))
+        if all(point.held_out < earlier.held_out for earlier in self._points):
+            _save(self._directory / BEST, self._tensors())
+        self._points.append(point)
+        self._recent = []
+        self._save_checkpoint()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(tensors[name])
+
+    def _save_checkpoint(self) -> None:
+        checkpoint = {
+            "parameters": self._tensors(),
+            "optimizer": self._optimizer.state_dict(),
+            "points": [asdict(point) for point in self._points],
+        }
+        _save(self._directory / CHECKPOINT, checkpoint)
+
+    def _resume(self) -> None:
+        if not (self._directory / CHECKPOINT).is_file():
+            return
+        checkpoint = torch.load(self._directory / CHECKPOINT, weights_only=True)
+        self._load(checkpoint["parameters"])
+        self._optimizer.load_state_dict(checkpoint["optimizer"])
+        self._points = [Point(**point) for point in checkpoint["points"]]
+        self._step, self._minutes = self._points[-1].step, self._points[-1].minutes
+
+
+def _optimizer(parameters: dict[str, nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
+    """Norms and biases do not decay."""
+    matrices = [parameter for parameter in parameters.values() if parameter.dim() > 1]
+    vectors = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
+def _order(step: int, batch: int, samples: int, seed: int) -> Tensor:
+    """Which windows [batch] a step takes: all of them, shuffled, then all of them shuffled otherwise."""
+    places = range(step * batch, (step + 1) * batch)
+    epochs = {place // samples for place in places}
+    orders = {epoch: _shuffled(samples, seed, epoch) for epoch in epochs}
+    return torch.stack([orders[place // samples][place % samples] for place in places])
+
+
+def _shuffled(samples: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(samples, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+
+
+def _save(path: Path, value: Any) -> None:
+    """Atomically."""
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(value, unfinished)
+    os.replace(unfinished, path)

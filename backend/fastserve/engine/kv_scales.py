@@ -1,0 +1,73 @@
+"""Which dtype the KV cache has, and the scales of one that is quantised.
+
+Scales are the checkpoint's own where it has them (the step `kv_cache` of `fastserve compress`, llm-compressor).
+Else they are measured when the model is loaded: a thousand tokens of ordinary text run over a cache of the
+model's dtype, and the largest magnitude found for a head, with some headroom for text that goes beyond it,
+becomes the largest number of 8 bits. vLLM takes 1.0 for a missing scale of fp8: that cuts off keys above 448,
+which models with biased keys have (Qwen2), and is of no use for int8.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastserve.compression.text import calibration_text, token_windows
+from fastserve.model_files import ModelFiles
+from fastserve.models.causal_lm import CausalLM
+from fastserve.models.kv_cache import KV_CACHE_DTYPES, LARGEST, KVScales, make_kv_caches
+from fastserve.models.kv_cache_scheme import read_kv_cache_scheme
+from fastserve.models.model_error import ModelError
+from fastserve_kernels.attention_metadata import AttentionMetadata
+
+HEADROOM = 1.25
+"""How far beyond what was measured a key or value may go before it is cut off."""
+WINDOWS, WINDOW_LENGTH = 8, 128
+
+
+def choose_kv_cache(
+    wanted: str, files: ModelFiles, model: CausalLM
+) -> tuple[torch.dtype, list[KVScales] | None]:
+    """The dtype of the caches of `model`, and each layer's scales if that is one of 8 bits.
+
+    `wanted`: "int8", "fp8", or "auto": what the checkpoint names, else the model's dtype. Raises ModelError
+    if it is not what the checkpoint has scales for.
+    """
+    scheme = read_kv_cache_scheme(files.checkpoint, model.kv_cache_shapes(1, 1))
+    if scheme is not None and wanted not in ("auto", scheme.dtype):
+        raise ModelError(
+            f"kv_cache_dtype: got {wanted!r}; allowed for {files.checkpoint}: auto, {scheme.dtype}, because "
+            "its scales are for that"
+        )
+    name = wanted if scheme is None else scheme.dtype
+    if name == "auto":
+        return model.dtype, None
+    dtype = KV_CACHE_DTYPES[name]
+    if scheme is not None and scheme.scales is not None:
+        return dtype, scheme.scales
+    return dtype, measure_scales(model, dtype, _windows(files.tokenizer, model))
+
+
+def _windows(tokenizer: Path, model: CausalLM) -> Tensor:
+    """[windows, tokens] int64 of ordinary text."""
+    length = min(WINDOW_LENGTH, model.max_position)
+    return token_windows(tokenizer, calibration_text(), length, WINDOWS).to(model.device)
+
+
+@torch.inference_mode()
+def measure_scales(model: CausalLM, dtype: torch.dtype, windows: Tensor) -> list[KVScales]:
+    """Each layer's scales for a cache of that dtype, from what these tokens [windows, tokens] leave there."""
+    count, length = windows.shape
+    caches = make_kv_caches(model.kv_cache_shapes(count, length), model.dtype, model.device)
+    blocks = [[block] for block in range(count)]
+    metadata = AttentionMetadata.build([length] * count, [length] * count, blocks, length, model.device)
+    model.forward(windows.flatten(), metadata, caches)
+    return [KVScales(_scale(cache.keys, dtype), _scale(cache.values, dtype)) for cache in caches]
+
+
+def _scale(cached: Tensor, dtype: torch.dtype) -> Tensor:
+    """[kv_heads] float32 for [blocks, block_size, kv_heads, head_dim]."""
+    largest = cached.float().abs().amax((0, 1, 3)) * HEADROOM
+    return torch.where(largest > 0, largest / LARGEST[dtype], 1.0)

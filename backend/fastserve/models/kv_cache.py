@@ -1,0 +1,67 @@
+"""The paged cache of keys and values, in the model's dtype or in 8 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+KV_CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""Those that `--kv-cache-dtype` names."""
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The magnitude of the largest number that a cache of 8 bits holds, before its scale."""
+
+
+@dataclass(frozen=True, eq=False)
+class KVScales:
+    """A layer's keys and values are stored divided by these, [kv_heads] float32 each."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class KVCache:
+    """The cache of a layer."""
+
+    keys: Tensor
+    """[blocks, block_size, kv_heads, head_dim]; what nobody has written yet is zero."""
+    values: Tensor
+    k_scale: Tensor | None = None
+    """[kv_heads] float32, as in `KVScales`, for keys of 8 bits; else None."""
+    v_scale: Tensor | None = None
+
+
+KVCaches = list[KVCache]
+"""One per layer."""
+KVCacheShapes = list[tuple[tuple[int, ...], tuple[int, ...]]]
+"""Of each layer's keys and values."""
+
+
+def num_elements(shapes: KVCacheShapes) -> int:
+    """Of all layers' keys and values."""
+    return sum(prod(shape) for layer in shapes for shape in layer)
+
+
+def make_kv_caches(
+    shapes: KVCacheShapes,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    scales: list[KVScales] | None = None,
+) -> KVCaches:
+    """Caches of zeros; those of 8 bits need each layer's `scales`."""
+
+    def zeros(shape: tuple[int, ...]) -> Tensor:
+        # Written over, so that the process has its memory from the start and a request never waits for the
+        # kernel to find pages: torch.zeros takes pages that come when they are touched.
+        return torch.empty(shape, dtype=dtype, device=device).zero_()
+
+    caches = [(zeros(keys), zeros(values)) for keys, values in shapes]
+    if scales is None:
+        return [KVCache(*cache) for cache in caches]
+    return [
+        KVCache(*cache, layer.k.to(device), layer.v.to(device))
+        for cache, layer in zip(caches, scales, strict=True)
+    ]

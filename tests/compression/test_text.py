@@ -1,0 +1,178 @@
+"""From text to windows of token ids. A token of the tokenisers here is a byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from fastserve.compression.recipe import Calibration, Evaluation
+from fastserve.compression.text import (
+    TextError,
+    calibration_text,
+    calibration_windows,
+    evaluation_text,
+    evaluation_windows,
+    read_text,
+    token_windows,
+)
+
+MakeTokenizer = Callable[..., Path]
+BEGIN = "<s>"
+
+
+@pytest.fixture(scope="module")
+def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MakeTokenizer:
+    """A tokeniser's directory; with `begin` it puts <s> before every text."""
+
+    def make(begin: bool = False) -> Path:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        backend = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken(BEGIN, special=True)])
+        if begin:
+            backend.post_processor = processors.TemplateProcessing(
+                single=f"{BEGIN} $A", special_tokens=[(BEGIN, backend.token_to_id(BEGIN))]
+            )
+        directory = tmp_path_factory.mktemp("tokenizer")
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=BEGIN).save_pretrained(directory)
+        (directory / "config.json").write_text("{}")
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def tokenizer(make_tokenizer: MakeTokenizer) -> Path:
+    return make_tokenizer()
+
+
+def ids_of(directory: Path, text: str) -> list[int]:
+    return Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+
+
+def test_the_packaged_texts_have_the_size_that_their_readme_tells() -> None:
+    assert 600_000 < len(calibration_text().encode()) < 650_000
+    assert 190_000 < len(evaluation_text().encode()) < 210_000
+
+
+def test_no_paragraph_is_both_in_the_calibration_and_in_the_evaluation_text() -> None:
+    both = set(calibration_text().split("\n\n")) & set(evaluation_text().split("\n\n"))
+    assert [paragraph for paragraph in both if len(paragraph) > 80] == []
+
+
+def test_the_readme_of_the_texts_names_every_file_and_every_licence_file() -> None:
+    corpus = resources.files("fastserve.compression") / "corpus"
+    readme = (corpus / "README.md").read_text(encoding="utf-8")
+    for folder in ("calibration", "evaluation", "licenses"):
+        for file in (corpus / folder).iterdir():
+            assert f"`{folder}/{file.name}`" in readme
+
+
+def test_files_are_read_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("öne", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("two", encoding="utf-8")
+    assert read_text([tmp_path / "b.txt", str(tmp_path / "a.txt")]) == "two\n\nöne"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(None, "cannot be read"), (b"caf\xe9 au lait", r"not UTF-8 \(byte 3"), (b" \n", "holds no text")],
+)
+def test_a_file_that_is_no_text_is_refused_by_name(
+    tmp_path: Path, content: bytes | None, complaint: str
+) -> None:
+    if content is not None:
+        (tmp_path / "notes.txt").write_bytes(content)
+    with pytest.raises(TextError, match=rf"notes\.txt: {complaint}"):
+        read_text([tmp_path / "notes.txt"])
+
+
+def test_all_windows_together_are_the_text_but_for_its_last_tokens(tokenizer: Path) -> None:
+    text = "abcdefghijklmnopqrstuvwxyz"
+    windows = token_windows(tokenizer, text, 4)
+    assert windows.shape == (6, 4)
+    assert windows.dtype == torch.int64
+    assert windows.flatten().tolist() == ids_of(tokenizer, text[:24])
+
+
+def test_every_window_begins_with_what_the_tokeniser_puts_before_a_text(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    directory = make_tokenizer(begin=True)
+    begin = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(BEGIN)
+    windows = token_windows(directory, "abcdefgh", 5)
+    assert windows.tolist() == [[begin, *ids_of(directory, "abcd")], [begin, *ids_of(directory, "efgh")]]
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.none() | st.integers(0, 5))
+def test_samples_are_one_of_each_of_as_many_equal_stretches(
+    tokenizer: Path, count: int, samples: int, seed: int | None
+) -> None:
+    text = "".join(chr(33 + index) for index in range(count))
+    if samples > count:
+        with pytest.raises(TextError, match=f"{count} windows of 1 tokens; needed: {samples}"):
+            token_windows(tokenizer, text, 1, samples, seed)
+        return
+    order = ids_of(tokenizer, text)
+    windows = token_windows(tokenizer, text, 1, samples, seed)
+    places = [order.index(token) for token in windows.flatten().tolist()]
+    bounds = [count * index // samples for index in range(samples + 1)]
+    assert len(places) == samples
+    assert all(first <= place < end for place, (first, end) in zip(places, pairwise(bounds), strict=True))
+
+
+def test_the_same_seed_draws_the_same_windows_and_another_others(tokenizer: Path) -> None:
+    text = evaluation_text()[:20_000]
+    first, again, other = (token_windows(tokenizer, text, 64, 20, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_text_shorter_than_a_window_is_refused(tokenizer: Path) -> None:
+    with pytest.raises(TextError, match="3 tokens; needed: at least one window of 4"):
+        token_windows(tokenizer, "abc", 4)
+
+
+def test_held_out_windows_are_a_tenth_as_many_and_none_of_the_calibration_windows(tokenizer: Path) -> None:
+    calibration, held_out = calibration_windows(Calibration(samples=200, length=256), tokenizer, seed=3)
+    assert calibration.shape == (200, 256)
+    assert held_out.shape == (20, 256)
+    assert not {tuple(row) for row in calibration.tolist()} & {tuple(row) for row in held_out.tolist()}
+
+
+def test_files_of_the_user_replace_the_packaged_text(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("x" * 2000)
+    files = (str(tmp_path / "mine.txt"),)
+    (mine,) = set(ids_of(tokenizer, "x"))
+    calibration, held_out = calibration_windows(
+        Calibration(files=files, samples=10, length=16), tokenizer, seed=0
+    )
+    evaluation = evaluation_windows(Evaluation(files=files, length=16), tokenizer)
+    assert {*calibration.unique().tolist(), *held_out.unique().tolist(), *evaluation.unique().tolist()} == {
+        mine
+    }
+    assert len(evaluation) == 125
+
+
+def test_calibration_text_too_short_to_hold_any_out_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("x" * 100)
+    source = Calibration(files=(str(tmp_path / "mine.txt"),), samples=2, length=16)
+    with pytest.raises(TextError, match="6 windows of 16 tokens; needed: at least 10"):
+        calibration_windows(source, tokenizer, seed=0)
+
+
+def test_evaluation_is_of_about_as_many_tokens_as_are_asked_for(tokenizer: Path) -> None:
+    whole = evaluation_windows(Evaluation(length=512), tokenizer)
+    assert len(whole) == len(evaluation_text().encode()) // 512
+    assert evaluation_windows(Evaluation(length=512, tokens=5000), tokenizer).shape == (9, 512)
+    assert len(evaluation_windows(Evaluation(length=512, tokens=10**9), tokenizer)) == len(whole)
