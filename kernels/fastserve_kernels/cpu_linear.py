@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastserve_kernels import reference
 from fastserve_kernels.cpu_kernels import arrangement, features
+from fastserve_kernels.cpu_kernels.pages import in_huge_pages
 from fastserve_kernels.formats import (
     FP8,
     NF4,
@@ -54,8 +55,9 @@ WIDEST_SINGLE_ROW = 1024
 """oneDNN adds up a wider single row in another order than several rows; rounding hides most of it."""
 LEAST_PARALLEL = 1 << 18
 """Products that are worth a second thread: it takes a microsecond to get one."""
-RUN_BYTES = 1 << 18
-"""Of weights that lie together and go to one thread, if there are enough for all."""
+RUN_BYTES = 1 << 19
+"""Of weights that lie together and go to one thread, at least, if there are enough for all; of a single
+token, for several take as long by fewer."""
 RUNS_PER_THREAD = 8
 """So that the threads end together."""
 MOST_INTEGERS = 65536
@@ -73,6 +75,11 @@ def _dequantised(weight: Weight, dtype: torch.dtype) -> Prepared:
 
 def _supported(given: Features | None) -> bool:
     return features.supported(features.of_host() if given is None else given)
+
+
+def _prepared(operator: str, arguments: tuple[Tensor | int | None, ...], weight: Weight) -> Prepared:
+    in_place = tuple(in_huge_pages(a) if isinstance(a, Tensor) else a for a in arguments)
+    return Prepared(operator, in_place, weight.out_features, weight.in_features)
 
 
 def prepare_dense(weight: Dense, dtype: torch.dtype) -> Prepared:
@@ -96,7 +103,7 @@ def prepare_int4(weight: Int4, dtype: torch.dtype, given: Features | None = None
         weight.out_features,
         weight.group_size,
     )
-    return Prepared("linear_int4", arguments, weight.out_features, weight.in_features)
+    return _prepared("linear_int4", arguments, weight)
 
 
 def prepare_nf4(weight: NF4, dtype: torch.dtype, given: Features | None = None) -> Prepared:
@@ -109,7 +116,7 @@ def prepare_nf4(weight: NF4, dtype: torch.dtype, given: Features | None = None) 
         weight.out_features,
         weight.group_size,
     )
-    return Prepared("linear_nf4", arguments, weight.out_features, weight.in_features)
+    return _prepared("linear_nf4", arguments, weight)
 
 
 def prepare_int8(weight: Int8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
@@ -125,7 +132,7 @@ def prepare_int8(weight: Int8, dtype: torch.dtype, given: Features | None = None
         weight.out_features,
         weight.group_size,
     )
-    return Prepared("linear_int8", arguments, weight.out_features, weight.in_features)
+    return _prepared("linear_int8", arguments, weight)
 
 
 def prepare_fp8(weight: FP8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
@@ -137,7 +144,7 @@ def prepare_fp8(weight: FP8, dtype: torch.dtype, given: Features | None = None) 
         weight.out_features,
         weight.group_size,
     )
-    return Prepared("linear_fp8", arguments, weight.out_features, weight.in_features)
+    return _prepared("linear_fp8", arguments, weight)
 
 
 def prepare_w8a8(weight: W8A8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
@@ -152,7 +159,7 @@ def prepare_w8a8(weight: W8A8, dtype: torch.dtype, given: Features | None = None
         )
     scales = arrangement.group_rows(weight.scales[:, None])
     arguments = (arrangement.quads(weight.values), scales, weight.out_features)
-    return Prepared("linear_w8a8", arguments, weight.out_features, weight.in_features)
+    return _prepared("linear_w8a8", arguments, weight)
 
 
 def prepare_bitmap(weight: Bitmap | Sparse24, dtype: torch.dtype) -> Prepared:
@@ -184,7 +191,7 @@ def prepare_block_sparse(weight: BlockSparse, dtype: torch.dtype, given: Feature
     if values.shape[1] < arrangement.STRIP:
         values, starts, columns = arrangement.taller_blocks(values, starts, columns)
     arguments = (arrangement.blocks(values, starts, dtype), starts, columns, weight.out_features)
-    return Prepared("linear_block_sparse", arguments, weight.out_features, weight.in_features)
+    return _prepared("linear_block_sparse", arguments, weight)
 
 
 def prepare_low_rank(weight: LowRank, dtype: torch.dtype, given: Features | None = None) -> Prepared:
@@ -269,7 +276,7 @@ def _run(
         out_features,
         in_features,
         x.stride(0),
-        _strips_of_a_run(out_features, weight[0], threads),
+        _strips_of_a_run(tokens, out_features, weight[0], threads),
         threads,
         bias is not None,
         residual is not None,
@@ -278,9 +285,9 @@ def _run(
     return out
 
 
-def _strips_of_a_run(out_features: int, weight: Tensor | None, threads: int) -> int:
+def _strips_of_a_run(tokens: int, out_features: int, weight: Tensor | None, threads: int) -> int:
     strips = -(-out_features // arrangement.STRIP)
-    nbytes = 0 if weight is None else weight.nbytes
+    nbytes = tokens * (0 if weight is None else weight.nbytes)
     return max(1, min(RUN_BYTES * strips // max(1, nbytes), strips // (RUNS_PER_THREAD * threads)))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from rich.progress import Progress
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import SavedState, State, StateWriter
@@ -86,3 +87,27 @@ def run_step(tmp_path: Path) -> RunStep:
         return SavedState(tmp_path / name)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def save_byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a tokeniser with a token for every byte, and returns its directory; with `begin` it puts <s>
+    before every text."""
+
+    def save(begin: bool = False) -> Path:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        backend = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken("<s>", special=True)])
+        if begin:
+            start = backend.token_to_id("<s>")
+            backend.post_processor = processors.TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", start)]
+            )
+        directory = tmp_path_factory.mktemp("tokenizer")
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<s>").save_pretrained(directory)
+        (directory / "config.json").write_text("{}")
+        return directory
+
+    return save

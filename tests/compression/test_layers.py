@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from tests.compression.conftest import RunStep, SaveTiny
 from torch import Tensor
 
 from fastserve.compression.layer import Layer
@@ -14,7 +15,6 @@ from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import SavedState, StateWriter, read_part, write_part
 from fastserve.compression.step import Context, LayerStep, RecipeError
 from fastserve_kernels.formats import W8A8, Bitmap, BlockSparse, Dense, Int4, Int8, LowRank, Sparse24, Weight
-from tests.compression.conftest import RunStep, SaveTiny
 
 
 class Watch(LayerStep, frozen=True, kw_only=True, tag="watch"):
@@ -89,7 +89,7 @@ def test_layers_one_by_one_compute_what_the_whole_model_does(
 
 def test_a_model_that_computes_tables_of_its_own_is_refused(save_tiny: SaveTiny) -> None:
     with pytest.raises(RecipeError, match="embed_scale"):
-        SourceState(save_tiny("gemma2", head_dim=16)).num_layers  # noqa: B018: it makes the skeleton
+        _ = SourceState(save_tiny("gemma2", head_dim=16)).num_layers
 
 
 def test_the_moments_are_those_of_the_inputs(source: SourceState, run_step: RunStep) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.compression.conftest import SIZES
 from transformers import AutoConfig, PretrainedConfig
 
 from fastserve.compression.recipe import PRESETS, check_recipe, parse_recipe, preset, read_recipe
 from fastserve.compression.step import RecipeError
-from tests.compression.conftest import SIZES
 
 
 @pytest.fixture

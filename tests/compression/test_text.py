@@ -1,4 +1,4 @@
-"""From text to windows of token ids. A token of the tokenisers here is a byte."""
+"""From text to windows of token ids."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
 from fastserve.compression.recipe import Calibration, Evaluation
 from fastserve.compression.text import (
@@ -29,31 +28,9 @@ MakeTokenizer = Callable[..., Path]
 BEGIN = "<s>"
 
 
-@pytest.fixture(scope="module")
-def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MakeTokenizer:
-    """A tokeniser's directory; with `begin` it puts <s> before every text."""
-
-    def make(begin: bool = False) -> Path:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        backend = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([AddedToken(BEGIN, special=True)])
-        if begin:
-            backend.post_processor = processors.TemplateProcessing(
-                single=f"{BEGIN} $A", special_tokens=[(BEGIN, backend.token_to_id(BEGIN))]
-            )
-        directory = tmp_path_factory.mktemp("tokenizer")
-        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=BEGIN).save_pretrained(directory)
-        (directory / "config.json").write_text("{}")
-        return directory
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def tokenizer(make_tokenizer: MakeTokenizer) -> Path:
-    return make_tokenizer()
+@pytest.fixture(scope="session")
+def tokenizer(save_byte_tokenizer: MakeTokenizer) -> Path:
+    return save_byte_tokenizer()
 
 
 def ids_of(directory: Path, text: str) -> list[int]:
@@ -106,9 +83,9 @@ def test_all_windows_together_are_the_text_but_for_its_last_tokens(tokenizer: Pa
 
 
 def test_every_window_begins_with_what_the_tokeniser_puts_before_a_text(
-    make_tokenizer: MakeTokenizer,
+    save_byte_tokenizer: MakeTokenizer,
 ) -> None:
-    directory = make_tokenizer(begin=True)
+    directory = save_byte_tokenizer(begin=True)
     begin = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(BEGIN)
     windows = token_windows(directory, "abcdefgh", 5)
     assert windows.tolist() == [[begin, *ids_of(directory, "abcd")], [begin, *ids_of(directory, "efgh")]]

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 from fastserve.compression.text import evaluation_text, token_windows
-from fastserve.engine.kv_scales import choose_kv_cache, measure_scales
+from fastserve.engine.model_runner import ModelRunner
 from fastserve.model_files import ModelFiles
-from fastserve.models.kv_cache import LARGEST
-from fastserve.models.loading import load_model
+from fastserve.models.causal_lm import CausalLM
+from fastserve.models.kv_cache import KV_CACHE_DTYPES, KVCacheShapes, KVScales
+from fastserve.types import Outcome
 
 PROMPTS = (
     "The capital of France is Paris. The capital of Italy is",
     "Once upon a time there was a king who had three daughters, and the youngest of them",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
 )
-DTYPES = ("int8", "fp8")
+DTYPES = tuple(KV_CACHE_DTYPES)
 SEEDED: dict[str, Any] = {"temperature": 1.0, "seed": 42, "max_tokens": 48, "ignore_eos": True}
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 48, "ignore_eos": True}
 
@@ -54,14 +55,22 @@ def mean_loss(engine: Any, helpers: Any, windows: torch.Tensor) -> float:
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_bytes_hold_twice_the_tokens_of_bf16(make_engine: Any, dtype: str) -> None:
-    settings: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_bytes": 1 << 26}
-    blocks = make_engine(**settings).stats().kv_blocks_total
-    assert make_engine(kv_cache_dtype=dtype, **settings).stats().kv_blocks_total in (
-        2 * blocks,
-        2 * blocks + 1,
-    )
+@pytest.mark.parametrize("dtype", KV_CACHE_DTYPES.values())
+def test_the_same_bytes_hold_twice_the_tokens_of_bf16(dtype: torch.dtype) -> None:
+    class Model:
+        device = torch.device("cpu")
+
+        def kv_cache_shapes(self, num_blocks: int, block_size: int) -> KVCacheShapes:
+            return [((num_blocks, block_size, 2, 64), (num_blocks, block_size, 2, 64))] * 3
+
+    def runner(kv_dtype: torch.dtype, scales: list[KVScales] | None) -> ModelRunner:
+        return ModelRunner(cast(CausalLM, Model()), 16, 1 << 20, kv_dtype, scales)
+
+    scales = [KVScales(torch.ones(2), torch.ones(2))] * 3
+    found, full = runner(dtype, scales), runner(torch.bfloat16, None)
+    assert found.num_blocks in (2 * full.num_blocks, 2 * full.num_blocks + 1)
+    sizes = [cache.keys.nbytes + cache.values.nbytes for cache in found.kv_caches]
+    assert (1 << 20) - sum(sizes) in range(sum(sizes) // found.num_blocks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,7 +85,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(
 def test_a_cached_prefix_gives_the_same_text(
     engines: dict[str, Any], helpers: Any, prompts: list[list[int]], dtype: str
 ) -> None:
-    engine, long = engines[dtype], [sum(prompts, [])]
+    engine, long = engines[dtype], [[token for prompt in prompts for token in prompt]]
     first = texts(engine, helpers, long, **GREEDY)
     hits = engine.stats().prefix_cache_hit_tokens_total
     assert texts(engine, helpers, long, **GREEDY) == first
@@ -99,8 +108,6 @@ def test_preempted_sequences_go_on_with_the_same_text(
 def test_a_cancelled_request_gives_its_blocks_back(
     engines: dict[str, Any], helpers: Any, prompts: list[list[int]], dtype: str
 ) -> None:
-    from fastserve.types import Outcome
-
     engine = engines[dtype]
     engine.add(helpers.make_request("gone", prompts[0], **GREEDY))
     engine.step()

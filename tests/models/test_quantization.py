@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastserve.models.decoder import Decoder
+from fastserve.models.linear import Linear
 from fastserve.models.loading import load_model
 from fastserve.models.model_error import ModelError
 from fastserve.models.quantization import quantize, quantize_head
@@ -44,8 +45,10 @@ def test_logits_are_those_of_the_rounded_weights(
     directory, reference = save_model("llama", **SIZES)
     model = load_model(str(directory), "float32", quantization=quantization)
     assert isinstance(model, Decoder)
-    layer, head = model.weights.layers[0], model.weights.head
-    assert (layer.down.weight.operator, head.weight.operator) == OPERATORS[quantization]
+    down, head = model.weights.layers[0].down, model.weights.head
+    assert isinstance(down, Linear)
+    assert isinstance(head, Linear)
+    assert (down.weight.operator, head.weight.operator) == OPERATORS[quantization]
     round_weights(reference, quantization)
     found = torch.cat(logits_over_paged_cache(model, sequences))
     expected = torch.cat(transformers_logits(reference, sequences))

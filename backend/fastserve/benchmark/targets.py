@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from fastserve.benchmark.workload import Job
 from fastserve_client import Client
@@ -40,10 +40,11 @@ class ServerTarget:
 class InProcessTarget:
     """The same engine inside this process, without Triton server."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, **settings: Any) -> None:
+        """`settings` are those of `Model.load`."""
         from fastserve.embedded import Model, ModelServer
 
-        self._server = ModelServer(Model.load(model)).start()
+        self._server = ModelServer(Model.load(model, **settings)).start()
 
     def stream(self, job: Job) -> Iterator[int]:
         task = self._server.submit(

@@ -1,9 +1,9 @@
 """Which input columns of a linear to leave out, and how the others make up for it.
 
 With inputs x, the weight whose output is nearest to a wanted y is W* = E[y x^T] P, where P = E[x x^T]^-1. To
-leave out the columns B of it adds at least tr(W*_B (P_BB)^-1 W*_B^T) to E||y - W x||^2, reached when those that
-remain are solved anew: the optimal brain surgeon (Hassibi and Stork, 1993) for columns, as ZipLM (Kurtic et
-al., arXiv 2302.04089) has it for the structures of a model.
+leave out the columns B of it adds at least tr(W*_B (P_BB)^-1 W*_B^T) to E||y - W x||^2, reached when those
+that remain are solved anew: the optimal brain surgeon (Hassibi and Stork, 1993) for columns, as ZipLM (Kurtic
+et al., arXiv 2302.04089) has it for the structures of a model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Regression:
 
     @classmethod
     def towards(cls, weight: Tensor, cross: Tensor, gram: Tensor, damping: float = 1e-3) -> Regression:
-        """Of means over tokens, held to a weight [N, K] in directions that the inputs hardly have: as if there
+        """Of means over tokens, held to a weight [N, K] in directions that inputs hardly have: as if there
         were more inputs, `damping` times the energy of x and the same in all directions, with y = W x."""
         weight, cross, gram = weight.double(), cross.double(), gram.double()
         more = damping * gram.diagonal().mean().clamp_min(1e-30)
@@ -68,6 +68,14 @@ def removal(regression: Regression, unit: int, count: int) -> Removal:
         weight, inverse = without(weight, inverse, unit_columns(gone, unit), unit_columns(kept, unit))
         left, count = left[kept], count - now
     return Removal(torch.cat(order), torch.cat(errors))
+
+
+def kept_units(regression: Regression, unit: int, count: int) -> Tensor:
+    """Those that stay [count], ascending, when all others are left out."""
+    units = regression.gram.shape[0] // unit
+    stays = torch.ones(units, dtype=torch.bool, device=regression.gram.device)
+    stays[removal(regression, unit, units - count).order] = False
+    return stays.nonzero()[:, 0]
 
 
 def unit_costs(weight: Tensor, inverse: Tensor, unit: int) -> Tensor:

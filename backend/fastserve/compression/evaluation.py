@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastserve.models.causal_lm import CausalLM
-from fastserve.models.kv_cache import make_kv_caches
+from fastserve.models.kv_cache import KVScales, make_kv_caches
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 BLOCK_SIZE = 16
 LOGITS_AT_ONCE = 1 << 23
 """Elements of a chunk of logits, 32 MiB in float32: whole windows of a large vocabulary would fill memory."""
+KVCacheFormat = tuple[torch.dtype, list[KVScales] | None]
+"""The dtype of a KV cache, and each layer's scales if that has 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,18 @@ class Quality:
     """Share of tokens where both models think the same token the likeliest; None: no reference."""
     tokens: int
     """Predicted: the first of each window is not."""
+    reference_perplexity: float | None = None
+    """That of the reference on the same tokens."""
 
 
 class WholeSequences:
     """Runs a model over whole sequences, one at a time, in a cache of its own."""
 
-    def __init__(self, model: CausalLM, max_length: int) -> None:
-        """Raises ValueError if the model does not serve sequences of `max_length` tokens."""
+    def __init__(self, model: CausalLM, max_length: int, kv_cache: KVCacheFormat | None = None) -> None:
+        """`kv_cache` None: in the model's dtype.
+
+        Raises ValueError if the model does not serve sequences of `max_length` tokens.
+        """
         if max_length > model.max_position:
             raise ValueError(
                 f"length: got {max_length}; allowed for this model: at most {model.max_position}"
@@ -46,7 +53,8 @@ class WholeSequences:
         self.model = model
         self._blocks = list(range(-(-max_length // BLOCK_SIZE)))
         shapes = model.kv_cache_shapes(len(self._blocks), BLOCK_SIZE)
-        self._caches = make_kv_caches(shapes, model.dtype, model.device)
+        dtype, scales = (model.dtype, None) if kv_cache is None else kv_cache
+        self._caches = make_kv_caches(shapes, dtype, model.device, scales)
 
     @torch.inference_mode()
     def hidden(self, token_ids: Tensor) -> Tensor:
@@ -57,39 +65,59 @@ class WholeSequences:
 
 
 def evaluate(
-    model: CausalLM, reference: CausalLM | None, windows: Tensor, progress: Progress | None = None
+    model: CausalLM,
+    reference: CausalLM | None,
+    windows: Tensor,
+    progress: Progress | None = None,
+    kv_cache: KVCacheFormat | None = None,
 ) -> Quality:
     """Judges a model by windows [samples, length] int64, and beside a reference of the same vocabulary.
 
-    Both compute in the dtype they were loaded with; float32 is meant. Raises ValueError if the windows are
-    longer than a model serves, or the vocabularies differ.
+    Both compute in the dtype they were loaded with; float32 is meant. `kv_cache`: of the model, not of the
+    reference. Raises ValueError if the windows are longer than a model serves, or the vocabularies differ.
     """
     if reference is not None and reference.vocab_size != model.vocab_size:
         raise ValueError(
             f"reference: its vocabulary has {reference.vocab_size} tokens, not {model.vocab_size}"
         )
     samples, length = windows.shape
-    sequences = WholeSequences(model, length)
+    sequences = WholeSequences(model, length, kv_cache)
     reference_sequences = None if reference is None else WholeSequences(reference, length)
-    task = progress.add_task("evaluate", total=samples) if progress else None
-    loss, kl, agreed = 0.0, 0.0, 0
-    for window in windows:
+    sums = _Sums()
+    bar = (progress or Progress(disable=True)).track(windows, total=samples, description="evaluate")
+    for window in bar:
         hidden = sequences.hidden(window)
         reference_hidden = None if reference_sequences is None else reference_sequences.hidden(window)
         for rows in _chunks(length - 1, model.vocab_size):
+            targets = window[1:][rows].to(model.device)
             log_q = log_probabilities(model, hidden[rows])
-            targets = window[1:][rows].to(log_q.device)
-            loss += float(F.nll_loss(log_q, targets, reduction="sum"))
+            sums.loss += float(F.nll_loss(log_q, targets, reduction="sum"))
             if reference is not None and reference_hidden is not None:
-                log_p = log_probabilities(reference, reference_hidden[rows]).to(log_q.device)
-                kl += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
-                agreed += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
-        if progress and task is not None:
-            progress.advance(task)
-    tokens = samples * (length - 1)
-    if reference is None:
-        return Quality(math.exp(loss / tokens), None, None, tokens)
-    return Quality(math.exp(loss / tokens), kl / tokens, agreed / tokens, tokens)
+                log_p = log_probabilities(reference, reference_hidden[rows]).to(model.device)
+                sums.add_reference(log_p, log_q, targets)
+    return sums.quality(samples * (length - 1), reference is not None)
+
+
+@dataclass
+class _Sums:
+    """Over the tokens so far."""
+
+    loss: float = 0.0
+    reference_loss: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+
+    def add_reference(self, log_p: Tensor, log_q: Tensor, targets: Tensor) -> None:
+        self.reference_loss += float(F.nll_loss(log_p, targets, reduction="sum"))
+        self.kl += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+        self.agreed += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+
+    def quality(self, tokens: int, has_reference: bool) -> Quality:
+        perplexity = math.exp(self.loss / tokens)
+        if not has_reference:
+            return Quality(perplexity, None, None, tokens)
+        reference_perplexity = math.exp(self.reference_loss / tokens)
+        return Quality(perplexity, self.kl / tokens, self.agreed / tokens, tokens, reference_perplexity)
 
 
 def log_probabilities(model: CausalLM, hidden: Tensor) -> Tensor:

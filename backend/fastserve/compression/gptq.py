@@ -1,10 +1,11 @@
-"""Rounding with second-order correction: GPTQ (Frantar et al., arXiv 2210.17323), with inputs that have drifted.
+"""Rounding with second-order correction: GPTQ (Frantar et al., arXiv 2210.17323), with inputs that have
+drifted.
 
-Columns are rounded one after the other, those of the largest inputs first; what rounding one costs the output is
-made up for by those still to come. The groups' grids are chosen before, so that columns keep their groups. Where
-the inputs are no longer those of the model before the step, because earlier layers are rounded already, the target
-is the weight that maps what comes now to what came out then (as GPTAQ has it, arXiv 2504.02692). Codes and scales
-are refined afterwards (`refinement.py`).
+Columns are rounded one after the other, those of the largest inputs first; what rounding one costs the output
+is made up for by those still to come. The groups' grids are chosen before, so that columns keep their groups.
+Where the inputs are no longer those of the model before the step, because earlier layers are rounded already,
+the target is the weight that maps what comes now to what came out then (as GPTAQ has it, arXiv 2504.02692).
+Codes and scales are refined afterwards (`refinement.py`).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def round_columns(
 ) -> Tensor:
     """The codes [N, K] of a weight [N, K]; where the mask is false they are those of 0.
 
-    `factor` [K, K] is the upper Cholesky factor of the inverse of the inputs' gram matrix, whose rows and columns
-    are in the `order` [K] in which columns are rounded.
+    `factor` [K, K] is the upper Cholesky factor of the inverse of the inputs' gram matrix, whose rows and
+    columns are in the `order` [K] in which columns are rounded.
     """
     scales, zeros = (tensor[:, order].T.contiguous() for tensor in grid.columns())
     left = weight[:, order].T.contiguous()
@@ -65,8 +66,8 @@ def quantize(
 ) -> tuple[Grid, Tensor]:
     """A grid and codes [N, K] for a weight [N, K] and a gram matrix [K, K] that has an inverse.
 
-    The grid is chosen by what an error in a column costs once the columns after it have made up for it: d^2 / U_kk^2,
-    with U the factor of `round_columns`.
+    The grid is chosen by what an error d in a column costs once the columns after it have made up for it:
+    d^2 / U_kk^2, with U the factor of `round_columns`.
     """
     order = gram.diagonal().argsort(descending=True)
     factor = inverse_factor(gram[order][:, order])
@@ -132,10 +133,10 @@ def pack(grid: Grid, codes: Tensor, like: Weight) -> Weight:
     2:4 stays packed where the format can hold the codes: of 4 bits at most, symmetric, in groups.
     """
     packed = grid.pack(codes)
-    if isinstance(like, Sparse24) and isinstance(packed, Int4) and packed.zeros is None:
-        if packed.group_size in GROUP_SIZES:
-            return _two_of_four(packed, like.indices)
-    return packed
+    if not isinstance(like, Sparse24) or not isinstance(packed, Int4):
+        return packed
+    holds = packed.zeros is None and packed.group_size in GROUP_SIZES
+    return _two_of_four(packed, like.indices) if holds else packed
 
 
 def _two_of_four(weight: Int4, indices: Tensor) -> Sparse24Int4:

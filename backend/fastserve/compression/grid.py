@@ -1,8 +1,9 @@
 """The values that the codes of a quantised weight can stand for, and the choice of them.
 
-Zero points are whole numbers from 0 to 2^bits - 1, as checkpoints of other tools have them: 0 is then one of the
-values, so every range is widened to include it. Codes and zero points of fewer bits than the kernel's format
-stand in the middle of its range: less 8 (`Int4`) or 0 (`Int8`) they are signed numbers of that many bits.
+Zero points are whole numbers from 0 to 2^bits - 1, as checkpoints of other tools have them: 0 is then one of
+the values, so every range is widened to include it. Codes and zero points of fewer bits than the kernel's
+format stand in the middle of its range: less 8 (`Int4`) or 0 (`Int8`) they are signed numbers of that many
+bits.
 """
 
 from __future__ import annotations
@@ -123,9 +124,9 @@ def search(
 ) -> Grid:
     """The grid on which rounding a weight [N, K] to nearest costs each group least.
 
-    Tried are the group's range, shrunk by each of the ratios, and zero points one step off. The cost is the sum of
-    d^2 over the group, d being what rounding changes; with a `metric` [K] of metric_k d_k^2; with a `metric` [K / G,
-    G, G] of d^T metric d.
+    Tried are the group's range, shrunk by each of the ratios, and zero points one step off. The cost is the
+    sum of d^2 over the group, d being what rounding changes; with a `metric` [K] that of metric_k d_k^2; with a
+    `metric` [K / G, G, G] it is d^T metric d.
     """
     rows = max(1, ELEMENTS_AT_A_TIME // weight.shape[1])
     grids = [

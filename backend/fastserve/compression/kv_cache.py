@@ -21,6 +21,9 @@ from fastserve.models.kv_cache import KV_CACHE_DTYPES, LARGEST
 from fastserve.models.kv_cache_scheme import SCHEME, kv_cache_scheme
 from fastserve.models.kv_rounding import candidate_scales, least_error, squared_errors
 
+ERRORS_OF_EVERY = 16
+"""Of so many tokens one is rounded, with each scale that is tried: 4096 of the usual 128 windows."""
+
 
 class KVCacheScales(LayerStep, frozen=True, kw_only=True, tag="kv_cache"):
     """Measures the scales of each layer's keys and values. Linears stay as they are."""
@@ -29,47 +32,60 @@ class KVCacheScales(LayerStep, frozen=True, kw_only=True, tag="kv_cache"):
     scales: Literal["max", "mse"] = "mse"
     """max: the largest magnitude becomes the largest number of 8 bits; mse: of the scales around that one,
     the one with the least squared error."""
+    per: Literal["head", "layer"] = "head"
+    """What shares a scale. `layer` is less exact, and is what older versions of vLLM read."""
+
+    targets: tuple[str, ...] = ()
+    """None: no linear changes."""
 
     takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse", "low rank", "codes"))
 
-    def selects(self, linear: str) -> bool:
-        return False
-
     def check(self, config: PretrainedConfig) -> None:
-        if self.targets != ("*",):
+        if self.targets:
             raise RecipeError(f"targets: got {', '.join(self.targets)}; allowed: none, it is for all layers")
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         super().run(before, after, context)
         config = copy.deepcopy(before.config)
         quantization = getattr(config, "quantization_config", None) or {}
-        config.quantization_config = {**quantization, SCHEME: kv_cache_scheme(self.dtype)}
+        config.quantization_config = {**quantization, SCHEME: kv_cache_scheme(self.dtype, self.per)}
         after.write_config(config)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        for kind, scale in self._measure(layer).items():
+            # compressed-tensors has these shapes. Where all is zero any scale will do but zero.
+            shaped = scale.reshape((-1, 1, 1) if self.per == "head" else (1,))
+            layer.add_other(f"self_attn.{kind}_scale", torch.where(shaped > 0, shaped, 1.0).cpu())
+
+    def _measure(self, layer: Layer) -> dict[str, Tensor]:
+        """The scales [heads], or [1], of keys ("k") and of values ("v")."""
         dtype = KV_CACHE_DTYPES[self.dtype]
-        largest = _reduce(layer, lambda _, x: x.abs().amax((0, 2)), torch.maximum)
-        scales = {kind: most / LARGEST[dtype] for kind, most in largest.items()}
-        if self.scales == "mse":
-            candidates = {kind: candidate_scales(most, dtype) for kind, most in largest.items()}
-            errors = _reduce(layer, lambda kind, x: squared_errors(x, candidates[kind], dtype), torch.add)
-            scales = {kind: least_error(candidates[kind], errors[kind]) for kind in candidates}
-        for kind, scale in scales.items():
-            # A layer whose values are all zero can have any scale but zero.
-            layer.add_other(f"self_attn.{kind}_scale", torch.where(scale > 0, scale, 1.0).cpu())
+        largest = self._reduce(layer, lambda _, x: x.abs().amax((0, 2)), torch.maximum)
+        if self.scales == "max":
+            return {kind: most / LARGEST[dtype] for kind, most in largest.items()}
+        candidates = {kind: candidate_scales(most, dtype) for kind, most in largest.items()}
+        errors = self._reduce(
+            layer, lambda kind, x: squared_errors(x[::ERRORS_OF_EVERY], candidates[kind], dtype), torch.add
+        )
+        return {kind: least_error(candidates[kind], errors[kind]) for kind in candidates}
 
+    def _reduce(
+        self,
+        layer: Layer,
+        measure: Callable[[str, Tensor], Tensor],
+        combine: Callable[[Tensor, Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        """What `measure` makes of keys and of values [tokens, heads, dim], batch by batch, put together.
 
-def _reduce(
-    layer: Layer, measure: Callable[[str, Tensor], Tensor], combine: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """What `measure` makes of the keys ("k") and of the values ("v") [tokens, 1, heads * dim] of each batch of
-    calibration text, put together."""
-    found: dict[str, Tensor] = {}
-    for keys, values in _cached(layer):
-        for kind, x in (("k", keys), ("v", values)):
-            measured = measure(kind, x.transpose(1, 2).flatten(2).flatten(0, 1)[:, None])
-            found[kind] = combine(found[kind], measured) if kind in found else measured
-    return found
+        A layer that shares a scale counts as one head.
+        """
+        found: dict[str, Tensor] = {}
+        for cached in _cached(layer):
+            for kind, states in zip("kv", cached, strict=True):
+                x = states.transpose(1, 2).flatten(0, 1)
+                measured = measure(kind, x if self.per == "head" else x.flatten(1)[:, None])
+                found[kind] = combine(found[kind], measured) if kind in found else measured
+        return found
 
 
 def _cached(layer: Layer) -> Iterator[tuple[Tensor, Tensor]]:

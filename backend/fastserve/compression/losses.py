@@ -31,7 +31,11 @@ CHUNK_ELEMENTS = 3 << 20
 
 
 def divergence(
-    student: Tensor, teacher: Tensor, kind: Divergence = "forward", temperature: float = 1.0, skew: float = 0.1
+    student: Tensor,
+    teacher: Tensor,
+    kind: Divergence = "forward",
+    temperature: float = 1.0,
+    skew: float = 0.1,
 ) -> Tensor:
     """Between what two models expect of each token: [n] of logits [n, vocab], in nats, times temperature^2."""
     log_q = log_softmax(student / temperature, -1, dtype=torch.float32)

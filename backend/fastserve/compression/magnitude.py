@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.layer import Moments
-from fastserve.compression.patterns import Tiles, parse_pattern
-from fastserve.compression.pruning import PruningStep, Sparsity, check_two_of_four
+from fastserve.compression.patterns import Pattern, Tiles, parse_pattern
+from fastserve.compression.pruning import PruningStep, Sparsity
 from fastserve.compression.state import State, StateWriter
 from fastserve.compression.step import Context, RecipeError
 
-BINS = 1 << 15
-"""As many as there are bfloat16 numbers from 0 up."""
+DROPPED_BITS = 10
+"""Of a float32 in a histogram of magnitudes: a bin is as wide as 1/8192 of its numbers."""
+BINS = 1 << (31 - DROPPED_BITS)
 
 
 class Magnitude(PruningStep, frozen=True, kw_only=True, tag="magnitude"):
@@ -25,7 +26,9 @@ class Magnitude(PruningStep, frozen=True, kw_only=True, tag="magnitude"):
 
     sparsity: Sparsity | None = None
     """None: a half, unless there is a threshold."""
-    threshold: Annotated[float, Meta(gt=0, description="|w|, or L1 norm per weight, of what stays")] | None = None
+    threshold: (
+        Annotated[float, Meta(gt=0, description="least magnitude that stays; of a block, the mean")] | None
+    ) = None
     over: Annotated[
         Literal["row", "matrix", "model"], Meta(description="what the sparsity is a share of")
     ] = "matrix"
@@ -37,9 +40,9 @@ class Magnitude(PruningStep, frozen=True, kw_only=True, tag="magnitude"):
             raise RecipeError(f"threshold: got {self.threshold} beside a sparsity; allowed: one of the two")
         if self.threshold is not None and self.over != "matrix":
             raise RecipeError(f"over: got {self.over!r}; a threshold is over nothing, so leave it out")
-        check_two_of_four(self.pattern, "sparsity", self.sparsity or 0.5, 0.5)
-        check_two_of_four(self.pattern, "threshold", self.threshold, None)
-        check_two_of_four(self.pattern, "over", self.over, "matrix")
+        self.check_two_of_four("sparsity", self.sparsity or 0.5, 0.5)
+        self.check_two_of_four("threshold", self.threshold, None)
+        self.check_two_of_four("over", self.over, "matrix")
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         if self.over == "model":
@@ -48,8 +51,8 @@ class Magnitude(PruningStep, frozen=True, kw_only=True, tag="magnitude"):
         else:
             super().run(before, after, context)
 
-    def prune(self, weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
-        pattern, costs = parse_pattern(self.pattern), weight.abs()
+    def prune(self, weight: Tensor, moments: Moments, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        costs = weight.abs()
         if self.threshold is not None:
             assert isinstance(pattern, Tiles)
             mask = pattern.spread(pattern.means(costs) >= self.threshold, weight.shape[1])
@@ -71,17 +74,14 @@ class Magnitude(PruningStep, frozen=True, kw_only=True, tag="magnitude"):
 
 
 def weight_histogram(weight: Tensor, pattern: Tiles) -> Tensor:
-    """How many of the weights [N, K] lie in tiles whose L1 norm per weight is each bfloat16 number [BINS].
-
-    Numbers that are no bfloat16 are rounded down to one, which changes none that a bfloat16 model holds.
-    """
+    """How many of the weights [N, K] lie in tiles whose mean magnitude lies in each bin [BINS] int64."""
     norms = pattern.means(weight.abs())
     of_a_tile = weight.numel() // norms.numel()
-    bits = norms.float().contiguous().view(torch.int32) >> 16
+    bits = norms.contiguous().view(torch.int32) >> DROPPED_BITS
     return of_a_tile * torch.bincount(bits.flatten(), minlength=BINS).cpu()
 
 
 def quantile(counts: Tensor, share: float) -> float:
-    """The least bfloat16 number below which this share of what a `weight_histogram` counted lies."""
-    below = int(torch.searchsorted(counts.cumsum(0), round(share * int(counts.sum()))))
-    return float(torch.tensor(below + 1, dtype=torch.int32).bitwise_left_shift(16).view(torch.float32))
+    """The end of the first bin of a `weight_histogram` by which this share of the weights is counted."""
+    last = int(torch.searchsorted(counts.cumsum(0), round(share * int(counts.sum()))))
+    return float(torch.tensor(last + 1 << DROPPED_BITS, dtype=torch.int32).view(torch.float32))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from fastserve.compression.columns import unit_columns
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.state import Part
 from fastserve.compression.step import RecipeError
 from fastserve_kernels.formats import Dense, Weight
 
-Q, K, V, O = (f"self_attn.{name}_proj" for name in "qkvo")  # noqa: E741: as the papers call them
+Q, K, V, O = (f"self_attn.{name}_proj" for name in "qkvo")  # noqa: E741 -- as the papers call it
 GATE, UP, DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 BEFORE_ATTENTION, BEFORE_MLP = "input_layernorm", "post_attention_layernorm"
 _MODULES = {Q, K, V, O, GATE, UP, DOWN, BEFORE_ATTENTION, BEFORE_MLP}
@@ -34,7 +34,9 @@ class Shape:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Shape:
-        return cls(tuple(range(config.num_hidden_layers)), config.num_key_value_heads, config.intermediate_size)
+        return cls(
+            tuple(range(config.num_hidden_layers)), config.num_key_value_heads, config.intermediate_size
+        )
 
     def config(self, config: PretrainedConfig) -> PretrainedConfig:
         """That of a model of this shape, all else as in the given one."""
@@ -60,8 +62,8 @@ def head_dim(config: PretrainedConfig) -> int:
 
 
 def check_layers(config: PretrainedConfig) -> None:
-    """Raises RecipeError unless the layers are those of the Llama family: attention and a gated MLP, each with
-    one norm before it, their outputs added to what entered."""
+    """Raises RecipeError unless the layers are those of the Llama family: attention and a gated MLP, each
+    with one norm before it, their outputs added to what entered."""
     tensors = Skeleton.of(config).tensors(0)
     modules = {name.rpartition(".")[0] for name in tensors} - _NORMS_OF_HEADS
     if modules != _MODULES:
@@ -77,13 +79,13 @@ def parameters(config: PretrainedConfig) -> int:
 
 
 def cut(part: Part, shape: Shape, config: PretrainedConfig) -> dict[str, Tensor | Weight]:
-    """A layer of a model of this config whose output does not depend on the heads and channels that are to go:
-    their columns of o_proj and down_proj are zero."""
+    """A layer of a model of this config without the heads and channels that are to go, on which its output
+    does not depend: their columns of o_proj and down_proj are zero."""
     head = head_dim(config)
     group = head * heads_per_kv_head(config)
     kv_heads = _kept(part[O], group, shape.kv_heads)
     channels = _kept(part[DOWN], 1, shape.channels)
-    queries, keys = _spread(kv_heads, group), _spread(kv_heads, head)
+    queries, keys = unit_columns(kv_heads, group), unit_columns(kv_heads, head)
     rows = {Q: queries, K: keys, V: keys, GATE: channels, UP: channels}
     columns = {O: queries, DOWN: channels}
     result: dict[str, Tensor | Weight] = {}
@@ -102,10 +104,6 @@ def _kept(weight: Tensor | Weight, unit: int, count: int) -> Tensor:
     """The units of columns [count] that are not zero."""
     sizes = _dense(weight).float().unflatten(1, (-1, unit)).square().sum((0, 2))
     return sizes.topk(count).indices.sort().values
-
-
-def _spread(units: Tensor, unit: int) -> Tensor:
-    return (units[:, None] * unit + torch.arange(unit)).flatten()
 
 
 def _dense(weight: Tensor | Weight) -> Tensor:

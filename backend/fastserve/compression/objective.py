@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastserve.compression.losses import LogitLoss, attention_loss, hidden_state_loss, mean_logit_loss
+from fastserve.compression.training_attention import use_plain_attention
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -47,7 +48,9 @@ class Halves:
         self.model = model
         self._head: Any = model.get_output_embeddings()
         config: Any = model.config
-        self._factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self._factor = getattr(config, "logit_scale", None) or 1 / (
+            getattr(config, "logits_scaling", None) or 1
+        )
         self._cap = getattr(config, "final_logit_softcapping", None)
 
     @property
@@ -95,9 +98,9 @@ class Objective(nn.Module):
         self.projections = nn.ModuleList()
         if teacher is not None and self._weights.hidden_states:
             self.projections.extend(_projections(student, teacher))
-        if teacher is not None and self._weights.attention:
-            for model in (student, teacher):
-                model.set_attn_implementation("eager")  # the only one that shows its maps
+        if self._device.type == "cpu" or self._weights.attention:
+            for model in filter(None, (student, teacher)):
+                use_plain_attention(model)
 
     def forward(self, windows: Tensor) -> Tensor:
         """The mean over the tokens of windows [n, T] int64."""

@@ -7,8 +7,8 @@
 | `2:4` | single weights, two of each four adjacent columns | `Sparse24` |
 | `block 32x64` | blocks of 32 rows and 64 columns | `BlockSparse` |
 
-The type of a weight says that it was pruned: `mask_of` reads from it which weights are kept, and `repack` puts
-new values in their places.
+The type of a weight says that it was pruned: `mask_of` reads from it which weights are kept, and `repack`
+puts new values in their places.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ PatternName = Annotated[
     ),
 ]
 Scope = Literal["row", "matrix"]
-"""What is compared with what: single weights with those of their row, or of their matrix; blocks likewise."""
+"""What competes: single weights with those of their row, or of their matrix; blocks likewise."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Leaves out the cheapest tiles of some rows and columns. A tile costs the mean of what its weights cost."""
+    """Leaves out the cheapest tiles of so many rows and columns; a tile costs the mean of its weights."""
 
     rows: int
     columns: int | None
@@ -130,7 +130,7 @@ def mask_of(weight: Weight) -> Tensor | None:
 
 
 def repack(like: Weight, dense: Tensor) -> Weight:
-    """New values [N, K] in the pattern and the dtype of a weight. Those that the pattern leaves out are dropped.
+    """New values [N, K] in the pattern and the dtype of a weight, which leaves some of them out.
 
     Raises TypeError if the weight holds codes or factors.
     """

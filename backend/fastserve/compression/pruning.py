@@ -8,8 +8,16 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from fastserve.compression.gptq import target
 from fastserve.compression.layer import Layer, Moments
-from fastserve.compression.patterns import PatternName, TwoOfFour, parse_pattern
+from fastserve.compression.patterns import (
+    ROWS,
+    Pattern,
+    PatternName,
+    TwoOfFour,
+    parse_pattern,
+)
+from fastserve.compression.reconstruction import damped, reconstruct
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.step import Kind, LayerStep, RecipeError
 
@@ -17,22 +25,23 @@ Sparsity = Annotated[float, Meta(gt=0, lt=1, description="share of the weights l
 
 
 class PruningStep(LayerStep, frozen=True, kw_only=True):
-    """Leaves out weights of each linear by itself, the layers before it already pruned."""
+    """Leaves out weights of each linear by itself, after those that run before it."""
 
     takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse"))
     leaves: ClassVar[Kind] = "sparse"
 
     pattern: PatternName = "unstructured"
 
-    def prune(self, weight: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    def prune(self, weight: Tensor, moments: Moments, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """The weight [N, K] float32 after pruning, and a mask [N, K] bool, true where it is kept."""
         raise NotImplementedError
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         pattern = parse_pattern(self.pattern)
-        for name in sorted(names, key=lambda name: layer.stages.index(layer.stage_of(name))):
-            weight, mask = self.prune(layer.dense(name), layer.moments(layer.stage_of(name)))
-            layer.replace(name, pattern.pack(weight.to(layer.dtype), mask))
+        for stage in layer.stages:
+            for name in (name for name in stage if name in names):
+                weight, mask = self.prune(layer.dense(name), layer.moments(stage), pattern)
+                layer.replace(name, pattern.pack(weight.to(layer.dtype), mask))
 
     def check(self, config: PretrainedConfig) -> None:
         skeleton = Skeleton.of(config)
@@ -49,6 +58,11 @@ class PruningStep(LayerStep, frozen=True, kw_only=True):
         except ValueError as error:
             raise RecipeError(f"pattern: got {self.pattern!r}, but of {name} {error}") from error
 
+    def check_two_of_four(self, field: str, value: object, allowed: object) -> None:
+        """Raises RecipeError if a field asks for anything else than what 2:4 is by itself."""
+        if parse_pattern(self.pattern) == TwoOfFour() and value != allowed:
+            raise RecipeError(f"{field}: got {value!r}; allowed with the pattern 2:4: {allowed!r}")
+
 
 class SparsityStep(PruningStep, frozen=True, kw_only=True):
     """A step that is told how many weights to leave out."""
@@ -57,10 +71,39 @@ class SparsityStep(PruningStep, frozen=True, kw_only=True):
 
     def check(self, config: PretrainedConfig) -> None:
         super().check(config)
-        check_two_of_four(self.pattern, "sparsity", self.sparsity, 0.5)
+        self.check_two_of_four("sparsity", self.sparsity, 0.5)
 
 
-def check_two_of_four(pattern: str, field: str, value: object, allowed: object) -> None:
-    """Raises RecipeError if a field asks for anything else than what 2:4 is by itself."""
-    if isinstance(parse_pattern(pattern), TwoOfFour) and value != allowed:
-        raise RecipeError(f"{field}: got {value!r}; allowed with the pattern 2:4: {allowed!r}")
+class CorrectingStep(SparsityStep, frozen=True, kw_only=True):
+    """A step after which the weights that are kept make up for the others, and for the layers before them."""
+
+    damping: Annotated[
+        float, Meta(gt=0, le=1, description="added to the diagonal of the inputs' gram matrix, of its mean")
+    ] = 0.01
+    drift: Annotated[
+        float, Meta(ge=0, le=1, description="share of the error of earlier layers to make up for")
+    ] = 0.5
+
+    @property
+    def with_reference(self) -> bool:  # type: ignore[override]
+        """Whether `drift` is asked for."""
+        return self.drift > 0
+
+    def mask(self, weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
+        """A mask [N, K] bool, true where a weight [N, K] is kept, given the gram [K, K] of its inputs."""
+        raise NotImplementedError
+
+    def prune(self, weight: Tensor, moments: Moments, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        gram = damped(moments.gram, self.damping)
+        if moments.drift is not None:
+            weight = target(weight, gram, moments.drift, self.drift)
+        mask = self.mask(weight, gram, pattern)
+        return reconstruct(weight, gram, mask), mask
+
+    def check(self, config: PretrainedConfig) -> None:
+        super().check(config)
+        if parse_pattern(self.pattern) == ROWS:
+            raise RecipeError(
+                "pattern: got 'rows'; allowed with magnitude and wanda alone: a row keeps no weight that "
+                "could make up for the others"
+            )

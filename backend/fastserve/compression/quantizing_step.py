@@ -38,13 +38,13 @@ class QuantizingStep(LayerStep, frozen=True, kw_only=True):
             has_bias |= linear.bias is not None
             if isinstance(group_size, int) and linear.in_features % group_size:
                 raise RecipeError(
-                    f"group_size: got {group_size}; allowed: a divisor of the {linear.in_features} columns of "
-                    f"{name}, or null"
+                    f"group_size: got {group_size}; allowed: a divisor of the {linear.in_features} columns "
+                    f"of {name}, or null"
                 )
         if self.bias_correction and not has_bias:
             raise RecipeError(
-                f"bias_correction: got true; allowed: false, as no linear among the targets has a bias in a model "
-                f"of the type {config.model_type}"
+                f"bias_correction: got true; allowed: false, as no linear among the targets has a bias in a "
+                f"model of the type {config.model_type}"
             )
 
     def stages(self, layer: Layer, names: tuple[str, ...]) -> Iterator[tuple[Stage, tuple[str, ...]]]:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 20
-"""Of conjugate gradients. On calibration text the error is then within 0.1 % of the exact solution's, at a
-tenth of the time that a factorisation for each row takes."""
+"""Of conjugate gradients. The error is then within 0.1 % of the exact solution's, which a factorisation for
+each row would take ten times as long to find."""
 SMALLEST = 1e-10
 """Mean square of an input, at least, that damping is relative to: inputs may all be 0."""
 
 
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """The gram [K, K] with `damping` times the mean of its diagonal added to that, so that it has an inverse."""
+def damped(gram: Tensor, damping: float = 0.01) -> Tensor:
+    """A gram [K, K] with an inverse: `damping` times the mean of the diagonal is added to that."""
     floor = damping * gram.diagonal().mean().clamp(min=SMALLEST)
     return gram + floor * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
 
@@ -24,14 +24,14 @@ def normalised(gram: Tensor) -> tuple[Tensor, Tensor]:
     return gram / (scales[:, None] * scales), scales
 
 
-def reconstruct(weight: Tensor, gram: Tensor, mask: Tensor, damping: float = 0.01) -> Tensor:
-    """The weight V [N, K] that minimises tr((V - W) G (V - W)^T) and is 0 where the mask is false.
+def reconstruct(weight: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
+    """The weight V [N, K] that minimises tr((V - W) G (V - W)^T) and is 0 where the mask [N, K] is false.
 
-    G is the damped gram [K, K] of the inputs, W the weight [N, K] before pruning. Conjugate gradients on all
-    rows at once, with Jacobi's preconditioner: no iteration is worse than the one before, and the first is W
-    where the mask is true.
+    W is the weight before pruning, G the gram [K, K] of its inputs, with no 0 on its diagonal. Conjugate
+    gradients on all rows at once, with Jacobi's preconditioner: each iteration is better than the one before,
+    and they start with W where the mask is true.
     """
-    gram, scales = normalised(damped(gram, damping))
+    gram, scales = normalised(gram)
     target = weight * scales
     solution = target * mask
     residual = ((target - solution) @ gram) * mask

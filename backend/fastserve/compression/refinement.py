@@ -1,8 +1,8 @@
 """Codes and scales that are there already, improved in turns: the output error falls with every turn.
 
-The error of a row is (q - w) H (q - w)^T, with q its values, w its target and H the gram matrix of the inputs. The
-codes of a row are improved one at a time (coordinate descent, as in QuantEase, arXiv 2309.01885); then the scales
-of all its groups at once, by least squares.
+The error of a row is (q - w) H (q - w)^T, with q its values, w its target and H the gram matrix of the
+inputs. The codes of a row are improved one at a time (coordinate descent, as in QuantEase, arXiv 2309.01885);
+then the scales of all its groups at once, by least squares.
 """
 
 from __future__ import annotations

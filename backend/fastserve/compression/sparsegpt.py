@@ -1,60 +1,57 @@
-"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): pruning with the second order of the error.
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): which weights to leave out if others make up for them.
 
-Columns are pruned from left to right. To leave out w_j costs w_j^2 / [H^-1]_jj of output error, where H is the
-gram of the inputs from j on; the weights from j on then make up for it as well as they can.
+Columns are pruned from left to right. To leave out w_j costs w_j^2 / [H^-1]_jj of output error, where H is
+the gram matrix of the inputs from j on; the weights from j on then make up for it as well as they can. The
+paper stops there. Here its mask is taken, and all weights are solved anew for it (`reconstruction.py`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from msgspec import Meta
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from fastserve.compression.gptq import inverse_factor
-from fastserve.compression.layer import Moments
-from fastserve.compression.patterns import Pattern, TwoOfFour, parse_pattern
-from fastserve.compression.pruning import SparsityStep
-from fastserve.compression.reconstruction import damped, reconstruct
-from fastserve.compression.step import RecipeError
+from fastserve.compression.patterns import Pattern, TwoOfFour
+from fastserve.compression.pruning import CorrectingStep
 
 COLUMNS = 128
-"""Whose mask is chosen together. All blocks of `patterns` divide it."""
+"""Whose mask is chosen together. The columns of all blocks of `patterns` divide it."""
 
 
-def sparsegpt(
-    weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float, damping: float = 0.01
-) -> tuple[Tensor, Tensor]:
-    """The weight [N, K] float32 after pruning, given the gram [K, K] of its inputs, and its mask [N, K]."""
-    factor = inverse_factor(damped(gram, damping))
-    weight, mask = weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+def sparsegpt_mask(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+    """A mask [N, K] bool, true where a weight [N, K] is kept, given the gram [K, K] of its inputs.
+
+    The gram must have an inverse.
+    """
+    factor, weight = inverse_factor(gram), weight.clone()
+    masks: list[Tensor] = []
     for start in range(0, weight.shape[1], COLUMNS):
         these, later = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
-        weight[:, these], mask[:, these], errors = _prune_columns(
-            weight[:, these], factor[these, these], pattern, sparsity
-        )
+        mask, errors = _prune(weight[:, these], factor[these, these], pattern, sparsity)
+        masks.append(mask)
         weight[:, later] -= errors @ factor[these, later]
-    return weight, mask
+    return torch.cat(masks, dim=1)
 
 
-def _prune_columns(
-    weight: Tensor, factor: Tensor, pattern: Pattern, sparsity: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Adjacent columns [N, C] after pruning, their mask, and the errors that later columns make up for.
-
-    The factor [C, C] is theirs of the inverse gram's upper Cholesky factor U: [H^-1]_jj is U_jj^2.
-    """
-    weight, errors = weight.clone(), torch.empty_like(weight)
+def _prune(weight: Tensor, factor: Tensor, pattern: Pattern, sparsity: float) -> tuple[Tensor, Tensor]:
+    """The mask of adjacent columns [N, C], which are changed in place, and the errors [N, C] that are left to
+    later ones. [H^-1]_jj is the square of the factor's [C, C] diagonal."""
+    errors = torch.empty_like(weight)
+    scales = factor.diagonal()
     together = 4 if isinstance(pattern, TwoOfFour) else weight.shape[1]
     masks: list[Tensor] = []
     for j in range(weight.shape[1]):
         if j % together == 0:
             these = slice(j, j + together)
-            masks.append(pattern.choose((weight[:, these] / factor.diagonal()[these]).square(), sparsity))
-        pruned = ~masks[-1][:, j % together]
-        errors[:, j] = weight[:, j] * pruned / factor[j, j]
-        weight[:, j:] -= errors[:, j, None] * factor[j, j:]
-    mask = torch.cat(masks, dim=1)
-    return weight * mask, mask, errors
+            masks.append(pattern.choose((weight[:, these] / scales[these]).square(), sparsity))
+        kept = masks[-1][:, j % together]
+        errors[:, j] = weight[:, j].masked_fill(kept, 0) / scales[j]
+        weight[:, j + 1 :] -= errors[:, j, None] * factor[j, j + 1 :]
+    return torch.cat(masks, dim=1), errors
+
+
+class SparseGpt(CorrectingStep, frozen=True, kw_only=True, tag="sparsegpt"):
+    """Leaves out the weights that the others can best make up for, block of columns by block of columns."""
+
+    def mask(self, weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
+        return sparsegpt_mask(weight, gram, pattern, self.sparsity)

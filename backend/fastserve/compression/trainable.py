@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastserve.compression.patterns import mask_of, repack
 from fastserve.compression.state import Part, State, StateWriter
@@ -70,7 +70,9 @@ def _factorize(model: PreTrainedModel, name: str, weight: LowRank) -> None:
     old = model.get_submodule(name)
     assert isinstance(old, nn.Linear)
     device = old.weight.device
-    down, up = (nn.Linear(f.shape[1], f.shape[0], bias=False, device="meta") for f in (weight.down, weight.up))
+    down, up = (
+        nn.Linear(f.shape[1], f.shape[0], bias=False, device="meta") for f in (weight.down, weight.up)
+    )
     down.weight = nn.Parameter(weight.down.to(device, torch.float32))
     up.weight = nn.Parameter(weight.up.to(device, torch.float32))
     up.bias = old.bias

@@ -8,55 +8,35 @@ on from its checkpoint.
 
 from __future__ import annotations
 
-import math
+import ctypes
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from msgspec import Meta
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
-from fastserve.compression.step import RecipeError, Step
+if TYPE_CHECKING:
+    from fastserve.compression.training_step import TrainingStep
 
-MICRO_TOKENS = 2048
+MICRO_TOKENS = 1024
 """Tokens that go through the model at once; the gradients of a larger batch are summed up."""
-HELD_OUT_TOKENS = 8192
+HELD_OUT_TOKENS = 4096
 """Of the held-out text that are looked at in an evaluation."""
+CHECKPOINT_SECONDS = 300
+"""Between two checkpoints, on the clock."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_THRESHOLD = 32 << 20
+"""Bytes; glibc refuses more."""
 CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
 
 Loss = Callable[[Tensor], Tensor]
 """Maps windows [n, T] int64 to their mean loss."""
-
-
-class TrainingStep(Step, frozen=True, kw_only=True):
-    """A step that trains: for how long, how fast, and when it stops."""
-
-    minutes: Annotated[float, Meta(gt=0, description="of processor time, all cores together")] | None = None
-    steps: Annotated[int, Meta(ge=1, description="of the optimiser; in place of minutes")] | None = None
-    learning_rate: Annotated[float, Meta(gt=0, description="at its highest")] = 1e-4
-    warm_up: Annotated[float, Meta(ge=0, lt=1, description="share of the budget; after it, cosine to 0")] = 0.05
-    batch: Annotated[int, Meta(ge=1, description="windows of a step")] = 4
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
-    clip: Annotated[float, Meta(gt=0, description="largest norm of the gradient")] = 1.0
-    evaluations: Annotated[int, Meta(ge=1, description="on held-out text; each writes a checkpoint")] = 8
-    patience: Annotated[int, Meta(ge=1, description="evaluations without improvement before it stops")] = 3
-
-    def check(self, config: PretrainedConfig) -> None:
-        if (self.minutes is None) == (self.steps is None):
-            both = "both" if self.steps else "neither"
-            raise RecipeError(f"minutes, steps: got {both}; allowed: one of them, the budget")
-
-    def rate(self, done: float) -> float:
-        """The learning rate when this share of the budget is spent."""
-        if done < self.warm_up:
-            return self.learning_rate * done / self.warm_up
-        return self.learning_rate * (1 + math.cos(math.pi * (done - self.warm_up) / (1 - self.warm_up))) / 2
 
 
 @dataclass(frozen=True)
@@ -76,7 +56,7 @@ class Training:
 
     def __init__(
         self,
-        step: TrainingStep,
+        plan: TrainingStep,
         parameters: dict[str, nn.Parameter],
         loss: Loss,
         directory: Path,
@@ -84,23 +64,25 @@ class Training:
         mask_gradients: Callable[[], None] = lambda: None,
     ) -> None:
         """`mask_gradients` drops gradients of what must not change, before each step."""
-        self._plan = step
+        self._plan = plan
         self._parameters = parameters
         self._loss = loss
         self._directory = directory
         self._seed = seed
         self._mask_gradients = mask_gradients
-        self._optimizer = _optimizer(parameters, step.weight_decay)
+        self._optimizer = _optimizer(parameters, plan.weight_decay)
         self._points: list[Point] = []
         self._step = 0
         self._minutes = 0.0
         self._recent: list[float] = []
+        self._saved = time.monotonic()
 
     def run(self, text: Tensor, held_out: Tensor, progress: Progress) -> list[Point]:
         """Trains on `text` [samples, T] and leaves the parameters as they did best on `held_out` [samples, T].
 
         Returns the curve.
         """
+        keep_freed_memory()
         self._resume()
         task = progress.add_task(self._plan.name, total=1.0)
         held_out = held_out[: max(1, HELD_OUT_TOKENS // held_out.shape[1])]
@@ -112,8 +94,15 @@ class Training:
             else:
                 self._take_step(text)
             self._minutes = time.process_time() / 60 - started
+            if time.monotonic() > self._saved + CHECKPOINT_SECONDS:
+                self._save_checkpoint()
         self._load(torch.load(self._directory / BEST, weights_only=True))
         return self._points
+
+    def clear(self) -> None:
+        """Removes the checkpoints."""
+        for name in (CHECKPOINT, BEST):
+            (self._directory / name).unlink(missing_ok=True)
 
     def _done(self) -> float:
         """Share of the budget that is spent."""
@@ -130,12 +119,12 @@ class Training:
         return at_the_end or in_vain >= self._plan.patience
 
     def _take_step(self, text: Tensor) -> None:
-        windows = text[_order(self._step, self._plan.batch, len(text), self._seed)]
+        windows = text[window_order(self._step, self._plan.batch, len(text), self._seed)]
         total = 0.0
         for some in windows.split(max(1, MICRO_TOKENS // text.shape[1])):
             loss = self._loss(some) * (len(some) / len(windows))
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss)
+            total += float(loss.detach())
         self._mask_gradients()
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._plan.clip)
         for group in self._optimizer.param_groups:
@@ -155,7 +144,6 @@ class Training:
             _save(self._directory / BEST, self._tensors())
         self._points.append(point)
         self._recent = []
-        self._save_checkpoint()
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self._parameters.items()}
@@ -170,8 +158,12 @@ class Training:
             "parameters": self._tensors(),
             "optimizer": self._optimizer.state_dict(),
             "points": [asdict(point) for point in self._points],
+            "step": self._step,
+            "minutes": self._minutes,
+            "recent": self._recent,
         }
         _save(self._directory / CHECKPOINT, checkpoint)
+        self._saved = time.monotonic()
 
     def _resume(self) -> None:
         if not (self._directory / CHECKPOINT).is_file():
@@ -180,7 +172,8 @@ class Training:
         self._load(checkpoint["parameters"])
         self._optimizer.load_state_dict(checkpoint["optimizer"])
         self._points = [Point(**point) for point in checkpoint["points"]]
-        self._step, self._minutes = self._points[-1].step, self._points[-1].minutes
+        self._step, self._minutes = checkpoint["step"], checkpoint["minutes"]
+        self._recent = checkpoint["recent"]
 
 
 def _optimizer(parameters: dict[str, nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
@@ -191,7 +184,16 @@ def _optimizer(parameters: dict[str, nn.Parameter], weight_decay: float) -> torc
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def _order(step: int, batch: int, samples: int, seed: int) -> Tensor:
+def keep_freed_memory() -> None:
+    """Has glibc give the next step the memory of the last one, in place of the kernel's fresh pages: clearing
+    those took as long as the products (virtual machine, 1,024 tokens a step)."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+        glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def window_order(step: int, batch: int, samples: int, seed: int) -> Tensor:
     """Which windows [batch] a step takes: all of them, shuffled, then all of them shuffled otherwise."""
     places = range(step * batch, (step + 1) * batch)
     epochs = {place // samples for place in places}
@@ -200,7 +202,7 @@ def _order(step: int, batch: int, samples: int, seed: int) -> Tensor:
 
 
 def _shuffled(samples: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(samples, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
 
 
 def _save(path: Path, value: Any) -> None:

@@ -1,8 +1,8 @@
 """Linear quantisation by the formula, x_int = round((x - x_min) / (x_max - x_min) (2^n - 1)).
 
-The range [x_min, x_max] is that of the elements that share it: of a group of columns, of a row (a channel), or of
-the whole tensor. Symmetric, it is [-a, a] with a = max|x|. The result is x_int (x_max - x_min) / (2^n - 1) +
-x_min, off by at most half a step. `grid.py` has the same with zero points that are whole numbers.
+The range [x_min, x_max] is that of the elements that share it: of a group of columns, of a row (a channel),
+or of the whole tensor. Symmetric, it is [-a, a] with a = max|x|. The result is x_int (x_max - x_min) / (2^n -
+1) + x_min, off by at most half a step. `grid.py` has the same with zero points that are whole numbers.
 """
 
 from __future__ import annotations

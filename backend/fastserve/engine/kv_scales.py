@@ -1,10 +1,10 @@
 """Which dtype the KV cache has, and the scales of one that is quantised.
 
-Scales are the checkpoint's own where it has them (the step `kv_cache` of `fastserve compress`, llm-compressor).
-Else they are measured when the model is loaded: a thousand tokens of ordinary text run over a cache of the
-model's dtype, and the largest magnitude found for a head, with some headroom for text that goes beyond it,
-becomes the largest number of 8 bits. vLLM takes 1.0 for a missing scale of fp8: that cuts off keys above 448,
-which models with biased keys have (Qwen2), and is of no use for int8.
+Scales are the checkpoint's own where it has them: from the step `kv_cache` of `fastserve compress`, or from
+llm-compressor. Else they are measured when the model is loaded: ordinary text runs over a cache of the
+model's dtype, and each head's keys and values get the scale that rounds what is found there with the least
+error. vLLM takes 1.0 for a missing scale of fp8: that cuts off keys above 448, which models with biased keys
+have (Qwen2), and is of no use for int8.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from torch import Tensor
 from fastserve.compression.text import calibration_text, token_windows
 from fastserve.model_files import ModelFiles
 from fastserve.models.causal_lm import CausalLM
-from fastserve.models.kv_cache import KV_CACHE_DTYPES, LARGEST, KVScales, make_kv_caches
+from fastserve.models.kv_cache import KV_CACHE_DTYPES, KVScales, make_kv_caches
 from fastserve.models.kv_cache_scheme import read_kv_cache_scheme
+from fastserve.models.kv_rounding import candidate_scales, least_error, squared_errors
 from fastserve.models.model_error import ModelError
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
-HEADROOM = 1.25
-"""How far beyond what was measured a key or value may go before it is cut off."""
-WINDOWS, WINDOW_LENGTH = 8, 128
+WINDOWS, WINDOW_LENGTH = 4, 256
+ERRORS_OF_EVERY = 4
+"""Of so many tokens one is rounded, with each scale that is tried."""
 
 
 def choose_kv_cache(
@@ -69,5 +70,6 @@ def measure_scales(model: CausalLM, dtype: torch.dtype, windows: Tensor) -> list
 
 def _scale(cached: Tensor, dtype: torch.dtype) -> Tensor:
     """[kv_heads] float32 for [blocks, block_size, kv_heads, head_dim]."""
-    largest = cached.float().abs().amax((0, 1, 3)) * HEADROOM
-    return torch.where(largest > 0, largest / LARGEST[dtype], 1.0)
+    x = cached.float().flatten(0, 1)
+    candidates = candidate_scales(x.abs().amax((0, 2)), dtype)
+    return least_error(candidates, squared_errors(x[::ERRORS_OF_EVERY], candidates, dtype))

@@ -22,7 +22,7 @@ from fastserve.scheduling.policies import make_policy
 
 def load_engine(config: Config, files: ModelFiles) -> Engine:
     """Loads the model, makes its KV cache and runs it once. Raises ModelError."""
-    device = _device(config.device)
+    device = choose_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     checkpoint, length = str(files.checkpoint), config.max_model_len
@@ -38,7 +38,8 @@ def load_engine(config: Config, files: ModelFiles) -> Engine:
     return Engine(runner, scheduler, make_policy(config), Sampler(eos), guides, max_model_len)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """A device by name; "auto": the GPU if there is one."""
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,6 @@
-"""Weights as AutoAWQ and its successors write them, `quant_method: "awq"`, in the layout of their GEMM kernel.
+"""Weights as AutoAWQ and its successors write them, `quant_method: "awq"`, for their GEMM kernel.
 
-- `qweight` int32 [K, N / 8]: the codes of eight neighbouring rows of W [N, K] in a word, in the order of `ROWS`;
+- `qweight` int32 [K, N / 8]: a word has the codes of eight neighbouring rows of W [N, K], ordered as `ROWS`;
 - `qzeros` int32 [K / G, N / 8]: likewise;
 - `scales` float16 [K / G, N]: w = (code - zero) * scale.
 """

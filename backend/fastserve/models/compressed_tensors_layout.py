@@ -80,7 +80,7 @@ def _group(field: str, entry: Any, model_format: str | None) -> _Group:
     return _Group(tuple(entry["targets"]), entry, str(form))
 
 
-def _check_format(field: str, found: str | None, allowed: Iterable[str]) -> None:
+def _check_format(field: str, found: str | None, allowed: tuple[str, ...]) -> None:
     if found not in allowed:
         reason = _REASONS.get(str(found), "")
         raise ModelError(f"quantization_config.{field}: got {found!r}{reason}; allowed: {', '.join(allowed)}")
@@ -100,7 +100,7 @@ def _class_of(name: str) -> str | None:
 
 
 def _best_match(name: str, targets: Iterable[str]) -> tuple[int, str] | None:
-    """The target that names a module best, the least of: 0 by its name, 1 by a pattern, 2 by its class; None if
+    """The target that names a module best, and how: 0 by its name, 1 by a pattern, 2 by its class; None if
     none does."""
     ranks = []
     for target in targets:

@@ -90,9 +90,9 @@ def _check(expected: Shapes, found: Shapes) -> None:
 
 
 def _is_passed_over(name: str) -> bool:
-    """Whether a tensor that a checkpoint may hold is known not to be needed here: frequencies that old versions
-    saved and the head when it is tied to the embedding follow from the others, and the scales of keys and
-    values belong to the cache."""
+    """Whether a tensor that a checkpoint may hold is known not to be needed here: frequencies that old
+    versions saved and the head when it is tied to the embedding follow from the others, and the scales of
+    keys and values belong to the cache."""
     return name == "lm_head.weight" or name.endswith(
         ("rotary_emb.inv_freq", "self_attn.k_scale", "self_attn.v_scale")
     )

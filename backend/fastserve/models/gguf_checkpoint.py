@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from fastserve.models.decoder_config import DecoderConfig
 from fastserve.models.gguf_blocks import read_blocks
 from fastserve.models.gguf_file import GgufFile
+from fastserve.models.model_directory import eos_token_ids
 from fastserve.models.model_error import ModelError
 from fastserve.models.weight_rows import select_rows
 from fastserve_kernels.formats import Int4, Int8
@@ -103,7 +104,9 @@ def gguf_transformers_config(file: GgufFile) -> PretrainedConfig:
     Raises ModelError for another architecture, and for rotary embeddings that it cannot describe.
     """
     if _ROPE_FACTORS in file.tensors:
-        raise ModelError(f"{file.path}: its rotary frequencies are scaled one by one; give the model's directory")
+        raise ModelError(
+            f"{file.path}: its rotary frequencies are scaled one by one; give the model's directory"
+        )
     return _transformers_config(file)
 
 
@@ -151,6 +154,8 @@ def _transformers_config(file: GgufFile) -> PretrainedConfig:
         tie_word_embeddings="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_output.bias" in file.tensors,
         sliding_window=window,
+        bos_token_id=file.value("tokenizer.ggml.bos_token_id"),
+        eos_token_id=eos_token_ids(file.path),
         rope_parameters=_rope_parameters(file),
     )
 

@@ -1,7 +1,7 @@
 """Weights as GPTQModel, AutoGPTQ and Optimum write them, `quant_method: "gptq"`.
 
 - `qweight` int32 [K bits / 32, N]: the codes of a column of this matrix follow each other bit by bit;
-- `qzeros` int32 [K / G, N bits / 32]: likewise along the rows, less 1 each in the first version of the format;
+- `qzeros` int32 [K / G, N bits / 32]: likewise along the rows; less 1 each in the format's first version;
 - `scales` float16 [K / G, N]: w = (code - zero) * scale;
 - `g_idx` int32 [K]: the group of each input.
 """
@@ -32,9 +32,8 @@ class GptqLayout:
         laid out as above."""
         found = "marlin" if config.get("is_marlin_format") else config.get("checkpoint_format") or "gptq"
         if found not in CHECKPOINT_FORMATS:
-            raise ModelError(
-                f"quantization_config.checkpoint_format: got {found!r}; allowed: {', '.join(CHECKPOINT_FORMATS)}"
-            )
+            allowed = ", ".join(CHECKPOINT_FORMATS)
+            raise ModelError(f"quantization_config.checkpoint_format: got {found!r}; allowed: {allowed}")
         if config.get("bits") not in BITS:
             allowed = ", ".join(map(str, BITS))
             raise ModelError(f"quantization_config.bits: got {config.get('bits')!r}; allowed: {allowed}")
@@ -79,8 +78,8 @@ def grouped_codes(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> In
 
 
 def _unpack_zeros(words: Tensor, bits: int, rows: int, less_one: bool) -> Tensor:
-    """[K / G, N] uint8. The tools take and add the 1 from whole words where codes fill these, so that a borrow
-    of a zero point of 0 comes back; else from each code."""
+    """[K / G, N] uint8. The tools take and add the 1 from whole words where codes fill these, so that what a
+    zero point of 0 borrowed comes back; else from each code."""
     if not less_one:
         return unpack_codes(words, bits, rows)
     if 32 % bits == 0:

@@ -60,11 +60,12 @@ def read_kv_cache_scheme(model: Path, shapes: KVCacheShapes) -> KVCacheScheme | 
     return KVCacheScheme(dtype, _read_scales(model, shapes))
 
 
-def kv_cache_scheme(dtype: str) -> dict[str, Any]:
-    """The scheme of one scale for a layer's keys and one for its values, as a config has it."""
+def kv_cache_scheme(dtype: str, per: str) -> dict[str, Any]:
+    """The scheme, as a config has it, of a cache of that dtype with scales per "head" or per "layer"."""
     kinds = {name: kind for kind, name in _TYPES.items()}
+    strategies = {"head": "attn_head", "layer": "tensor"}
     first = {field: values[0] for field, values in _ALLOWED.items()}
-    return first | {"type": kinds[dtype]}
+    return first | {"type": kinds[dtype], "strategy": strategies[per]}
 
 
 def _check(model: Path, scheme: object) -> str:

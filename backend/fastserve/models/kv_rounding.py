@@ -1,8 +1,8 @@
 """Which scale rounds keys or values to 8 bits with the least error.
 
-int8 has equal steps: a smaller scale makes them finer and cuts off more. fp8 (e4m3) has steps that double with
-each power of two, so that a scale's mantissa decides which numbers are hit well: keys have a few channels that
-are large and vary little, and those should lie on the grid.
+int8 has equal steps: a smaller scale makes them finer, and cuts off what is largest. The steps of fp8 (e4m3)
+double with each power of two, so that only a scale's mantissa matters, as long as nothing is cut off: keys
+have a few channels that are large and vary little, and those should lie on the grid.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from torch import Tensor
 
 from fastserve.models.kv_cache import LARGEST
 
-_STEPS_PER_OCTAVE = 16
+_FACTORS = {
+    torch.int8: torch.exp2(-torch.arange(9) / 8),
+    torch.float8_e4m3fn: torch.exp2(torch.arange(9) / 8),
+}
+"""What scales are tried: an octave in eight steps, where 1 makes the largest magnitude the largest number."""
 
 
 def candidate_scales(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales [candidates, heads] float32 for heads whose largest magnitudes are `largest` [heads].
-
-    They reach from one that cuts off at half of the largest to one that leaves room for twice it.
-    """
-    exponents = torch.arange(-_STEPS_PER_OCTAVE, _STEPS_PER_OCTAVE + 1, device=largest.device)
-    factors = torch.exp2(exponents / _STEPS_PER_OCTAVE)
+    """The scales [candidates, heads] to try for the largest magnitudes `largest` [heads] float32."""
     fitting = torch.where(largest > 0, largest / LARGEST[dtype], 1.0)
-    return factors[:, None] * fitting
+    return _FACTORS[dtype].to(largest.device)[:, None] * fitting
 
 
 def squared_errors(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """What it costs to store x [tokens, heads, dim] float32 with each of the scales: sums [candidates, heads]."""
+    """What it costs to store x [tokens, heads, dim] float32 with each of the scales [candidates, heads]: sums
+    over tokens and dim."""
     return torch.stack([(rounded(x, scale, dtype) - x).square().sum((0, 2)) for scale in scales])
 
 

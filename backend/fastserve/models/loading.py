@@ -49,8 +49,8 @@ def load_model(
         method = quant_method(config)
         if method is not None and quantization != "auto":
             raise ModelError(
-                f"quantization: got {quantization!r}; allowed for {path}: auto, because its weights are quantised "
-                f"already (quant_method {method!r})"
+                f"quantization: got {quantization!r}; allowed for {path}: auto, because its weights are "
+                f"quantised already (quant_method {method!r})"
             )
         return _load_directory(path, config, dtype, device, max_model_len, quantization)
     if quantization not in ("auto", "none"):

@@ -17,7 +17,7 @@ class OwnLayout:
     """A `Layout`: each field of the weight's dataclass is a tensor of the module, or stands in the config."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """`config` is `quantization_config`. Raises ModelError if it is not of the version that this reads."""
+        """`config` is `quantization_config`. Raises ModelError if it is of another version."""
         if config.get("version") != VERSION:
             raise ModelError(
                 f"quantization_config.version: got {config.get('version')!r}; allowed: {VERSION}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastserve.models.compressed_checkpoint import Layout, StoredModule
 from fastserve_kernels.formats import Dense, Int4, Sparse24, Sparse24Int4, Weight
+from fastserve_kernels.sparse import pack_bits
 from fastserve_kernels.weight import pack_pairs, unpack_pairs
 
 CONFIG_KEY = "fastserve_two_of_four"
@@ -47,16 +48,13 @@ def without_zeros(weight: Weight) -> Sparse24 | Sparse24Int4:
     Raises ValueError if more are, or if there is no 2:4 format of its kind.
     """
     if isinstance(weight, Dense):
-        _check_zeros(weight.weight)
-        return Sparse24.pack(weight.weight)
+        return Sparse24(*_keep_two(weight.weight))
     if isinstance(weight, Int4) and weight.zeros is None:
-        signed = unpack_pairs(weight.codes).float() - 8
-        _check_zeros(signed)
-        kept = Sparse24.pack(signed)
-        return Sparse24Int4(pack_pairs(kept.values + 8), kept.indices, weight.scales, weight.group_size)
+        values, indices = _keep_two(unpack_pairs(weight.codes).to(torch.int8) - 8)
+        return Sparse24Int4(pack_pairs(values + 8), indices, weight.scales, weight.group_size)
     raise ValueError(
-        f"{CONFIG_KEY} names it, but it is {type(weight).__name__}; allowed: numbers, and symmetric codes of up "
-        "to 4 bits"
+        f"{CONFIG_KEY} names it, but it is {type(weight).__name__}; allowed: numbers, and symmetric codes of "
+        "up to 4 bits"
     )
 
 
@@ -68,6 +66,21 @@ def with_zeros(weight: Sparse24 | Sparse24Int4) -> Dense | Int4:
     return Int4(pack_pairs(unscaled.dequantize() + 8), weight.scales, None, weight.group_size)
 
 
-def _check_zeros(weight: Tensor) -> None:
-    if weight.shape[1] % 4 or ((weight != 0).unflatten(1, (-1, 4)).sum(-1) > 2).any():
+def _keep_two(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The values and indices of `Sparse24` for a matrix [N, K] that has its zeros."""
+    if weight.shape[1] % 8:
+        raise ValueError(f"{CONFIG_KEY} names it, but its {weight.shape[1]} columns are no multiple of 8")
+    fours = weight.unflatten(1, (-1, 4))
+    masks = unpack_pairs(pack_bits(weight != 0)).int()
+    columns = torch.tensor([_two_columns(mask) for mask in range(16)], device=weight.device)[masks]
+    if (columns < 0).any():
         raise ValueError(f"{CONFIG_KEY} names it, but more than two of some four columns are not zero")
+    return fours.gather(-1, columns).flatten(1), pack_pairs(columns[..., 0] | columns[..., 1] << 2)
+
+
+def _two_columns(mask: int) -> list[int]:
+    """The two columns to keep of four, ascending: those of the mask's bits, filled up with the first others;
+    [-1, -1] if it has more bits."""
+    kept = [column for column in range(4) if mask >> column & 1]
+    others = [column for column in range(4) if not mask >> column & 1]
+    return sorted((kept + others)[:2]) if len(kept) <= 2 else [-1, -1]

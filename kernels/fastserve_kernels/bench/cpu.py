@@ -23,6 +23,8 @@ from fastserve_kernels.bench.calls import Call, on_each
 from fastserve_kernels.bench.report import Ceilings, Row, row
 from fastserve_kernels.bench.shapes import MODELS, group_size_for, model_named
 from fastserve_kernels.bench.statistics import Samples
+from fastserve_kernels.cpu_kernels.arrangement import STRIP
+from fastserve_kernels.cpu_kernels.pages import in_huge_pages
 from fastserve_kernels.formats import (
     FP8,
     NF4,
@@ -65,23 +67,27 @@ FORMATS: Mapping[str, Format] = {
     "sparse24_int4": lambda weight: Sparse24Int4.pack(weight, group_size_for("linear_int4", weight.shape[1])),
     "block_sparse": lambda weight: BlockSparse.pack(weight, (32, 32), 0.5),
     "bitmap": lambda weight: Bitmap.pack(weight, density=0.5),
-    "low_rank": lambda weight: _low_rank(weight, min(weight.shape) // 8),
+    "low_rank": lambda weight: _low_rank(weight, -(-min(weight.shape) // (8 * STRIP)) * STRIP),
 }
 """A weight [N, K] in each format."""
 
 
 def _low_rank(weight: Tensor, rank: int) -> LowRank:
-    """Any weight of that rank: a decomposition takes long, and changes no time."""
+    """Any weight of that rank: a decomposition takes long, and changes no time. The rank is of whole strips:
+    a copy lacks what would fill up the last one."""
     return LowRank(weight[:rank].contiguous(), weight[:, :rank].contiguous())
 
 
 def measure(contestants: Mapping[str, Sequence[Call]], repetitions: int) -> dict[str, Samples]:
-    """Seconds of one call of each contestant, who take turns; each goes round its calls, one per copy."""
+    """Seconds of one call of each contestant, who take turns; each goes round its calls, one per copy.
+
+    The first call of a turn is not timed: it pays for what the contestant before it left in the caches."""
     endless = {name: itertools.cycle(calls) for name, calls in contestants.items()}
     counts = {name: _calls_per_sample(calls) for name, calls in endless.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repetitions):
         for name, calls in endless.items():
+            next(calls)()
             start = time.perf_counter()
             for _ in range(counts[name]):
                 next(calls)()
@@ -117,8 +123,8 @@ def _with_reading(
 
 @functools.cache
 def _much() -> Tensor:
-    """512 MB, which torch adds up as fast as it reads them."""
-    return torch.rand(1 << 27)
+    """512 MB, which torch adds up as fast as it reads them, in the pages that read fastest."""
+    return in_huge_pages(torch.rand(1 << 27))
 
 
 def cache_bytes() -> int:
@@ -203,10 +209,15 @@ def _copies(prepared: Prepared) -> list[Prepared]:
     """Enough of them at other addresses to fill the last-level cache several times."""
     return [prepared] + [
         dataclasses.replace(
-            prepared, arguments=tuple(a.clone() if isinstance(a, Tensor) else a for a in prepared.arguments)
+            prepared, arguments=tuple(_copy(a) if isinstance(a, Tensor) else a for a in prepared.arguments)
         )
         for _ in range(count_for(_bytes_of(prepared)) - 1)
     ]
+
+
+def _copy(argument: Tensor) -> Tensor:
+    """In such pages as `prepare` puts it; oneDNN's own arrangement is for oneDNN to place."""
+    return argument.clone() if argument.is_mkldnn else in_huge_pages(argument)
 
 
 def _linear_calls(x: Tensor, copies: Sequence[Prepared]) -> list[Call]:

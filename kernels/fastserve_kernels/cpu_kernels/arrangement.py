@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastserve_kernels.cpu_kernels.pages import in_huge_pages
+
 PANEL, PANELS = 16, 2
 STRIP = PANEL * PANELS
 """Rows."""
@@ -82,7 +84,7 @@ def whole(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     tiles = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, STRIP)).transpose(1, 2)
     row_starts = torch.arange(len(tiles) + 1) * tiles.shape[1]
     arranged = blocks(tiles.flatten(0, 1), row_starts, dtype)
-    return arranged.view(padded.shape)[: len(matrix)]
+    return in_huge_pages(arranged.view(padded.shape))[: len(matrix)]
 
 
 def taller_blocks(values: Tensor, row_starts: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,5 @@
-"""Weights in huge pages, which Linux gives to those who ask for them: with pages of 4 KB a processor waits for
-the addresses of what it reads as well as for the memory."""
+"""Weights in huge pages, which Linux gives to those who ask for them: with pages of 4 KB a processor waits
+for addresses as well as for the memory."""
 
 from __future__ import annotations
 

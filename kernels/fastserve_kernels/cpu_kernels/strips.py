@@ -18,13 +18,12 @@ from fastserve_kernels.cpu_kernels.activations import (
     sum_groups,
 )
 from fastserve_kernels.cpu_kernels.kernel import Elements, Floats, Work, claim
-from fastserve_kernels.cpu_kernels.products import MOST_TOKENS, width_for
+from fastserve_kernels.cpu_kernels.products import MOST_TOKENS, multiply_groups, width_for
 from fastserve_kernels.cpu_kernels.vectors import (
     LANES,
     at,
     load,
     load_part,
-    multiply_add,
     splat,
     store,
     store_part,
@@ -145,8 +144,8 @@ def memory_for(shape: Shape, x: Elements) -> Memory:
 def next_piece(work: Work, shape: Shape) -> Piece:
     """The next piece of work; beyond the last, one of no tokens.
 
-    A thread's share of half of the strips that are left, so that few pieces are begun, which stops a thread
-    for a microsecond, and yet the threads end together."""
+    It is a thread's share of half of the strips that are left: few pieces are begun, for that takes a
+    microsecond in which nothing is read ahead, and yet the threads end together."""
     strips = (shape.out_features + ROWS - 1) // ROWS
     first, size, token = 0, 0, 0
     for _ in range(claim(work) + 1):
@@ -195,14 +194,9 @@ def clear(memory: Memory, tokens: int) -> None:
 @njit(error_model="numpy")
 def subtract_zeros(shape: Shape, memory: Memory, tokens: int) -> None:
     """Begins the totals at what the zeros of a strip's groups make of the sums of the activations."""
-    for t in range(tokens):
-        sums = at(memory.sums, t // MOST_TOKENS * MOST_TOKENS * shape.groups + t % MOST_TOKENS)
-        for i in range(0, ROWS, LANES):
-            found = splat(float32(0), LANES)
-            for g in range(shape.groups):
-                of_x = splat(sums[g * MOST_TOKENS], LANES)
-                found = multiply_add(load(memory.zeros, g * ROWS + i, LANES), of_x, found)
-            store(memory.totals, t * ROWS + i, found)
+    for t in range(0, tokens, MOST_TOKENS):
+        sums, totals = at(memory.sums, t * shape.groups), at(memory.totals, t * ROWS)
+        multiply_groups(memory.zeros, sums, min(MOST_TOKENS, tokens - t), shape.groups, totals)
 
 
 @njit(error_model="numpy")

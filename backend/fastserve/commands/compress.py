@@ -1,0 +1,174 @@
+"""`fastserve compress MODEL`: a smaller checkpoint, and a report of what that cost."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from fastserve.compression.evaluation import Quality, evaluate
+from fastserve.compression.pipeline import compress
+from fastserve.compression.recipe import PRESETS, Recipe, preset, read_recipe
+from fastserve.compression.report import (
+    ModelFigures,
+    Report,
+    bytes_on_disk,
+    machine,
+    step_reports,
+    terminal_report,
+    versions,
+    write_report,
+)
+from fastserve.compression.report_page import write_page
+from fastserve.compression.speed import bytes_per_token, measure_speeds
+from fastserve.compression.step import RecipeError
+from fastserve.compression.text import TextError, evaluation_windows
+from fastserve.engine.kv_scales import choose_kv_cache
+from fastserve.engine.loading import choose_device
+from fastserve.model_files import ModelFiles, locate
+from fastserve.models.loading import load_model
+from fastserve.models.model_error import ModelError
+
+ERRORS = (ModelError, RecipeError, TextError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", default="", help="directory, GGUF file or hub name (default: the default model)"
+    )
+    recipe = parser.add_mutually_exclusive_group(required=True)
+    recipe.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="the steps, in YAML (docs/compression.md)"
+    )
+    recipe.add_argument("--preset", choices=PRESETS, help="a recipe that comes with FastServe")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="of the result; must not exist yet"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="FILE",
+        help="text to measure and train on, in place of the recipe's",
+    )
+    parser.add_argument(
+        "--evaluation", nargs="+", metavar="FILE", help="text to judge by, in place of the recipe's"
+    )
+    parser.add_argument("--samples", type=int, metavar="N", help="windows of calibration text, likewise")
+    parser.add_argument("--seed", type=int, metavar="N", help="of what is drawn at random, likewise")
+    parser.add_argument(
+        "--restart", action="store_true", help="begin anew, not where an interrupted run was stopped"
+    )
+    parser.add_argument(
+        "--no-evaluate", action="store_true", help="leave perplexity and tokens/s out of the report"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compresses, reports, evaluates, and reports again."""
+    recipe = recipe_of(arguments)
+    files, out = locate(arguments.model), arguments.out
+    device = choose_device(arguments.device)
+    with _progress() as progress:
+        started = time.monotonic()
+        notes = compress(files, recipe, out, device, progress, arguments.restart)
+        report = Report(
+            model=str(files.checkpoint),
+            result=str(out),
+            recipe=msgspec.to_builtins(recipe),
+            before=ModelFigures(bytes_on_disk(files.checkpoint)),
+            after=ModelFigures(bytes_on_disk(out)),
+            kl=None,
+            top1_agreement=None,
+            evaluated_tokens=0,
+            steps=step_reports(notes),
+            machine=machine(),
+            versions=versions(),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            seconds=time.monotonic() - started,
+        )
+        _write(report, out)
+        if not arguments.no_evaluate:
+            report = with_figures(report, recipe, files, device, progress)
+            _write(report, out)
+    console = Console()
+    console.print(terminal_report(report))
+    console.print(f"Wrote {out}, with report.json and report.html. Serve it: fastserve serve --model {out}")
+    return 0
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """The recipe, with what the command line says otherwise. Raises RecipeError."""
+    recipe = preset(arguments.preset) if arguments.preset else read_recipe(arguments.recipe)
+    calibration: dict[str, Any] = {}
+    if arguments.calibration:
+        calibration["files"] = tuple(arguments.calibration)
+    if arguments.samples is not None:
+        calibration["samples"] = arguments.samples
+    changed: dict[str, Any] = {"calibration": msgspec.structs.replace(recipe.calibration, **calibration)}
+    if arguments.evaluation:
+        changed["evaluation"] = msgspec.structs.replace(recipe.evaluation, files=tuple(arguments.evaluation))
+    if arguments.seed is not None:
+        changed["seed"] = arguments.seed
+    recipe = msgspec.structs.replace(recipe, **changed)
+    try:
+        return msgspec.convert(msgspec.to_builtins(recipe), Recipe)  # checks what `replace` does not
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"--samples, --seed: {error}") from error
+
+
+def with_figures(
+    report: Report, recipe: Recipe, files: ModelFiles, device: torch.device, progress: Progress
+) -> Report:
+    """The report with perplexity, the distance to the original, and tokens per second."""
+    quality = _quality(recipe, files, report.result, device, progress)
+    speeds = measure_speeds({"before": report.model, "after": report.result}, files.tokenizer, progress)
+    per_batch = {
+        name: {str(batch): speed for batch, speed in of_model.items()} for name, of_model in speeds.items()
+    }
+    return dataclasses.replace(
+        report,
+        before=ModelFigures(
+            report.before.bytes_on_disk,
+            bytes_per_token(load_model(report.model, device=device)),
+            quality.reference_perplexity,
+            per_batch["before"],
+        ),
+        after=ModelFigures(
+            report.after.bytes_on_disk,
+            bytes_per_token(load_model(report.result, device=device)),
+            quality.perplexity,
+            per_batch["after"],
+        ),
+        kl=quality.kl,
+        top1_agreement=quality.top1_agreement,
+        evaluated_tokens=quality.tokens,
+    )
+
+
+def _quality(
+    recipe: Recipe, files: ModelFiles, result: str, device: torch.device, progress: Progress
+) -> Quality:
+    """Of the result, beside the original."""
+    windows = evaluation_windows(recipe.evaluation, files.tokenizer)
+    before, after = (load_model(path, "float32", device) for path in (str(files.checkpoint), result))
+    kv_cache = choose_kv_cache("auto", locate(result), after)
+    return evaluate(after, before, windows, progress, kv_cache)
+
+
+def _write(report: Report, out: Path) -> None:
+    write_report(report, out)
+    write_page(report, out)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))

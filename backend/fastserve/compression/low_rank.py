@@ -1,0 +1,179 @@
+"""Low rank: a weight W [N, K] becomes up [N, R] times down [R, K].
+
+Truncated singular values lose least of the weight. What counts are its outputs, and inputs have few
+directions: with E[x x^T] = L L^T (Cholesky) the singular values of W L are what outputs are made of
+(SVD-LLM, Wang et al., arXiv 2403.07378). With U the first left singular vectors, U U^T W is the product
+whose outputs are nearest; it equals their truncation times L^-1, which need not be computed. An output
+counts by how much the model's predictions change with it (`sensitivity`), and so the errors of all linears
+are one sum, by which the ranks are chosen (`ranks`).
+
+The update fits to the inputs x of the compressed model the outputs W x' of the model before. The weight of
+least squares is W E[x' x^T] E[x x^T]^-1, and the nearest of a rank is its truncation as above (reduced-rank
+regression, Izenman 1975): up and down need not take turns.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from msgspec import Meta
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fastserve.compression.columns import Regression
+from fastserve.compression.layer import Layer, Moments
+from fastserve.compression.layer_runner import run_layers
+from fastserve.compression.ranks import Options, ranks_for_error, ranks_for_size
+from fastserve.compression.sensitivity import Sensitivity, sensitivities
+from fastserve.compression.state import State, StateWriter, read_notes
+from fastserve.compression.step import Context, Kind, LayerStep, RecipeError
+from fastserve_kernels.formats import Dense, LowRank, Weight
+
+OUTPUTS = "outputs.safetensors"
+"""What each output counts, by linear; in the step's directory until it is done."""
+SURVEYED = 16
+"""Windows of calibration text, at most, by which that is measured and ranks are chosen."""
+LEAST = 1e-3
+"""What an output counts, at least, relative to the mean of a linear's."""
+
+
+class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
+    """Writes weights as products of two thin matrices."""
+
+    parameters: (
+        Annotated[float, Meta(gt=0, lt=1, description="part of the targets' to keep, at most")] | None
+    ) = None
+    error: (
+        Annotated[float, Meta(gt=0, lt=1, description="of each target's outputs, relative, at most")] | None
+    ) = None
+    weights: Annotated[
+        Literal["whitened", "svd"], Meta(description="nearest by their outputs, or by themselves")
+    ] = "whitened"
+    update: Annotated[
+        bool, Meta(description="whether linears make up for what the layers before them lost")
+    ] = True
+    multiple: Annotated[int, Meta(ge=1, description="of which ranks are")] = 16
+
+    takes: ClassVar[frozenset[Kind]] = frozenset(("dense",))
+    leaves: ClassVar[Kind | None] = "low rank"
+
+    def check(self, config: PretrainedConfig) -> None:
+        if (self.parameters is None) == (self.error is None):
+            raise RecipeError(
+                f"parameters, error: got {self.parameters} and {self.error}; allowed: one of the two"
+            )
+
+    def run(self, before: State, after: StateWriter, context: Context) -> None:
+        outputs = after.directory / OUTPUTS
+        if not outputs.is_file():
+            self._survey(before, after, context)
+        truncation = _Truncation(
+            targets=self.targets,
+            ranks=read_notes(after.directory)["ranks"],
+            outputs=load_file(outputs),
+            whitened=self.weights == "whitened",
+            update=self.update,
+        )
+        run_layers(truncation, before, after, context)
+        outputs.unlink()
+
+    def _survey(self, before: State, after: StateWriter, context: Context) -> None:
+        found: dict[str, Sensitivity] = {}
+        if self.weights == "whitened":
+            windows = context.calibration[:SURVEYED]
+            found = sensitivities(before, windows, context.device, context.seed)
+        options: dict[str, Options] = {}
+        task = context.progress.add_task(f"{self.name}: ranks", total=before.num_layers)
+        for index in range(before.num_layers):
+            for local, linear in before.linears(index).items():
+                name = f"{before.skeleton.prefix}{index}.{local}"
+                if self.selects(name):
+                    options[name] = self._options(linear, found.get(name), context.device)
+            context.progress.advance(task)
+        if self.parameters is not None:
+            ranks = ranks_for_size(options, self.parameters)
+        else:
+            assert self.error is not None
+            ranks = ranks_for_error(options, self.error)
+        after.note("ranks", ranks)
+        save_file({name: found[name].rows for name in found if name in options}, after.directory / OUTPUTS)
+
+    def _options(self, linear: Weight, found: Sensitivity | None, device: torch.device) -> Options:
+        """By the divergence of the model's predictions, or by the relative error of the weight."""
+        weight = linear.dequantize().to(device)
+        if found is None:
+            squares = squared_singular_values(weight, None, None)
+            squares = squares / squares.sum()
+        else:
+            gram = Regression.towards(weight, torch.zeros_like(weight), found.gram).gram
+            squares = squared_singular_values(weight, gram, found.rows / 2)
+        return Options.of((linear.out_features, linear.in_features), squares.cpu(), self.multiple)
+
+
+class _Truncation(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
+    """Gives each linear the rank that was chosen for it."""
+
+    ranks: dict[str, int]
+    """By full name; 0: it stays dense."""
+    outputs: dict[str, Tensor]
+    """[N] what each output counts, by full name."""
+    whitened: bool
+    update: bool
+
+    @property
+    def with_reference(self) -> bool:  # type: ignore[override]
+        return self.update
+
+    def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        for stage in layer.stages:
+            for name in (name for name in stage if name in names):
+                rank = self.ranks[f"{layer.prefix}{name}"]
+                if rank > 0 or self.update:
+                    layer.replace(name, self._weight(layer, name, rank, layer.moments(stage)))
+
+    def _weight(self, layer: Layer, name: str, rank: int, moments: Moments) -> Weight:
+        weight = layer.dense(name)
+        wanted = moments.gram if moments.drift is None else moments.gram + moments.drift
+        found = Regression.towards(weight, weight @ wanted, moments.gram)
+        best = found.solve(torch.arange(weight.shape[1], device=weight.device)) if self.update else weight
+        if rank == 0:
+            return Dense(best.to(layer.dtype))
+        rows = self.outputs.get(f"{layer.prefix}{name}")
+        gram = found.gram if self.whitened else None
+        down, up = truncate(best, gram, None if rows is None else rows.to(weight.device), rank)
+        return LowRank(down.to(layer.dtype), up.to(layer.dtype))
+
+
+def squared_singular_values(weight: Tensor, gram: Tensor | None, counts: Tensor | None) -> Tensor:
+    """Of D W L, largest first: [min(N, K)] float64. L L^T is the gram [K, K], D^2 the diagonal matrix of what
+    each output counts [N]; None stands for the identity."""
+    product = _scales(weight, counts) * _whitened(weight, gram)
+    smaller = product @ product.T if len(product) < product.shape[1] else product.T @ product
+    return torch.linalg.eigvalsh(smaller).flip(0).clamp_min(0)
+
+
+def truncate(weight: Tensor, gram: Tensor | None, counts: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """down [R, K] and up [N, R], float32, with the least ||D (X - W) L|| of all products X of this rank."""
+    scales = _scales(weight, counts)
+    product = scales * _whitened(weight, gram)
+    if len(product) < product.shape[1]:
+        left = torch.linalg.eigh(product @ product.T).eigenvectors.flip(1)[:, :rank]
+    else:
+        right = torch.linalg.eigh(product.T @ product).eigenvectors.flip(1)[:, :rank]
+        left = torch.linalg.qr(product @ right).Q
+    down, up = left.T @ (scales * weight.double()), left / scales
+    return down.float(), up.float()
+
+
+def _whitened(weight: Tensor, gram: Tensor | None) -> Tensor:
+    return weight.double() if gram is None else weight.double() @ torch.linalg.cholesky(gram.double())
+
+
+def _scales(weight: Tensor, counts: Tensor | None) -> Tensor:
+    """[N, 1] float64."""
+    if counts is None:
+        return torch.ones(len(weight), 1, dtype=torch.float64, device=weight.device)
+    counts = counts.double()
+    return counts.clamp_min(LEAST * counts.mean()).sqrt()[:, None]

@@ -1,0 +1,77 @@
+"""Rounding to nearest, one weight at a time: the reference that the others are measured against."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from msgspec import Meta
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fastserve.compression.gptq import pack
+from fastserve.compression.grid import RATIOS, Grid, search
+from fastserve.compression.layer import Layer
+from fastserve.compression.quantizing_step import Bits, QuantizingStep
+from fastserve.compression.reconstruction import damped
+from fastserve.compression.step import RecipeError
+from fastserve.compression.uniform import GroupSize, quantize
+
+Clip = Literal["none", "weights", "outputs"]
+DAMPING = 0.01
+
+
+class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
+    """Gives every weight the nearest value of its group's grid."""
+
+    bits: Bits = 8
+    group_size: Annotated[
+        GroupSize,
+        Meta(description='columns of a row that share a range; null: all of them; "tensor": all rows do too'),
+    ] = 64
+    symmetric: Annotated[bool, Meta(description="a range from -a to a")] = False
+    clip: Annotated[
+        Clip,
+        Meta(description="the range: that of all weights, or what costs the weights or the outputs least"),
+    ] = "none"
+    zero_points: Annotated[
+        Literal["whole", "exact"],
+        Meta(description="whole numbers, as other loaders need them, or what the formula's x_min comes to"),
+    ] = "whole"
+
+    def check(self, config: PretrainedConfig) -> None:
+        super().check(config)
+        if self.clip != "none" and (self.group_size == "tensor" or self.zero_points == "exact"):
+            raise RecipeError(
+                f'clip: got "{self.clip}"; allowed: "none" with group_size "tensor" or zero_points "exact"'
+            )
+
+    def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        for stage, chosen in self.stages(layer, names):
+            for name in chosen:
+                weight = layer.dense(name)
+                grid = self.grid(weight, layer.moments(stage).gram, layer.dtype)
+                packed = pack(grid, grid.nearest(weight), layer.weight(name))
+                self.put(layer, name, packed, layer.moments(stage).mean)
+
+    def grid(self, weight: Tensor, gram: Tensor, dtype: torch.dtype) -> Grid:
+        """For a weight [N, K] and the gram matrix [K, K] of its inputs."""
+        columns = weight.shape[1]
+        group_size = self.group_size if isinstance(self.group_size, int) else columns
+        if self.zero_points == "exact":
+            return quantize(weight, self.bits, self.symmetric, self.group_size).grid(dtype)
+        if self.group_size == "tensor":
+            low, high = (value.expand(len(weight), 1) for value in (weight.amin(), weight.amax()))
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            return Grid.from_ranges(low, high, self.bits, columns, dtype, self.symmetric)
+        metric = None
+        if self.clip == "outputs":
+            metric = blocks(damped(gram, DAMPING), group_size)
+        ratios = (1.0,) if self.clip == "none" else RATIOS
+        return search(weight, self.bits, group_size, self.symmetric, dtype, metric, ratios)
+
+
+def blocks(gram: Tensor, group_size: int) -> Tensor:
+    """Those on the diagonal [K / G, G, G] of a matrix [K, K]."""
+    starts = range(0, len(gram), group_size)
+    return torch.stack([gram[start : start + group_size, start : start + group_size] for start in starts])

@@ -1,0 +1,106 @@
+"""How much a model's predictions change with a linear's weight, to second order.
+
+A change D of a weight changes the output of its linear by D x, and the divergence KL(p || p') of the model's
+predictions by (g . D x)^2 / 2 per token, in expectation over labels drawn from p, with g the gradient of
+their log-probability (the Fisher information). With the mean squares of g taken apart from the inputs that
+is, row by row, E[g_n^2] / 2 times the output error E[(D x)_n^2].
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastserve.compression.layer import Calls
+from fastserve.compression.skeleton import Skeleton
+from fastserve.compression.state import State, dense
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of a linear, means over tokens."""
+
+    gram: Tensor
+    """[K, K] E[x x^T] of its inputs."""
+    rows: Tensor
+    """[N] E[g_n^2] of its outputs."""
+
+
+def sensitivities(state: State, token_ids: Tensor, device: torch.device, seed: int) -> dict[str, Sensitivity]:
+    """Of every linear of the layers by full name, on windows of text [samples, T].
+
+    One layer at a time is in memory, and the hidden states before each of them.
+    """
+    skeleton = Skeleton(state.config, device)
+    outer = {name: tensor.to(device) for name, tensor in dense(state.outer()).items()}
+    hidden, calls = skeleton.embed(outer["model.embed_tokens.weight"], token_ids)
+    states = []
+    for index in range(state.num_layers):
+        states.append(hidden)
+        layer = Calls(skeleton.materialize(index, state.dense_layer(index)), calls[index])
+        with torch.no_grad():
+            hidden = torch.cat([layer(sequence) for sequence in hidden.split(1)])
+    slopes = _slopes_of_head(skeleton, outer, hidden, seed)
+    found: dict[str, Sensitivity] = {}
+    for index in reversed(range(state.num_layers)):
+        layer = Calls(skeleton.materialize(index, state.dense_layer(index)), calls[index])
+        of_layer, slopes = _of_layer(layer, skeleton.linears(index), states.pop(), slopes)
+        found |= {f"{skeleton.prefix}{index}.{name}": value for name, value in of_layer.items()}
+    return found
+
+
+@torch.enable_grad()
+def _slopes_of_head(skeleton: Skeleton, outer: dict[str, Tensor], hidden: Tensor, seed: int) -> Tensor:
+    """The gradients [samples, T, hidden] of the log-probabilities of drawn labels by the last hidden
+    states."""
+    model = skeleton.model
+    norm = copy.deepcopy(model.get_decoder().norm).to_empty(device=hidden.device)
+    norm.load_state_dict({"weight": outer["model.norm.weight"]})
+    head = outer.get("lm_head.weight", outer["model.embed_tokens.weight"])
+    generator = torch.Generator(hidden.device).manual_seed(seed)
+    slopes = torch.empty_like(hidden)
+    for sequence, slope in zip(hidden, slopes, strict=True):
+        leaf = sequence.detach().requires_grad_()
+        log_probabilities = (norm(leaf) @ head.T).log_softmax(-1)
+        labels = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
+        log_probabilities.gather(1, labels).sum().backward()
+        assert leaf.grad is not None
+        slope.copy_(leaf.grad)
+    return slopes
+
+
+@torch.enable_grad()
+def _of_layer(
+    layer: Calls, names: tuple[str, ...], hidden: Tensor, slopes: Tensor
+) -> tuple[dict[str, Sensitivity], Tensor]:
+    """Of a layer's linears by local name, given the gradients [samples, T, hidden] by its output; and those
+    by its input."""
+    grams: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def note(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+            x = given[0].detach().flatten(0, -2)
+            grams[name] = grams.get(name, 0) + x.T @ x
+            out.register_hook(note_slopes)
+
+        def note_slopes(slope: Tensor) -> None:
+            rows[name] = rows.get(name, 0) + slope.flatten(0, -2).square().sum(0)
+
+        return note
+
+    hooks = [layer.module.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    before = torch.empty_like(slopes)
+    for sequence, slope, result in zip(hidden.split(1), slopes.split(1), before.split(1), strict=True):
+        leaf = sequence.detach().requires_grad_()
+        layer(leaf).backward(slope)
+        assert leaf.grad is not None
+        result.copy_(leaf.grad)
+    for hook in hooks:
+        hook.remove()
+    tokens = slopes.shape[0] * slopes.shape[1]
+    return {name: Sensitivity(grams[name] / tokens, rows[name] / tokens) for name in names}, before

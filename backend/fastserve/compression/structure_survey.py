@@ -1,0 +1,118 @@
+"""What it would cost to make a model smaller in one way or another, all in one measure: by how much the
+hidden states after each layer would change, squared and relative to them, mean over tokens.
+
+For a layer left out that is 2 (1 - cos) between what enters and what leaves it, twice its block influence
+(Men et al., arXiv 2403.03853). For heads and channels it is the least error that the columns of o_proj and
+down_proj that stay can reach (`columns`). Costs are added up, as if one change did not depend on the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from transformers import PretrainedConfig
+
+from fastserve.compression.columns import Regression, removal
+from fastserve.compression.layer import Layer
+from fastserve.compression.layer_runner import survey_layers
+from fastserve.compression.model_shape import DOWN, O, Shape, head_dim, heads_per_kv_head, parameters
+from fastserve.compression.skeleton import Skeleton
+from fastserve.compression.state import State
+from fastserve.compression.step import Context
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Of leaving out parts of a layer."""
+
+    influence: float
+    """Of the whole layer."""
+    kv_heads: Tensor
+    """[kv_heads] of 0, 1, ... of its groups of heads."""
+    channels: Tensor
+    """[channels] of 0, 1, ... of them."""
+
+
+class Sizes(NamedTuple):
+    """How much of a model stays."""
+
+    layers: int
+    kv_heads: int
+    channels: int
+
+
+def survey(state: State, context: Context) -> list[LayerCosts]:
+    """Of each layer, on the calibration text."""
+    group = head_dim(state.config) * heads_per_kv_head(state.config)
+    return [_layer_costs(layer, group) for layer in survey_layers("survey", state, context)]
+
+
+def choose_shape(costs: list[LayerCosts], candidates: list[Sizes]) -> Shape:
+    """The candidate that costs least, and with it the layers that stay."""
+    sizes = min(candidates, key=lambda candidate: total_cost(costs, candidate))
+    return Shape(_kept_layers(costs, sizes.layers), sizes.kv_heads, sizes.channels)
+
+
+def total_cost(costs: list[LayerCosts], sizes: Sizes) -> float:
+    """Of a model of these sizes, made of the layers of most influence."""
+    kept = _kept_layers(costs, sizes.layers)
+    gone = sum(layer.influence for index, layer in enumerate(costs) if index not in kept)
+    return gone + sum(
+        float(costs[index].kv_heads[-sizes.kv_heads] + costs[index].channels[-sizes.channels])
+        for index in kept
+    )
+
+
+def sizes_within(config: PretrainedConfig, removed: float, multiple: int) -> list[Sizes]:
+    """The largest models of which at least this part of the parameters is gone: for each number of layers and
+    heads, with as many channels as that leaves, in multiples."""
+    whole = Sizes(config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
+    budget = (1 - removed) * parameters(config)
+    layer, kv_head, channel = _unit_parameters(config)
+    outside = parameters(config) - whole.layers * layer
+    found = []
+    for layers in range(1, whole.layers + 1):
+        for kv_heads in range(1, whole.kv_heads + 1):
+            rest = (budget - outside) / layers - (layer - (whole.kv_heads - kv_heads) * kv_head)
+            channels = min(whole.channels, int(whole.channels + rest / channel) // multiple * multiple)
+            if channels > 0:
+                found.append(Sizes(layers, kv_heads, channels))
+    return found
+
+
+def _unit_parameters(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Of a layer, of one of its groups of heads, of one of its channels."""
+    tensors = Skeleton.of(config).layers[0].state_dict()
+    attention = sum(
+        t.numel() for name, t in tensors.items() if name.startswith("self_attn.") and "norm" not in name
+    )
+    mlp = sum(t.numel() for name, t in tensors.items() if name.startswith("mlp."))
+    layer = sum(t.numel() for t in tensors.values())
+    return layer, attention // int(config.num_key_value_heads), mlp // int(config.intermediate_size)
+
+
+def _kept_layers(costs: list[LayerCosts], count: int) -> tuple[int, ...]:
+    ranked = sorted(range(len(costs)), key=lambda index: -costs[index].influence)
+    return tuple(sorted(ranked[:count]))
+
+
+def _layer_costs(layer: Layer, group: int) -> LayerCosts:
+    influence, tokens = 0.0, 0
+    grams: dict[str, Tensor] = {}
+    for hidden in layer.batches():
+        leaving = layer.run(hidden)
+        influence += float(2 * (1 - cosine_similarity(hidden, leaving, dim=-1)).sum())
+        scale = leaving.flatten(0, -2).norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        for name, x in zip((O, DOWN), layer.inputs((O, DOWN), hidden), strict=True):
+            relative = x / scale
+            grams[name] = grams.get(name, 0) + relative.T @ relative
+        tokens += len(scale)
+    errors = {}
+    for name, unit in ((O, group), (DOWN, 1)):
+        weight, gram = layer.dense(name), grams[name] / tokens
+        found = Regression.towards(weight, weight @ gram, gram)
+        errors[name] = removal(found, unit, weight.shape[1] // unit - 1).errors.cpu()
+    return LayerCosts(influence / tokens, errors[O], errors[DOWN])

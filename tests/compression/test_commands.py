@@ -1,0 +1,154 @@
+"""`fastserve evaluate` and `fastserve compress`, on a tiny model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from fastserve import cli
+from fastserve.commands import compress as compress_command
+from fastserve.compression.evaluation import evaluate
+from fastserve.compression.recipe import Recipe
+from fastserve.compression.report import Report
+from fastserve.compression.step import RecipeError
+from fastserve.compression.text import evaluation_text, token_windows
+from fastserve.models.loading import load_model
+
+RECIPE = """
+steps: [{step: gptq, bits: 8, group_size: 32}]
+calibration: {samples: 4, length: 32}
+evaluation: {length: 64, tokens: 256}
+"""
+
+
+@pytest.fixture
+def model(save_tiny: Callable[..., Path], save_byte_tokenizer: Callable[..., Path]) -> Path:
+    """Whose tokens are bytes."""
+    directory = save_tiny(vocab_size=257)
+    for file in save_byte_tokenizer().glob("tokenizer*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
+
+
+def test_evaluate_prints_what_the_function_of_that_name_returns(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", str(model), "--quantization", "int8", "--reference", str(model), "--json"]
+    assert cli.main([*words, "--length", "64", "--tokens", "256", "--device", "cpu"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    windows = token_windows(model, evaluation_text(), 64, 4)
+    reference = load_model(str(model), "float32")
+    expected = evaluate(load_model(str(model), "float32", quantization="int8"), reference, windows)
+    assert printed["perplexity"] == pytest.approx(expected.perplexity)
+    assert printed["kl"] == pytest.approx(expected.kl)
+    assert printed["tokens"] == 4 * 63
+
+
+def test_evaluate_shows_a_row_for_the_model_and_one_for_its_reference(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", str(model), "--reference", str(model), "--length", "64", "--tokens", "64"]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "reference" in printed
+    assert model.name[:12] in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--length", "1"], "--length: got 1; allowed: at least 2"),
+        (["--tokens", "-1"], "--tokens: got -1; allowed: at least 0"),
+        (["--limit", "3"], "--limit, --include-path: only together with --tasks"),
+        (["--tasks", "hellaswag", "--reference", "x"], "--tasks: not together with --reference"),
+        (["--text", "/no/such/file"], "text file /no/such/file: cannot be read"),
+        (["--length", "4096"], "length: got 4096; allowed for this model: at most 128"),
+    ],
+)
+def test_evaluate_says_what_it_cannot_do(
+    words: list[str], complaint: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", str(model), *words]) == 1
+    assert complaint in capsys.readouterr().err
+
+
+def test_tasks_without_lm_eval_are_refused_with_the_way_to_get_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "fastserve.compression.lm_eval_tasks", raising=False)
+    assert cli.main(["evaluate", str(model), "--tasks", "hellaswag"]) == 1
+    assert "--tasks: needs lm-eval (pip install 'fastserve[eval]')" in capsys.readouterr().err
+
+
+def test_compress_writes_a_checkpoint_and_its_report(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    out = tmp_path / "small"
+    words = ["compress", str(model), "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(out)]
+    assert cli.main([*words, "--device", "cpu"]) == 0
+    report = msgspec.json.decode((out / "report.json").read_bytes(), type=Report)
+    assert report.after.bytes_on_disk < report.before.bytes_on_disk / 2
+    assert report.after.perplexity == pytest.approx(report.before.perplexity, rel=0.02)
+    assert report.evaluated_tokens == 4 * 63
+    assert report.after.tokens_per_second is not None
+    assert set(report.after.tokens_per_second) == {"1", "16"}
+    assert len(report.steps[0].linears) == 3 * 7
+    assert "Output error" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_compress_without_evaluation_reports_what_the_steps_did(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    out = tmp_path / "small"
+    words = ["compress", str(model), "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(out)]
+    assert cli.main([*words, "--device", "cpu", "--no-evaluate"]) == 0
+    report = msgspec.json.decode((out / "report.json").read_bytes(), type=Report)
+    assert report.after.perplexity is None
+    assert "3 x mlp.down_proj" in capsys.readouterr().out
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    compress_command.add_arguments(parser)
+    return parser.parse_args([*words, "--out", "x"])
+
+
+def test_the_command_line_replaces_what_the_recipe_says() -> None:
+    recipe: Recipe = compress_command.recipe_of(
+        parsed(
+            "--preset",
+            "int4",
+            "--samples",
+            "7",
+            "--seed",
+            "5",
+            "--calibration",
+            "a",
+            "b",
+            "--evaluation",
+            "c",
+        )
+    )
+    assert recipe.calibration.samples == 7
+    assert recipe.calibration.files == ("a", "b")
+    assert recipe.evaluation.files == ("c",)
+    assert recipe.seed == 5
+
+
+@pytest.mark.parametrize("words", [("--samples", "0"), ("--seed", "-1")])
+def test_the_command_line_may_not_say_what_a_recipe_may_not(words: tuple[str, ...]) -> None:
+    with pytest.raises(RecipeError, match=r"--samples, --seed: Expected `int` >= "):
+        compress_command.recipe_of(parsed("--preset", "int4", *words))
+
+
+@pytest.mark.parametrize("words", [[], ["--preset", "int4", "--recipe", "r.yaml"], ["--preset", "tiny"]])
+def test_a_recipe_or_a_preset_is_needed_and_not_both(words: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(*words)
