@@ -109,9 +109,7 @@ def test_another_teacher_may_be_named(source: SourceState, save_tiny: SaveTiny, 
 
 def test_a_teacher_of_another_vocabulary_is_refused(source: SourceState, save_tiny: SaveTiny) -> None:
     other = save_tiny(dtype=torch.bfloat16, vocab_size=64)
-    with pytest.raises(
-        RecipeError, match="teacher: .* has a vocabulary of 64 tokens; allowed: the model's, 128"
-    ):
+    with pytest.raises(RecipeError, match=r"teacher: .* has a vocabulary of 64 tokens; allowed"):
         Distill(steps=1, teacher=str(other)).check(source.config)
 
 
@@ -135,7 +133,7 @@ def test_a_fresh_student_is_not_made_of_pruned_weights(source: SourceState, tmp_
     after.write_outer(source.outer())
     after.write_config(source.config)
     before: State = SavedState(tmp_path / "before")
-    with pytest.raises(RecipeError, match="student: .* is Bitmap"):
+    with pytest.raises(RecipeError, match=r"student: .* is Bitmap"):
         Distill(steps=1, student=SMALL).run(before, StateWriter(tmp_path / "x"), make_context(source))
 
 

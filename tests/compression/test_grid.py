@@ -18,9 +18,7 @@ BITS = st.integers(2, 8)
 def test_every_weight_is_within_half_a_step(bits: int, symmetric: bool, seed: int, shift: float) -> None:
     torch.manual_seed(seed)
     weight = torch.randn(3, 64) + shift
-    groups = weight.unflatten(1, (-1, 32))
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    grid = Grid.from_ranges(low, high, bits, 32, torch.float32, symmetric)
+    grid = Grid.whole_range(weight, bits, 32, torch.float32, symmetric)
     codes = grid.nearest(weight)
     assert codes.min() >= 0
     assert codes.max() < 2**bits
@@ -44,14 +42,14 @@ def test_the_kernels_format_has_the_same_values(bits: int, symmetric: bool, seed
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_bits_are_seen_from_the_codes(bits: int) -> None:
     weight = torch.linspace(-1, 1, 256)[None]
-    grid = search(weight, bits, 256, False, torch.float32, ratios=(1.0,))
+    grid = Grid.whole_range(weight, bits, 256, torch.float32, False)
     assert bits_of(grid.pack(grid.nearest(weight))) == bits
 
 
 def test_a_narrower_range_is_taken_where_it_costs_less() -> None:
     torch.manual_seed(0)
     weight = torch.randn(8, 128) ** 3
-    whole = search(weight, 3, 64, False, torch.float32, ratios=(1.0,))
+    whole = Grid.whole_range(weight, 3, 64, torch.float32, False)
     narrow = search(weight, 3, 64, False, torch.float32)
 
     def error(grid: Grid) -> float:

@@ -42,8 +42,8 @@ def test_bits_are_within_the_budget_and_near_the_best(
     found = allocate(costs, size, bits)
     budget = bits * sum(sizes)
     assert spent(found) <= budget
-    # Costs are convex here, so that the greedy choice is the best until a step is too much for what is left: it
-    # is at least as good as any choice that spends less by the widest step.
+    # Costs are convex here, so that the greedy choice is the best until a step is too much for what is left:
+    # it is at least as good as any choice that spends less by the widest step.
     reach = spent(found) - 2 * max(sizes)
     every = (dict(zip(names, widths, strict=True)) for widths in itertools.product(WIDTHS, repeat=4))
     assert all(cost(found) <= cost(other) * (1 + 1e-9) for other in every if spent(other) <= reach)

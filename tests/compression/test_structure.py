@@ -147,8 +147,9 @@ def _fail_at(index: int) -> Callable[[Layer, str], Regression]:
     return fail
 
 
-def test_candidates_are_the_largest_within_the_budget(source: SourceState) -> None:
-    config = source.config
+@pytest.mark.parametrize("bias", [False, True])
+def test_candidates_are_the_largest_within_the_budget(save_tiny: SaveTiny, bias: bool) -> None:
+    config = SourceState(save_tiny(attention_bias=bias, mlp_bias=bias)).config
     budget = 0.7 * parameters(config)
     found = sizes_within(config, 0.3, 8)
     assert Sizes(3, 2, 128) not in found

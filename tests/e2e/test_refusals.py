@@ -19,6 +19,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from fastserve_client import Client, FastServeError
 
 SMALL, FULL = 120, 1000
+CACHE_BYTES = 1 << 27
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -182,9 +183,21 @@ class good_traffic:
 @pytest.fixture(scope="module")
 def small_server(launch: Any) -> Iterator[Any]:
     with launch(
-        max_num_seqs=1, max_num_batched_tokens=64, max_queue_size=2, kv_cache_bytes=1 << 27
+        max_num_seqs=1,
+        max_num_batched_tokens=64,
+        max_queue_size=2,
+        kv_cache_bytes=CACHE_BYTES,
+        kv_cache_dtype="int8",
     ) as server:
         yield server
+
+
+def test_a_cache_of_8_bits_holds_a_token_in_a_byte_per_element(small_server: Any) -> None:
+    bytes_per_block = 16 * 30 * 2 * 3 * 64
+    assert small_server.metrics()["fastserve_kv_blocks_total"] == CACHE_BYTES // bytes_per_block
+    with Client(small_server.grpc_url, retries=0) as client:
+        answer = client.generate("The capital of France is", max_tokens=12, temperature=0)
+    assert "Paris" in answer.text
 
 
 def test_a_full_queue_says_unavailable_at_once(small_server: Any) -> None:

@@ -15,7 +15,7 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fastserve.compression.grid import search
+from fastserve.compression.grid import Grid
 from fastserve.compression.layer import Layer, Moments
 from fastserve.compression.quantizing_step import Bits, GroupSize
 from fastserve.compression.smoothing import check_model_type, shared, smooth, smoothable
@@ -66,7 +66,7 @@ class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
 
         def cost(factors: Tensor) -> float:
             scaled = weight * factors
-            grid = search(scaled, self.bits, group_size, self.symmetric, layer.dtype, ratios=(1.0,))
+            grid = Grid.whole_range(scaled, self.bits, group_size, layer.dtype, self.symmetric)
             return output_cost(grid.values(grid.nearest(scaled)) / factors - weight, moments.gram)
 
         return cheapest(cost, (shared(f, layer, stage) for f in candidates(moments.magnitude, weight)))

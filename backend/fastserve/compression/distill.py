@@ -3,8 +3,8 @@
 The student is the model so far, which a structural step made smaller, or a fresh one of fewer layers, heads,
 channels or a smaller width: it starts with rows, columns and layers picked evenly from the model so far
 (as Xu et al. do, arXiv 2311.18823). Hidden states and attention maps may be learnt from too, as in TinyBERT
-(Jiao et al., arXiv 1909.10351); where the student is narrower, a matrix that is trained along and then dropped
-maps its hidden states to the teacher's width.
+(Jiao et al., arXiv 1909.10351); where the student is narrower, a matrix that is trained along and then
+dropped maps its hidden states to the teacher's width.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 from transformers import PretrainedConfig
 
-from fastserve.compression.grid import RATIOS, search
+from fastserve.compression.grid import search
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.state import State, StateWriter
 from fastserve.compression.step import Context, RecipeError, Step
@@ -48,7 +48,6 @@ class Embedding(Step, frozen=True, kw_only=True, tag="embedding"):
         """Raises RecipeError if it is quantised already."""
         if not isinstance(weight, Dense):
             raise RecipeError(f"embedding: {name} is {type(weight).__name__}; allowed: a dense one")
-        ratios = RATIOS if self.bits == 4 else (1.0,)
         dense = weight.dequantize()
-        grid = search(dense, self.bits, self.group_size, self.symmetric, weight.weight.dtype, ratios=ratios)
+        grid = search(dense, self.bits, self.group_size, self.symmetric, weight.weight.dtype)
         return grid.pack(grid.nearest(dense))

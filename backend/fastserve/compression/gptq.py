@@ -1,5 +1,4 @@
-"""Rounding with second-order correction: GPTQ (Frantar et al., arXiv 2210.17323), with inputs that have
-drifted.
+"""Rounding with second-order correction: GPTQ (Frantar et al., arXiv 2210.17323), for inputs that drift.
 
 Columns are rounded one after the other, those of the largest inputs first; what rounding one costs the output
 is made up for by those still to come. The groups' grids are chosen before, so that columns keep their groups.
@@ -142,7 +141,10 @@ def pack(grid: Grid, codes: Tensor, like: Weight) -> Weight:
 def _two_of_four(weight: Int4, indices: Tensor) -> Sparse24Int4:
     """The codes of the columns that `Sparse24.indices` names."""
     first = torch.stack((indices & 15, indices >> 4), -1).flatten(1)
-    columns = torch.stack((first & 3, first >> 2), -1) + 4 * torch.arange(first.shape[1])[:, None]
+    columns = (
+        torch.stack((first & 3, first >> 2), -1)
+        + 4 * torch.arange(first.shape[1], device=first.device)[:, None]
+    )
     kept = unpack_pairs(weight.codes).gather(1, columns.flatten(1).long())
     return Sparse24Int4(pack_pairs(kept), indices, weight.scales, weight.group_size)
 
@@ -154,7 +156,9 @@ def _mask_of_all(weights: list[Weight]) -> Tensor | None:
         return None
     return torch.cat(
         [
-            torch.ones(weight.out_features, weight.in_features, dtype=torch.bool) if mask is None else mask
+            torch.ones(weight.out_features, weight.in_features, dtype=torch.bool, device=weight.device)
+            if mask is None
+            else mask
             for mask, weight in zip(masks, weights, strict=True)
         ]
     )

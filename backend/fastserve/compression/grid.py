@@ -35,6 +35,15 @@ class Grid:
     group_size: int
 
     @classmethod
+    def whole_range(
+        cls, weight: Tensor, bits: int, group_size: int, dtype: torch.dtype, symmetric: bool
+    ) -> Grid:
+        """Of the range of each group of a weight [N, K], widened to include 0."""
+        groups = weight.float().unflatten(1, (-1, group_size))
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        return cls.from_ranges(low, high, bits, group_size, dtype, symmetric)
+
+    @classmethod
     def from_ranges(
         cls, low: Tensor, high: Tensor, bits: int, group_size: int, dtype: torch.dtype, symmetric: bool
     ) -> Grid:
@@ -53,11 +62,14 @@ class Grid:
         """The grid code * scale + minimum, whose zero points are no whole numbers.
 
         A group of equal elements, whose scale is 0, has them at code 0, as the value of a scale of its own.
+        Where the dtype would move a value by more than 1/32 of a step it is float32 instead.
         """
         flat = scales == 0
-        stored = torch.where(flat, minimums.abs(), scales)
-        stored = _stored(stored, dtype)
-        return cls(stored, (-minimums / stored.double()).to(dtype), bits, group_size)
+        stored = _stored(torch.where(flat, minimums.abs(), scales), dtype)
+        zeros = -minimums / stored.double()
+        if dtype != torch.float32 and (zeros.to(dtype) - zeros).abs().max() > 1 / 32:
+            return cls.from_minimums(scales, minimums, bits, group_size, torch.float32)
+        return cls(stored, zeros.to(dtype), bits, group_size)
 
     def nearest(self, weight: Tensor) -> Tensor:
         """The codes [N, K] float32 of the values that are nearest to a weight [N, K]."""
@@ -125,8 +137,8 @@ def search(
     """The grid on which rounding a weight [N, K] to nearest costs each group least.
 
     Tried are the group's range, shrunk by each of the ratios, and zero points one step off. The cost is the
-    sum of d^2 over the group, d being what rounding changes; with a `metric` [K] that of metric_k d_k^2; with a
-    `metric` [K / G, G, G] it is d^T metric d.
+    sum of d^2 over the group, d being what rounding changes; with a `metric` [K] that of metric_k d_k^2, and
+    with a `metric` [K / G, G, G] it is d^T metric d.
     """
     rows = max(1, ELEMENTS_AT_A_TIME // weight.shape[1])
     grids = [
@@ -146,11 +158,8 @@ def _search(
     metric: Tensor | None,
     ratios: tuple[float, ...],
 ) -> Grid:
-    groups = weight.unflatten(1, (-1, group_size))
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    best = Grid.from_ranges(low, high, bits, group_size, dtype, symmetric)
+    best = whole = Grid.whole_range(weight, bits, group_size, dtype, symmetric)
     least = _costs(weight, best, metric)
-    whole = best
     for ratio in ratios:
         for shift in (0,) if symmetric else (0, 1, -1):
             candidate = whole.with_scales(whole.scales.float() * ratio).shifted(shift)

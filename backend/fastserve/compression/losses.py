@@ -37,7 +37,7 @@ def divergence(
     temperature: float = 1.0,
     skew: float = 0.1,
 ) -> Tensor:
-    """Between what two models expect of each token: [n] of logits [n, vocab], in nats, times temperature^2."""
+    """Between what two models expect of each token: [n] nats of logits [n, vocab], times temperature^2."""
     log_q = log_softmax(student / temperature, -1, dtype=torch.float32)
     log_p = log_softmax(teacher / temperature, -1, dtype=torch.float32)
     match kind:
@@ -109,7 +109,7 @@ class _ChunkedMean(torch.autograd.Function):
             with torch.set_grad_enabled(any(ctx.needs_input_grad)):
                 part = loss(linear(hidden_leaf[chunk], head_leaf), chunk).sum() / len(hidden)
             if part.requires_grad:
-                part.backward()  # type: ignore[no-untyped-call]
+                part.backward()
             total += part.detach()
         ctx.save_for_backward(hidden_leaf.grad, head_leaf.grad)
         return total

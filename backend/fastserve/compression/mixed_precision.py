@@ -30,6 +30,8 @@ from fastserve.compression.step import Context, RecipeError
 COSTS = "costs.json"
 RATIOS = (1.0, 0.9, 0.8, 0.7)
 """Of ranges, in an estimate: `grid.RATIOS` would take longer and change little."""
+ROWS = 256
+"""Of a linear, at least, evenly spread, that an estimate rounds."""
 
 
 def allocate(
@@ -123,6 +125,8 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         return costs
 
     def _costs_of(self, weight: Tensor, sensitivity: Sensitivity) -> dict[int, float]:
+        every = max(1, len(weight) // ROWS)
+        weight, slopes = weight[::every], sensitivity.rows[::every]
         gram = damped(sensitivity.gram, self.damping)
         remaining = inverse_factor(gram).diagonal().square().reciprocal()
         group_size = self.group_size or weight.shape[1]
@@ -130,7 +134,7 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         for width in self.widths:
             grid = search(weight, width, group_size, self.symmetric, torch.float32, remaining, RATIOS)
             errors = (grid.values(grid.nearest(weight)) - weight).square() @ remaining
-            costs[width] = float(errors @ sensitivity.rows) / 2
+            costs[width] = float(errors @ slopes) * every / 2
         return costs
 
     def _sizes(self, before: State) -> dict[str, int]:

@@ -15,7 +15,7 @@ from fastserve.compression.training_attention import use_plain_attention
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """In which matrices are multiplied in training: bfloat16, but for CPUs that have no instructions for it."""
+    """In which matrices are multiplied in training: bfloat16, but on CPUs without instructions for it."""
     capable = torch.cpu.get_capabilities()
     has_bfloat16 = device.type != "cpu" or any(capable.get(name) for name in ("avx512_bf16", "amx_bf16"))
     return torch.bfloat16 if has_bfloat16 else torch.float32
@@ -108,7 +108,7 @@ class Objective(nn.Module):
         with self._precision():
             student = self._student.see(windows, self._weights)
             with torch.no_grad():
-                teacher = self._teacher and self._teacher.see(windows, self._weights)
+                teacher = None if self._teacher is None else self._teacher.see(windows, self._weights)
             loss = self._loss_of_logits(windows, student, teacher)
             return loss if teacher is None else loss + self._loss_of_features(student, teacher)
 
@@ -148,7 +148,7 @@ class Objective(nn.Module):
 
 
 def paired_layers(student: int, teacher: int) -> list[int]:
-    """Which of the teacher's layers each of the student's is compared with: evenly spaced, the last the last."""
+    """Which of the teacher's layers each of the student's learns from: evenly spaced, the last from the last."""
     return [(layer + 1) * teacher // student - 1 for layer in range(student)]
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.gptq import pack
-from fastserve.compression.grid import RATIOS, Grid, search
+from fastserve.compression.grid import Grid, search
 from fastserve.compression.layer import Layer
+from fastserve.compression.patterns import mask_of
 from fastserve.compression.quantizing_step import Bits, QuantizingStep
 from fastserve.compression.reconstruction import damped
 from fastserve.compression.step import RecipeError
@@ -49,6 +50,11 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         for stage, chosen in self.stages(layer, names):
             for name in chosen:
+                if self.zero_points == "exact" and mask_of(layer.weight(name)) is not None:
+                    raise RecipeError(
+                        f'zero_points: got "exact"; allowed: "whole" for {layer.prefix}{name}, which is '
+                        "pruned: 0 must be one of its values"
+                    )
                 weight = layer.dense(name)
                 grid = self.grid(weight, layer.moments(stage).gram, layer.dtype)
                 packed = pack(grid, grid.nearest(weight), layer.weight(name))
@@ -64,11 +70,10 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
             low, high = (value.expand(len(weight), 1) for value in (weight.amin(), weight.amax()))
             low, high = low.clamp(max=0), high.clamp(min=0)
             return Grid.from_ranges(low, high, self.bits, columns, dtype, self.symmetric)
-        metric = None
-        if self.clip == "outputs":
-            metric = blocks(damped(gram, DAMPING), group_size)
-        ratios = (1.0,) if self.clip == "none" else RATIOS
-        return search(weight, self.bits, group_size, self.symmetric, dtype, metric, ratios)
+        if self.clip == "none":
+            return Grid.whole_range(weight, self.bits, group_size, dtype, self.symmetric)
+        metric = blocks(damped(gram, DAMPING), group_size) if self.clip == "outputs" else None
+        return search(weight, self.bits, group_size, self.symmetric, dtype, metric)
 
 
 def blocks(gram: Tensor, group_size: int) -> Tensor:

@@ -48,8 +48,8 @@ class StudentSizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         group = heads_per_kv_head(config)
         if sizes["num_attention_heads"] % group:
             raise RecipeError(
-                f"student.num_attention_heads: got {sizes['num_attention_heads']}; allowed: multiples of {group}, "
-                "the heads that share a key"
+                f"student.num_attention_heads: got {sizes['num_attention_heads']}; allowed: multiples of "
+                f"{group}, the heads that share a key"
             )
         layers = evenly(config.num_hidden_layers, sizes["num_hidden_layers"])
         heads = sizes["num_attention_heads"] // group

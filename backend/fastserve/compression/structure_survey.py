@@ -18,7 +18,19 @@ from transformers import PretrainedConfig
 from fastserve.compression.columns import Regression, removal
 from fastserve.compression.layer import Layer
 from fastserve.compression.layer_runner import survey_layers
-from fastserve.compression.model_shape import DOWN, O, Shape, head_dim, heads_per_kv_head, parameters
+from fastserve.compression.model_shape import (
+    DOWN,
+    GATE,
+    UP,
+    K,
+    O,
+    Q,
+    Shape,
+    V,
+    head_dim,
+    heads_per_kv_head,
+    parameters,
+)
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.state import State
 from fastserve.compression.step import Context
@@ -85,13 +97,12 @@ def sizes_within(config: PretrainedConfig, removed: float, multiple: int) -> lis
 
 def _unit_parameters(config: PretrainedConfig) -> tuple[int, int, int]:
     """Of a layer, of one of its groups of heads, of one of its channels."""
-    tensors = Skeleton.of(config).layers[0].state_dict()
-    attention = sum(
-        t.numel() for name, t in tensors.items() if name.startswith("self_attn.") and "norm" not in name
-    )
-    mlp = sum(t.numel() for name, t in tensors.items() if name.startswith("mlp."))
-    layer = sum(t.numel() for t in tensors.values())
-    return layer, attention // int(config.num_key_value_heads), mlp // int(config.intermediate_size)
+    sizes = {name: t.numel() for name, t in Skeleton.of(config).layers[0].state_dict().items()}
+    kv_heads = sum(sizes.get(f"{name}.{kind}", 0) for name in (Q, K, V) for kind in ("weight", "bias"))
+    channels = sum(sizes.get(f"{name}.{kind}", 0) for name in (GATE, UP) for kind in ("weight", "bias"))
+    kv_head = (kv_heads + sizes[f"{O}.weight"]) // int(config.num_key_value_heads)
+    channel = (channels + sizes[f"{DOWN}.weight"]) // int(config.intermediate_size)
+    return sum(sizes.values()), kv_head, channel
 
 
 def _kept_layers(costs: list[LayerCosts], count: int) -> tuple[int, ...]:

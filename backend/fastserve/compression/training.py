@@ -78,9 +78,8 @@ class Training:
         self._saved = time.monotonic()
 
     def run(self, text: Tensor, held_out: Tensor, progress: Progress) -> list[Point]:
-        """Trains on `text` [samples, T] and leaves the parameters as they did best on `held_out` [samples, T].
-
-        Returns the curve.
+        """Trains on `text` [samples, T], and leaves the parameters as they did best on `held_out`, which is
+        shaped alike. Returns the curve.
         """
         keep_freed_memory()
         self._resume()
@@ -123,7 +122,7 @@ class Training:
         total = 0.0
         for some in windows.split(max(1, MICRO_TOKENS // text.shape[1])):
             loss = self._loss(some) * (len(some) / len(windows))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
         self._mask_gradients()
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._plan.clip)
@@ -187,10 +186,10 @@ def _optimizer(parameters: dict[str, nn.Parameter], weight_decay: float) -> torc
 def keep_freed_memory() -> None:
     """Has glibc give the next step the memory of the last one, in place of the kernel's fresh pages: clearing
     those took as long as the products (virtual machine, 1,024 tokens a step)."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        glibc = ctypes.CDLL(None)
-        glibc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
-        glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def window_order(step: int, batch: int, samples: int, seed: int) -> Tensor:

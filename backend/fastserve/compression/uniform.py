@@ -8,15 +8,13 @@ or of the whole tensor. Symmetric, it is [-a, a] with a = max|x|. The result is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from msgspec import Meta
 from torch import Tensor
 
 from fastserve.compression.grid import Grid
 
-Bits = Annotated[int, Meta(ge=2, le=8)]
 GroupSize = Literal[32, 64, 128, "tensor"] | None
 """Columns of a row that share a range; None: all of them (per channel); "tensor": all rows do too."""
 

@@ -1,0 +1,185 @@
+"""Which module of a compressed-tensors checkpoint has which scheme, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastserve.models.decoder import Decoder
+from fastserve.models.linear import Linear, LinearRows
+from fastserve.models.loading import load_model
+from fastserve.models.model_error import ModelError
+from fastserve_kernels.compressed_tensors import (
+    CompressedTensors,
+    from_compressed_tensors,
+    to_compressed_tensors,
+)
+from fastserve_kernels.formats import FP8, W8A8, Int4, Int8, Weight
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96}
+Pack = Callable[[Tensor], Weight]
+
+
+def quantise(
+    directory: Path, packs: Mapping[str, Pack], targets: Mapping[str, list[str]], **changes: Any
+) -> dict[str, Tensor]:
+    """Quantises in the files the modules whose last names are keys of `packs`, a config group for each, named
+    by `targets` or else by a pattern. Returns the dequantised weights by tensor."""
+    tensors = load_file(directory / "model.safetensors")
+    dequantised, groups = {}, {}
+    for last, pack in packs.items():
+        for name in [name for name in tensors if name.endswith(f".{last}.weight")]:
+            module, weight = name.removesuffix(".weight"), pack(tensors.pop(name))
+            stored = to_compressed_tensors(weight)
+            tensors |= {f"{module}.{local}": tensor for local, tensor in stored.tensors.items()}
+            dequantised[name] = weight.dequantize()
+            named = targets.get(last, [f"re:.*\\.{last}$"])
+            groups[f"group_{last}"] = {**stored.scheme, "format": stored.format, "targets": named}
+    save_file(tensors, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": "mixed-precision",
+        "config_groups": groups,
+        "ignore": ["lm_head"],
+    }
+    config["quantization_config"] = quantization | changes
+    (directory / "config.json").write_text(json.dumps(config))
+    return dequantised
+
+
+def test_each_layer_and_each_part_of_a_fused_one_in_its_own_format(
+    save_model: Callable,
+    sequences: list[list[int]],
+    logits_over_paged_cache: Callable,
+    transformers_logits: Callable,
+) -> None:
+    directory, reference = save_model("qwen2", **SIZES)  # has biases
+    packs: dict[str, Pack] = {
+        "q_proj": lambda w: Int4.pack(w, 32, symmetric=False),
+        "k_proj": lambda w: Int4.pack(w, 64, symmetric=False),
+        "v_proj": lambda w: Int8.pack(w),
+        "gate_proj": lambda w: Int4.pack(w, 32),
+        "up_proj": lambda w: Int4.pack(w, 32),
+        "down_proj": lambda w: FP8.pack(w),
+    }
+    dequantised = quantise(directory, packs, {})
+    for name, weight in dequantised.items():
+        reference.get_parameter(name).data = weight
+    model = load_model(str(directory))
+    assert isinstance(model, Decoder)
+    layer = model.weights.layers[0]
+    assert isinstance(layer.qkv, LinearRows)
+    assert len(layer.qkv.parts) == 3
+    assert isinstance(layer.gate_up, Linear)
+    found = torch.cat(logits_over_paged_cache(model, sequences))
+    expected = torch.cat(transformers_logits(reference, sequences))
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["Linear"], ["re:.*down_proj"], [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]],
+)
+def test_targets_are_classes_patterns_and_names(targets: list[str], save_model: Callable) -> None:
+    directory, _ = save_model("llama", **SIZES)
+    ignore = [
+        "lm_head",
+        "re:.*self_attn.*",
+        *(f"model.layers.{i}.mlp.{n}_proj" for i in range(3) for n in ("gate", "up")),
+    ]
+    quantise(directory, {"down_proj": W8A8.pack}, {"down_proj": targets}, ignore=ignore)
+    model = load_model(str(directory))
+    assert isinstance(model, Decoder)
+    for layer in model.weights.layers:
+        assert isinstance(layer.down, Linear)
+        assert layer.down.weight.operator in (
+            "linear_w8a8",
+            "linear",
+        )  # the latter where a processor has none
+
+
+def test_a_name_goes_before_a_pattern_and_that_before_a_class(save_model: Callable) -> None:
+    directory, _ = save_model("llama", **SIZES)
+    quantise(
+        directory,
+        {"gate_proj": lambda w: Int4.pack(w, 32), "up_proj": lambda w: Int8.pack(w)},
+        {"gate_proj": ["re:.*mlp.*"], "up_proj": [f"model.layers.{i}.mlp.up_proj" for i in range(3)]},
+        ignore=["lm_head", "re:.*self_attn.*", "re:.*down_proj"],
+    )
+    model = load_model(str(directory))
+    assert isinstance(model, Decoder)
+    assert isinstance(model.weights.layers[0].gate_up, LinearRows)
+
+
+def test_scales_of_the_cache_are_no_part_of_the_decoder(save_model: Callable) -> None:
+    directory, _ = save_model("llama", **SIZES)
+    tensors = load_file(directory / "model.safetensors")
+    for layer in range(3):
+        tensors[f"model.layers.{layer}.self_attn.k_scale"] = torch.ones(1)
+        tensors[f"model.layers.{layer}.self_attn.v_scale"] = torch.ones(1)
+    save_file(tensors, directory / "model.safetensors")
+    assert isinstance(load_model(str(directory)), Decoder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization_status": "frozen"}, "quantization_status: got 'frozen'; allowed: 'compressed'"),
+        ({"transform_config": {"config_groups": {}}}, "transform_config: got .*; allowed: {}"),
+        (
+            {"config_groups": {"W4A16": ["Linear"]}},
+            r"config_groups\.W4A16: got \['Linear'\]; allowed: a scheme",
+        ),
+        (
+            {"config_groups": {"a": {"targets": ["Linear"], "format": "marlin-24"}}},
+            r"config_groups\.a\.format: got 'marlin-24' \(it is the order in which one kernel reads",
+        ),
+        (
+            {"config_groups": {"a": {"targets": ["Linear"], "format": "nvfp4-pack-quantized"}}},
+            "got 'nvfp4-pack-quantized'; allowed: pack-quantized, int-quantized",
+        ),
+        ({"sparsity_config": {"format": "marlin-24"}}, r"sparsity_config\.format: got 'marlin-24'"),
+        ({"config_groups": {}}, "unexpected tensors: .*down_proj.weight_packed"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], message: str, save_model: Callable) -> None:
+    directory, _ = save_model("llama", **SIZES)
+    quantise(directory, {"down_proj": lambda w: Int4.pack(w, 32)}, {}, **changes)
+    with pytest.raises(ModelError, match=message):
+        load_model(str(directory))
+
+
+def test_a_weight_that_no_format_of_ours_holds_is_named(save_model: Callable) -> None:
+    directory, _ = save_model("llama", **SIZES)
+    quantise(directory, {"down_proj": lambda w: Int4.pack(w, 32)}, {"down_proj": ["Linear"]})
+    message = r"model\.layers\.0\.self_attn\.q_proj: weight_shape is missing; found weight"
+    with pytest.raises(ModelError, match=message):
+        load_model(str(directory))
+
+
+def test_old_sparse_layouts_with_codes(save_model: Callable) -> None:
+    """What is not zero is `compressed`, and a bitmask says where it belongs."""
+    _, reference = save_model("llama", **SIZES)
+    weight = reference.get_parameter("model.layers.0.mlp.down_proj.weight").detach()
+    stored = to_compressed_tensors(W8A8.pack(weight * (torch.rand_like(weight) < 0.5)))
+    values = stored.tensors["weight"]
+    bits = (values != 0).unflatten(1, (-1, 8)).to(torch.uint8)
+    bitmask = (bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    tensors = {
+        "compressed": values[values != 0],
+        "bitmask": bitmask,
+        "shape": torch.tensor(values.shape),
+        "row_offsets": torch.zeros(len(values), dtype=torch.int64),
+        "weight_scale": stored.tensors["weight_scale"],
+    }
+    read = from_compressed_tensors(CompressedTensors("int-quantized", tensors, stored.scheme))
+    assert torch.equal(read.dequantize(), values.float() * stored.tensors["weight_scale"])
