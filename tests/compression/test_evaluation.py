@@ -58,6 +58,7 @@ def test_a_model_is_its_own_reference_without_any_distance(save_tiny: SaveTiny, 
     quality = evaluate(model, model, windows)
     assert quality.kl == pytest.approx(0, abs=1e-6)
     assert quality.top1_agreement == 1
+    assert quality.reference_perplexity == pytest.approx(quality.perplexity)
 
 
 def test_how_many_logits_are_held_at_once_does_not_matter(

@@ -65,7 +65,7 @@ def test_formats_patterns_ranks_and_dtypes_stay_and_values_change(
     source: SourceState, tmp_path: Path
 ) -> None:
     before = mixed(source, tmp_path / "before")
-    after = retrain(Retrain(steps=4, learning_rate=1e-2), before, source, tmp_path / "after")
+    after = retrain(Retrain(steps=10, learning_rate=1e-3), before, source, tmp_path / "after")
     for index in range(source.num_layers):
         for name, weight in before.linears(index).items():
             found = after.linears(index)[name]
@@ -85,7 +85,9 @@ def test_formats_patterns_ranks_and_dtypes_stay_and_values_change(
 
 def test_weights_that_were_left_out_are_zero_while_it_trains(source: SourceState, tmp_path: Path) -> None:
     before = mixed(source, tmp_path / "before")
-    held = retrain(Retrain(steps=4, learning_rate=1e-2, weight_decay=0.1), before, source, tmp_path / "after")
+    held = retrain(
+        Retrain(steps=10, learning_rate=1e-3, weight_decay=0.1), before, source, tmp_path / "after"
+    )
     after = held.transformers_model(torch.float32)
     for index in range(source.num_layers):
         for name in (Q, GATE, UP):

@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastserve.compression.evaluation import WholeSequences
+from fastserve.engine.kv_scales import measure_scales
 from fastserve.models.kv_cache import LARGEST, KVCacheShapes
 from fastserve.models.kv_cache_scheme import KVCacheScheme, kv_cache_scheme, read_kv_cache_scheme
 from fastserve.models.kv_rounding import candidate_scales, least_error, rounded, squared_errors
+from fastserve.models.loading import load_model
 from fastserve.models.model_error import ModelError
 from fastserve_kernels import ops
 
@@ -140,6 +143,22 @@ def test_no_scale_tried_is_better_than_the_chosen_one(dtype: torch.dtype, data: 
         return (rounded(x, scale, dtype) - x).square().sum((0, 2))
 
     assert all((error(chosen) <= error(scale)).all() for scale in candidates)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_logits_over_a_cache_of_8_bits_are_close(
+    save_model: Callable, sequences: list[list[int]], family: str, dtype: torch.dtype
+) -> None:
+    model = load_model(str(save_model(family)[0]))
+    token_ids = torch.tensor(sequences[0])
+    scales = measure_scales(model, dtype, token_ids[None])
+    exact, found = (
+        model.logits(WholeSequences(model, len(token_ids), kv_cache).hidden(token_ids))
+        for kv_cache in (None, (dtype, scales))
+    )
+    difference = (found - exact).norm() / (exact - exact.mean(-1, keepdim=True)).norm()
+    assert 0 < difference < {torch.int8: 0.05, torch.float8_e4m3fn: 0.1}[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

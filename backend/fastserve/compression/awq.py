@@ -8,7 +8,7 @@ weight of each column. The step leaves a dense model that computes what it did: 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from msgspec import Meta
@@ -17,9 +17,9 @@ from transformers import PretrainedConfig
 
 from fastserve.compression.grid import Grid
 from fastserve.compression.layer import Layer, Moments
-from fastserve.compression.quantizing_step import Bits, GroupSize
+from fastserve.compression.quantizing_step import Bits, GroupSize, check_groups, targeted_linears
 from fastserve.compression.smoothing import check_model_type, shared, smooth, smoothable
-from fastserve.compression.step import LayerStep
+from fastserve.compression.step import Kind, LayerStep
 
 POWERS = tuple(step / 10 for step in range(1, 11))
 """That are tried."""
@@ -45,12 +45,15 @@ def output_cost(difference: Tensor, gram: Tensor) -> float:
 class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
     """Scales columns by what their inputs are like, for the step after it to round them better."""
 
+    takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse"))
+
     bits: Bits = 4
     group_size: GroupSize = 64
     symmetric: Annotated[bool, Meta(description="as in the step that rounds")] = False
 
     def check(self, config: PretrainedConfig) -> None:
         check_model_type("awq", config)
+        check_groups(self.group_size, dict(targeted_linears(self, config)))
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         for stage in layer.stages:

@@ -28,11 +28,14 @@ class Encoder(Protocol):
         """What `config.json` must have besides, of all weights; `kv_cache` is its `kv_cache_scheme`."""
 
 
-def expressible(weight: Weight) -> bool:
-    """Whether compressed-tensors has a layout for the weight that its newest version still reads."""
+def expressible(name: str, weight: Weight) -> bool:
+    """Whether compressed-tensors has a layout for the weight of this module that its newest version reads.
+
+    It has them for embeddings too, but transformers 5.23 fails on those.
+    """
     if isinstance(weight, Dense | Sparse24):
         return True
-    if isinstance(weight, Bitmap | BlockSparse):
+    if isinstance(weight, Bitmap | BlockSparse) or name.endswith(_EMBEDDING):
         return False
     try:
         to_compressed_tensors(with_zeros(weight) if isinstance(weight, Sparse24Int4) else weight)
@@ -68,7 +71,7 @@ class CompressedTensorsEncoder:
             return sparse
         groups = [{**json.loads(scheme), "targets": names} for scheme, names in self._groups.items()]
         formats = {group["format"] for group in groups}
-        if len(groups) == 1 and not any(name.endswith(_EMBEDDING) for name in groups[0]["targets"]):
+        if len(groups) == 1:
             groups[0]["targets"] = ["Linear"]
         quantization = {
             "quant_method": "compressed-tensors",

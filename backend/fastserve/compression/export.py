@@ -45,8 +45,8 @@ def export(state: State, tokenizer_directory: Path, out: Path) -> None:
     unfinished = out.with_name(out.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    weights = (part for _, part in _parts(state) if isinstance(part, Weight))
-    encoder: Encoder = CompressedTensorsEncoder() if all(map(expressible, weights)) else OwnEncoder()
+    suits = all(expressible(name, part) for name, part in _parts(state) if isinstance(part, Weight))
+    encoder: Encoder = CompressedTensorsEncoder() if suits else OwnEncoder()
     shards = _Shards(unfinished)
     for name, part in _parts(state):
         if isinstance(part, Weight):
@@ -107,7 +107,7 @@ class _Shards:
         if count == 1:
             self._shard(0).rename(self._directory / SINGLE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for index, names in enumerate(self._names):
             name = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
             self._shard(index).rename(self._directory / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
@@ -32,16 +32,9 @@ class QuantizingStep(LayerStep, frozen=True, kw_only=True):
     ] = False
 
     def check(self, config: PretrainedConfig) -> None:
-        group_size = getattr(self, "group_size", None)
-        has_bias = False
-        for name, linear in self._linears(config):
-            has_bias |= linear.bias is not None
-            if isinstance(group_size, int) and linear.in_features % group_size:
-                raise RecipeError(
-                    f"group_size: got {group_size}; allowed: a divisor of the {linear.in_features} columns "
-                    f"of {name}, or null"
-                )
-        if self.bias_correction and not has_bias:
+        linears = dict(targeted_linears(self, config))
+        check_groups(getattr(self, "group_size", None), linears)
+        if self.bias_correction and all(linear.bias is None for linear in linears.values()):
             raise RecipeError(
                 f"bias_correction: got true; allowed: false, as no linear among the targets has a bias in a "
                 f"model of the type {config.model_type}"
@@ -61,12 +54,23 @@ class QuantizingStep(LayerStep, frozen=True, kw_only=True):
             bias = corrected_bias(layer.other(f"{name}.bias"), layer.dense(name), weight.dequantize(), mean)
         layer.replace(name, weight, bias)
 
-    def _linears(self, config: PretrainedConfig) -> Iterator[tuple[str, nn.Linear]]:
-        """Those that are targets, by full name."""
-        skeleton = Skeleton.of(config)
-        for index, layer in enumerate(skeleton.layers):
-            for name in skeleton.linears(index):
-                linear = layer.get_submodule(name)
-                full_name = f"{skeleton.prefix}{index}.{name}"
-                if self.selects(full_name) and isinstance(linear, nn.Linear):
-                    yield full_name, linear
+
+def targeted_linears(step: LayerStep, config: PretrainedConfig) -> Iterator[tuple[str, nn.Linear]]:
+    """The linears that a step selects in a model of this config, by full name; they have no weights."""
+    skeleton = Skeleton.of(config)
+    for index, layer in enumerate(skeleton.layers):
+        for name in skeleton.linears(index):
+            linear = layer.get_submodule(name)
+            full_name = f"{skeleton.prefix}{index}.{name}"
+            if step.selects(full_name) and isinstance(linear, nn.Linear):
+                yield full_name, linear
+
+
+def check_groups(group_size: int | str | None, linears: Mapping[str, nn.Linear]) -> None:
+    """Raises RecipeError if groups of so many columns do not divide the rows of a linear."""
+    for name, linear in linears.items():
+        if isinstance(group_size, int) and linear.in_features % group_size:
+            raise RecipeError(
+                f"group_size: got {group_size}; allowed: a divisor of the {linear.in_features} columns of "
+                f"{name}, or null"
+            )

@@ -187,7 +187,7 @@ def keep_freed_memory() -> None:
     """Has glibc give the next step the memory of the last one, in place of the kernel's fresh pages: clearing
     those took as long as the products (virtual machine, 1,024 tokens a step)."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if libc is not None and hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 

@@ -25,9 +25,9 @@ class TrainingStep(Step, frozen=True, kw_only=True):
         None
     )
     steps: Annotated[int, Meta(ge=1, description="of the optimiser; in place of minutes")] | None = None
-    learning_rate: Annotated[float, Meta(gt=0, description="at its highest")] = 2e-4
+    learning_rate: Annotated[float, Meta(gt=0, description="at its highest")] = 3e-4
     warm_up: Annotated[float, Meta(ge=0, lt=1, description="share of the budget; then cosine to 0")] = 0.05
-    batch: Annotated[int, Meta(ge=1, description="windows of a step")] = 4
+    batch: Annotated[int, Meta(ge=1, description="windows of a step")] = 2
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
     clip: Annotated[float, Meta(gt=0, description="largest norm of the gradient")] = 1.0
     evaluations: Annotated[int, Meta(ge=1, description="on held-out text")] = 6
@@ -52,9 +52,9 @@ class TrainingStep(Step, frozen=True, kw_only=True):
         return {"next_token": self.next_token, "distillation": self.distillation}
 
     def rate(self, done: float) -> float:
-        """The learning rate when this share of the budget is spent."""
+        """The learning rate when this share of the budget is spent: it rises from a tenth and falls to 0."""
         if done < self.warm_up:
-            return self.learning_rate * done / self.warm_up
+            return self.learning_rate * (0.1 + 0.9 * done / self.warm_up)
         return self.learning_rate * (1 + math.cos(math.pi * (done - self.warm_up) / (1 - self.warm_up))) / 2
 
     def train(

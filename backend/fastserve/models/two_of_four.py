@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastserve.models.compressed_checkpoint import Layout, StoredModule
 from fastserve_kernels.formats import Dense, Int4, Sparse24, Sparse24Int4, Weight
-from fastserve_kernels.sparse import pack_bits
 from fastserve_kernels.weight import pack_pairs, unpack_pairs
 
 CONFIG_KEY = "fastserve_two_of_four"
@@ -71,7 +70,9 @@ def _keep_two(weight: Tensor) -> tuple[Tensor, Tensor]:
     if weight.shape[1] % 8:
         raise ValueError(f"{CONFIG_KEY} names it, but its {weight.shape[1]} columns are no multiple of 8")
     fours = weight.unflatten(1, (-1, 4))
-    masks = unpack_pairs(pack_bits(weight != 0)).int()
+    # Four booleans are the bytes of a word, lowest first; their bits move together in its lowest four.
+    words = (weight != 0).view(torch.int32)
+    masks = (words | words >> 7 | words >> 14 | words >> 21) & 15
     columns = torch.tensor([_two_columns(mask) for mask in range(16)], device=weight.device)[masks]
     if (columns < 0).any():
         raise ValueError(f"{CONFIG_KEY} names it, but more than two of some four columns are not zero")
