@@ -17,7 +17,7 @@ def inputs(tokens: int = 400, width: int = 8) -> Tensor:
 
 
 def regression(x: Tensor, y: Tensor) -> Regression:
-    return Regression(y.T @ x / len(x), x.T @ x / len(x))
+    return Regression(y.T @ x / len(x), x.T @ x / len(x), torch.zeros(y.shape[1], x.shape[1]).double(), 0.0)
 
 
 def error(x: Tensor, y: Tensor, found: Regression, columns: Tensor) -> float:
@@ -59,7 +59,7 @@ def test_a_column_that_others_can_replace_goes_before_a_small_one_that_they_cann
     x[:, 3] = x[:, 0] + x[:, 1]
     y = x @ torch.tensor([[3.0, 3.0, 0.5, 3.0]], dtype=torch.float64).T
     weight = torch.tensor([[3.0, 3.0, 0.5, 3.0]])
-    found = Regression.towards(weight, y.T @ x / 500, x.T @ x / 500, damping=1e-6)
+    found = Regression.towards(weight, y.T @ x / 500, x.T @ x / 500, tokens=10**7)
     assert removal(found, 1, 1).order.item() in (0, 1, 3)
 
 
@@ -68,7 +68,7 @@ def test_a_direction_without_inputs_keeps_its_weight() -> None:
     x[:, 4] = 0
     weight = torch.randn(5, 8)
     cross = 2 * weight.double() @ x.T @ x / len(x)
-    found = Regression.towards(weight, cross, x.T @ x / len(x), damping=1e-9).solve(torch.arange(8))
+    found = Regression.towards(weight, cross, x.T @ x / len(x), tokens=10**10).solve(torch.arange(8))
     torch.testing.assert_close(found[:, 4], weight[:, 4])
     torch.testing.assert_close(found[:, :4], 2 * weight[:, :4], atol=1e-3, rtol=1e-3)
 
@@ -78,7 +78,23 @@ def test_directions_of_equal_inputs_can_be_left_out() -> None:
     x[:, 7] = x[:, 6]
     weight = torch.randn(5, 8)
     gram = x.T @ x / len(x)
-    found = Regression.towards(weight, weight.double() @ gram, gram)
+    found = Regression.towards(weight, weight.double() @ gram, gram, tokens=10**4)
     gone = removal(found, 1, 1)
     assert gone.order.item() in (6, 7)
     assert gone.errors[1] < 1e-2 * (weight.double() @ gram * weight).sum()
+
+
+def test_few_tokens_change_a_weight_less_than_many() -> None:
+    x = inputs()
+    gram, weight = x.T @ x / len(x), torch.randn(5, 8)
+    changes = [
+        float(
+            (
+                Regression.towards(weight, 2 * weight.double() @ gram, gram, tokens).solve(torch.arange(8))
+                - weight
+            ).norm()
+        )
+        for tokens in (1, 8, 1000)
+    ]
+    assert changes == sorted(changes)
+    assert changes[0] < 0.5 * float(weight.norm()) < changes[2] <= float(weight.norm())

@@ -63,8 +63,8 @@ def test_what_is_cut_off_is_the_error_of_the_outputs(shape: tuple[int, int]) -> 
 def test_no_product_of_the_rank_is_nearer_to_outputs_that_are_wanted() -> None:
     """Reduced-rank regression against descent from its result and from anywhere."""
     x, wanted = correlated(300, 10).double(), torch.randn(300, 6).double()
-    found = Regression(wanted.T @ x / 300, x.T @ x / 300)
-    down, up = truncate(found.solve(torch.arange(10)), found.gram, None, 2)
+    found = Regression(wanted.T @ x / 300, x.T @ x / 300, torch.zeros(6, 10).double(), 0.0)
+    down, up = truncate(found.solve_all(), found.gram, None, 2)
     least = float((wanted - x @ (up @ down).double().T).square().sum(1).mean())
     for down0, up0 in ((down, up), (torch.randn(2, 10), torch.randn(6, 2))):
         down0, up0 = down0.double(), up0.double()

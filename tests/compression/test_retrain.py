@@ -50,7 +50,7 @@ def losses(state: SavedState) -> list[float]:
 
 def test_a_pruned_model_comes_nearer_to_what_it_was(source: SourceState, tmp_path: Path) -> None:
     before = mixed(source, tmp_path / "before")
-    after = retrain(Retrain(steps=30, learning_rate=1e-3), before, source, tmp_path / "after")
+    after = retrain(Retrain(steps=30, learning_rate=1e-3, next_token=0.0), before, source, tmp_path / "after")
     assert min(losses(after)) < 0.9 * losses(after)[0]
 
 
@@ -65,7 +65,7 @@ def test_formats_patterns_ranks_and_dtypes_stay_and_values_change(
     source: SourceState, tmp_path: Path
 ) -> None:
     before = mixed(source, tmp_path / "before")
-    after = retrain(Retrain(steps=10, learning_rate=1e-3), before, source, tmp_path / "after")
+    after = retrain(Retrain(steps=10, learning_rate=1e-3, next_token=0.0), before, source, tmp_path / "after")
     for index in range(source.num_layers):
         for name, weight in before.linears(index).items():
             found = after.linears(index)[name]
@@ -86,7 +86,10 @@ def test_formats_patterns_ranks_and_dtypes_stay_and_values_change(
 def test_weights_that_were_left_out_are_zero_while_it_trains(source: SourceState, tmp_path: Path) -> None:
     before = mixed(source, tmp_path / "before")
     held = retrain(
-        Retrain(steps=10, learning_rate=1e-3, weight_decay=0.1), before, source, tmp_path / "after"
+        Retrain(steps=10, learning_rate=1e-3, next_token=0.0, weight_decay=0.1),
+        before,
+        source,
+        tmp_path / "after",
     )
     after = held.transformers_model(torch.float32)
     for index in range(source.num_layers):
@@ -101,7 +104,7 @@ def test_weights_that_were_left_out_are_zero_while_it_trains(source: SourceState
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_the_embedding_trains_if_asked_to(source: SourceState, tmp_path: Path, embeddings: bool) -> None:
     before = mixed(source, tmp_path / "before")
-    step = Retrain(steps=10, learning_rate=1e-3, embeddings=embeddings)
+    step = Retrain(steps=10, learning_rate=1e-3, next_token=0.0, embeddings=embeddings)
     after = retrain(step, before, source, tmp_path / "after")
     name = "model.embed_tokens"
     whole, found = source.outer()[name], after.outer()[name]

@@ -15,30 +15,44 @@ from torch import Tensor
 
 AT_ONCE = 0.02
 """The part of the units left that is left out together, between two rankings of them."""
+LEAST = 1e-4
+"""What is added to the gram for it to have an inverse, relative to the mean of its diagonal."""
 
 
 @dataclass(frozen=True)
 class Regression:
-    """Least squares of wanted outputs y from inputs x, float64."""
+    """Least squares of wanted outputs y from inputs x, held to a weight; float64."""
 
     cross: Tensor
     """[N, K] E[y x^T]."""
     gram: Tensor
-    """[K, K] E[x x^T], positive definite."""
+    """[K, K] E[x x^T]."""
+    weight: Tensor
+    """[N, K] to which the solution is held."""
+    ridge: float
+    """By how much: the mean square, in all directions alike, of further inputs whose wanted outputs the
+    weight gives."""
 
     @classmethod
-    def towards(cls, weight: Tensor, cross: Tensor, gram: Tensor, damping: float = 1e-3) -> Regression:
-        """Of means over tokens, held to a weight [N, K] in directions that inputs hardly have: as if there
-        were more inputs, `damping` times the energy of x and the same in all directions, with y = W x."""
-        weight, cross, gram = weight.double(), cross.double(), gram.double()
-        more = damping * gram.diagonal().mean().clamp_min(1e-30)
-        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return cls(cross + more * weight, gram + more * identity)
+    def towards(cls, weight: Tensor, cross: Tensor, gram: Tensor, tokens: int) -> Regression:
+        """Of means over so many tokens, as if there were K more of the same energy for the weight [N, K]. Few
+        tokens change it little then, and many decide: the ridge for a change and a noise of like energy."""
+        mean_square = float(gram.diagonal().mean().clamp_min(1e-30))
+        return cls(cross.double(), gram.double(), weight.double(), len(gram) / tokens * mean_square)
+
+    def steady_gram(self, ridge: float) -> Tensor:
+        """The gram with further inputs."""
+        return self.gram + ridge * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
 
     def solve(self, columns: Tensor) -> Tensor:
         """The best weight [N, len(columns)] float32 of these columns alone."""
-        factor = torch.linalg.cholesky(self.gram[columns][:, columns])
-        return torch.cholesky_solve(self.cross[:, columns].T, factor).T.float().contiguous()
+        wanted = self.cross[:, columns] + self.ridge * self.weight[:, columns]
+        factor = torch.linalg.cholesky(self.steady_gram(self.ridge)[columns][:, columns])
+        return torch.cholesky_solve(wanted.T, factor).T.float().contiguous()
+
+    def solve_all(self) -> Tensor:
+        """The best weight [N, K] float32."""
+        return self.solve(torch.arange(len(self.gram), device=self.gram.device))
 
 
 @dataclass(frozen=True)
@@ -53,9 +67,9 @@ class Removal:
 
 def removal(regression: Regression, unit: int, count: int) -> Removal:
     """Leaves out `count` units of `unit` neighbouring columns, again and again those that cost least."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(regression.gram))
-    weight = regression.cross @ inverse
-    inverse, weight = inverse.float(), weight.float()
+    gram = regression.steady_gram(LEAST * float(regression.gram.diagonal().mean()))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).float()
+    weight = regression.solve_all()
     left = torch.arange(inverse.shape[0] // unit, device=weight.device)
     order, errors = [left[:0]], [torch.zeros(1, dtype=torch.float64, device=weight.device)]
     while count > 0:

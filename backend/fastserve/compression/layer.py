@@ -13,6 +13,10 @@ from fastserve_kernels.formats import W8A8, Weight
 
 Stage = tuple[str, ...]
 """The local names of linears that share an input."""
+LOUDEST = 8.0
+"""Times the median of a batch's tokens that the square of one may count. The first token of a text can have a
+thousand times as much (massive activations, arXiv 2402.17762), though the norm that follows takes it off again:
+all other tokens would hardly count beside it."""
 TOKENS_OF_A_BATCH = 4096
 """Whose hidden states pass through a layer together."""
 
@@ -182,7 +186,7 @@ class Layer:
         return self._reference(hidden)
 
     def inputs(self, names: tuple[str, ...], hidden: Tensor) -> tuple[Tensor, ...]:
-        """What enters these modules [tokens, K], named in the order in which they run, for such hidden states."""
+        """What enters these modules [tokens, K], named in the order in which they run."""
         return self._calls.inputs(names, hidden)
 
     def reference_inputs(self, names: tuple[str, ...], hidden: Tensor) -> tuple[Tensor, ...]:
@@ -244,10 +248,12 @@ class Layer:
         tokens = 0
         for index, batch in enumerate(self.batches()):
             x = self._calls.input(stage[0], batch)
+            share = _quietened(x)
+            x = x * share
             found = {"gram": x.T @ x, "mean": x.sum(0), "magnitude": x.abs().sum(0)}
             if self._reference_hidden is not None:
                 before = _split(self._reference_hidden)[index]
-                found["drift"] = (self._reference.input(stage[0], before) - x).T @ x
+                found["drift"] = (self._reference.input(stage[0], before) * share - x).T @ x
             for name, value in found.items():
                 sums[name] = sums[name] + value if name in sums else value
             tokens += len(x)
@@ -262,6 +268,12 @@ class Layer:
 
 def _split(hidden: Tensor) -> tuple[Tensor, ...]:
     return hidden.split(max(1, TOKENS_OF_A_BATCH // hidden.shape[1]))
+
+
+def _quietened(x: Tensor) -> Tensor:
+    """The factor [tokens, 1] for each token of x [tokens, K] that leaves none louder than LOUDEST."""
+    loudness = x.square().sum(1, keepdim=True)
+    return (LOUDEST * loudness.median() / loudness.clamp_min(1e-30)).clamp(max=1).sqrt()
 
 
 def _round_activations(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -81,8 +81,8 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
 
     def _survey(self, before: State, after: StateWriter, context: Context) -> None:
         found: dict[str, Sensitivity] = {}
+        windows = context.calibration[:SURVEYED]
         if self.weights == "whitened":
-            windows = context.calibration[:SURVEYED]
             found = sensitivities(before, windows, context.device, context.seed)
         options: dict[str, Options] = {}
         task = context.progress.add_task(f"{self.name}: ranks", total=before.num_layers)
@@ -90,7 +90,7 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
             for local, linear in before.linears(index).items():
                 name = f"{before.skeleton.prefix}{index}.{local}"
                 if self.selects(name):
-                    options[name] = self._options(linear, found.get(name), context.device)
+                    options[name] = self._options(linear, found.get(name), windows.numel(), context.device)
             context.progress.advance(task)
         if self.parameters is not None:
             ranks = ranks_for_size(options, self.parameters)
@@ -100,15 +100,17 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
         after.note("ranks", ranks)
         save_file({name: found[name].rows for name in found if name in options}, after.directory / OUTPUTS)
 
-    def _options(self, linear: Weight, found: Sensitivity | None, device: torch.device) -> Options:
+    def _options(
+        self, linear: Weight, found: Sensitivity | None, tokens: int, device: torch.device
+    ) -> Options:
         """By the divergence of the model's predictions, or by the relative error of the weight."""
         weight = linear.dequantize().to(device)
         if found is None:
             squares = squared_singular_values(weight, None, None)
             squares = squares / squares.sum()
         else:
-            gram = Regression.towards(weight, torch.zeros_like(weight), found.gram).gram
-            squares = squared_singular_values(weight, gram, found.rows / 2)
+            inputs = Regression.towards(weight, weight @ found.gram, found.gram, tokens)
+            squares = squared_singular_values(weight, inputs.steady_gram(inputs.ridge), found.rows / 2)
         return Options.of((linear.out_features, linear.in_features), squares.cpu(), self.multiple)
 
 
@@ -136,12 +138,12 @@ class _Truncation(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
     def _weight(self, layer: Layer, name: str, rank: int, moments: Moments) -> Weight:
         weight = layer.dense(name)
         wanted = moments.gram if moments.drift is None else moments.gram + moments.drift
-        found = Regression.towards(weight, weight @ wanted, moments.gram)
-        best = found.solve(torch.arange(weight.shape[1], device=weight.device)) if self.update else weight
+        found = Regression.towards(weight, weight @ wanted, moments.gram, moments.tokens)
+        best = found.solve_all() if self.update else weight
         if rank == 0:
             return Dense(best.to(layer.dtype))
         rows = self.outputs.get(f"{layer.prefix}{name}")
-        gram = found.gram if self.whitened else None
+        gram = found.steady_gram(found.ridge) if self.whitened else None
         down, up = truncate(best, gram, None if rows is None else rows.to(weight.device), rank)
         return LowRank(down.to(layer.dtype), up.to(layer.dtype))
 

@@ -151,7 +151,8 @@ def regression(layer: Layer, name: str) -> Regression:
     see their directions only."""
     weight, bias = layer.dense(name), f"{name}.bias"
     offset = layer.other(bias) if bias in layer.part else 0.0
-    cross, gram, total = torch.zeros_like(weight), weight.new_zeros(weight.shape[1], weight.shape[1]), 0.0
+    cross, gram = torch.zeros_like(weight), weight.new_zeros(weight.shape[1], weight.shape[1])
+    total, tokens = 0.0, 0
     for now, before in zip(layer.batches(), layer.reference_batches(), strict=True):
         if name == O:
             entering, (x,) = now.flatten(0, -2), layer.inputs((O,), now)
@@ -163,5 +164,5 @@ def regression(layer: Layer, name: str) -> Regression:
         x = x * scale
         cross += ((wanted - entering - offset) * scale).T @ x
         gram += x.T @ x
-        total += float(scale.square().sum())
-    return Regression.towards(weight, cross / total, gram / total)
+        total, tokens = total + float(scale.square().sum()), tokens + len(x)
+    return Regression.towards(weight, cross / total, gram / total, tokens)

@@ -124,6 +124,6 @@ def _layer_costs(layer: Layer, group: int) -> LayerCosts:
     errors = {}
     for name, unit in ((O, group), (DOWN, 1)):
         weight, gram = layer.dense(name), grams[name] / tokens
-        found = Regression.towards(weight, weight @ gram, gram)
+        found = Regression.towards(weight, weight @ gram, gram, tokens)
         errors[name] = removal(found, unit, weight.shape[1] // unit - 1).errors.cpu()
     return LayerCosts(influence / tokens, errors[O], errors[DOWN])
