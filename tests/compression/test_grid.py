@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastserve.compression.grid import Grid, bits_of, search
+from fastserve.compression.grid import Grid, search
+from fastserve_kernels.compressed_tensors import bits_of
 from fastserve_kernels.formats import Int4, Int8
 
 BITS = st.integers(2, 8)

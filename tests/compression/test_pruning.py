@@ -10,11 +10,12 @@ from tests.compression.conftest import RunStep
 from torch import Tensor
 
 from fastserve.compression.admm import Admm, admm_mask
+from fastserve.compression.gram import damped
 from fastserve.compression.linear_report import output_error
 from fastserve.compression.magnitude import Magnitude, quantile, weight_histogram
 from fastserve.compression.patterns import ROWS, UNSTRUCTURED, Pattern, Tiles, TwoOfFour, mask_of
 from fastserve.compression.pruning import PruningStep
-from fastserve.compression.reconstruction import damped, reconstruct
+from fastserve.compression.reconstruction import reconstruct
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.sparsegpt import SparseGpt, sparsegpt_mask
 from fastserve.compression.state import State

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastserve.compression.gram import normalised
 from fastserve.compression.patterns import Pattern
 from fastserve.compression.pruning import CorrectingStep
-from fastserve.compression.reconstruction import normalised
 
 ITERATIONS = 20
 FIRST_PENALTY, GROWTH = 0.1, 1.15

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastserve.compression.weight_tensors import weight_tensors
 from fastserve.models.kv_cache_scheme import SCHEME
 from fastserve.models.own_layout import VERSION
 from fastserve.models.two_of_four import CONFIG_KEY, with_zeros
 from fastserve_kernels.compressed_tensors import to_compressed_tensors
 from fastserve_kernels.formats import Bitmap, BlockSparse, Dense, Sparse24, Sparse24Int4, Weight
+from fastserve_kernels.weight_tensors import weight_tensors
 
 _HEAD = "lm_head"
 _EMBEDDING = "embed_tokens"

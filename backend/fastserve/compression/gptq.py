@@ -15,11 +15,11 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from fastserve.compression.gram import damped, inverse_factor, target
 from fastserve.compression.grid import Grid, search
 from fastserve.compression.layer import Layer, Moments
 from fastserve.compression.patterns import mask_of
 from fastserve.compression.quantizing_step import Bits, GroupSize, QuantizingStep
-from fastserve.compression.reconstruction import damped
 from fastserve.compression.refinement import COLUMNS, refine
 from fastserve_kernels.formats import Int4, Sparse24, Sparse24Int4, Weight
 from fastserve_kernels.weight import GROUP_SIZES, pack_pairs, unpack_pairs
@@ -74,20 +74,6 @@ def quantize(
     grid = search(weight, bits, group_size, symmetric, dtype, costs)
     codes = round_columns(weight, factor, order, grid, mask)
     return refine(weight, gram, grid, codes, mask, turns)
-
-
-def inverse_factor(gram: Tensor) -> Tensor:
-    """The upper triangular U with U^T U = gram^-1, computed in float64."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
-    return torch.linalg.cholesky(inverse, upper=True).to(gram.dtype)
-
-
-def target(weight: Tensor, gram: Tensor, drift: Tensor, share: float) -> Tensor:
-    """The weight [N, K] that maps inputs now to the outputs before: least squares of W x_before by W' x.
-
-    W' = W (I + share E[(x_before - x) x^T] E[x x^T]^-1), for a gram matrix [K, K] that has an inverse.
-    """
-    return weight + share * torch.linalg.solve(gram.double(), (weight @ drift).double(), left=False).float()
 
 
 class Gptq(QuantizingStep, frozen=True, kw_only=True, tag="gptq"):

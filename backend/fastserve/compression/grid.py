@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels.formats import Int4, Int8
-from fastserve_kernels.weight import pack_pairs, spread, unpack_pairs
+from fastserve_kernels.weight import pack_pairs, spread
 
 RATIOS = tuple(1 - 0.025 * step for step in range(21))
 """Of the range that is kept to the range of the weights: what `search` tries."""
@@ -177,14 +177,6 @@ def _costs(weight: Tensor, grid: Grid, metric: Tensor | None) -> Tensor:
     if metric.dim() == 1:
         return (difference.square() * metric.view(-1, grid.group_size)).sum(-1)
     return (torch.einsum("ngk,gkl->ngl", difference, metric) * difference).sum(-1)
-
-
-def bits_of(weight: Int4 | Int8) -> int:
-    """The fewest bits, 2 to 8, that hold its codes as signed numbers."""
-    codes = unpack_pairs(weight.codes).to(torch.int8) - 8 if isinstance(weight, Int4) else weight.values
-    # -8 needs as many bits as 7: ~x is -x - 1.
-    largest = int(torch.where(codes < 0, ~codes, codes).max())
-    return max(2, 1 + largest.bit_length())
 
 
 def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:

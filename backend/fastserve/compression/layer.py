@@ -14,9 +14,9 @@ from fastserve_kernels.formats import W8A8, Weight
 Stage = tuple[str, ...]
 """The local names of linears that share an input."""
 LOUDEST = 8.0
-"""Times the median of a batch's tokens that the square of one may count. The first token of a text can have a
-thousand times as much (massive activations, arXiv 2402.17762), though the norm that follows takes it off again:
-all other tokens would hardly count beside it."""
+"""Times the median of a batch's tokens that the square of one may count. The first token of a text can have
+a thousand times as much (massive activations, arXiv 2402.17762), and all others would hardly count beside
+it, though the next norm takes it off again."""
 TOKENS_OF_A_BATCH = 4096
 """Whose hidden states pass through a layer together."""
 

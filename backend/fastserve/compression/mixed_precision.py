@@ -18,11 +18,11 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fastserve.compression.gptq import Gptq, inverse_factor
+from fastserve.compression.gptq import Gptq
+from fastserve.compression.gram import damped, inverse_factor
 from fastserve.compression.grid import search
 from fastserve.compression.layer import Layer
 from fastserve.compression.quantizing_step import Bits
-from fastserve.compression.reconstruction import damped
 from fastserve.compression.sensitivity import Sensitivity, sensitivities
 from fastserve.compression.state import State, StateWriter, write_atomically
 from fastserve.compression.step import Context, RecipeError

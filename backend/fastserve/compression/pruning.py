@@ -8,7 +8,7 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fastserve.compression.gptq import target
+from fastserve.compression.gram import damped, target
 from fastserve.compression.layer import Layer, Moments
 from fastserve.compression.patterns import (
     ROWS,
@@ -17,7 +17,7 @@ from fastserve.compression.patterns import (
     TwoOfFour,
     parse_pattern,
 )
-from fastserve.compression.reconstruction import damped, reconstruct
+from fastserve.compression.reconstruction import reconstruct
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.step import Kind, LayerStep, RecipeError
 

@@ -5,23 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastserve.compression.gram import normalised
+
 ITERATIONS = 20
 """Of conjugate gradients. The error is then within 0.1 % of the exact solution's, which a factorisation for
 each row would take ten times as long to find."""
-SMALLEST = 1e-10
-"""Mean square of an input, at least, that damping is relative to: inputs may all be 0."""
-
-
-def damped(gram: Tensor, damping: float = 0.01) -> Tensor:
-    """A gram [K, K] with an inverse: `damping` times the mean of the diagonal is added to that."""
-    floor = damping * gram.diagonal().mean().clamp(min=SMALLEST)
-    return gram + floor * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
-
-
-def normalised(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The gram of inputs scaled to a mean square of 1, and the scales [K] that they had."""
-    scales = gram.diagonal().sqrt()
-    return gram / (scales[:, None] * scales), scales
 
 
 def reconstruct(weight: Tensor, gram: Tensor, mask: Tensor) -> Tensor:

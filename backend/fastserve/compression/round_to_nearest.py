@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.gptq import pack
+from fastserve.compression.gram import damped
 from fastserve.compression.grid import Grid, search
 from fastserve.compression.layer import Layer
 from fastserve.compression.patterns import mask_of
 from fastserve.compression.quantizing_step import Bits, QuantizingStep
-from fastserve.compression.reconstruction import damped
 from fastserve.compression.step import RecipeError
 from fastserve.compression.uniform import GroupSize, quantize
 

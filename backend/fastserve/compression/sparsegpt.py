@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastserve.compression.gptq import inverse_factor
+from fastserve.compression.gram import inverse_factor
 from fastserve.compression.patterns import Pattern, TwoOfFour
 from fastserve.compression.pruning import CorrectingStep
 

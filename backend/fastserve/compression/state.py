@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from fastserve.compression.skeleton import Skeleton
-from fastserve.compression.weight_tensors import tensor_fields, weight_from_tensors, weight_tensors
 from fastserve_kernels.formats import Weight
+from fastserve_kernels.weight_tensors import tensor_fields, weight_from_tensors, weight_tensors
 
 Part = Mapping[str, Tensor | Weight]
 """Of a model: matrices by the name of their module, other tensors by their own."""

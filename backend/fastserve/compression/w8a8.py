@@ -17,9 +17,9 @@ from transformers import PretrainedConfig
 
 from fastserve.compression.awq import cheapest
 from fastserve.compression.gptq import quantize
+from fastserve.compression.gram import damped
 from fastserve.compression.layer import Layer
 from fastserve.compression.quantizing_step import QuantizingStep
-from fastserve.compression.reconstruction import damped
 from fastserve.compression.smoothing import check_model_type, shared, smooth, smoothable
 from fastserve_kernels.formats import W8A8, Int8
 

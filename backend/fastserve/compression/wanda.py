@@ -7,10 +7,11 @@ from typing import Annotated
 from msgspec import Meta
 from torch import Tensor
 
+from fastserve.compression.gram import damped
 from fastserve.compression.layer import Moments
 from fastserve.compression.patterns import UNSTRUCTURED, Pattern, Scope
 from fastserve.compression.pruning import SparsityStep
-from fastserve.compression.reconstruction import damped, reconstruct
+from fastserve.compression.reconstruction import reconstruct
 
 
 def wanda_mask(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -> Tensor:

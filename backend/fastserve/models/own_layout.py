@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastserve.compression.weight_tensors import weight_from_tensors
 from fastserve.models.compressed_checkpoint import StoredModule
 from fastserve.models.model_error import ModelError
 from fastserve_kernels.formats import Weight
+from fastserve_kernels.weight_tensors import weight_from_tensors
 
 VERSION = 1
 
