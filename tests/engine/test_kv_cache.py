@@ -51,7 +51,7 @@ def mean_loss(engine: Any, helpers: Any, windows: torch.Tensor) -> float:
     for index, window in enumerate(windows.tolist()):
         engine.add(helpers.make_request(str(index), window, max_tokens=1, prompt_logprobs=0))
     for outputs in helpers.run_until_idle(engine).values():
-        losses += [-entries[0].logprob for entries in outputs[0].prompt_logprobs]
+        losses += [-entries[0][1] for entries in outputs[0].prompt_logprobs if entries]
     return sum(losses) / len(losses)
 
 
@@ -115,15 +115,6 @@ def test_a_cancelled_request_gives_its_blocks_back(
     engine.cancel("gone", Outcome.CANCELLED)
     helpers.run_until_idle(engine)
     assert engine.stats().kv_blocks_used == 0
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_greedy_text_begins_as_that_of_a_cache_of_full_precision(
-    engines: dict[str, Any], helpers: Any, prompts: list[list[int]], dtype: str
-) -> None:
-    expected = texts(engines["auto"], helpers, prompts, **GREEDY)
-    found = texts(engines[dtype], helpers, prompts, **GREEDY)
-    assert [tokens[:8] for tokens in found] == [tokens[:8] for tokens in expected]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
