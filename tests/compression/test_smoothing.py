@@ -74,6 +74,10 @@ def test_a_stage_whose_linears_are_not_all_targets_stays(source: SourceState, ru
 def test_eight_bits_for_weights_and_activations(source: SourceState, run_step: RunStep) -> None:
     after = run_step(W8A8Step(), source)
     assert all(isinstance(weight, W8A8) for weight in after.linears(0).values())
+    reports = [report for index in range(source.num_layers) for report in after.notes[f"layer {index}"]]
+    # Measured against the scaled weight, not against that of inputs which no longer come.
+    assert all(0 < report["weight_error"] < 0.05 for report in reports)
+    assert all(0 < report["output_error"] < 0.05 for report in reports)
     wanted, found = logits(source), logits(after)
     assert (found - wanted).norm() < 0.05 * wanted.norm()
 

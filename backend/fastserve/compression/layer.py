@@ -103,6 +103,7 @@ class Layer:
         self._hidden = hidden
         self._reference = reference
         self._reference_hidden = reference_hidden
+        self._equivalents: dict[str, Tensor] = {}
         self._moments: dict[Stage, Moments] = {}
         self._latest: dict[Stage, Moments] = {}
         self.stages = self._find_stages()
@@ -127,7 +128,9 @@ class Layer:
         return self._tensor(name).float()
 
     def original(self, name: str) -> Tensor:
-        """A linear's weight [N, K] float32 before this step."""
+        """A linear's weight [N, K] float32 before this step, or when it was last taken for that."""
+        if name in self._equivalents:
+            return self._equivalents[name]
         weight = self._reference.module.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         return weight
@@ -166,6 +169,11 @@ class Layer:
     def add_other(self, name: str, tensor: Tensor) -> None:
         """Gives the layer a tensor that transformers knows nothing of: a scale."""
         self._part[name] = tensor
+
+    def take_for_original(self, name: str) -> None:
+        """From now on errors of a linear are measured against what it is now. For a change that another one
+        undoes: of columns whose inputs are scaled the other way."""
+        self._equivalents[name] = self.dense(name)
 
     def moments(self, stage: Stage) -> Moments:
         """Of the input that the linears of a stage share, with the layer as it is now."""
