@@ -56,13 +56,17 @@ def test_equal_linears_get_equal_bits() -> None:
 
 def test_the_estimate_is_the_divergence(source: SourceState, context: Context) -> None:
     """Of predictions, when random errors are added to all linears of a model."""
-    found = sensitivities(source, context.calibration, torch.device("cpu"), seed=0)
+    found = [
+        (f"model.layers.{index}.{name}", sensitivity)
+        for index, of_layer in sensitivities(source, context.calibration, torch.device("cpu"), seed=0)
+        for name, sensitivity in of_layer.items()
+    ]
     model = source.transformers_model(torch.float32)
     with torch.no_grad():
         before = model(context.calibration).logits.log_softmax(-1)
         estimate = 0.0
         generator = torch.Generator().manual_seed(0)
-        for name, sensitivity in found.items():
+        for name, sensitivity in found:
             weight = model.get_submodule(name).weight
             assert isinstance(weight, torch.Tensor)
             change = 0.01 * torch.randn(weight.shape, generator=generator)

@@ -109,5 +109,5 @@ def without(weight: Tensor, inverse: Tensor, gone: Tensor, kept: Tensor) -> tupl
 
 
 def unit_columns(units: Tensor, unit: int) -> Tensor:
-    """The columns [len(units) * unit] of units."""
+    """The columns [len(units) * unit] of units, or their rows."""
     return (units[:, None] * unit + torch.arange(unit, device=units.device)).flatten()

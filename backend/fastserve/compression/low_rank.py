@@ -14,6 +14,7 @@ regression, Izenman 1975): up and down need not take turns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -80,17 +81,16 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
         outputs.unlink()
 
     def _survey(self, before: State, after: StateWriter, context: Context) -> None:
-        found: dict[str, Sensitivity] = {}
-        windows = context.calibration[:SURVEYED]
-        if self.weights == "whitened":
-            found = sensitivities(before, windows, context.device, context.seed)
         options: dict[str, Options] = {}
+        rows: dict[str, Tensor] = {}
         task = context.progress.add_task(f"{self.name}: ranks", total=before.num_layers)
-        for index in range(before.num_layers):
+        windows = context.calibration[:SURVEYED]
+        for index, found in self._sensitivities(before, windows, context):
             for local, linear in before.linears(index).items():
                 name = f"{before.skeleton.prefix}{index}.{local}"
                 if self.selects(name):
-                    options[name] = self._options(linear, found.get(name), windows.numel(), context.device)
+                    options[name] = self._options(linear, found.get(local), windows.numel(), context.device)
+                    rows |= {name: found[local].rows} if local in found else {}
             context.progress.advance(task)
         if self.parameters is not None:
             ranks = ranks_for_size(options, self.parameters)
@@ -98,7 +98,15 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
             assert self.error is not None
             ranks = ranks_for_error(options, self.error)
         after.note("ranks", ranks)
-        save_file({name: found[name].rows for name in found if name in options}, after.directory / OUTPUTS)
+        save_file(rows, after.directory / OUTPUTS)
+
+    def _sensitivities(
+        self, before: State, windows: Tensor, context: Context
+    ) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
+        """Of each layer's linears; none if ranks are chosen by the weights alone."""
+        if self.weights == "whitened":
+            return sensitivities(before, windows, context.device, context.seed)
+        return ((index, {}) for index in range(before.num_layers))
 
     def _options(
         self, linear: Weight, found: Sensitivity | None, tokens: int, device: torch.device

@@ -113,14 +113,14 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
 
     def costs(self, before: State, context: Context) -> dict[str, dict[int, float]]:
         """Of each target by full name, by width: nats by which predictions diverge per token, estimated."""
-        found = sensitivities(before, context.calibration[: self.samples], context.device, context.seed)
+        windows = context.calibration[: self.samples]
         task = context.progress.add_task(f"{self.name}: sensitivity", total=before.num_layers)
         costs: dict[str, dict[int, float]] = {}
-        for index in range(before.num_layers):
+        for index, found in sensitivities(before, windows, context.device, context.seed):
             for local, weight in before.linears(index).items():
                 name = f"{before.skeleton.prefix}{index}.{local}"
                 if self.selects(name):
-                    costs[name] = self._costs_of(weight.dequantize(), found[name])
+                    costs[name] = self._costs_of(weight.dequantize(), found[local])
             context.progress.advance(task)
         return costs
 

@@ -44,7 +44,8 @@ def compress(
     """Writes the compressed checkpoint to `out`, which must not exist yet, and returns what each step noted.
 
     An interrupted run of the same recipe on the same model is gone on from, layer by layer; `restart` begins
-    anew. Raises RecipeError, and ModelError if the model cannot be read.
+    anew. Raises RecipeError, TextError for calibration text that cannot be used, and ModelError if the model
+    cannot be read.
     """
     if out.exists():
         raise RecipeError(f"out: {out} exists already; name a directory that does not")

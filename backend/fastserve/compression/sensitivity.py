@@ -2,14 +2,15 @@
 
 A change D of a weight changes the output of its linear by D x, and the divergence KL(p || p') of the model's
 predictions by (g . D x)^2 / 2 per token, in expectation over labels drawn from p, with g the gradient of
-their log-probability (the Fisher information). With the mean squares of g taken apart from the inputs that
-is, row by row, E[g_n^2] / 2 times the output error E[(D x)_n^2].
+their log-probability (the Fisher information). A token's |g|^2 may depend on its x: the first of a text has
+the largest inputs, and hardly any slope. So inputs are weighed by it, and the rest is taken apart row by row:
+E[g_n^2] / 2 times the output error E[(D x)_n^2 |g|^2] / E[|g|^2].
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,19 +20,24 @@ from fastserve.compression.layer import Calls
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.state import State, dense
 
+LEAST = 1e-30
+"""Added to |g|^2, so that a linear that nothing depends on has a gram too."""
+
 
 @dataclass(frozen=True)
 class Sensitivity:
     """Of a linear, means over tokens."""
 
     gram: Tensor
-    """[K, K] E[x x^T] of its inputs."""
+    """[K, K] E[x x^T |g|^2] / E[|g|^2] of its inputs."""
     rows: Tensor
     """[N] E[g_n^2] of its outputs."""
 
 
-def sensitivities(state: State, token_ids: Tensor, device: torch.device, seed: int) -> dict[str, Sensitivity]:
-    """Of every linear of the layers by full name, on windows of text [samples, T].
+def sensitivities(
+    state: State, token_ids: Tensor, device: torch.device, seed: int
+) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
+    """Of the linears of each layer by local name, the last layer first, on windows of text [samples, T].
 
     One layer at a time is in memory, and the hidden states before each of them.
     """
@@ -45,12 +51,10 @@ def sensitivities(state: State, token_ids: Tensor, device: torch.device, seed: i
         with torch.no_grad():
             hidden = torch.cat([layer(sequence) for sequence in hidden.split(1)])
     slopes = _slopes_of_head(skeleton, outer, hidden, seed)
-    found: dict[str, Sensitivity] = {}
     for index in reversed(range(state.num_layers)):
         layer = Calls(skeleton.materialize(index, state.dense_layer(index)), calls[index])
-        of_layer, slopes = _of_layer(layer, skeleton.linears(index), states.pop(), slopes)
-        found |= {f"{skeleton.prefix}{index}.{name}": value for name, value in of_layer.items()}
-    return found
+        found, slopes = _of_layer(layer, skeleton.linears(index), states.pop(), slopes)
+        yield index, found
 
 
 @torch.enable_grad()
@@ -85,11 +89,12 @@ def _of_layer(
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def note(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
             x = given[0].detach().flatten(0, -2)
-            grams[name] = grams.get(name, 0) + x.T @ x
-            out.register_hook(note_slopes)
+            out.register_hook(lambda slope: add(x, slope.flatten(0, -2)))
 
-        def note_slopes(slope: Tensor) -> None:
-            rows[name] = rows.get(name, 0) + slope.flatten(0, -2).square().sum(0)
+        def add(x: Tensor, slope: Tensor) -> None:
+            weighed = x * (slope.square().sum(-1, keepdim=True) + LEAST).sqrt()
+            grams[name] = grams.get(name, 0) + weighed.T @ weighed
+            rows[name] = rows.get(name, 0) + slope.square().sum(0)
 
         return note
 
@@ -103,4 +108,7 @@ def _of_layer(
     for hook in hooks:
         hook.remove()
     tokens = slopes.shape[0] * slopes.shape[1]
-    return {name: Sensitivity(grams[name] / tokens, rows[name] / tokens) for name in names}, before
+    return {
+        name: Sensitivity(grams[name] / (rows[name].sum() + tokens * LEAST), rows[name] / tokens)
+        for name in names
+    }, before

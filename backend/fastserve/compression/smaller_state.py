@@ -10,6 +10,7 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from fastserve.compression.columns import unit_columns
 from fastserve.compression.model_shape import (
     DOWN,
     GATE,
@@ -75,7 +76,7 @@ class SmallerState(State):
         self._layers = evenly(whole.config.num_hidden_layers, self.config.num_hidden_layers)
         head, group = head_dim(whole.config), heads_per_kv_head(whole.config)
         heads = evenly(whole.config.num_key_value_heads, self.config.num_key_value_heads)
-        queries, keys = _spread(heads, head * group), _spread(heads, head)
+        queries, keys = unit_columns(heads, head * group), unit_columns(heads, head)
         channels = evenly(whole.config.intermediate_size, self.config.intermediate_size)
         self._hidden = evenly(whole.config.hidden_size, self.config.hidden_size)
         self._rows = {Q: queries, K: keys, V: keys, GATE: channels, UP: channels}
@@ -109,11 +110,6 @@ class SmallerState(State):
 def evenly(count: int, kept: int) -> Tensor:
     """Of `count` things so many, spread evenly, the first and the last among them: their indices [kept]."""
     return torch.linspace(0, count - 1, kept).round().long()
-
-
-def _spread(units: Tensor, unit: int) -> Tensor:
-    """The indices of all rows of units of so many rows."""
-    return (units[:, None] * unit + torch.arange(unit)).flatten()
 
 
 def _matrix(name: str, value: Weight) -> Tensor:
