@@ -7,11 +7,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fastserve.compression.recipe import PRESETS, Calibration, Evaluation, Recipe
+from fastserve.compression.recipe import PRESETS, Calibration, Evaluation, Recipe, read_recipe
 from fastserve.compression.step import Step
 from fastserve.compression.steps import STEPS
 
-TEXT = (Path(__file__).parents[2] / "docs" / "compression.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "compression.md").read_text(encoding="utf-8")
+RECIPES = sorted((DOCS / "recipes").glob("*.yaml"))
 
 
 def fields(kind: type[msgspec.Struct]) -> list[str]:
@@ -31,3 +33,9 @@ def test_every_field_of_a_recipe_is_named(kind: type[msgspec.Struct]) -> None:
 
 def test_every_preset_is_named() -> None:
     assert [name for name in PRESETS if f"`{name}`" not in TEXT] == []
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_can_be_read_and_is_in_the_figures(file: Path) -> None:
+    assert read_recipe(file).steps
+    assert f"`{file.stem}`" in TEXT
