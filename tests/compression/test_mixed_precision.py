@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,11 +55,11 @@ def test_equal_linears_get_equal_bits() -> None:
     assert allocate(costs, dict.fromkeys("abcd", 10), 3.0) == dict.fromkeys("abcd", 3)
 
 
-def test_the_estimate_is_the_divergence(source: SourceState, context: Context) -> None:
+def test_the_estimate_is_the_divergence(source: SourceState, context: Context, tmp_path: Path) -> None:
     """Of predictions, when random errors are added to all linears of a model."""
     found = [
         (f"model.layers.{index}.{name}", sensitivity)
-        for index, of_layer in sensitivities(source, context.calibration, torch.device("cpu"), seed=0)
+        for index, of_layer in sensitivities(source, context.calibration, torch.device("cpu"), 0, tmp_path)
         for name, sensitivity in of_layer.items()
     ]
     model = source.transformers_model(torch.float32)
@@ -78,7 +79,7 @@ def test_the_estimate_is_the_divergence(source: SourceState, context: Context) -
 
 
 def test_a_model_has_the_bits_that_were_given(source: SourceState, run_step: RunStep) -> None:
-    after = run_step(MixedPrecision(bits=3.5, group_size=32, samples=4), source)
+    after = run_step(MixedPrecision(bits=3.5, group_size=32), source)
     given = after.notes["bits"]
     total = sum(
         weight.out_features * weight.in_features for i in range(3) for weight in source.linears(i).values()

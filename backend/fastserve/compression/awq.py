@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.grid import Grid
-from fastserve.compression.layer import Layer, Moments
+from fastserve.compression.layer import Layer
 from fastserve.compression.quantizing_step import Bits, GroupSize, check_groups, targeted_linears
 from fastserve.compression.smoothing import check_model_type, shared, smooth, smoothable
 from fastserve.compression.step import Kind, LayerStep
@@ -46,6 +46,7 @@ class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
     """Scales columns by what their inputs are like, for the step after it to round them better."""
 
     takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse"))
+    weighs_tokens: ClassVar[bool] = True
 
     bits: Bits = 4
     group_size: GroupSize = 64
@@ -58,21 +59,30 @@ class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         for stage in layer.stages:
             if smoothable(stage, names):
-                factors = self.best(layer, stage, layer.moments(stage))
+                factors = self.best(layer, stage)
                 if factors is not None:
                     smooth(layer, stage, factors)
 
-    def best(self, layer: Layer, stage: tuple[str, ...], moments: Moments) -> Tensor | None:
+    def best(self, layer: Layer, stage: tuple[str, ...]) -> Tensor | None:
         """The factors [K] with which rounding a stage costs least; None if without any it does."""
-        weight = torch.cat([layer.dense(name) for name in stage])
-        group_size = self.group_size or weight.shape[1]
+        weights = [layer.dense(name) for name in stage]
+        moments = [layer.moments(name) for name in stage]
+        magnitude = sum((each.importance * each.magnitude for each in moments), torch.zeros(()))
 
         def cost(factors: Tensor) -> float:
-            scaled = weight * factors
-            grid = Grid.whole_range(scaled, self.bits, group_size, layer.dtype, self.symmetric)
-            return output_cost(grid.values(grid.nearest(scaled)) / factors - weight, moments.gram)
+            return sum(
+                each.importance * output_cost(self.rounded(weight, factors, layer) - weight, each.gram)
+                for weight, each in zip(weights, moments, strict=True)
+            )
 
-        return cheapest(cost, (shared(f, layer, stage) for f in candidates(moments.magnitude, weight)))
+        return cheapest(cost, (shared(f, layer, stage) for f in candidates(magnitude, torch.cat(weights))))
+
+    def rounded(self, weight: Tensor, factors: Tensor, layer: Layer) -> Tensor:
+        """A weight [N, K] after rounding its columns times factors [K]."""
+        scaled = weight * factors
+        group_size = self.group_size or weight.shape[1]
+        grid = Grid.whole_range(scaled, self.bits, group_size, layer.dtype, self.symmetric)
+        return grid.values(grid.nearest(scaled)) / factors
 
 
 def cheapest(cost: Callable[[Tensor], float], tried: Iterator[Tensor]) -> Tensor | None:

@@ -66,14 +66,12 @@ class Codebook(QuantizingStep, frozen=True, kw_only=True, tag="codebook"):
     group_size: GroupSize = 64
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
-        for stage, chosen in self.stages(layer, names):
-            moments = layer.moments(stage)
-            for name in chosen:
-                weight = layer.dense(name)
-                group_size = self.group_size or weight.shape[1]
-                if self.codebook == "nf4":
-                    codebook = torch.tensor(NORMAL_FLOAT_4, device=weight.device)
-                    packed = NF4.pack(weight, group_size, codebook, layer.dtype)
-                else:
-                    packed = k_means(weight, group_size, moments.gram.diagonal(), layer.dtype)
-                self.put(layer, name, packed, moments.mean)
+        for name in layer.in_order(names):
+            weight, moments = layer.dense(name), layer.moments(name)
+            group_size = self.group_size or weight.shape[1]
+            if self.codebook == "nf4":
+                codebook = torch.tensor(NORMAL_FLOAT_4, device=weight.device)
+                packed = NF4.pack(weight, group_size, codebook, layer.dtype)
+            else:
+                packed = k_means(weight, group_size, moments.gram.diagonal(), layer.dtype)
+            self.put(layer, name, packed, moments.mean)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastserve.compression.gram import damped, inverse_factor, target
 from fastserve.compression.grid import Grid, search
-from fastserve.compression.layer import Layer, Moments
+from fastserve.compression.layer import Layer
 from fastserve.compression.patterns import mask_of
 from fastserve.compression.quantizing_step import Bits, GroupSize, QuantizingStep
 from fastserve.compression.refinement import COLUMNS, refine
@@ -80,6 +80,7 @@ class Gptq(QuantizingStep, frozen=True, kw_only=True, tag="gptq"):
     """Rounds linears one by one column, each making up for those before it and for the layers before it."""
 
     with_reference: ClassVar[bool] = True
+    weighs_tokens: ClassVar[bool] = True
 
     bits: Bits = 4
     group_size: GroupSize = 64
@@ -92,24 +93,19 @@ class Gptq(QuantizingStep, frozen=True, kw_only=True, tag="gptq"):
     ] = 0.5
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
-        for stage, chosen in self.stages(layer, names):
-            self.compress_stage(layer, chosen, layer.moments(stage), self.bits)
+        for name in layer.in_order(names):
+            self.compress_linear(layer, name, self.bits)
 
-    def compress_stage(self, layer: Layer, names: tuple[str, ...], moments: Moments, bits: int) -> None:
-        """Rounds linears that share an input, as one matrix."""
-        weights = [layer.weight(name) for name in names]
-        rows = [weight.out_features for weight in weights]
-        dense = torch.cat([weight.dequantize() for weight in weights])
+    def compress_linear(self, layer: Layer, name: str, bits: int) -> None:
+        """Rounds one linear."""
+        weight, moments = layer.weight(name), layer.moments(name)
+        dense = weight.dequantize()
         gram = damped(moments.gram, self.damping)
         if moments.drift is not None:
             dense = target(dense, gram, moments.drift, self.drift)
         group_size = self.group_size or dense.shape[1]
-        grid, codes = quantize(
-            dense, gram, bits, group_size, self.symmetric, layer.dtype, _mask_of_all(weights)
-        )
-        parts = zip(names, weights, grid.split(rows), codes.split(rows), strict=True)
-        for name, weight, its_grid, its_codes in parts:
-            self.put(layer, name, pack(its_grid, its_codes, weight), moments.mean)
+        grid, codes = quantize(dense, gram, bits, group_size, self.symmetric, layer.dtype, mask_of(weight))
+        self.put(layer, name, pack(grid, codes, weight), moments.mean)
 
 
 def pack(grid: Grid, codes: Tensor, like: Weight) -> Weight:
@@ -133,18 +129,3 @@ def _two_of_four(weight: Int4, indices: Tensor) -> Sparse24Int4:
     )
     kept = unpack_pairs(weight.codes).gather(1, columns.flatten(1).long())
     return Sparse24Int4(pack_pairs(kept), indices, weight.scales, weight.group_size)
-
-
-def _mask_of_all(weights: list[Weight]) -> Tensor | None:
-    """Of the rows of all weights; None if none of them leaves any out."""
-    masks = [mask_of(weight) for weight in weights]
-    if all(mask is None for mask in masks):
-        return None
-    return torch.cat(
-        [
-            torch.ones(weight.out_features, weight.in_features, dtype=torch.bool, device=weight.device)
-            if mask is None
-            else mask
-            for mask, weight in zip(masks, weights, strict=True)
-        ]
-    )

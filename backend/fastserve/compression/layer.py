@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,15 @@ from fastserve_kernels.formats import W8A8, Weight
 
 Stage = tuple[str, ...]
 """The local names of linears that share an input."""
-LOUDEST = 8.0
-"""Times the median of a batch's tokens that the square of one may count. The first token of a text can have
-a thousand times as much (massive activations, arXiv 2402.17762), and all others would hardly count beside
-it, though the next norm takes it off again."""
 TOKENS_OF_A_BATCH = 4096
 """Whose hidden states pass through a layer together."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the input x of the linears of a stage, means over all calibration tokens, float32."""
+    """Of the input x of a linear, means over all calibration tokens, float32.
+
+    Where the step weighs tokens, each has the weight that it counts for the linear (`importance`)."""
 
     gram: Tensor
     """[K, K] E[x x^T]."""
@@ -34,6 +32,8 @@ class Moments:
     drift: Tensor | None
     """[K, K] E[(x_before - x) x^T], where x_before is the input in the model before this step; None unless
     the step has a reference."""
+    importance: float
+    """What a token counts on average; 1 unless the step weighs tokens."""
     tokens: int
 
 
@@ -91,9 +91,11 @@ class Layer:
         hidden: Tensor,
         reference: Calls,
         reference_hidden: Tensor | None,
+        importance: Mapping[str, Tensor] | None = None,
     ) -> None:
         """`hidden` [sequences, T, hidden] float32 are the states before the layer; `reference` is the layer
-        before this step, and `reference_hidden` what enters it in the model before this step, or None."""
+        before this step, and `reference_hidden` what enters it in the model before this step, or None.
+        `importance` [sequences, T] has for each linear by local name what a token counts; None: all alike."""
         self.index = index
         self.prefix = prefix
         """Of full names: `model.layers.3.`"""
@@ -103,9 +105,10 @@ class Layer:
         self._hidden = hidden
         self._reference = reference
         self._reference_hidden = reference_hidden
+        self._importance = importance
         self._equivalents: dict[str, Tensor] = {}
-        self._moments: dict[Stage, Moments] = {}
-        self._latest: dict[Stage, Moments] = {}
+        self._moments: dict[Stage, dict[str, Moments]] = {}
+        self._latest: dict[Stage, dict[str, Moments]] = {}
         self.stages = self._find_stages()
 
     @property
@@ -139,6 +142,10 @@ class Layer:
     def dtype(self) -> torch.dtype:
         """In which dense weights are kept between steps."""
         return next(part.dtype for part in self._part.values() if isinstance(part, Tensor))
+
+    def in_order(self, names: Container[str]) -> Iterator[str]:
+        """Those of its linears that are among the names, in the order in which they run."""
+        return (name for stage in self.stages for name in stage if name in names)
 
     def stage_of(self, name: str) -> Stage:
         """The stage that a linear belongs to."""
@@ -175,15 +182,17 @@ class Layer:
         undoes: of columns whose inputs are scaled the other way."""
         self._equivalents[name] = self.dense(name)
 
-    def moments(self, stage: Stage) -> Moments:
-        """Of the input that the linears of a stage share, with the layer as it is now."""
+    def moments(self, name: str) -> Moments:
+        """Of the input of a linear, with the layer as it is now."""
+        stage = self.stage_of(name)
         if stage not in self._moments:
             self._moments[stage] = self._latest[stage] = self._measure(stage)
-        return self._moments[stage]
+        return self._moments[stage][name]
 
-    def latest_moments(self, stage: Stage) -> Moments:
+    def latest_moments(self, name: str) -> Moments:
         """Those that were measured last, even if the layer has changed since."""
-        return self._latest[stage] if stage in self._latest else self.moments(stage)
+        latest = self._latest.get(self.stage_of(name))
+        return self.moments(name) if latest is None else latest[name]
 
     def run(self, hidden: Tensor) -> Tensor:
         """The output [sequences, T, hidden] of the layer as it is now for such hidden states."""
@@ -251,22 +260,26 @@ class Layer:
         return tuple(tuple(stage) for stage in stages)
 
     @torch.no_grad()
-    def _measure(self, stage: Stage) -> Moments:
-        sums: dict[str, Tensor] = {}
-        tokens = 0
+    def _measure(self, stage: Stage) -> dict[str, Moments]:
+        """Of each linear of a stage; one for all of them where tokens count alike."""
+        sums = {name: _Sums() for name in (stage if self._importance else stage[:1])}
+        first = 0
         for index, batch in enumerate(self.batches()):
             x = self._calls.input(stage[0], batch)
-            share = _quietened(x)
-            x = x * share
-            found = {"gram": x.T @ x, "mean": x.sum(0), "magnitude": x.abs().sum(0)}
+            before = None
             if self._reference_hidden is not None:
-                before = _split(self._reference_hidden)[index]
-                found["drift"] = (self._reference.input(stage[0], before) * share - x).T @ x
-            for name, value in found.items():
-                sums[name] = sums[name] + value if name in sums else value
-            tokens += len(x)
-        means = {name: total / tokens for name, total in sums.items()}
-        return Moments(means["gram"], means["mean"], means["magnitude"], means.get("drift"), tokens)
+                before = self._reference.input(stage[0], _split(self._reference_hidden)[index])
+            for name, of_linear in sums.items():
+                of_linear.add(x, before, self._counts(name, slice(first, first + len(batch)), x))
+            first += len(batch)
+        found = {name: of_linear.moments() for name, of_linear in sums.items()}
+        return {name: found.get(name, found[stage[0]]) for name in stage}
+
+    def _counts(self, name: str, sequences: slice, x: Tensor) -> Tensor:
+        """What the tokens of these sequences count for a linear, [tokens, 1]."""
+        if self._importance is None:
+            return x.new_ones(len(x), 1)
+        return self._importance[name][sequences].to(x.device).view(-1, 1)
 
     def _tensor(self, name: str) -> Tensor:
         found = self._part[name]
@@ -278,10 +291,31 @@ def _split(hidden: Tensor) -> tuple[Tensor, ...]:
     return hidden.split(max(1, TOKENS_OF_A_BATCH // hidden.shape[1]))
 
 
-def _quietened(x: Tensor) -> Tensor:
-    """The factor [tokens, 1] for each token of x [tokens, K] that leaves none louder than LOUDEST."""
-    loudness = x.square().sum(1, keepdim=True)
-    return (LOUDEST * loudness.median() / loudness.clamp_min(1e-30)).clamp(max=1).sqrt()
+class _Sums:
+    """Over tokens, each times what it counts."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._tokens = 0
+
+    def add(self, x: Tensor, before: Tensor | None, counts: Tensor) -> None:
+        """x [tokens, K] as it is and as it was before the step, and what the tokens count [tokens, 1]."""
+        counted = x * counts
+        found = {"gram": x.T @ counted, "mean": counted.sum(0), "magnitude": counted.abs().sum(0)}
+        found["counts"] = counts.sum()
+        if before is not None:
+            found["drift"] = (before - x).T @ counted
+        for name, value in found.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._tokens += len(x)
+
+    def moments(self) -> Moments:
+        counts = self._sums.pop("counts")
+        means = {name: total / counts for name, total in self._sums.items()}
+        importance = float(counts) / self._tokens
+        return Moments(
+            means["gram"], means["mean"], means["magnitude"], means.get("drift"), importance, self._tokens
+        )
 
 
 def _round_activations(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

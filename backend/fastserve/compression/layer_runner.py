@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastserve.compression.importance import FILE, Importance, measured
 from fastserve.compression.layer import Calls, Layer
 from fastserve.compression.linear_report import linear_report
 from fastserve.compression.skeleton import Skeleton
@@ -37,10 +38,11 @@ def run_layers(step: LayerStep, before: State, after: StateWriter, context: Cont
     """Writes the state after a step whose `compress` takes a layer."""
     skeleton = Skeleton(before.config, context.device)
     entering, calls = skeleton.embed(_embedding(before), context.calibration)
+    importance = measured(before, after, context) if step.weighs_tokens else None
     front = _read_front(after) or _Front(0, entering, entering.clone() if step.with_reference else None)
     task = context.progress.add_task(step.name, total=before.num_layers, completed=front.index)
     for index in range(front.index, before.num_layers):
-        layer = _layer(skeleton, before, index, calls[index], front)
+        layer = _layer(skeleton, before, index, calls[index], front, importance)
         names = tuple(name for name in skeleton.linears(index) if step.selects(f"{layer.prefix}{name}"))
         step.compress(layer, names)
         reports = [linear_report(layer, name) for name in names]
@@ -53,6 +55,7 @@ def run_layers(step: LayerStep, before: State, after: StateWriter, context: Cont
     after.write_outer(before.outer())
     after.write_config(before.config)
     (after.directory / HIDDEN).unlink()
+    (after.directory / FILE).unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -63,7 +66,7 @@ def survey_layers(name: str, state: State, context: Context) -> Iterator[Layer]:
     hidden, calls = skeleton.embed(_embedding(state), context.calibration)
     task = context.progress.add_task(name, total=state.num_layers)
     for index in range(state.num_layers):
-        layer = _layer(skeleton, state, index, calls[index], _Front(index, hidden, None))
+        layer = _layer(skeleton, state, index, calls[index], _Front(index, hidden, None), None)
         yield layer
         layer.advance()
         context.progress.advance(task)
@@ -75,12 +78,20 @@ def _embedding(state: State) -> Tensor:
     return weight.weight if isinstance(weight, Dense) else weight.dequantize()
 
 
-def _layer(skeleton: Skeleton, before: State, index: int, call: Mapping[str, Any], front: _Front) -> Layer:
+def _layer(
+    skeleton: Skeleton,
+    before: State,
+    index: int,
+    call: Mapping[str, Any],
+    front: _Front,
+    importance: Importance | None,
+) -> Layer:
     tensors = before.dense_layer(index)
     calls = Calls(skeleton.materialize(index, tensors), dict(call))
     reference = Calls(skeleton.materialize(index, tensors), dict(call))
     prefix = f"{skeleton.prefix}{index}."
-    return Layer(index, prefix, before.layer(index), calls, front.hidden, reference, front.reference)
+    counts = None if importance is None else importance.of_layer(prefix)
+    return Layer(index, prefix, before.layer(index), calls, front.hidden, reference, front.reference, counts)
 
 
 def _read_front(after: StateWriter) -> _Front | None:

@@ -37,7 +37,7 @@ def linear_report(layer: Layer, name: str) -> LinearReport:
     """Of a linear of a layer that a step is done with."""
     weight, now, original = layer.weight(name), layer.dense(name), layer.original(name)
     same_shape = now.shape == original.shape
-    gram = layer.latest_moments(layer.stage_of(name)).gram
+    gram = layer.latest_moments(name).gram
     return LinearReport(
         name=f"{layer.prefix}{name}",
         format=type(weight).__name__,

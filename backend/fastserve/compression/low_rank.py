@@ -14,7 +14,6 @@ regression, Izenman 1975): up and down need not take turns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -24,18 +23,17 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.columns import Regression
+from fastserve.compression.importance import measured
 from fastserve.compression.layer import Layer, Moments
 from fastserve.compression.layer_runner import run_layers
 from fastserve.compression.ranks import Options, ranks_for_error, ranks_for_size
-from fastserve.compression.sensitivity import Sensitivity, sensitivities
+from fastserve.compression.sensitivity import Sensitivity
 from fastserve.compression.state import State, StateWriter, read_notes
 from fastserve.compression.step import Context, Kind, LayerStep, RecipeError
 from fastserve_kernels.formats import Dense, LowRank, Weight
 
 OUTPUTS = "outputs.safetensors"
 """What each output counts, by linear; in the step's directory until it is done."""
-SURVEYED = 16
-"""Windows of calibration text, at most, by which that is measured and ranks are chosen."""
 LEAST = 1e-3
 """What an output counts, at least, relative to the mean of a linear's."""
 
@@ -67,57 +65,52 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
             )
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
-        outputs = after.directory / OUTPUTS
-        if not outputs.is_file():
-            self._survey(before, after, context)
+        self._survey(before, after, context)
         truncation = _Truncation(
             targets=self.targets,
             ranks=read_notes(after.directory)["ranks"],
-            outputs=load_file(outputs),
+            outputs=load_file(after.directory / OUTPUTS),
             whitened=self.weights == "whitened",
             update=self.update,
         )
         run_layers(truncation, before, after, context)
-        outputs.unlink()
+        (after.directory / OUTPUTS).unlink()
 
     def _survey(self, before: State, after: StateWriter, context: Context) -> None:
+        """Notes the ranks, and writes what each output counts."""
         options: dict[str, Options] = {}
         rows: dict[str, Tensor] = {}
-        task = context.progress.add_task(f"{self.name}: ranks", total=before.num_layers)
-        windows = context.calibration[:SURVEYED]
-        for index, found in self._sensitivities(before, windows, context):
+
+        def see(index: int, found: dict[str, Sensitivity]) -> None:
             for local, linear in before.linears(index).items():
                 name = f"{before.skeleton.prefix}{index}.{local}"
                 if self.selects(name):
-                    options[name] = self._options(linear, found.get(local), windows.numel(), context.device)
-                    rows |= {name: found[local].rows} if local in found else {}
-            context.progress.advance(task)
-        if self.parameters is not None:
-            ranks = ranks_for_size(options, self.parameters)
-        else:
-            assert self.error is not None
-            ranks = ranks_for_error(options, self.error)
-        after.note("ranks", ranks)
-        save_file(rows, after.directory / OUTPUTS)
+                    options[name] = self._options(linear, found.get(local), context)
+                    rows.update({name: found[local].rows.cpu()} if local in found else {})
+            if index == 0:
+                save_file(rows, after.directory / OUTPUTS)
+                after.note("ranks", self._ranks(options))
 
-    def _sensitivities(
-        self, before: State, windows: Tensor, context: Context
-    ) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
-        """Of each layer's linears; none if ranks are chosen by the weights alone."""
         if self.weights == "whitened":
-            return sensitivities(before, windows, context.device, context.seed)
-        return ((index, {}) for index in range(before.num_layers))
+            measured(before, after, context, see)
+        elif "ranks" not in read_notes(after.directory):
+            for index in reversed(range(before.num_layers)):
+                see(index, {})
 
-    def _options(
-        self, linear: Weight, found: Sensitivity | None, tokens: int, device: torch.device
-    ) -> Options:
+    def _ranks(self, options: dict[str, Options]) -> dict[str, int]:
+        if self.parameters is not None:
+            return ranks_for_size(options, self.parameters)
+        assert self.error is not None
+        return ranks_for_error(options, self.error)
+
+    def _options(self, linear: Weight, found: Sensitivity | None, context: Context) -> Options:
         """By the divergence of the model's predictions, or by the relative error of the weight."""
-        weight = linear.dequantize().to(device)
+        weight = linear.dequantize().to(context.device)
         if found is None:
             squares = squared_singular_values(weight, None, None)
             squares = squares / squares.sum()
         else:
-            inputs = Regression.towards(weight, weight @ found.gram, found.gram, tokens)
+            inputs = Regression.towards(weight, weight @ found.gram, found.gram, context.calibration.numel())
             squares = squared_singular_values(weight, inputs.steady_gram(inputs.ridge), found.rows / 2)
         return Options.of((linear.out_features, linear.in_features), squares.cpu(), self.multiple)
 
@@ -136,12 +129,15 @@ class _Truncation(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
     def with_reference(self) -> bool:  # type: ignore[override]
         return self.update
 
+    @property
+    def weighs_tokens(self) -> bool:  # type: ignore[override]
+        return self.whitened
+
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
-        for stage in layer.stages:
-            for name in (name for name in stage if name in names):
-                rank = self.ranks[f"{layer.prefix}{name}"]
-                if rank > 0 or self.update:
-                    layer.replace(name, self._weight(layer, name, rank, layer.moments(stage)))
+        for name in layer.in_order(names):
+            rank = self.ranks[f"{layer.prefix}{name}"]
+            if rank > 0 or self.update:
+                layer.replace(name, self._weight(layer, name, rank, layer.moments(name)))
 
     def _weight(self, layer: Layer, name: str, rank: int, moments: Moments) -> Weight:
         weight = layer.dense(name)

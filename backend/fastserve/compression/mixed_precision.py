@@ -8,11 +8,9 @@ rounding itself is that of `gptq.py`.
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Mapping
 from typing import Annotated
 
-import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
@@ -21,13 +19,13 @@ from transformers import PretrainedConfig
 from fastserve.compression.gptq import Gptq
 from fastserve.compression.gram import damped, inverse_factor
 from fastserve.compression.grid import search
+from fastserve.compression.importance import measured
 from fastserve.compression.layer import Layer
 from fastserve.compression.quantizing_step import Bits
-from fastserve.compression.sensitivity import Sensitivity, sensitivities
-from fastserve.compression.state import State, StateWriter, write_atomically
+from fastserve.compression.sensitivity import Sensitivity
+from fastserve.compression.state import State, StateWriter, read_notes
 from fastserve.compression.step import Context, RecipeError
 
-COSTS = "costs.json"
 RATIOS = (1.0, 0.9, 0.8, 0.7)
 """Of ranges, in an estimate: `grid.RATIOS` would take longer and change little."""
 ROWS = 256
@@ -91,7 +89,6 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
 
     bits: Annotated[float, Meta(ge=2, le=8, description="of a code, on average over all weights")] = 4.0  # type: ignore[assignment]
     widths: Annotated[tuple[Bits, ...], Meta(min_length=2, description="to choose from")] = (2, 3, 4, 5, 6, 8)
-    samples: Annotated[int, Meta(ge=1, description="windows of calibration text to measure on")] = 16
 
     def check(self, config: PretrainedConfig) -> None:
         super().check(config)
@@ -99,30 +96,22 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
             raise RecipeError(f"bits: got {self.bits}; allowed: what lies between the widths {self.widths}")
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
-        path = after.directory / COSTS
-        if not path.is_file():
-            write_atomically(path, json.dumps(self.costs(before, context)).encode())
-        costs = msgspec.json.decode(path.read_bytes(), type=dict[str, dict[int, float]])
-        sizes = self._sizes(before)
-        given = allocate(costs, sizes, self.bits)
-        after.note("bits", given)
+        costs: dict[str, dict[int, float]] = {}
+
+        def estimate(index: int, found: dict[str, Sensitivity]) -> None:
+            for local, weight in before.linears(index).items():
+                name = f"{before.skeleton.prefix}{index}.{local}"
+                if self.selects(name):
+                    costs[name] = self._costs_of(weight.dequantize().to(context.device), found[local])
+            if index == 0:
+                after.note("bits", allocate(costs, self._sizes(before), self.bits))
+
+        measured(before, after, context, estimate)
+        given = read_notes(after.directory)["bits"]
         rounding = _Allocated(
             **{name: getattr(self, name) for name in Gptq.__struct_fields__ if name != "bits"}, given=given
         )
         rounding.run(before, after, context)
-
-    def costs(self, before: State, context: Context) -> dict[str, dict[int, float]]:
-        """Of each target by full name, by width: nats by which predictions diverge per token, estimated."""
-        windows = context.calibration[: self.samples]
-        task = context.progress.add_task(f"{self.name}: sensitivity", total=before.num_layers)
-        costs: dict[str, dict[int, float]] = {}
-        for index, found in sensitivities(before, windows, context.device, context.seed):
-            for local, weight in before.linears(index).items():
-                name = f"{before.skeleton.prefix}{index}.{local}"
-                if self.selects(name):
-                    costs[name] = self._costs_of(weight.dequantize(), found[local])
-            context.progress.advance(task)
-        return costs
 
     def _costs_of(self, weight: Tensor, sensitivity: Sensitivity) -> dict[int, float]:
         every = max(1, len(weight) // ROWS)
@@ -153,8 +142,5 @@ class _Allocated(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
     given: dict[str, int]
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
-        for stage, chosen in self.stages(layer, names):
-            moments = layer.moments(stage)
-            for bits in sorted({self.given[f"{layer.prefix}{name}"] for name in chosen}):
-                same = tuple(name for name in chosen if self.given[f"{layer.prefix}{name}"] == bits)
-                self.compress_stage(layer, same, moments, bits)
+        for name in layer.in_order(names):
+            self.compress_linear(layer, name, self.given[f"{layer.prefix}{name}"])

@@ -38,10 +38,9 @@ class PruningStep(LayerStep, frozen=True, kw_only=True):
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         pattern = parse_pattern(self.pattern)
-        for stage in layer.stages:
-            for name in (name for name in stage if name in names):
-                weight, mask = self.prune(layer.dense(name), layer.moments(stage), pattern)
-                layer.replace(name, pattern.pack(weight.to(layer.dtype), mask))
+        for name in layer.in_order(names):
+            weight, mask = self.prune(layer.dense(name), layer.moments(name), pattern)
+            layer.replace(name, pattern.pack(weight.to(layer.dtype), mask))
 
     def check(self, config: PretrainedConfig) -> None:
         skeleton = Skeleton.of(config)
@@ -76,6 +75,8 @@ class SparsityStep(PruningStep, frozen=True, kw_only=True):
 
 class CorrectingStep(SparsityStep, frozen=True, kw_only=True):
     """A step after which the weights that are kept make up for the others, and for the layers before them."""
+
+    weighs_tokens: ClassVar[bool] = True
 
     damping: Annotated[
         float, Meta(gt=0, le=1, description="added to the diagonal of the inputs' gram matrix, of its mean")

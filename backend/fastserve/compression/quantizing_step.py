@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from fastserve.compression.bias_correction import corrected_bias
-from fastserve.compression.layer import Layer, Stage
+from fastserve.compression.layer import Layer
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.step import Kind, LayerStep, RecipeError
 from fastserve_kernels.formats import Weight
@@ -39,13 +39,6 @@ class QuantizingStep(LayerStep, frozen=True, kw_only=True):
                 f"bias_correction: got true; allowed: false, as no linear among the targets has a bias in a "
                 f"model of the type {config.model_type}"
             )
-
-    def stages(self, layer: Layer, names: tuple[str, ...]) -> Iterator[tuple[Stage, tuple[str, ...]]]:
-        """The stages with targeted linears, in the order in which they run, and these."""
-        for stage in layer.stages:
-            chosen = tuple(name for name in stage if name in names)
-            if chosen:
-                yield stage, chosen
 
     def put(self, layer: Layer, name: str, weight: Weight, mean: Tensor) -> None:
         """Replaces the weight of a linear of a layer, given the mean [K] of its input."""

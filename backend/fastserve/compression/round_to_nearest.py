@@ -48,17 +48,17 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
             )
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
-        for stage, chosen in self.stages(layer, names):
-            for name in chosen:
-                if self.zero_points == "exact" and mask_of(layer.weight(name)) is not None:
-                    raise RecipeError(
-                        f'zero_points: got "exact"; allowed: "whole" for {layer.prefix}{name}, which is '
-                        "pruned: 0 must be one of its values"
-                    )
-                weight = layer.dense(name)
-                grid = self.grid(weight, layer.moments(stage).gram, layer.dtype)
-                packed = pack(grid, grid.nearest(weight), layer.weight(name))
-                self.put(layer, name, packed, layer.moments(stage).mean)
+        for name in layer.in_order(names):
+            if self.zero_points == "exact" and mask_of(layer.weight(name)) is not None:
+                raise RecipeError(
+                    f'zero_points: got "exact"; allowed: "whole" for {layer.prefix}{name}, which is '
+                    "pruned: 0 must be one of its values"
+                )
+            weight = layer.dense(name)
+            moments = layer.moments(name)
+            grid = self.grid(weight, moments.gram, layer.dtype)
+            packed = pack(grid, grid.nearest(weight), layer.weight(name))
+            self.put(layer, name, packed, moments.mean)
 
     def grid(self, weight: Tensor, gram: Tensor, dtype: torch.dtype) -> Grid:
         """For a weight [N, K] and the gram matrix [K, K] of its inputs."""

@@ -12,8 +12,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastserve.compression.layer import Calls
@@ -32,29 +34,34 @@ class Sensitivity:
     """[K, K] E[x x^T |g|^2] / E[|g|^2] of its inputs."""
     rows: Tensor
     """[N] E[g_n^2] of its outputs."""
+    tokens: Tensor
+    """[samples, T] |g|^2 of each token."""
 
 
 def sensitivities(
-    state: State, token_ids: Tensor, device: torch.device, seed: int
+    state: State, token_ids: Tensor, device: torch.device, seed: int, scratch: Path
 ) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
     """Of the linears of each layer by local name, the last layer first, on windows of text [samples, T].
 
-    One layer at a time is in memory, and the hidden states before each of them.
+    One layer at a time is in memory; the hidden states before each wait in files in the directory `scratch`.
     """
     skeleton = Skeleton(state.config, device)
     outer = {name: tensor.to(device) for name, tensor in dense(state.outer()).items()}
     hidden, calls = skeleton.embed(outer["model.embed_tokens.weight"], token_ids)
-    states = []
-    for index in range(state.num_layers):
-        states.append(hidden)
+    files = [scratch / f"states-{index:04d}.safetensors" for index in range(state.num_layers)]
+    for index, file in enumerate(files):
+        save_file({"hidden": hidden}, file)
         layer = Calls(skeleton.materialize(index, state.dense_layer(index)), calls[index])
         with torch.no_grad():
-            hidden = torch.cat([layer(sequence) for sequence in hidden.split(1)])
+            for sequence in hidden.split(1):
+                sequence.copy_(layer(sequence))
     slopes = _slopes_of_head(skeleton, outer, hidden, seed)
-    for index in reversed(range(state.num_layers)):
+    del hidden, outer
+    for index, file in reversed(list(enumerate(files))):
         layer = Calls(skeleton.materialize(index, state.dense_layer(index)), calls[index])
-        found, slopes = _of_layer(layer, skeleton.linears(index), states.pop(), slopes)
-        yield index, found
+        entering = load_file(file, str(device))["hidden"]
+        file.unlink()
+        yield index, _of_layer(layer, skeleton.linears(index), entering, slopes)
 
 
 @torch.enable_grad()
@@ -78,13 +85,12 @@ def _slopes_of_head(skeleton: Skeleton, outer: dict[str, Tensor], hidden: Tensor
 
 
 @torch.enable_grad()
-def _of_layer(
-    layer: Calls, names: tuple[str, ...], hidden: Tensor, slopes: Tensor
-) -> tuple[dict[str, Sensitivity], Tensor]:
-    """Of a layer's linears by local name, given the gradients [samples, T, hidden] by its output; and those
-    by its input."""
+def _of_layer(layer: Calls, names: tuple[str, ...], hidden: Tensor, slopes: Tensor) -> dict[str, Sensitivity]:
+    """Of a layer's linears by local name, given the gradients [samples, T, hidden] by its output: they are
+    replaced by those by its input."""
     grams: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
+    tokens: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def note(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
@@ -92,23 +98,25 @@ def _of_layer(
             out.register_hook(lambda slope: add(x, slope.flatten(0, -2)))
 
         def add(x: Tensor, slope: Tensor) -> None:
-            weighed = x * (slope.square().sum(-1, keepdim=True) + LEAST).sqrt()
+            squares = slope.square().sum(-1) + LEAST
+            weighed = x * squares.sqrt()[:, None]
             grams[name] = grams.get(name, 0) + weighed.T @ weighed
             rows[name] = rows.get(name, 0) + slope.square().sum(0)
+            tokens[name].append(squares)
 
         return note
 
     hooks = [layer.module.get_submodule(name).register_forward_hook(watch(name)) for name in names]
-    before = torch.empty_like(slopes)
-    for sequence, slope, result in zip(hidden.split(1), slopes.split(1), before.split(1), strict=True):
+    for sequence, slope in zip(hidden.split(1), slopes.split(1), strict=True):
         leaf = sequence.detach().requires_grad_()
         layer(leaf).backward(slope)
         assert leaf.grad is not None
-        result.copy_(leaf.grad)
+        slope.copy_(leaf.grad)
     for hook in hooks:
         hook.remove()
-    tokens = slopes.shape[0] * slopes.shape[1]
-    return {
-        name: Sensitivity(grams[name] / (rows[name].sum() + tokens * LEAST), rows[name] / tokens)
-        for name in names
-    }, before
+    return {name: _sensitivity(grams[name], rows[name], torch.stack(tokens[name])) for name in names}
+
+
+def _sensitivity(gram: Tensor, rows: Tensor, tokens: Tensor) -> Sensitivity:
+    """Of sums over tokens."""
+    return Sensitivity(gram / tokens.sum(), rows / tokens.numel(), tokens)

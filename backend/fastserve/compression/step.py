@@ -79,6 +79,8 @@ class LayerStep(Step, frozen=True, kw_only=True):
 
     with_reference: ClassVar[bool] = False
     """Whether `compress` looks at the hidden states of the model before this step too."""
+    weighs_tokens: ClassVar[bool] = False
+    """Whether a token counts by how much predictions depend on a linear's output for it (`importance`)."""
 
     def selects(self, linear: str) -> bool:
         """Whether the linear of this full name is among the targets."""

@@ -8,7 +8,7 @@ the a of each stage is searched. Then the weights are rounded as in `gptq.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from msgspec import Meta
@@ -47,6 +47,8 @@ def round_rows(x: Tensor, largest: float) -> Tensor:
 class W8A8Step(QuantizingStep, frozen=True, kw_only=True, tag="w8a8"):
     """Rounds weights and activations to eight bits."""
 
+    weighs_tokens: ClassVar[bool] = True
+
     smoothing: Annotated[
         bool, Meta(description="move what is large in a channel from activations to weights")
     ] = True
@@ -65,12 +67,10 @@ class W8A8Step(QuantizingStep, frozen=True, kw_only=True, tag="w8a8"):
                 factors = best_factors(layer, stage)
                 if factors is not None:
                     smooth(layer, stage, factors)
-        for stage, chosen in self.stages(layer, names):
-            moments = layer.moments(stage)
-            for name in chosen:
-                self.put(
-                    layer, name, pack(layer.dense(name), damped(moments.gram, self.damping)), moments.mean
-                )
+        for name in layer.in_order(names):
+            moments = layer.moments(name)
+            packed = pack(layer.dense(name), damped(moments.gram, self.damping))
+            self.put(layer, name, packed, moments.mean)
 
 
 def pack(weight: Tensor, gram: Tensor) -> W8A8:
