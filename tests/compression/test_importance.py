@@ -37,7 +37,7 @@ def test_a_token_counts_the_square_of_its_slopes(
     """For labels drawn anew: means over many draws agree, those of one come near."""
     found = measured(source, StateWriter(tmp_path / "step"), context).of_layer("model.layers.1.")
     expected = slopes_of_whole_model(source, context, "model.layers.1.self_attn.v_proj")
-    given = found["self_attn.v_proj"]
+    given = found["self_attn.v_proj"].tokens
     assert given.shape == context.calibration.shape
     assert given.mean() == pytest.approx(float(expected.mean()), rel=0.2)
     assert torch.corrcoef(torch.stack([given.mean(0), expected.mean(0)]))[0, 1] > 0.8
@@ -73,11 +73,12 @@ def test_moments_are_weighed_by_it(
     with torch.no_grad():
         model(context.calibration)
     for name in NAMES:
-        weights, x = counts[name].view(-1, 1), inputs[name]
+        weights, x = counts[name].tokens.view(-1, 1), inputs[name]
         torch.testing.assert_close(
             WatchWeighed.seen[name], x.T @ (x * weights) / weights.sum(), rtol=1e-3, atol=1e-5
         )
-    assert float(WatchWeighed.seen["importance"]) == pytest.approx(float(counts["self_attn.v_proj"].mean()))
+    importance = counts["self_attn.v_proj"].tokens.mean()
+    assert float(WatchWeighed.seen["importance"]) == pytest.approx(float(importance))
 
 
 def test_it_is_measured_once(source: SourceState, context: Context, tmp_path: Path) -> None:

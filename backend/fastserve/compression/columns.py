@@ -8,7 +8,7 @@ et al., arXiv 2302.04089) has it for the structures of a model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ class Regression:
         tokens change it little then, and many decide: the ridge for a change and a noise of like energy."""
         mean_square = float(gram.diagonal().mean().clamp_min(1e-30))
         return cls(cross.double(), gram.double(), weight.double(), len(gram) / tokens * mean_square)
+
+    def weighed(self, rows: Tensor) -> Regression:
+        """The same with outputs that count so much [N]: errors are sums of squares times that."""
+        scales = rows.double().sqrt()[:, None]
+        return replace(self, cross=scales * self.cross, weight=scales * self.weight)
 
     def steady_gram(self, ridge: float) -> Tensor:
         """The gram with further inputs."""

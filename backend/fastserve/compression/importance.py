@@ -9,6 +9,7 @@ attends to it, so that v_proj must be exact there. GuidedQuant (Kim et al., arXi
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
@@ -22,19 +23,32 @@ FILE = "importance.safetensors"
 See = Callable[[int, dict[str, Sensitivity]], None]
 
 
+@dataclass(frozen=True)
+class Counts:
+    """Of a linear."""
+
+    tokens: Tensor
+    """[samples, T] float32 |g|^2 of each token."""
+    rows: Tensor
+    """[N] float32 E[g_n^2] of its outputs."""
+
+
 class Importance:
     """Of all linears, in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def of_layer(self, prefix: str) -> dict[str, Tensor]:
-        """[samples, T] float32 by local name, for a layer whose full names begin with `prefix`."""
+    def of_layer(self, prefix: str) -> dict[str, Counts]:
+        """By local name, of a layer whose full names begin with `prefix`."""
         with safe_open(self._path, framework="pt") as file:
             names = file.keys()
-            return {
-                name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)
-            }
+            found = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
+        linears = sorted({name.rpartition(".")[0] for name in found})
+        return {
+            name.removeprefix(prefix): Counts(found[f"{name}.tokens"], found[f"{name}.rows"])
+            for name in linears
+        }
 
 
 def measured(
@@ -48,12 +62,14 @@ def measured(
     path = after.directory / FILE
     if not path.is_file():
         task = context.progress.add_task("importance of tokens", total=before.num_layers)
-        tokens: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
         windows, device = context.calibration, context.device
         for index, found in sensitivities(before, windows, device, context.seed, after.directory):
             see(index, found)
-            prefix = f"{before.skeleton.prefix}{index}."
-            tokens |= {f"{prefix}{name}": of_linear.tokens.cpu() for name, of_linear in found.items()}
+            for local, of_linear in found.items():
+                name = f"{before.skeleton.prefix}{index}.{local}"
+                counts[f"{name}.tokens"] = of_linear.tokens.cpu()
+                counts[f"{name}.rows"] = of_linear.rows.cpu()
             context.progress.advance(task)
-        write_part(path, tokens)
+        write_part(path, counts)
     return Importance(path)

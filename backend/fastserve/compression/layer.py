@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastserve.compression.calls import Calls
+from fastserve.compression.importance import Counts
 from fastserve_kernels.formats import W8A8, Weight
 
 Stage = tuple[str, ...]
@@ -37,48 +38,6 @@ class Moments:
     tokens: int
 
 
-class Calls:
-    """A layer's weights in a module of transformers, and how that is called."""
-
-    def __init__(self, module: nn.Module, arguments: dict[str, Any]) -> None:
-        self.module = module
-        self._arguments = arguments
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """The layer's output [sequences, T, hidden] for such hidden states."""
-        out = self.module(hidden, **self._arguments)
-        return out[0] if isinstance(out, tuple) else out
-
-    def input(self, name: str, hidden: Tensor) -> Tensor:
-        """What enters a module [tokens, K] while `hidden` passes through the layer; it goes no further."""
-        return self.inputs((name,), hidden)[0]
-
-    def inputs(self, names: tuple[str, ...], hidden: Tensor) -> tuple[Tensor, ...]:
-        """The same of several, in the order in which they run."""
-        seen: list[Tensor] = []
-
-        def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            seen.append(given[0].flatten(0, -2))
-            if len(seen) == len(names):
-                raise _Seen
-
-        hooks = [
-            self.module.get_submodule(name).register_forward_pre_hook(note, prepend=True) for name in names
-        ]
-        try:
-            self(hidden)
-        except _Seen:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return tuple(seen)
-
-
-class _Seen(Exception):
-    """Ends a pass through a layer as soon as it has shown what it is for."""
-
-
 class Layer:
     """A decoder layer in float32. Its linears compute with the weights that they were given last."""
 
@@ -91,11 +50,11 @@ class Layer:
         hidden: Tensor,
         reference: Calls,
         reference_hidden: Tensor | None,
-        importance: Mapping[str, Tensor] | None = None,
+        importance: Mapping[str, Counts] | None = None,
     ) -> None:
         """`hidden` [sequences, T, hidden] float32 are the states before the layer; `reference` is the layer
         before this step, and `reference_hidden` what enters it in the model before this step, or None.
-        `importance` [sequences, T] has for each linear by local name what a token counts; None: all alike."""
+        `importance` has for each linear by local name what tokens and outputs count; None: all alike."""
         self.index = index
         self.prefix = prefix
         """Of full names: `model.layers.3.`"""
@@ -221,6 +180,18 @@ class Layer:
             raise ValueError("reference_batches needs a step that is `with_reference`")
         return iter(_split(self._reference_hidden))
 
+    def counts(self, name: str) -> Iterator[Tensor]:
+        """What the tokens of each of the `batches` count for a linear, [tokens, 1]."""
+        if self._importance is None:
+            return (batch.new_ones(batch.shape[0] * batch.shape[1], 1) for batch in self.batches())
+        tokens = _split(self._importance[name].tokens)
+        return (of_batch.to(self._hidden.device).view(-1, 1) for of_batch in tokens)
+
+    def rows(self, name: str) -> Tensor:
+        """What the outputs of a linear count, [N]; the step must be one that weighs tokens."""
+        assert self._importance is not None
+        return self._importance[name].rows.to(self._hidden.device)
+
     @torch.no_grad()
     def advance(self) -> None:
         """Lets the hidden states pass through: they are those before the next layer now."""
@@ -263,23 +234,16 @@ class Layer:
     def _measure(self, stage: Stage) -> dict[str, Moments]:
         """Of each linear of a stage; one for all of them where tokens count alike."""
         sums = {name: _Sums() for name in (stage if self._importance else stage[:1])}
-        first = 0
-        for index, batch in enumerate(self.batches()):
+        counts = zip(*(self.counts(name) for name in sums), strict=True)
+        for index, (batch, of_batch) in enumerate(zip(self.batches(), counts, strict=True)):
             x = self._calls.input(stage[0], batch)
             before = None
             if self._reference_hidden is not None:
                 before = self._reference.input(stage[0], _split(self._reference_hidden)[index])
-            for name, of_linear in sums.items():
-                of_linear.add(x, before, self._counts(name, slice(first, first + len(batch)), x))
-            first += len(batch)
+            for of_linear, of_tokens in zip(sums.values(), of_batch, strict=True):
+                of_linear.add(x, before, of_tokens)
         found = {name: of_linear.moments() for name, of_linear in sums.items()}
         return {name: found.get(name, found[stage[0]]) for name in stage}
-
-    def _counts(self, name: str, sequences: slice, x: Tensor) -> Tensor:
-        """What the tokens of these sequences count for a linear, [tokens, 1]."""
-        if self._importance is None:
-            return x.new_ones(len(x), 1)
-        return self._importance[name][sequences].to(x.device).view(-1, 1)
 
     def _tensor(self, name: str) -> Tensor:
         found = self._part[name]

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastserve.compression.calls import Calls
 from fastserve.compression.importance import FILE, Importance, measured
-from fastserve.compression.layer import Calls, Layer
+from fastserve.compression.layer import Layer
 from fastserve.compression.linear_report import linear_report
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.state import State, StateWriter, read_part, write_part
@@ -59,14 +60,14 @@ def run_layers(step: LayerStep, before: State, after: StateWriter, context: Cont
 
 
 @torch.no_grad()
-def survey_layers(name: str, state: State, context: Context) -> Iterator[Layer]:
+def survey_layers(name: str, state: State, context: Context, importance: Importance) -> Iterator[Layer]:
     """The layers of a model as they are, one after the other, with the hidden states that reach them. `name`
     is what the progress bar says."""
     skeleton = Skeleton(state.config, context.device)
     hidden, calls = skeleton.embed(_embedding(state), context.calibration)
     task = context.progress.add_task(name, total=state.num_layers)
     for index in range(state.num_layers):
-        layer = _layer(skeleton, state, index, calls[index], _Front(index, hidden, None), None)
+        layer = _layer(skeleton, state, index, calls[index], _Front(index, hidden, None), importance)
         yield layer
         layer.advance()
         context.progress.advance(task)

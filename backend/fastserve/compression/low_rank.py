@@ -18,7 +18,6 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from msgspec import Meta
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -32,8 +31,6 @@ from fastserve.compression.state import State, StateWriter, read_notes
 from fastserve.compression.step import Context, Kind, LayerStep, RecipeError
 from fastserve_kernels.formats import Dense, LowRank, Weight
 
-OUTPUTS = "outputs.safetensors"
-"""What each output counts, by linear; in the step's directory until it is done."""
 LEAST = 1e-3
 """What an output counts, at least, relative to the mean of a linear's."""
 
@@ -69,26 +66,21 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
         truncation = _Truncation(
             targets=self.targets,
             ranks=read_notes(after.directory)["ranks"],
-            outputs=load_file(after.directory / OUTPUTS),
             whitened=self.weights == "whitened",
             update=self.update,
         )
         run_layers(truncation, before, after, context)
-        (after.directory / OUTPUTS).unlink()
 
     def _survey(self, before: State, after: StateWriter, context: Context) -> None:
-        """Notes the ranks, and writes what each output counts."""
+        """Notes the ranks."""
         options: dict[str, Options] = {}
-        rows: dict[str, Tensor] = {}
 
         def see(index: int, found: dict[str, Sensitivity]) -> None:
             for local, linear in before.linears(index).items():
                 name = f"{before.skeleton.prefix}{index}.{local}"
                 if self.selects(name):
                     options[name] = self._options(linear, found.get(local), context)
-                    rows.update({name: found[local].rows.cpu()} if local in found else {})
             if index == 0:
-                save_file(rows, after.directory / OUTPUTS)
                 after.note("ranks", self._ranks(options))
 
         if self.weights == "whitened":
@@ -120,8 +112,6 @@ class _Truncation(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
 
     ranks: dict[str, int]
     """By full name; 0: it stays dense."""
-    outputs: dict[str, Tensor]
-    """[N] what each output counts, by full name."""
     whitened: bool
     update: bool
 
@@ -146,9 +136,8 @@ class _Truncation(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
         best = found.solve_all() if self.update else weight
         if rank == 0:
             return Dense(best.to(layer.dtype))
-        rows = self.outputs.get(f"{layer.prefix}{name}")
         gram = found.steady_gram(found.ridge) if self.whitened else None
-        down, up = truncate(best, gram, None if rows is None else rows.to(weight.device), rank)
+        down, up = truncate(best, gram, layer.rows(name) if self.whitened else None, rank)
         return LowRank(down.to(layer.dtype), up.to(layer.dtype))
 
 

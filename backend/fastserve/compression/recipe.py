@@ -147,6 +147,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "w8a8": {"steps": [{"step": "w8a8"}]},
     "nf4": {"steps": [{"step": "codebook"}]},
     "lowrank": {"steps": [{"step": "low_rank", "parameters": 0.8}]},
-    "small": {"steps": [{"step": "structure", "parameters": 0.2}, {"step": "distill", "minutes": 30}]},
+    "small": {
+        "steps": [{"step": "structure", "parameters": 0.2}, {"step": "distill", "minutes": 30}],
+        "calibration": {"samples": 256},  # with half as many it learns them by heart
+    },
 }
 """Recipes by name, as YAML would have them."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.columns import Regression, kept_units, unit_columns
+from fastserve.compression.importance import measured
 from fastserve.compression.layer import Layer
 from fastserve.compression.layer_runner import run_layers
 from fastserve.compression.model_shape import (
@@ -103,7 +104,8 @@ class Structure(Step, frozen=True, kw_only=True, tag="structure"):
         if self.parameters is None and not self.layers:
             shape = Shape(tuple(range(before.num_layers)), *candidates[0][1:])
         else:
-            costs = survey(before, context)
+            importance = measured(before, StateWriter(after.directory / UNCUT), context)
+            costs = survey(before, context, importance)
             shape = choose_shape(costs, candidates)
             after.note("influence", [layer.influence for layer in costs])
         after.note(
@@ -121,6 +123,7 @@ class _Masking(LayerStep, frozen=True, kw_only=True, tag="structure"):
     """Columns of o_proj that belong to a key/value head."""
     targets: tuple[str, ...] = ()
     with_reference: ClassVar[bool] = True
+    weighs_tokens: ClassVar[bool] = True
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         if layer.index not in self.shape.layers:
@@ -128,7 +131,7 @@ class _Masking(LayerStep, frozen=True, kw_only=True, tag="structure"):
             return
         for name, unit, count in ((O, self.group, self.shape.kv_heads), (DOWN, 1, self.shape.channels)):
             found = regression(layer, name)
-            columns = unit_columns(kept_units(found, unit, count), unit)
+            columns = unit_columns(kept_units(found.weighed(layer.rows(name)), unit, count), unit)
             weight = torch.zeros_like(layer.dense(name))
             weight[:, columns] = found.solve(columns)
             layer.replace(name, Dense(weight.to(layer.dtype)))
@@ -147,22 +150,22 @@ def _no_bias(layer: Layer, name: str) -> Tensor | None:
 
 def regression(layer: Layer, name: str) -> Regression:
     """Of what o_proj or down_proj would have to add to the hidden states for them to be those of the model
-    before, from its inputs. Tokens count by the inverse square of the norm of these states: the layers after
-    see their directions only."""
+    before, from its inputs."""
     weight, bias = layer.dense(name), f"{name}.bias"
     offset = layer.other(bias) if bias in layer.part else 0.0
     cross, gram = torch.zeros_like(weight), weight.new_zeros(weight.shape[1], weight.shape[1])
     total, tokens = 0.0, 0
-    for now, before in zip(layer.batches(), layer.reference_batches(), strict=True):
+    for now, before, counts in zip(
+        layer.batches(), layer.reference_batches(), layer.counts(name), strict=True
+    ):
         if name == O:
             entering, (x,) = now.flatten(0, -2), layer.inputs((O,), now)
             (wanted,) = layer.reference_inputs((BEFORE_MLP,), before)
         else:
             entering, x = layer.inputs((BEFORE_MLP, DOWN), now)
             wanted = layer.run_reference(before).flatten(0, -2)
-        scale = wanted.norm(dim=-1, keepdim=True).clamp_min(1e-6).reciprocal()
-        x = x * scale
-        cross += ((wanted - entering - offset) * scale).T @ x
-        gram += x.T @ x
-        total, tokens = total + float(scale.square().sum()), tokens + len(x)
+        counted = x * counts
+        cross += (wanted - entering - offset).T @ counted
+        gram += x.T @ counted
+        total, tokens = total + float(counts.sum()), tokens + len(x)
     return Regression.towards(weight, cross / total, gram / total, tokens)

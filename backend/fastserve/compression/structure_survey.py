@@ -1,9 +1,9 @@
-"""What it would cost to make a model smaller in one way or another, all in one measure: by how much the
-hidden states after each layer would change, squared and relative to them, mean over tokens.
+"""What it would cost to make a model smaller in one way or another, all in one measure: the nats by which its
+predictions would change, to second order (`sensitivity`).
 
-For a layer left out that is 2 (1 - cos) between what enters and what leaves it, twice its block influence
-(Men et al., arXiv 2403.03853). For heads and channels it is the least error that the columns of o_proj and
-down_proj that stay can reach (`columns`). Costs are added up, as if one change did not depend on the others.
+A change d of the hidden states costs sum_n E[g_n^2] E[d_n^2 |g|^2] / (2 E[|g|^2]), with g the slopes there.
+For a layer left out, d is what it adds; for heads and channels, the least error that the columns of o_proj
+and down_proj that stay can reach (`columns`). Costs are added up, as if one did not depend on the others.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 from transformers import PretrainedConfig
 
 from fastserve.compression.columns import Regression, removal
+from fastserve.compression.importance import Importance
 from fastserve.compression.layer import Layer
 from fastserve.compression.layer_runner import survey_layers
 from fastserve.compression.model_shape import (
@@ -56,10 +57,10 @@ class Sizes(NamedTuple):
     channels: int
 
 
-def survey(state: State, context: Context) -> list[LayerCosts]:
+def survey(state: State, context: Context, importance: Importance) -> list[LayerCosts]:
     """Of each layer, on the calibration text."""
     group = head_dim(state.config) * heads_per_kv_head(state.config)
-    return [_layer_costs(layer, group) for layer in survey_layers("survey", state, context)]
+    return [_layer_costs(layer, group) for layer in survey_layers("survey", state, context, importance)]
 
 
 def choose_shape(costs: list[LayerCosts], candidates: list[Sizes]) -> Shape:
@@ -111,19 +112,16 @@ def _kept_layers(costs: list[LayerCosts], count: int) -> tuple[int, ...]:
 
 
 def _layer_costs(layer: Layer, group: int) -> LayerCosts:
-    influence, tokens = 0.0, 0
-    grams: dict[str, Tensor] = {}
-    for hidden in layer.batches():
-        leaving = layer.run(hidden)
-        influence += float(2 * (1 - cosine_similarity(hidden, leaving, dim=-1)).sum())
-        scale = leaving.flatten(0, -2).norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        for name, x in zip((O, DOWN), layer.inputs((O, DOWN), hidden), strict=True):
-            relative = x / scale
-            grams[name] = grams.get(name, 0) + relative.T @ relative
-        tokens += len(scale)
+    influence = torch.zeros_like(layer.rows(DOWN))
+    total = 0.0
+    for hidden, counts in zip(layer.batches(), layer.counts(DOWN), strict=True):
+        added = (layer.run(hidden) - hidden).flatten(0, -2)
+        influence += (added.square() * counts).sum(0)
+        total += float(counts.sum())
     errors = {}
     for name, unit in ((O, group), (DOWN, 1)):
-        weight, gram = layer.dense(name), grams[name] / tokens
-        found = Regression.towards(weight, weight @ gram, gram, tokens)
-        errors[name] = removal(found, unit, weight.shape[1] // unit - 1).errors.cpu()
-    return LayerCosts(influence / tokens, errors[O], errors[DOWN])
+        weight, moments = layer.dense(name), layer.moments(name)
+        found = Regression.towards(weight, weight @ moments.gram, moments.gram, moments.tokens)
+        weighed = found.weighed(layer.rows(name) / 2)
+        errors[name] = removal(weighed, unit, weight.shape[1] // unit - 1).errors.cpu()
+    return LayerCosts(float(influence @ layer.rows(DOWN)) / total / 2, errors[O], errors[DOWN])

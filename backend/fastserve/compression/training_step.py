@@ -33,7 +33,7 @@ class TrainingStep(Step, frozen=True, kw_only=True):
     evaluations: Annotated[int, Meta(ge=1, description="on held-out text")] = 6
     patience: Annotated[int, Meta(ge=1, description="evaluations without improvement before it ends")] = 3
     embeddings: Annotated[bool, Meta(description="whether embedding and head train too")] = False
-    next_token: Annotated[float, Meta(ge=0, description="weight of the next token's loss")] = 0.5
+    next_token: Annotated[float, Meta(ge=0, description="weight of the next token's loss")] = 0.0
     distillation: Annotated[float, Meta(ge=0, description="weight of the divergence from the teacher")] = 1.0
     divergence: Divergence = "forward"
     temperature: Annotated[float, Meta(gt=0)] = 1.0

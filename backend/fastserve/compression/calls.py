@@ -1,0 +1,49 @@
+"""A decoder layer's module, called as its model calls it, and what enters the modules within."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Calls:
+    """A layer's weights in a module of transformers, and how that is called."""
+
+    def __init__(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        self.module = module
+        self._arguments = arguments
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The layer's output [sequences, T, hidden] for such hidden states."""
+        out = self.module(hidden, **self._arguments)
+        return out[0] if isinstance(out, tuple) else out
+
+    def input(self, name: str, hidden: Tensor) -> Tensor:
+        """What enters a module [tokens, K] while `hidden` passes through the layer; it goes no further."""
+        return self.inputs((name,), hidden)[0]
+
+    def inputs(self, names: tuple[str, ...], hidden: Tensor) -> tuple[Tensor, ...]:
+        """The same of several, in the order in which they run."""
+        seen: list[Tensor] = []
+
+        def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            seen.append(given[0].flatten(0, -2))
+            if len(seen) == len(names):
+                raise _Seen
+
+        hooks = [
+            self.module.get_submodule(name).register_forward_pre_hook(note, prepend=True) for name in names
+        ]
+        try:
+            self(hidden)
+        except _Seen:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return tuple(seen)
+
+
+class _Seen(Exception):
+    """Ends a pass through a layer as soon as it has shown what it is for."""
