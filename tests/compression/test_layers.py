@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastserve.compression.layer import Layer
 from fastserve.compression.source_state import SourceState
-from fastserve.compression.state import SavedState, StateWriter, read_part, write_part
+from fastserve.compression.state import SavedState, read_part, write_part
 from fastserve.compression.step import Context, LayerStep, RecipeError
 from fastserve_kernels.formats import W8A8, Bitmap, BlockSparse, Dense, Int4, Int8, LowRank, Sparse24, Weight
 
@@ -142,7 +142,7 @@ def test_an_interrupted_step_goes_on_and_ends_in_the_same_bytes(
     Halve.breaks_at = 2
     with pytest.raises(KeyboardInterrupt):
         run_step(Halve(), source, "broken")
-    assert StateWriter(tmp_path / "broken").has_layer(1)
+    assert (tmp_path / "broken" / "layer-0001.safetensors").is_file()
     Halve.breaks_at = 0  # the layers that are done are not computed again
     run_step(Halve(), source, "broken")
     Halve.breaks_at = None

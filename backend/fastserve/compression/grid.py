@@ -8,7 +8,6 @@ bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,14 +90,6 @@ class Grid:
     def with_scales(self, scales: Tensor) -> Grid:
         """The same with other scales [N, K / G], rounded to the dtype of these."""
         return replace(self, scales=_stored(scales, self.scales.dtype))
-
-    def split(self, rows: Sequence[int]) -> list[Grid]:
-        """The grids of so many rows each."""
-        zeros = [None] * len(rows) if self.zeros is None else self.zeros.split(list(rows))
-        return [
-            replace(self, scales=scales, zeros=its_zeros)
-            for scales, its_zeros in zip(self.scales.split(list(rows)), zeros, strict=True)
-        ]
 
     def shifted(self, steps: int) -> Grid:
         """The same with zero points moved, as far as they may be."""

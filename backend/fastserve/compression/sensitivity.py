@@ -3,8 +3,8 @@
 A change D of a weight changes the output of its linear by D x, and the divergence KL(p || p') of the model's
 predictions by (g . D x)^2 / 2 per token, in expectation over labels drawn from p, with g the gradient of
 their log-probability (the Fisher information). A token's |g|^2 may depend on its x: the first of a text has
-the largest inputs, and hardly any slope. So inputs are weighed by it, and the rest is taken apart row by row:
-E[g_n^2] / 2 times the output error E[(D x)_n^2 |g|^2] / E[|g|^2].
+the largest inputs, and for most linears hardly any slope. So inputs are weighed by it, and the rest is taken
+apart row by row: E[g_n^2] / 2 times the output error E[(D x)_n^2 |g|^2] / E[|g|^2].
 """
 
 from __future__ import annotations

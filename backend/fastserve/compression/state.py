@@ -118,9 +118,6 @@ class StateWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self._notes = read_notes(directory)
 
-    def has_layer(self, index: int) -> bool:
-        return (self.directory / _layer_file(index)).is_file()
-
     def write_layer(self, index: int, layer: Part) -> None:
         write_part(self.directory / _layer_file(index), layer)
 
