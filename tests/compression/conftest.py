@@ -70,7 +70,9 @@ def source(save_tiny: SaveTiny) -> SourceState:
 def make_context(source: State) -> Context:
     """Eight windows of 32 random tokens, and two to hold out."""
     windows = torch.randint(3, SIZES["vocab_size"], (10, 32), generator=torch.Generator().manual_seed(1))
-    return Context(source, windows[:8], windows[8:], torch.device("cpu"), Progress(disable=True), 0)
+    return Context(
+        source, windows[:8], windows[:8], windows[8:], torch.device("cpu"), Progress(disable=True), 0
+    )
 
 
 @pytest.fixture

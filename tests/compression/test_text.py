@@ -120,24 +120,26 @@ def test_a_text_shorter_than_a_window_is_refused(tokenizer: Path) -> None:
         token_windows(tokenizer, "abc", 4)
 
 
-def test_held_out_windows_are_a_tenth_as_many_and_none_of_the_calibration_windows(tokenizer: Path) -> None:
-    calibration, held_out = calibration_windows(Calibration(samples=200, length=256), tokenizer, seed=3)
-    assert calibration.shape == (200, 256)
-    assert held_out.shape == (20, 256)
-    assert not {tuple(row) for row in calibration.tolist()} & {tuple(row) for row in held_out.tolist()}
+def test_what_is_held_out_is_neither_measured_nor_trained_on(tokenizer: Path) -> None:
+    windows = calibration_windows(Calibration(samples=200, length=256), tokenizer, seed=3)
+    assert windows.measured.shape == (200, 256)
+    assert windows.held_out.shape == (16, 256)
+    measured, training, held_out = (
+        {tuple(row) for row in part.tolist()}
+        for part in (windows.measured, windows.training, windows.held_out)
+    )
+    assert measured < training
+    assert not training & held_out
 
 
 def test_files_of_the_user_replace_the_packaged_text(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x" * 2000)
     files = (str(tmp_path / "mine.txt"),)
     (mine,) = set(ids_of(tokenizer, "x"))
-    calibration, held_out = calibration_windows(
-        Calibration(files=files, samples=10, length=16), tokenizer, seed=0
-    )
+    windows = calibration_windows(Calibration(files=files, samples=10, length=16), tokenizer, seed=0)
     evaluation = evaluation_windows(Evaluation(files=files, length=16), tokenizer)
-    assert {*calibration.unique().tolist(), *held_out.unique().tolist(), *evaluation.unique().tolist()} == {
-        mine
-    }
+    assert {*windows.training.unique().tolist(), *windows.held_out.unique().tolist()} == {mine}
+    assert evaluation.unique().tolist() == [mine]
     assert len(evaluation) == 125
 
 

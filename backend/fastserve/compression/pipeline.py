@@ -53,8 +53,8 @@ def compress(
     check_recipe(recipe, source.config)
     work = out.with_name(out.name + PARTIAL)
     _open_work(work, _digest(recipe, source), restart)
-    calibration, held_out = calibration_windows(recipe.calibration, files.tokenizer, recipe.seed)
-    context = Context(source, calibration, held_out, device, progress, recipe.seed)
+    text = calibration_windows(recipe.calibration, files.tokenizer, recipe.seed)
+    context = Context(source, text.measured, text.training, text.held_out, device, progress, recipe.seed)
     state: State = source
     notes: list[StepNotes] = []
     for number, step in enumerate(recipe.steps, start=1):

@@ -20,7 +20,7 @@ class Calibration(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """The text that steps measure and train on."""
 
     files: Annotated[tuple[str, ...], Meta(description="of plain text; none: what comes with FastServe")] = ()
-    samples: Annotated[int, Meta(ge=2, le=65536, description="windows")] = 128
+    samples: Annotated[int, Meta(ge=2, le=65536, description="windows, to measure on")] = 128
     length: Annotated[int, Meta(ge=16, le=32768, description="tokens of a window")] = 512
 
 
@@ -147,9 +147,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "w8a8": {"steps": [{"step": "w8a8"}]},
     "nf4": {"steps": [{"step": "codebook"}]},
     "lowrank": {"steps": [{"step": "low_rank", "parameters": 0.8}]},
-    "small": {
-        "steps": [{"step": "structure", "parameters": 0.2}, {"step": "distill", "minutes": 30}],
-        "calibration": {"samples": 256},  # with half as many it learns them by heart
-    },
+    "small": {"steps": [{"step": "structure", "parameters": 0.2}, {"step": "distill", "minutes": 30}]},
 }
 """Recipes by name, as YAML would have them."""

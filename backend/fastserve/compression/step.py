@@ -34,7 +34,9 @@ class Context:
     source: State
     """The model as it came; the teacher of what is trained."""
     calibration: Tensor
-    """[samples, T] int64: windows of the calibration text."""
+    """[samples, T] int64: windows of the calibration text, to measure on."""
+    training: Tensor
+    """[all samples, T] int64: all of them that are not held out."""
     held_out: Tensor
     """[samples, T] int64: windows of it that no step trains on."""
     device: torch.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 BETWEEN_DOCUMENTS = "\n\n"
 HELD_OUT_EVERY = 10
 """Of so many windows of calibration text the last one is held out."""
+HELD_OUT_TOKENS = 4096
+"""Of these that are looked at: about so many."""
 
 
 class TextError(ValueError):
@@ -77,11 +80,20 @@ def token_windows(
     return windows if samples is None else _spread(windows, samples, seed)
 
 
-def calibration_windows(source: Calibration, tokenizer: Path, seed: int) -> tuple[Tensor, Tensor]:
-    """The calibration windows [source.samples, source.length] and the held-out ones, a tenth as many.
+@dataclass(frozen=True)
+class CalibrationWindows:
+    """Of the calibration text, each [samples, length] int64."""
 
-    Every tenth window of the text is held out, so that these too come from all over it. Raises TextError.
-    """
+    measured: Tensor
+    """As many as are asked for, to measure on."""
+    training: Tensor
+    """All that are not held out."""
+    held_out: Tensor
+    """Of every tenth window, so that these too come from all over the text."""
+
+
+def calibration_windows(source: Calibration, tokenizer: Path, seed: int) -> CalibrationWindows:
+    """Of `source.samples` and `source.length`. Raises TextError."""
     text = read_text(source.files) if source.files else calibration_text()
     windows = _all_windows(tokenizer, text, source.length)
     is_held_out = torch.arange(len(windows)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
@@ -91,8 +103,12 @@ def calibration_windows(source: Calibration, tokenizer: Path, seed: int) -> tupl
             f"calibration text: {len(windows)} windows of {source.length} tokens; needed: at least "
             f"{HELD_OUT_EVERY}. Give longer files, or a smaller length"
         )
-    wanted = min(len(held_out), max(1, source.samples // HELD_OUT_EVERY))
-    return _spread(windows[~is_held_out], source.samples, seed), _spread(held_out, wanted, None)
+    looked_at = min(len(held_out), max(1, HELD_OUT_TOKENS // source.length))
+    return CalibrationWindows(
+        _spread(windows[~is_held_out], source.samples, seed),
+        windows[~is_held_out],
+        _spread(held_out, looked_at, None),
+    )
 
 
 def evaluation_windows(source: Evaluation, tokenizer: Path) -> Tensor:

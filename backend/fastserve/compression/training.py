@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 MICRO_TOKENS = 1024
 """Tokens that go through the model at once; the gradients of a larger batch are summed up."""
-HELD_OUT_TOKENS = 4096
-"""Of the held-out text that are looked at in an evaluation."""
 CHECKPOINT_SECONDS = 300
 """Between two checkpoints, on the clock."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -84,7 +82,6 @@ class Training:
         keep_freed_memory()
         self._resume()
         task = progress.add_task(self._plan.name, total=1.0)
-        held_out = held_out[: max(1, HELD_OUT_TOKENS // held_out.shape[1])]
         started = time.process_time() / 60 - self._minutes
         while not self._is_finished():
             progress.update(task, completed=self._done())

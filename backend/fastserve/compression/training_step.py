@@ -82,7 +82,7 @@ class TrainingStep(Step, frozen=True, kw_only=True):
             context.seed,
             model.mask_gradients,
         )
-        curve = training.run(context.calibration, context.held_out, context.progress)
+        curve = training.run(context.training, context.held_out, context.progress)
         after.note("losses", [asdict(point) for point in curve])
         write_trained(model.model, student, after)
         training.clear()
