@@ -6,6 +6,7 @@ operator.
 | `Dense` | 16 | |
 | `Int4`, `NF4` | 4.125 | groups of columns share a scale |
 | `Int8`, `FP8` | 8.125 | the same |
+| `IntRows` | 2.125 to 8.125 | the same, bits by row |
 | `W8A8` | 8 | the activations are rounded to eight bits too |
 | `Sparse24` | 9 | two of four columns |
 | `Sparse24Int4` | 3.125 | the same in four bits |
@@ -22,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastserve_kernels.int_rows import IntRows
 from fastserve_kernels.quantised import FP8, LARGEST_FP8, NF4, NORMAL_FLOAT_4, W8A8, Int4, Int8
 from fastserve_kernels.sparse import Bitmap, BlockSparse, Sparse24, Sparse24Int4
 from fastserve_kernels.weight import FLOATS, Weight, check_tensor, check_weight
@@ -37,6 +39,7 @@ __all__ = [
     "Dense",
     "Int4",
     "Int8",
+    "IntRows",
     "LowRank",
     "Sparse24",
     "Sparse24Int4",

@@ -22,6 +22,7 @@ FORMATS: dict[str, type[Weight]] = {
         formats.Dense,
         formats.Int4,
         formats.Int8,
+        formats.IntRows,
         formats.NF4,
         formats.FP8,
         formats.W8A8,

@@ -26,6 +26,7 @@ from fastserve_kernels.formats import (
     Dense,
     Int4,
     Int8,
+    IntRows,
     LowRank,
     Sparse24,
     Sparse24Int4,
@@ -45,6 +46,7 @@ LIBRARY: dict[str, Pack] = {
     "2:4 in int4": lambda w: Sparse24Int4.pack(w, 32),
 }
 OWN: dict[str, Pack] = {
+    "int rows": lambda w: IntRows.pack(w, (2 + torch.arange(len(w)) % 7).byte(), 32, symmetric=False),
     "nf4": NF4.pack,
     "low rank": lambda w: LowRank.pack(w, 16),
     "bitmap": lambda w: Bitmap.pack(w, density=0.5),

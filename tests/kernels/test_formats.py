@@ -21,6 +21,7 @@ from fastserve_kernels.formats import (
     Dense,
     Int4,
     Int8,
+    IntRows,
     LowRank,
     Sparse24,
     Sparse24Int4,
@@ -32,6 +33,7 @@ EVERY_FORMAT: dict[str, Callable[[Tensor], Weight]] = {
     "Dense": Dense,
     "Int4": Int4.pack,
     "Int8": Int8.pack,
+    "IntRows": lambda weight: IntRows.pack(weight, torch.full((len(weight),), 5, dtype=torch.uint8)),
     "NF4": NF4.pack,
     "FP8": FP8.pack,
     "W8A8": W8A8.pack,
@@ -79,6 +81,39 @@ def test_integers_are_within_half_a_step(
     error = (packed.dequantize() - weight.float()).abs()
     assert (error <= slack * step).all()
     assert (packed.dequantize()[weight == 0] == 0).all()
+
+
+@settings(deadline=None, max_examples=75)
+@given(drawn=weights(even=False), symmetric=st.booleans(), data=st.data())
+def test_rows_have_the_bits_that_they_are_given(
+    drawn: tuple[Tensor, int | None], symmetric: bool, data: st.DataObject
+) -> None:
+    """Those of 8 are the rows of `Int8`, others half a step off at most; no gap is between their codes."""
+    weight, group_size = drawn
+    width = st.integers(2, 8)
+    bits = torch.tensor(data.draw(st.lists(width, min_size=len(weight), max_size=len(weight)))).byte()
+    packed = IntRows.pack(weight, bits, group_size, symmetric)
+    came = packed.dequantize()
+    assert torch.equal(came[bits == 8], Int8.pack(weight, group_size, symmetric).dequantize()[bits == 8])
+    steps = packed.scales.float().repeat_interleave(packed.group_size, 1)
+    largest_codes = 2.0 ** bits[:, None] - 1
+    slack = 0.5 + largest_codes * torch.finfo(weight.dtype).eps + 1e-3
+    assert ((came - weight.float()).abs() <= slack * steps).all()
+    codes = weight.shape[1] + (0 if symmetric else packed.scales.shape[1])
+    rows_of_widths = [int((bits == some).sum()) for some in range(2, 9)]
+    assert len(packed.words) == sum(
+        -(-rows * codes * some // 32) for some, rows in enumerate(rows_of_widths, 2)
+    )
+
+
+def test_rows_of_too_few_or_too_many_bits_are_refused() -> None:
+    for wrong in (1, 9):
+        bits = torch.tensor([4, wrong], dtype=torch.uint8)
+        with pytest.raises(ValueError, match=f"bits must be from 2 to 8, not .*{wrong}"):
+            IntRows.pack(torch.randn(2, 64), bits)
+    packed = IntRows.pack(torch.randn(2, 64), torch.tensor([4, 5], dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"IntRows.words must be int32 of shape \[18\]"):
+        IntRows(packed.words[1:], packed.bits, packed.scales, 64, True)
 
 
 @settings(deadline=None, max_examples=75)

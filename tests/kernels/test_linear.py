@@ -18,6 +18,7 @@ from fastserve_kernels.formats import (
     Dense,
     Int4,
     Int8,
+    IntRows,
     LowRank,
     Sparse24,
     Sparse24Int4,
@@ -29,6 +30,13 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 ROWS = [0, 1, 2, 3, 16, 17, 64]
+
+
+def widths(rows: int) -> Tensor:
+    """Bits from 2 to 8."""
+    return 2 + torch.arange(rows, dtype=torch.uint8) % 7
+
+
 FORMATS: dict[str, Callable[[Tensor], Weight]] = {
     "dense": Dense,
     "int4": Int4.pack,
@@ -36,6 +44,7 @@ FORMATS: dict[str, Callable[[Tensor], Weight]] = {
     "int4 per row": lambda weight: Int4.pack(weight, None),
     "int8": Int8.pack,
     "int8 g64 with zeros": lambda weight: Int8.pack(weight, 64, symmetric=False),
+    "int rows": lambda weight: IntRows.pack(weight, widths(len(weight)), 64, symmetric=False),
     "nf4": NF4.pack,
     "nf4 of another codebook": lambda weight: NF4.pack(weight, 128, torch.randn(16)),
     "fp8": FP8.pack,

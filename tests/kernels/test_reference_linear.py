@@ -19,6 +19,7 @@ from fastserve_kernels.formats import (
     Dense,
     Int4,
     Int8,
+    IntRows,
     LowRank,
     Sparse24,
     Sparse24Int4,
@@ -26,12 +27,20 @@ from fastserve_kernels.formats import (
 )
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+def widths(rows: int) -> Tensor:
+    """Bits from 2 to 8."""
+    return 2 + torch.arange(rows, dtype=torch.uint8) % 7
+
+
 FORMATS: dict[str, Callable[[Tensor], Weight]] = {
     "dense": Dense,
     "int4": lambda weight: Int4.pack(weight, 32),
     "int4 with zeros": lambda weight: Int4.pack(weight, None, symmetric=False),
     "int8": Int8.pack,
     "int8 with zeros": lambda weight: Int8.pack(weight, 64, symmetric=False),
+    "int rows": lambda weight: IntRows.pack(weight, widths(len(weight)), 64, symmetric=False),
     "nf4": NF4.pack,
     "fp8": FP8.pack,
     "sparse24": Sparse24.pack,

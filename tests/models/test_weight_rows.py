@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve.models.weight_rows import stack_rows
+from fastserve.models.weight_rows import split_rows, stack_rows
 from fastserve_kernels.formats import (
     FP8,
     NF4,
@@ -18,6 +18,7 @@ from fastserve_kernels.formats import (
     Dense,
     Int4,
     Int8,
+    IntRows,
     LowRank,
     Sparse24,
     Sparse24Int4,
@@ -69,3 +70,23 @@ def test_what_differs_in_a_group_size_a_codebook_or_a_matrix_stays_apart() -> No
         [BlockSparse.pack(w, (16, 32)), BlockSparse.pack(w, (16, 16))],
     ):
         assert stack_rows(parts) == parts
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_of_several_widths_become_two_weights_and_an_order(symmetric: bool) -> None:
+    bits = torch.tensor([5, 3, 4, 8, 2, 4, 6, 4] * 2, dtype=torch.uint8)
+    rows = [IntRows.pack(torch.randn(16, 128), bits, 64, symmetric) for _ in range(2)]
+    between = Int8.pack(torch.randn(16, 128), 64, symmetric)
+    weights = [rows[0], between, rows[1]]
+    split, order = split_rows(weights)
+    stacked = stack_rows(split)
+    assert [type(weight) for weight in stacked] == [Int4, Int8]
+    assert [weight.out_features for weight in stacked] == [20, 28]
+    assert order is not None
+    came = torch.cat([weight.dequantize() for weight in stacked])[order]
+    assert torch.equal(came, torch.cat([weight.dequantize() for weight in weights]))
+
+
+def test_rows_of_one_width_are_not_put_into_order_for_nothing() -> None:
+    parts = [MAKERS["int4"](torch.randn(16, 128))]
+    assert split_rows(parts) == (parts, None)

@@ -98,14 +98,19 @@ class Gptq(QuantizingStep, frozen=True, kw_only=True, tag="gptq"):
 
     def compress_linear(self, layer: Layer, name: str, bits: int) -> None:
         """Rounds one linear."""
-        weight, moments = layer.weight(name), layer.moments(name)
-        dense = weight.dequantize()
-        gram = damped(moments.gram, self.damping)
-        if moments.drift is not None:
-            dense = target(dense, gram, moments.drift, self.drift)
+        weight = layer.weight(name)
+        dense, gram = self.target_of(layer, name)
         group_size = self.group_size or dense.shape[1]
         grid, codes = quantize(dense, gram, bits, group_size, self.symmetric, layer.dtype, mask_of(weight))
-        self.put(layer, name, pack(grid, codes, weight), moments.mean)
+        self.put(layer, name, pack(grid, codes, weight), layer.moments(name).mean)
+
+    def target_of(self, layer: Layer, name: str) -> tuple[Tensor, Tensor]:
+        """The weight [N, K] that a linear is to be rounded to, and the gram matrix [K, K] of its inputs."""
+        weight, moments = layer.dense(name), layer.moments(name)
+        gram = damped(moments.gram, self.damping)
+        if moments.drift is not None:
+            weight = target(weight, gram, moments.drift, self.drift)
+        return weight, gram
 
 
 def pack(grid: Grid, codes: Tensor, like: Weight) -> Weight:

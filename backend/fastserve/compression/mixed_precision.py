@@ -1,94 +1,78 @@
-"""Bits for each linear, to a given average: few where the model's predictions bear it.
+"""Bits for each row, or each linear, to a given average: few where the model's predictions bear it.
 
-What a width costs a linear is estimated by `sensitivity.py` from the errors of its rounding, each weighted by
-what `gptq.py` leaves of it. Bits are then given out one width at a time to whoever gains most by a bit. The
+What a width costs a row is estimated by `sensitivity.py` from the errors of its rounding, each weighted by
+what `gptq.py` leaves of it. All then pay the same price for a bit, the least that the average allows. The
 rounding itself is that of `gptq.py`.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fastserve.compression.gptq import Gptq
+from fastserve.compression.gptq import Gptq, quantize
 from fastserve.compression.gram import damped, inverse_factor
 from fastserve.compression.grid import search
 from fastserve.compression.importance import measured
 from fastserve.compression.layer import Layer
+from fastserve.compression.patterns import mask_of
 from fastserve.compression.quantizing_step import Bits
 from fastserve.compression.sensitivity import Sensitivity
-from fastserve.compression.state import State, StateWriter, read_notes
+from fastserve.compression.state import State, StateWriter, read_part, write_part
 from fastserve.compression.step import Context, RecipeError
+from fastserve_kernels.formats import IntRows
+from fastserve_kernels.int_rows import rows_by_width
 
+FILE = "bits.safetensors"
 RATIOS = (1.0, 0.9, 0.8, 0.7)
 """Of ranges, in an estimate: `grid.RATIOS` would take longer and change little."""
-ROWS = 256
-"""Of a linear, at least, evenly spread, that an estimate rounds."""
+BITS_OF_A_WIDTH = 8
+"""In `IntRows`."""
+BISECTIONS = 100
 
 
-def allocate(
-    costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], bits: float
-) -> dict[str, int]:
-    """Bits for each name, `bits` on average over the sizes at most.
+def allocate(costs: Tensor, sizes: Tensor, widths: Tensor, budget: float) -> Tensor:
+    """Bits for each of U units, the sum of bits times sizes within a budget.
 
-    `costs` has for each name what each width costs. All begin with the least; the next wider one is given to
-    whoever gains most for each bit of its size. A name for which it would be too much keeps what it has.
-    Gains are taken over the convex hull of the costs, on which this is optimal but for the last step.
+    `costs` [U, W] float64 is what each of the `widths` [W], ascending, costs each unit, of `sizes` [U]. The
+    result [U] has the least sum of costs of all choices that need no more than it does (Everett's theorem:
+    every unit has the width of least cost + price * bits, and the price of a bit is the same for all). Raises
+    ValueError if the narrowest width is beyond the budget for all.
     """
-    steps = {name: _hull(of_name) for name, of_name in costs.items()}
-    given = {name: widths[0] for name, widths in steps.items()}
-    left = bits * sum(sizes.values()) - sum(given[name] * size for name, size in sizes.items())
-    queue = [entry for name in costs if (entry := _next(name, costs[name], steps[name], 0, sizes[name]))]
-    heapq.heapify(queue)
-    while queue:
-        _, name, position = heapq.heappop(queue)
-        widths = steps[name]
-        price = (widths[position] - given[name]) * sizes[name]
-        if price > left:
-            continue
-        left -= price
-        given[name] = widths[position]
-        if entry := _next(name, costs[name], widths, position, sizes[name]):
-            heapq.heappush(queue, entry)
-    return given
 
+    def at(price: float) -> Tensor:
+        return widths[(costs + price * widths * sizes[:, None]).argmin(1)]
 
-def _hull(costs: Mapping[int, float]) -> list[int]:
-    """The widths, ascending, from each of which the next one gains less per bit than the one before."""
-    hull: list[int] = []
-    for width in sorted(costs):
-        while len(hull) > 1 and _gain(costs, hull[-2], hull[-1]) <= _gain(costs, hull[-1], width):
-            hull.pop()
-        hull.append(width)
-    return hull
+    def fits(given: Tensor) -> bool:
+        return float((given * sizes).sum()) <= budget
 
-
-def _gain(costs: Mapping[int, float], narrow: int, wide: int) -> float:
-    """Per bit."""
-    return (costs[narrow] - costs[wide]) / (wide - narrow)
-
-
-def _next(
-    name: str, costs: Mapping[int, float], widths: list[int], position: int, size: int
-) -> tuple[float, str, int] | None:
-    """The step to the next width, greatest gain first; None if there is none, or nothing to gain."""
-    if position + 1 == len(widths):
-        return None
-    gain = _gain(costs, widths[position], widths[position + 1]) / size
-    return (-gain, name, position + 1) if gain > 0 else None
+    low, high = 0.0, 1.0
+    if fits(at(low)):
+        return at(low)
+    if not fits(widths[:1].expand(len(costs))):
+        raise ValueError(f"budget: got {budget}; allowed: at least {float(widths[0] * sizes.sum())}")
+    while not fits(at(high)):
+        high *= 2
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(at(middle)) else (middle, high)
+    return at(high)
 
 
 class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
-    """Rounds linears as `gptq` does, each to as many bits as it needs."""
+    """Rounds linears as `gptq` does, each row to as many bits as it needs."""
 
     bits: Annotated[float, Meta(ge=2, le=8, description="of a code, on average over all weights")] = 4.0  # type: ignore[assignment]
     widths: Annotated[tuple[Bits, ...], Meta(min_length=2, description="to choose from")] = (2, 3, 4, 5, 6, 8)
+    per: Annotated[
+        Literal["row", "linear"],
+        Meta(description="what has bits of its own; other loaders know linears only"),
+    ] = "row"
 
     def check(self, config: PretrainedConfig) -> None:
         super().check(config)
@@ -96,51 +80,88 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
             raise RecipeError(f"bits: got {self.bits}; allowed: what lies between the widths {self.widths}")
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
-        costs: dict[str, dict[int, float]] = {}
+        costs: dict[str, Tensor] = {}
+        shapes: dict[str, tuple[int, int]] = {}
 
         def estimate(index: int, found: dict[str, Sensitivity]) -> None:
             for local, weight in before.linears(index).items():
                 name = f"{before.skeleton.prefix}{index}.{local}"
                 if self.selects(name):
                     costs[name] = self._costs_of(weight.dequantize().to(context.device), found[local])
+                    shapes[name] = weight.out_features, weight.in_features
             if index == 0:
-                after.note("bits", allocate(costs, self._sizes(before), self.bits))
+                write_part(after.directory / FILE, self._allocated(costs, shapes))
 
         measured(before, after, context, estimate)
-        given = read_notes(after.directory)["bits"]
-        rounding = _Allocated(
-            **{name: getattr(self, name) for name in Gptq.__struct_fields__ if name != "bits"}, given=given
-        )
-        rounding.run(before, after, context)
+        given = dict(read_part(after.directory / FILE))
+        fields = {name: getattr(self, name) for name in Gptq.__struct_fields__ if name != "bits"}
+        _Allocated(**fields, per=self.per, given=given).run(before, after, context)
+        (after.directory / FILE).unlink()
 
-    def _costs_of(self, weight: Tensor, sensitivity: Sensitivity) -> dict[int, float]:
-        every = max(1, len(weight) // ROWS)
-        weight, slopes = weight[::every], sensitivity.rows[::every]
+    def _costs_of(self, weight: Tensor, sensitivity: Sensitivity) -> Tensor:
+        """Nats [N, W] that each width costs a row, or [1, W] the linear."""
         gram = damped(sensitivity.gram, self.damping)
         remaining = inverse_factor(gram).diagonal().square().reciprocal()
         group_size = self.group_size or weight.shape[1]
-        costs: dict[int, float] = {}
-        for width in self.widths:
+        costs = []
+        for width in sorted(self.widths):
             grid = search(weight, width, group_size, self.symmetric, torch.float32, remaining, RATIOS)
             errors = (grid.values(grid.nearest(weight)) - weight).square() @ remaining
-            costs[width] = float(errors @ slopes) * every / 2
-        return costs
+            costs.append((errors * sensitivity.rows / 2).double())
+        of_rows = torch.stack(costs, 1)
+        return of_rows if self.per == "row" else of_rows.sum(0, keepdim=True)
 
-    def _sizes(self, before: State) -> dict[str, int]:
-        sizes: dict[str, int] = {}
-        for index in range(before.num_layers):
-            for local, weight in before.linears(index).items():
-                name = f"{before.skeleton.prefix}{index}.{local}"
-                if self.selects(name):
-                    sizes[name] = weight.out_features * weight.in_features
-        return sizes
+    def _allocated(
+        self, costs: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]
+    ) -> dict[str, Tensor]:
+        """Bits [N] uint8 of the rows of each linear."""
+        units = [len(of_linear) for of_linear in costs.values()]
+        sizes = torch.cat([self._sizes(shape).view(len(costs[n]), -1).sum(1) for n, shape in shapes.items()])
+        widths = torch.tensor(sorted(self.widths), device=sizes.device, dtype=torch.float64)
+        # What a row needs to say how many bits it has is no part of its codes.
+        spent = BITS_OF_A_WIDTH * len(sizes) if self.per == "row" else 0
+        budget = max(self.bits * float(sizes.sum()) - spent, float(widths[0] * sizes.sum()))
+        given = allocate(torch.cat(list(costs.values())).cpu(), sizes, widths, budget).byte()
+        return {
+            name: bits.expand(shapes[name][0]).contiguous() if self.per == "linear" else bits.clone()
+            for name, bits in zip(costs, given.split(units), strict=True)
+        }
+
+    def _sizes(self, shape: tuple[int, int]) -> Tensor:
+        """Codes and zero points of each row of a linear, [N] float64."""
+        rows, columns = shape
+        groups = 0 if self.symmetric else columns // (self.group_size or columns)
+        return torch.full((rows,), columns + groups, dtype=torch.float64)
 
 
 class _Allocated(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
-    """With the bits of each linear, by full name."""
+    """With the bits [N] uint8 of each linear's rows, by full name."""
 
-    given: dict[str, int]
+    per: str
+    given: dict[str, Any]
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         for name in layer.in_order(names):
-            self.compress_linear(layer, name, self.given[f"{layer.prefix}{name}"])
+            bits = self.given[f"{layer.prefix}{name}"].to(layer.dense(name).device)
+            if self.per == "linear":
+                self.compress_linear(layer, name, int(bits[0]))
+            else:
+                self._compress_rows(layer, name, bits)
+
+    def _compress_rows(self, layer: Layer, name: str, bits: Tensor) -> None:
+        weight, gram = self.target_of(layer, name)
+        mask = mask_of(layer.weight(name))
+        group_size = self.group_size or weight.shape[1]
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        scales = weight.new_empty(len(weight), weight.shape[1] // group_size, dtype=layer.dtype)
+        zeros = None if self.symmetric else torch.empty_like(scales)
+        for width, rows in rows_by_width(bits):
+            of_rows = None if mask is None else mask[rows]
+            grid, found = quantize(
+                weight[rows], gram, width, group_size, self.symmetric, layer.dtype, of_rows
+            )
+            codes[rows], scales[rows] = found.byte(), grid.scales
+            if zeros is not None and grid.zeros is not None:
+                zeros[rows] = grid.zeros
+        packed = IntRows.from_codes(codes, bits, scales, zeros)
+        self.put(layer, name, packed, layer.moments(name).mean)

@@ -5,7 +5,7 @@ Tensors are read one by one, fused and packed as they come: never is much more t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fastserve.models.decoder_config import DecoderConfig
 from fastserve.models.linear import AnyLinear, Linear, LinearRows
 from fastserve.models.model_error import ModelError
 from fastserve.models.quantization import quantize, quantize_head
-from fastserve.models.weight_rows import stack_rows
+from fastserve.models.weight_rows import split_rows, stack_rows
 from fastserve_kernels.formats import Dense, Weight
 from fastserve_kernels.prepared import prepare
 
@@ -147,30 +147,32 @@ class _Reader:
 
     def _linear(self, has_bias: bool, *names: str, quantize: Quantize = quantize) -> AnyLinear:
         """The linears of these names, one below the other."""
-        weights = self._weights([f"{name}.weight" for name in names], quantize)
-        rows = [weight.out_features for weight in weights]
-        bias = self._tensor(*(f"{name}.bias" for name in names)) if has_bias else None
-        biases = [None] * len(rows) if bias is None else bias.split(rows)
+        split, order = split_rows(self._weights([f"{name}.weight" for name in names], quantize))
+        weights = stack_rows(split)
+        order = None if order is None else order.to(self._device)
+        biases: Sequence[Tensor | None] = [None] * len(weights)
+        if has_bias:
+            bias = self._tensor(*(f"{name}.bias" for name in names))
+            in_order = bias if order is None else bias[order.argsort()]
+            biases = in_order.split([weight.out_features for weight in weights])
         parts = [
             Linear(prepare(weight, self._device, self._dtype), part)
             for weight, part in zip(weights, biases, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else LinearRows(tuple(parts))
+        return parts[0] if len(parts) == 1 and order is None else LinearRows(tuple(parts), order)
 
     def _weights(self, names: list[str], quantize: Quantize) -> list[Weight]:
-        """The matrices of these names, one below the other: one weight if they are of one kind."""
+        """The matrices of these names."""
         if self._quantization != "auto":
             return [quantize(names[0], self._tensor(*names), self._quantization)]
         exact = self._dtype == torch.float32
         packed = [self._checkpoint.read_packed(name, exact) for name in names]
         if all(weight is None for weight in packed):
             return [Dense(self._tensor(*names))]
-        return stack_rows(
-            [
-                Dense(self._tensor(name)) if weight is None else weight
-                for name, weight in zip(names, packed, strict=True)
-            ]
-        )
+        return [
+            Dense(self._tensor(name)) if weight is None else weight
+            for name, weight in zip(names, packed, strict=True)
+        ]
 
     def _tensor(self, *names: str) -> Tensor:
         """The tensors of these names, one below the other."""

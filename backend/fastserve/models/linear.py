@@ -25,13 +25,17 @@ class Linear:
 
 @dataclass(frozen=True)
 class LinearRows:
-    """One linear layer whose rows are held in several formats, from the first rows to the last."""
+    """One linear layer whose rows are held in several formats."""
 
     parts: tuple[Linear, ...]
+    """From the first rows to the last, but for the order."""
+    order: Tensor | None = None
+    """[N] int64: which row of the parts each row is; None: as they come."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """As `Linear`."""
-        return torch.cat([part(x) for part in self.parts], dim=1)
+        y = torch.cat([part(x) for part in self.parts], dim=1)
+        return y if self.order is None else y.index_select(1, self.order)
 
 
 AnyLinear = Linear | LinearRows

@@ -1,4 +1,4 @@
-"""Rows of weights that are no ordinary tensors: choosing some, and putting weights one below the other."""
+"""Rows of weights that are no ordinary tensors: to choose some, take them apart, put one below the other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve_kernels.formats import BlockSparse, Int4, Int8, LowRank, Weight
+from fastserve_kernels.formats import BlockSparse, Int4, Int8, IntRows, LowRank, Weight
+from fastserve_kernels.weight import pack_pairs
 
 _SHARED = ("codebook",)
 """Tensors that belong to all rows."""
@@ -22,6 +23,43 @@ def select_rows(weight: Int4 | Int8, rows: Tensor) -> Int4 | Int8:
     """The weight whose row i is row rows[i] of this one; rows is int64."""
     selected: dict[str, Any] = {name: tensor[rows] for name, tensor in _tensors(weight).items()}
     return replace(weight, **selected)
+
+
+def split_rows(weights: Sequence[Weight]) -> tuple[list[Weight], Tensor | None]:
+    """The weights one below the other with those of `IntRows` taken apart, for which no device has a kernel:
+    into rows that `Int4` holds and others. Also which row of the result each row has become, int64; None:
+    that which it was.
+    """
+    if not any(isinstance(weight, IntRows) for weight in weights):
+        return list(weights), None
+    pieces: list[tuple[Weight, Tensor]] = []
+    start = 0
+    for weight in weights:
+        parts = _int4_and_int8(weight) if isinstance(weight, IntRows) else [(weight, _all_rows(weight))]
+        pieces += [(part, start + rows) for part, rows in parts]
+        start += weight.out_features
+    pieces.sort(key=lambda piece: type(piece[0]).__name__)  # neighbours of one kind become one
+    return [part for part, _ in pieces], torch.cat([rows for _, rows in pieces]).argsort()
+
+
+def _int4_and_int8(weight: IntRows) -> list[tuple[Weight, Tensor]]:
+    """The weights and which rows they are."""
+    plain = weight.int8()
+    fits = (weight.bits <= 4) & (weight.in_features % 2 == 0)
+    narrow, wide = fits.nonzero()[:, 0], (~fits).nonzero()[:, 0]
+    parts: list[tuple[Weight, Tensor]] = []
+    if len(narrow):
+        chosen = select_rows(plain, narrow)
+        assert isinstance(chosen, Int8)
+        zeros = None if chosen.zeros is None else chosen.zeros + 8
+        parts.append((Int4(pack_pairs(chosen.values + 8), chosen.scales, zeros, weight.group_size), narrow))
+    if len(wide):
+        parts.append((select_rows(plain, wide), wide))
+    return parts
+
+
+def _all_rows(weight: Weight) -> Tensor:
+    return torch.arange(weight.out_features, device=weight.device)
 
 
 def stack_rows(weights: Sequence[Weight]) -> list[Weight]:
