@@ -101,7 +101,18 @@ def test_chunks_keep_no_gradients_where_none_are_wanted() -> None:
 
 def test_the_loss_of_hidden_states_is_relative_to_each_token() -> None:
     teacher = torch.tensor([[3.0, 4.0], [300.0, 400.0]])
-    assert hidden_state_loss(1.5 * teacher, teacher).item() == pytest.approx(0.25)
+    expected = 2 * 0.25 / (1 + 1.5**2)
+    assert hidden_state_loss(1.5 * teacher, teacher).item() == pytest.approx(expected)
+
+
+def test_no_token_outweighs_the_others_in_the_loss_of_hidden_states() -> None:
+    teacher = random(0, 2, 8)
+    student = torch.stack((teacher[0], 1000 * teacher[1])).requires_grad_()
+    loss = hidden_state_loss(student, teacher)
+    loss.backward()
+    assert loss.item() <= 4 / 2
+    assert student.grad is not None
+    assert student.grad.norm() < 0.1
 
 
 def test_the_loss_of_attention_maps_is_their_divergence() -> None:

@@ -121,12 +121,16 @@ class _ChunkedMean(torch.autograd.Function):
 
 
 def hidden_state_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """The mean over tokens of |student - teacher|^2 / |teacher|^2, of hidden states [..., hidden].
+    """The mean over tokens of 2 |student - teacher|^2 / (|student|^2 + |teacher|^2), of hidden states [...,
+    hidden].
 
-    Relative, as a few tokens' states are a thousand times as long as the others'.
+    Relative, as a few tokens' states are a thousand times as long as the others'; to both, so that it is 4 at
+    most: where the student alone has such a token it would be 300 of the teacher's, and the gradients of all
+    other tokens be clipped away.
     """
-    difference = (student.float() - teacher.float()).square().sum(-1)
-    return (difference / teacher.float().square().sum(-1)).mean()
+    student, teacher = student.float(), teacher.float()
+    difference = (student - teacher).square().sum(-1)
+    return (2 * difference / (student.square().sum(-1) + teacher.square().sum(-1))).mean()
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
