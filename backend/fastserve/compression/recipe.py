@@ -147,6 +147,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "w8a8": {"steps": [{"step": "w8a8"}]},
     "nf4": {"steps": [{"step": "codebook"}]},
     "lowrank": {"steps": [{"step": "low_rank", "parameters": 0.8}]},
-    "small": {"steps": [{"step": "structure", "parameters": 0.2}, {"step": "distill", "minutes": 30}]},
+    "small": {
+        "steps": [
+            {"step": "structure", "parameters": 0.2},
+            {"step": "distill", "minutes": 30, "hidden_states": 2.0},
+        ]
+    },
 }
 """Recipes by name, as YAML would have them."""
