@@ -132,6 +132,20 @@ def test_what_is_held_out_is_neither_measured_nor_trained_on(tokenizer: Path) ->
     assert not training & held_out
 
 
+def test_training_windows_are_all_of_the_text_but_what_is_held_out_and_those_between(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    """Of 25 windows of 4, the tenth and the twentieth are held out."""
+    (tmp_path / "mine.txt").write_text("".join(chr(ord("!") + place % 90) for place in range(100)))
+    source = Calibration(files=(str(tmp_path / "mine.txt"),), samples=3, length=4)
+    ids = torch.tensor(ids_of(tokenizer, (tmp_path / "mine.txt").read_text()))
+    windows = calibration_windows(source, tokenizer, seed=0)
+    held_out = {9, 19}
+    whole = [ids[4 * i : 4 * i + 4] for i in range(25) if i not in held_out]
+    between = [ids[4 * i + 2 : 4 * i + 6] for i in range(24) if not {i, i + 1} & held_out]
+    assert torch.equal(windows.training, torch.stack(whole + between))
+
+
 def test_files_of_the_user_replace_the_packaged_text(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x" * 2000)
     files = (str(tmp_path / "mine.txt"),)

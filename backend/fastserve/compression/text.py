@@ -76,7 +76,7 @@ def token_windows(
 
     Raises TextError if the text has fewer windows than `samples`, or none.
     """
-    windows = _all_windows(tokenizer, text, length)
+    windows = _cut(*_encode(tokenizer, text), length)
     return windows if samples is None else _spread(windows, samples, seed)
 
 
@@ -87,7 +87,7 @@ class CalibrationWindows:
     measured: Tensor
     """As many as are asked for, to measure on."""
     training: Tensor
-    """All that are not held out."""
+    """All that are not held out, and those half a window further on: tokens come in two contexts."""
     held_out: Tensor
     """Of every tenth window, so that these too come from all over the text."""
 
@@ -95,7 +95,8 @@ class CalibrationWindows:
 def calibration_windows(source: Calibration, tokenizer: Path, seed: int) -> CalibrationWindows:
     """Of `source.samples` and `source.length`. Raises TextError."""
     text = read_text(source.files) if source.files else calibration_text()
-    windows = _all_windows(tokenizer, text, source.length)
+    start, ids = _encode(tokenizer, text)
+    windows = _cut(start, ids, source.length)
     is_held_out = torch.arange(len(windows)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     held_out = windows[is_held_out]
     if not len(held_out):
@@ -103,10 +104,12 @@ def calibration_windows(source: Calibration, tokenizer: Path, seed: int) -> Cali
             f"calibration text: {len(windows)} windows of {source.length} tokens; needed: at least "
             f"{HELD_OUT_EVERY}. Give longer files, or a smaller length"
         )
+    further_on = _cut(start, ids[(source.length - len(start)) // 2 :], source.length)[: len(windows) - 1]
+    touches = (is_held_out[:-1] | is_held_out[1:])[: len(further_on)]
     looked_at = min(len(held_out), max(1, HELD_OUT_TOKENS // source.length))
     return CalibrationWindows(
         _spread(windows[~is_held_out], source.samples, seed),
-        windows[~is_held_out],
+        torch.cat((windows[~is_held_out], further_on[~touches])),
         _spread(held_out, looked_at, None),
     )
 
@@ -114,17 +117,21 @@ def calibration_windows(source: Calibration, tokenizer: Path, seed: int) -> Cali
 def evaluation_windows(source: Evaluation, tokenizer: Path) -> Tensor:
     """The evaluation windows [samples, source.length], of about `source.tokens` tokens. Raises TextError."""
     text = read_text(source.files) if source.files else evaluation_text()
-    windows = _all_windows(tokenizer, text, source.length)
+    windows = _cut(*_encode(tokenizer, text), source.length)
     if not source.tokens:
         return windows
     return _spread(windows, min(len(windows), max(1, source.tokens // source.length)), None)
 
 
-def _all_windows(tokenizer: Tokenizer | Path, text: str, length: int) -> Tensor:
+def _encode(tokenizer: Tokenizer | Path, text: str) -> tuple[list[int], list[int]]:
+    """What the tokeniser puts before every text, and the text."""
     if isinstance(tokenizer, Path):
         tokenizer = Tokenizer(tokenizer)
-    start = tokenizer.backend.encode("").ids
-    ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
+    return tokenizer.backend.encode("").ids, tokenizer.backend.encode(text, add_special_tokens=False).ids
+
+
+def _cut(start: list[int], ids: list[int], length: int) -> Tensor:
+    """Windows [samples, length] of adjacent tokens, each after the start."""
     step = length - len(start)
     count = len(ids) // step
     if not count:

@@ -26,7 +26,7 @@ class TrainingStep(Step, frozen=True, kw_only=True):
     )
     steps: Annotated[int, Meta(ge=1, description="of the optimiser; in place of minutes")] | None = None
     learning_rate: Annotated[float, Meta(gt=0, description="at its highest")] = 3e-4
-    warm_up: Annotated[float, Meta(ge=0, lt=1, description="share of the budget; then cosine to 0")] = 0.05
+    warm_up: Annotated[float, Meta(ge=0, lt=1, description="share of the budget; then cosine to 0")] = 0.1
     batch: Annotated[int, Meta(ge=1, description="windows of a step")] = 2
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
     clip: Annotated[float, Meta(gt=0, description="largest norm of the gradient")] = 1.0
