@@ -35,7 +35,8 @@ class LinearRows:
     def __call__(self, x: Tensor) -> Tensor:
         """As `Linear`."""
         y = torch.cat([part(x) for part in self.parts], dim=1)
-        return y if self.order is None else y.index_select(1, self.order)
+        # More than twice as fast as index_select, on a CPU.
+        return y if self.order is None else y.gather(1, self.order.expand_as(y))
 
 
 AnyLinear = Linear | LinearRows
