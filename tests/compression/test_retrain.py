@@ -54,6 +54,13 @@ def test_a_pruned_model_comes_nearer_to_what_it_was(source: SourceState, tmp_pat
     assert min(losses(after)) < 0.9 * losses(after)[0]
 
 
+def test_hidden_states_come_nearer_to_what_they_were(source: SourceState, tmp_path: Path) -> None:
+    before = mixed(source, tmp_path / "before")
+    step = Retrain(steps=30, learning_rate=1e-3, distillation=0.0, hidden_states=1.0)
+    after = retrain(step, before, source, tmp_path / "after")
+    assert min(losses(after)) < 0.95 * losses(after)[0]
+
+
 def test_the_next_tokens_are_learnt_without_a_teacher(source: SourceState, tmp_path: Path) -> None:
     step = Retrain(steps=30, learning_rate=3e-3, next_token=1.0, distillation=0.0)
     after = retrain(step, mixed(source, tmp_path / "before"), source, tmp_path / "after")

@@ -2,8 +2,7 @@
 
 The student is the model so far, which a structural step made smaller, or a fresh one of fewer layers, heads,
 channels or a smaller width: it starts with rows, columns and layers picked evenly from the model so far
-(as Xu et al. do, arXiv 2311.18823). Hidden states and attention maps may be learnt from too, as in TinyBERT
-(Jiao et al., arXiv 1909.10351); where the student is narrower, a matrix that is trained along and then
+(as Xu et al. do, arXiv 2311.18823). Where the student is narrower, a matrix that is trained along and then
 dropped maps its hidden states to the teacher's width.
 """
 
@@ -15,7 +14,6 @@ from typing import Annotated
 from msgspec import Meta
 from transformers import PretrainedConfig
 
-from fastserve.compression.objective import FeatureWeights
 from fastserve.compression.smaller_state import SmallerState, StudentSizes
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import State, StateWriter
@@ -31,8 +29,6 @@ class Distill(TrainingStep, frozen=True, kw_only=True, tag="distill"):
     )
     student: StudentSizes | None = None
     """Of a fresh student, whose embedding trains if it is narrower; None: the student is the model so far."""
-    hidden_states: Annotated[float, Meta(ge=0, description="weight of the hidden states' loss")] = 0.0
-    attention: Annotated[float, Meta(ge=0, description="weight of the attention maps' loss")] = 0.0
 
     def check(self, config: PretrainedConfig) -> None:
         super().check(config)
@@ -46,14 +42,8 @@ class Distill(TrainingStep, frozen=True, kw_only=True, tag="distill"):
                     f"{config.vocab_size}"
                 )
 
-    def weights_of_losses(self) -> dict[str, float]:
-        features = {"hidden_states": self.hidden_states, "attention": self.attention}
-        return super().weights_of_losses() | features
-
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         start = SmallerState(before, self.student) if self.student else before
         teacher = SourceState(Path(self.teacher)) if self.teacher else context.source
         is_narrower = start.config.hidden_size < before.config.hidden_size
-        wanted = self.hidden_states or self.attention
-        features = FeatureWeights(self.hidden_states, self.attention) if wanted else None
-        self.train(start, teacher, after, context, self.embeddings or is_narrower, features)
+        self.train(start, teacher, after, context, self.embeddings or is_narrower)

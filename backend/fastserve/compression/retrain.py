@@ -1,7 +1,6 @@
 """Recovery after pruning or decomposing: what is left of the model is trained, and masks are held.
 
-It learns from what the source model expects of each next token, which says more than the token that came;
-and from that token too, with which perplexity recovers faster and the distance to the source model slower.
+It learns from what the source model expects of each next token, which says more than the token that came.
 """
 
 from __future__ import annotations

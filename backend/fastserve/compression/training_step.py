@@ -1,4 +1,8 @@
-"""What steps that train have in common: the budget, the losses of logits, the loop, the curve."""
+"""What steps that train have in common: the budget, the losses, the loop, the curve.
+
+Hidden states and attention maps may be learnt from beside logits, as in TinyBERT (Jiao et al., arXiv
+1909.10351).
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,8 @@ class TrainingStep(Step, frozen=True, kw_only=True):
     embeddings: Annotated[bool, Meta(description="whether embedding and head train too")] = False
     next_token: Annotated[float, Meta(ge=0, description="weight of the next token's loss")] = 0.0
     distillation: Annotated[float, Meta(ge=0, description="weight of the divergence from the teacher")] = 1.0
+    hidden_states: Annotated[float, Meta(ge=0, description="weight of the hidden states' loss")] = 0.0
+    attention: Annotated[float, Meta(ge=0, description="weight of the attention maps' loss")] = 0.0
     divergence: Divergence = "forward"
     temperature: Annotated[float, Meta(gt=0)] = 1.0
     skew: Annotated[float, Meta(gt=0, lt=1, description="of the skewed divergences")] = 0.1
@@ -49,7 +55,8 @@ class TrainingStep(Step, frozen=True, kw_only=True):
 
     def weights_of_losses(self) -> dict[str, float]:
         """By the name of the field."""
-        return {"next_token": self.next_token, "distillation": self.distillation}
+        names = ("next_token", "distillation", "hidden_states", "attention")
+        return {name: getattr(self, name) for name in names}
 
     def rate(self, done: float) -> float:
         """The learning rate when this share of the budget is spent: it rises from a tenth and falls to 0."""
@@ -64,14 +71,14 @@ class TrainingStep(Step, frozen=True, kw_only=True):
         after: StateWriter,
         context: Context,
         embeddings: bool,
-        features: FeatureWeights | None = None,
     ) -> None:
         """Writes the student, trained, and notes the curve as `losses`."""
         model = trainable(student, context.device, embeddings)
         logit_loss = LogitLoss(
             self.next_token, self.distillation, self.divergence, self.temperature, self.skew
         )
-        needs_teacher = self.distillation or features
+        features = FeatureWeights(self.hidden_states, self.attention)
+        needs_teacher = self.distillation or self.hidden_states or self.attention
         beside = frozen_model(teacher, context.device) if needs_teacher else None
         objective = Objective(model.model, beside, logit_loss, features)
         training = Training(
