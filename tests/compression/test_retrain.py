@@ -166,5 +166,5 @@ def test_exactly_one_budget_is_needed(step: Retrain) -> None:
 
 def test_a_loss_is_needed() -> None:
     step = Retrain(steps=1, next_token=0.0, distillation=0.0)
-    with pytest.raises(RecipeError, match="next_token, distillation: got 0"):
+    with pytest.raises(RecipeError, match="next_token, distillation, hidden_states, attention: got 0"):
         step.check(LlamaConfig())
