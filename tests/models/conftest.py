@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.kv_cache import make_kv_caches
 from fastserve_kernels.attention_metadata import AttentionMetadata
+from fastserve_kernels.formats import Weight
 
 SIZES: dict[str, Any] = {
     "vocab_size": 199,
@@ -30,6 +33,10 @@ SIZES: dict[str, Any] = {
 
 Saved = tuple[Path, PreTrainedModel]
 SaveModel = Callable[..., Saved]
+Entry = dict[str, Any]
+Pack = Callable[[Tensor], Weight]
+Store = Callable[[Weight], tuple[dict[str, Tensor], Entry]]
+"""A weight's tensors by local name, and what the configuration says of it."""
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +66,38 @@ def save_model(tmp_path: Path) -> SaveModel:
         return tmp_path / "model", model
 
     return save
+
+
+@pytest.fixture
+def quantise() -> Callable[..., dict[str, Tensor]]:
+    """Quantises linears in the files of a saved model."""
+
+    def quantise(
+        directory: Path,
+        packs: Mapping[str, Pack],
+        store: Store,
+        configure: Callable[[dict[str, Entry]], Entry],
+    ) -> dict[str, Tensor]:
+        """Those whose last names are keys of `packs`. `configure` makes the configuration's
+        `quantization_config` of their entries by module. Returns the dequantised weights by tensor."""
+        tensors = load_file(directory / "model.safetensors")
+        dequantised: dict[str, Tensor] = {}
+        entries: dict[str, Entry] = {}
+        for name in sorted(tensors):
+            module, _, kind = name.rpartition(".")
+            pack = packs.get(module.rpartition(".")[2])
+            if pack is not None and kind == "weight":
+                weight = pack(tensors.pop(name))
+                stored, entries[module] = store(weight)
+                tensors |= {f"{module}.{local}": tensor for local, tensor in stored.items()}
+                dequantised[name] = weight.dequantize()
+        save_file(tensors, directory / "model.safetensors")
+        config = json.loads((directory / "config.json").read_text())
+        config["quantization_config"] = configure(entries)
+        (directory / "config.json").write_text(json.dumps(config))
+        return dequantised
+
+    return quantise
 
 
 class PagedRun:

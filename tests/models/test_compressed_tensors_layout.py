@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,37 +25,41 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96}
 Pack = Callable[[Tensor], Weight]
 
 
-def quantise(
-    directory: Path, packs: Mapping[str, Pack], targets: Mapping[str, list[str]], **changes: Any
-) -> dict[str, Tensor]:
-    """Quantises in the files the modules whose last names are keys of `packs`, a config group for each, named
-    by `targets` or else by a pattern. Returns the dequantised weights by tensor."""
-    tensors = load_file(directory / "model.safetensors")
-    dequantised, groups = {}, {}
-    for last, pack in packs.items():
-        for name in [name for name in tensors if name.endswith(f".{last}.weight")]:
-            module, weight = name.removesuffix(".weight"), pack(tensors.pop(name))
-            stored = to_compressed_tensors(weight)
-            tensors |= {f"{module}.{local}": tensor for local, tensor in stored.tensors.items()}
-            dequantised[name] = weight.dequantize()
+Quantise = Callable[..., dict[str, Tensor]]
+
+
+def store(weight: Weight) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    stored = to_compressed_tensors(weight)
+    return dict(stored.tensors), {**stored.scheme, "format": stored.format}
+
+
+def groups(
+    targets: Mapping[str, list[str]] = {}, **changes: Any
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The configuration, with a group for each last name of the modules, named by `targets` or else by a
+    pattern."""
+
+    def configure(entries: dict[str, Any]) -> dict[str, Any]:
+        found = {}
+        for module, entry in entries.items():
+            last = module.rpartition(".")[2]
             named = targets.get(last, [f"re:.*\\.{last}$"])
-            groups[f"group_{last}"] = {**stored.scheme, "format": stored.format, "targets": named}
-    save_file(tensors, directory / "model.safetensors")
-    config = json.loads((directory / "config.json").read_text())
-    quantization = {
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "format": "mixed-precision",
-        "config_groups": groups,
-        "ignore": ["lm_head"],
-    }
-    config["quantization_config"] = quantization | changes
-    (directory / "config.json").write_text(json.dumps(config))
-    return dequantised
+            found[f"group_{last}"] = {**entry, "targets": named}
+        quantization = {
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "format": "mixed-precision",
+            "config_groups": found,
+            "ignore": ["lm_head"],
+        }
+        return quantization | changes
+
+    return configure
 
 
 def test_each_layer_and_each_part_of_a_fused_one_in_its_own_format(
     save_model: Callable,
+    quantise: Quantise,
     sequences: list[list[int]],
     logits_over_paged_cache: Callable,
     transformers_logits: Callable,
@@ -71,7 +73,7 @@ def test_each_layer_and_each_part_of_a_fused_one_in_its_own_format(
         "up_proj": lambda w: Int4.pack(w, 32),
         "down_proj": lambda w: FP8.pack(w),
     }
-    dequantised = quantise(directory, packs, {})
+    dequantised = quantise(directory, packs, store, groups())
     for name, weight in dequantised.items():
         reference.get_parameter(name).data = weight
     model = load_model(str(directory))
@@ -89,14 +91,16 @@ def test_each_layer_and_each_part_of_a_fused_one_in_its_own_format(
     "targets",
     [["Linear"], ["re:.*down_proj"], [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]],
 )
-def test_targets_are_classes_patterns_and_names(targets: list[str], save_model: Callable) -> None:
+def test_targets_are_classes_patterns_and_names(
+    targets: list[str], save_model: Callable, quantise: Quantise
+) -> None:
     directory, _ = save_model("llama", **SIZES)
     ignore = [
         "lm_head",
         "re:.*self_attn.*",
         *(f"model.layers.{i}.mlp.{n}_proj" for i in range(3) for n in ("gate", "up")),
     ]
-    quantise(directory, {"down_proj": W8A8.pack}, {"down_proj": targets}, ignore=ignore)
+    quantise(directory, {"down_proj": W8A8.pack}, store, groups({"down_proj": targets}, ignore=ignore))
     model = load_model(str(directory))
     assert isinstance(model, Decoder)
     for layer in model.weights.layers:
@@ -107,13 +111,18 @@ def test_targets_are_classes_patterns_and_names(targets: list[str], save_model: 
         )  # the latter where a processor has none
 
 
-def test_a_name_goes_before_a_pattern_and_that_before_a_class(save_model: Callable) -> None:
+def test_a_name_goes_before_a_pattern_and_that_before_a_class(
+    save_model: Callable, quantise: Quantise
+) -> None:
     directory, _ = save_model("llama", **SIZES)
     quantise(
         directory,
         {"gate_proj": lambda w: Int4.pack(w, 32), "up_proj": lambda w: Int8.pack(w)},
-        {"gate_proj": ["re:.*mlp.*"], "up_proj": [f"model.layers.{i}.mlp.up_proj" for i in range(3)]},
-        ignore=["lm_head", "re:.*self_attn.*", "re:.*down_proj"],
+        store,
+        groups(
+            {"gate_proj": ["re:.*mlp.*"], "up_proj": [f"model.layers.{i}.mlp.up_proj" for i in range(3)]},
+            ignore=["lm_head", "re:.*self_attn.*", "re:.*down_proj"],
+        ),
     )
     model = load_model(str(directory))
     assert isinstance(model, Decoder)
@@ -151,16 +160,17 @@ def test_scales_of_the_cache_are_no_part_of_the_decoder(save_model: Callable) ->
         ({"config_groups": {}}, "unexpected tensors: .*down_proj.weight_packed"),
     ],
 )
-def test_refusals(changes: dict[str, Any], message: str, save_model: Callable) -> None:
+def test_refusals(changes: dict[str, Any], message: str, save_model: Callable, quantise: Quantise) -> None:
     directory, _ = save_model("llama", **SIZES)
-    quantise(directory, {"down_proj": lambda w: Int4.pack(w, 32)}, {}, **changes)
+    quantise(directory, {"down_proj": lambda w: Int4.pack(w, 32)}, store, groups(**changes))
     with pytest.raises(ModelError, match=message):
         load_model(str(directory))
 
 
-def test_a_weight_that_no_format_of_ours_holds_is_named(save_model: Callable) -> None:
+def test_a_weight_that_no_format_of_ours_holds_is_named(save_model: Callable, quantise: Quantise) -> None:
     directory, _ = save_model("llama", **SIZES)
-    quantise(directory, {"down_proj": lambda w: Int4.pack(w, 32)}, {"down_proj": ["Linear"]})
+    packs: dict[str, Pack] = {"down_proj": lambda w: Int4.pack(w, 32)}
+    quantise(directory, packs, store, groups({"down_proj": ["Linear"]}))
     message = r"model\.layers\.0\.self_attn\.q_proj: weight_shape is missing; found weight"
     with pytest.raises(ModelError, match=message):
         load_model(str(directory))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastserve.models.decoder import Decoder
@@ -20,27 +18,18 @@ from fastserve_kernels.weight_tensors import weight_tensors
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 
 
-def quantise(directory: Path, packs: dict[str, Callable[[Tensor], Weight]]) -> dict[str, Tensor]:
-    """Packs the linears of a saved model by their last name; returns what they stand for, by full name."""
-    tensors, entries, dequantised = load_file(directory / "model.safetensors"), {}, {}
-    for name in sorted(tensors):
-        module = name.removesuffix(".weight")
-        pack = packs.get(module.rpartition(".")[2])
-        if pack is not None and name.endswith(".weight"):
-            weight = pack(tensors.pop(name))
-            fields, entry = weight_tensors(weight)
-            tensors |= {f"{module}.{field}": tensor for field, tensor in fields.items()}
-            entries[module] = {**entry, "shape": [weight.out_features, weight.in_features]}
-            dequantised[name] = weight.dequantize()
-    save_file(tensors, directory / "model.safetensors")
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fastserve", "version": VERSION, "weights": entries}
-    (directory / "config.json").write_text(json.dumps(config))
-    return dequantised
+def store(weight: Weight) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    fields, entry = weight_tensors(weight)
+    return fields, {**entry, "shape": [weight.out_features, weight.in_features]}
+
+
+def configure(entries: dict[str, Any]) -> dict[str, Any]:
+    return {"quant_method": "fastserve", "version": VERSION, "weights": entries}
 
 
 def test_rows_of_several_widths_keep_their_places_and_biases(
     save_model: Callable,
+    quantise: Callable,
     sequences: list[list[int]],
     logits_over_paged_cache: Callable,
     transformers_logits: Callable,
@@ -50,8 +39,11 @@ def test_rows_of_several_widths_keep_their_places_and_biases(
     def rows(weight: Tensor) -> Weight:
         return IntRows.pack(weight, (3 + torch.arange(len(weight)) % 4).byte(), 32, symmetric=False)
 
-    packs = dict.fromkeys(("q_proj", "v_proj", "gate_proj", "up_proj", "o_proj"), rows)
-    dequantised = quantise(directory, {**packs, "k_proj": lambda w: Int4.pack(w, 32, symmetric=False)})
+    packs: dict[str, Callable[[Tensor], Weight]] = {
+        **dict.fromkeys(("q_proj", "v_proj", "gate_proj", "up_proj", "o_proj"), rows),
+        "k_proj": lambda w: Int4.pack(w, 32, symmetric=False),
+    }
+    dequantised = quantise(directory, packs, store, configure)
     for name, weight in dequantised.items():
         reference.get_parameter(name).data = weight
     model = load_model(str(directory))
