@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear, log_softmax
+from torch.nn.functional import linear, log_softmax, nll_loss
 
 Divergence = Literal["forward", "reverse", "skewed", "skewed reverse"]
 CHUNK_ELEMENTS = 3 << 20
@@ -31,15 +31,15 @@ CHUNK_ELEMENTS = 3 << 20
 
 
 def divergence(
-    student: Tensor,
-    teacher: Tensor,
+    log_q: Tensor,
+    log_p: Tensor,
     kind: Divergence = "forward",
     temperature: float = 1.0,
     skew: float = 0.1,
 ) -> Tensor:
-    """Between what two models expect of each token: [n] nats of logits [n, vocab], times temperature^2."""
-    log_q = log_softmax(student / temperature, -1, dtype=torch.float32)
-    log_p = log_softmax(teacher / temperature, -1, dtype=torch.float32)
+    """Between what two models expect of each token: [n] nats, times temperature^2, of the logarithms of what
+    they expect without a temperature, [n, vocab] float32 of the student and the teacher."""
+    log_q, log_p = _softened(log_q, temperature), _softened(log_p, temperature)
     match kind:
         case "forward":
             nats = _kl(log_p, log_q)
@@ -50,6 +50,10 @@ def divergence(
         case "skewed reverse":
             nats = _kl(log_q, _mixture(log_q, log_p, skew))
     return nats * temperature**2
+
+
+def _softened(log_p: Tensor, temperature: float) -> Tensor:
+    return log_p if temperature == 1 else log_softmax(log_p / temperature, -1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -75,11 +79,13 @@ class LogitLoss:
     def __call__(self, student: Tensor, teacher: Tensor | None, next_ids: Tensor) -> Tensor:
         """Of each token: [n] of logits [n, vocab] and of the ids [n] that follow. `teacher` may be None if
         `distillation` is 0."""
+        log_q = log_softmax(student, -1, dtype=torch.float32)
         loss = torch.zeros(len(student), device=student.device)
         if self.next_token:
-            loss = loss + self.next_token * cross_entropy(student.float(), next_ids, reduction="none")
+            loss = loss + self.next_token * nll_loss(log_q, next_ids, reduction="none")
         if self.distillation and teacher is not None:
-            found = divergence(student, teacher, self.kind, self.temperature, self.skew)
+            log_p = log_softmax(teacher, -1, dtype=torch.float32)
+            found = divergence(log_q, log_p, self.kind, self.temperature, self.skew)
             loss = loss + self.distillation * found
         return loss
 
