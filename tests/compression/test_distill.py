@@ -29,7 +29,14 @@ def losses(state: SavedState) -> list[float]:
 def test_a_narrower_student_comes_nearer_to_its_teacher(
     source: SourceState, run_step: RunStep, divergence: str
 ) -> None:
-    step = Distill(student=SMALL, steps=20, learning_rate=1e-2, next_token=0.0, divergence=divergence)  # type: ignore[arg-type]
+    step = Distill(
+        student=SMALL,
+        steps=20,
+        learning_rate=1e-2,
+        next_token=0.0,
+        hidden_states=0.0,
+        divergence=divergence,  # type: ignore[arg-type]
+    )
     after = run_step(step, source)
     assert min(losses(after)) < 0.9 * losses(after)[0]
     assert after.config.hidden_size == 32
@@ -100,7 +107,7 @@ def test_a_student_has_whole_heads_of_its_teacher(source: SourceState) -> None:
 
 def test_another_teacher_may_be_named(source: SourceState, save_tiny: SaveTiny, run_step: RunStep) -> None:
     other = save_tiny(dtype=torch.bfloat16, num_hidden_layers=4)
-    step = Distill(steps=20, learning_rate=3e-3, next_token=0.0, teacher=str(other))
+    step = Distill(steps=20, learning_rate=3e-3, next_token=0.0, hidden_states=0.0, teacher=str(other))
     step.check(source.config)
     found = losses(run_step(step, source))
     assert found[0] > 0.01

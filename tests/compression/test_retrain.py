@@ -50,19 +50,20 @@ def losses(state: SavedState) -> list[float]:
 
 def test_a_pruned_model_comes_nearer_to_what_it_was(source: SourceState, tmp_path: Path) -> None:
     before = mixed(source, tmp_path / "before")
-    after = retrain(Retrain(steps=30, learning_rate=1e-3, next_token=0.0), before, source, tmp_path / "after")
+    step = Retrain(steps=30, learning_rate=1e-3, next_token=0.0, hidden_states=0.0)
+    after = retrain(step, before, source, tmp_path / "after")
     assert min(losses(after)) < 0.9 * losses(after)[0]
 
 
 def test_hidden_states_come_nearer_to_what_they_were(source: SourceState, tmp_path: Path) -> None:
     before = mixed(source, tmp_path / "before")
-    step = Retrain(steps=30, learning_rate=1e-3, distillation=0.0, hidden_states=1.0)
+    step = Retrain(steps=30, learning_rate=1e-3, next_token=0.0, distillation=0.0)
     after = retrain(step, before, source, tmp_path / "after")
     assert min(losses(after)) < 0.95 * losses(after)[0]
 
 
 def test_the_next_tokens_are_learnt_without_a_teacher(source: SourceState, tmp_path: Path) -> None:
-    step = Retrain(steps=30, learning_rate=3e-3, next_token=1.0, distillation=0.0)
+    step = Retrain(steps=30, learning_rate=3e-3, distillation=0.0, hidden_states=0.0)
     after = retrain(step, mixed(source, tmp_path / "before"), source, tmp_path / "after")
     curve = after.notes["losses"]
     assert curve[-1]["training"] < curve[1]["training"]
@@ -165,6 +166,6 @@ def test_exactly_one_budget_is_needed(step: Retrain) -> None:
 
 
 def test_a_loss_is_needed() -> None:
-    step = Retrain(steps=1, next_token=0.0, distillation=0.0)
+    step = Retrain(steps=1, next_token=0.0, distillation=0.0, hidden_states=0.0)
     with pytest.raises(RecipeError, match="next_token, distillation, hidden_states, attention: got 0"):
         step.check(LlamaConfig())

@@ -150,7 +150,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "steps": [
             {"step": "structure", "parameters": 0.2},
-            {"step": "distill", "minutes": 30, "hidden_states": 6.0},
+            {"step": "distill", "minutes": 30, "next_token": 0.3},
         ]
     },
 }

@@ -34,12 +34,12 @@ class TrainingStep(Step, frozen=True, kw_only=True):
     batch: Annotated[int, Meta(ge=1, description="windows of a step")] = 2
     weight_decay: Annotated[float, Meta(ge=0)] = 0.0
     clip: Annotated[float, Meta(gt=0, description="largest norm of the gradient")] = 1.0
-    evaluations: Annotated[int, Meta(ge=1, description="on held-out text")] = 6
+    evaluations: Annotated[int, Meta(ge=1, description="on held-out text")] = 4
     patience: Annotated[int, Meta(ge=1, description="evaluations without improvement before it ends")] = 3
     embeddings: Annotated[bool, Meta(description="whether embedding and head train too")] = False
-    next_token: Annotated[float, Meta(ge=0, description="weight of the next token's loss")] = 0.0
+    next_token: Annotated[float, Meta(ge=0, description="weight of the next token's loss")] = 0.5
     distillation: Annotated[float, Meta(ge=0, description="weight of the divergence from the teacher")] = 1.0
-    hidden_states: Annotated[float, Meta(ge=0, description="weight of the hidden states' loss")] = 0.0
+    hidden_states: Annotated[float, Meta(ge=0, description="weight of the hidden states' loss")] = 6.0
     attention: Annotated[float, Meta(ge=0, description="weight of the attention maps' loss")] = 0.0
     divergence: Divergence = "forward"
     temperature: Annotated[float, Meta(gt=0)] = 1.0
