@@ -23,8 +23,6 @@ from fastserve_kernels.formats import FP8, W8A8, Int4, Int8, Weight
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 Pack = Callable[[Tensor], Weight]
-
-
 Quantise = Callable[..., dict[str, Tensor]]
 
 

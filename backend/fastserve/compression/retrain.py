@@ -1,6 +1,7 @@
 """Recovery after pruning or decomposing: what is left of the model is trained, and masks are held.
 
-It learns from what the source model expects of each next token, which says more than the token that came.
+It learns from the source model's hidden states and from what it expects of each next token, which say more
+than the token that came; and a little from that token, which lowers perplexity further.
 """
 
 from __future__ import annotations
