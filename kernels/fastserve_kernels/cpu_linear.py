@@ -8,6 +8,7 @@ a format dequantises the weight to a dense one, and warns of it; oneDNN multipli
 | `Dense`, `Bitmap`, `Sparse24` | oneDNN's blocks | 16 |
 | `Int4`, `NF4`, `Sparse24Int4` | nibbles | 4, and the scales |
 | `Int8`, `FP8` | codes of 8 bits | 8, and the scales |
+| `IntRows` | nibbles of some rows, codes of 8 bits of the others | 4 or 8, and the scales |
 | `W8A8` | quads | 8 |
 | `BlockSparse` | words of the blocks there are | 16 times the density |
 | `LowRank` | words of both matrices | |
@@ -39,6 +40,7 @@ from fastserve_kernels.formats import (
     Dense,
     Int4,
     Int8,
+    IntRows,
     LowRank,
     Sparse24,
     Sparse24Int4,
@@ -133,6 +135,18 @@ def prepare_int8(weight: Int8, dtype: torch.dtype, given: Features | None = None
         weight.group_size,
     )
     return _prepared("linear_int8", arguments, weight)
+
+
+def prepare_int_rows(weight: IntRows, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+    if not _supported(given):
+        return _dequantised(weight, dtype)
+
+    def arranged(part: Int4 | Int8) -> tuple[Tensor | int | None, ...]:
+        if isinstance(part, Int4):
+            return prepare_int4(part, dtype, given).arguments
+        return prepare_int8(part, dtype, given).arguments
+
+    return Prepared(weight.operator, weight.arguments_of(arranged), weight.out_features, weight.in_features)
 
 
 def prepare_fp8(weight: FP8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
@@ -345,6 +359,30 @@ def linear_int8(
 ) -> Tensor:
     weight, numbers = (values, _int8_table(), scales, zeros), (group_size, 0.5, zeros is not None)
     return _run("linear_codes", x, weight, out_features, bias, residual, numbers, scales.dtype)
+
+
+def linear_int_rows(
+    x: Tensor,
+    narrow: Tensor | None,
+    narrow_scales: Tensor | None,
+    narrow_zeros: Tensor | None,
+    wide: Tensor | None,
+    wide_scales: Tensor | None,
+    wide_zeros: Tensor | None,
+    rows: Tensor,
+    out_features: int,
+    narrow_rows: int,
+    group_size: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    of_narrow = (narrow, _int4_table(x.dtype), narrow_scales, narrow_zeros)
+    weight = (*of_narrow, wide, _int8_table(), wide_scales, wide_zeros, rows)
+    has_zeros = narrow_zeros is not None or wide_zeros is not None
+    numbers = (group_size, narrow_rows, -8.0 if has_zeros else 0.0, 0.5, has_zeros)
+    scales = narrow_scales if wide_scales is None else wide_scales
+    stored = None if scales is None else scales.dtype
+    return _run("linear_rows", x, weight, out_features, bias, residual, numbers, stored)
 
 
 def linear_fp8(

@@ -13,6 +13,7 @@ CPU_MODULES = {
     "linear": "cpu_linear",
     "linear_int4": "cpu_linear",
     "linear_int8": "cpu_linear",
+    "linear_int_rows": "cpu_linear",
     "linear_nf4": "cpu_linear",
     "linear_fp8": "cpu_linear",
     "linear_w8a8": "cpu_linear",
@@ -33,6 +34,7 @@ not here has `reference` (`prepare` never picks one of these for a CPU)."""
 GPU_MODULES = {
     "linear_int4": "int4_linear",
     "linear_int8": "int8_linear",
+    "linear_int_rows": "int_rows_linear",
     "linear_nf4": "int4_linear",
     "linear_fp8": "int8_linear",
     "linear_w8a8": "w8a8",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,15 +10,25 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels.code_words import pack_codes, unpack_codes, words_of
-from fastserve_kernels.quantised import Int8, round_to_integers
-from fastserve_kernels.weight import FLOATS, Weight, check_group_size, check_tensor, check_weight
+from fastserve_kernels.quantised import Int4, Int8, round_to_integers
+from fastserve_kernels.weight import (
+    FLOATS,
+    Weight,
+    check_group_size,
+    check_tensor,
+    check_weight,
+    pack_pairs,
+)
+
+STRIP = 32
+"""Rows that kernels take together."""
 
 
 @dataclass(frozen=True, eq=False)
 class IntRows(Weight):
     """w = (code - zero) * scale, with codes of 2 to 8 bits, the same for all of a row.
 
-    The operator's arguments are those of the `Int8` that holds the same numbers, made at each call.
+    The operator multiplies by an `Int4` and an `Int8` that hold the same numbers (`parts`).
     """
 
     words: Tensor
@@ -34,7 +44,7 @@ class IntRows(Weight):
     symmetric: bool
     """No zero points are stored: they are 2^(bits - 1)."""
 
-    operator: ClassVar[str] = "linear_int8"
+    operator: ClassVar[str] = "linear_int_rows"
 
     @classmethod
     def pack(
@@ -94,26 +104,59 @@ class IntRows(Weight):
 
     @property
     def arguments(self) -> tuple[Tensor | int | None, ...]:
-        return self.int8().arguments
+        return self.arguments_of(lambda part: part.arguments)
 
-    def int8(self) -> Int8:
-        """The same numbers, less 2^(bits - 1): those of rows of 4 bits at most are from -8 to 7."""
+    def arguments_of(
+        self, arranged: Callable[[Int4 | Int8], tuple[Tensor | int | None, ...]]
+    ) -> tuple[Tensor | int | None, ...]:
+        """What the operator takes between x and bias, where `arranged` gives what the operator of a part
+        takes: its first three."""
+        narrow, wide, rows = self.parts()
+        given = [(None,) * 3 if part is None else arranged(part)[:3] for part in (narrow, wide)]
+        count = 0 if narrow is None else narrow.out_features
+        return (*given[0], *given[1], rows, self.out_features, count, self.group_size)
+
+    def parts(self) -> tuple[Int4 | None, Int8 | None, Tensor]:
+        """Rows of at most 4 bits, if K is even, and the others; None where there are none. Also which row
+        each of these is, one below the other: [N] int64.
+
+        Where there are both, the first are whole strips: what is left of them goes with the others.
+        """
+        plain = self.int8()
+        fits = (self.bits <= 4) & (self.in_features % 2 == 0)
+        few, many = fits.nonzero()[:, 0], (~fits).nonzero()[:, 0]
+        if len(many):
+            few, rest = few.split((len(few) // STRIP * STRIP, len(few) % STRIP))
+            many = torch.cat((many, rest)).sort().values
+        narrow, wide = None, None
+        if len(few):
+            zeros = None if plain.zeros is None else plain.zeros[few] + 8
+            narrow = Int4(pack_pairs(plain.values[few] + 8), plain.scales[few], zeros, self.group_size)
+        if len(many):
+            zeros = None if plain.zeros is None else plain.zeros[many]
+            wide = Int8(plain.values[many], plain.scales[many], zeros, self.group_size)
+        return narrow, wide, torch.cat((few, many))
+
+    def codes(self) -> tuple[Tensor, Tensor | None]:
+        """Of all rows [N, K] uint8, and their zero points [N, K / G] uint8 if there are any."""
         shape = (self.out_features, self._codes_of_a_row)
-        stored = torch.empty(shape, dtype=torch.int16, device=self.device)
+        stored = torch.empty(shape, dtype=torch.uint8, device=self.device)
         start = 0
         for width, rows in rows_by_width(self.bits):
             count = len(rows) * self._codes_of_a_row
             stop = start + words_of(count, width)
-            codes = unpack_codes(self.words[None, start:stop], width, count).short() - 2 ** (width - 1)
-            stored[rows] = codes.view(len(rows), -1)
+            stored[rows] = unpack_codes(self.words[None, start:stop], width, count).view(len(rows), -1)
             start = stop
-        values, zeros = stored[:, : self.in_features], stored[:, self.in_features :]
-        return Int8(
-            values.to(torch.int8).contiguous(),
-            self.scales,
-            None if self.symmetric else zeros.to(self.scales.dtype),
-            self.group_size,
-        )
+        codes, zeros = stored.split((self.in_features, shape[1] - self.in_features), 1)
+        return codes, None if self.symmetric else zeros
+
+    def int8(self) -> Int8:
+        """The same numbers, less 2^(bits - 1): those of rows of 4 bits at most are from -8 to 7."""
+        codes, zeros = self.codes()
+        middle = 2 ** (self.bits.short()[:, None] - 1)
+        values = (codes.short() - middle).to(torch.int8)
+        signed = None if zeros is None else (zeros.short() - middle).to(self.scales.dtype)
+        return Int8(values, self.scales, signed, self.group_size)
 
     def dequantize(self) -> Tensor:
         return self.int8().dequantize()

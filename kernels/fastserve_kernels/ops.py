@@ -47,6 +47,8 @@ _WEIGHTS = {
     "linear": "Tensor weight",
     "linear_int4": "Tensor codes, Tensor scales, Tensor? zeros, int out_features, int group_size",
     "linear_int8": "Tensor values, Tensor scales, Tensor? zeros, int out_features, int group_size",
+    "linear_int_rows": "Tensor? narrow, Tensor? narrow_scales, Tensor? narrow_zeros, Tensor? wide, "
+    "Tensor? wide_scales, Tensor? wide_zeros, Tensor rows, int out_features, int narrow_rows, int group_size",
     "linear_nf4": "Tensor codes, Tensor scales, Tensor codebook, int out_features, int group_size",
     "linear_fp8": "Tensor values, Tensor scales, int out_features, int group_size",
     "linear_w8a8": "Tensor values, Tensor scales, int out_features",

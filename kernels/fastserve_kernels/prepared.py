@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastserve_kernels.formats import Dense, IntRows
+from fastserve_kernels.formats import Dense
 from fastserve_kernels.implementations import GPU_MODULES, cpu_module, gpu_module
 from fastserve_kernels.weight import FLOATS, Weight, name_of
 
@@ -40,8 +40,6 @@ def prepare(weight: Weight, device: torch.device | str, dtype: torch.dtype) -> P
     device = torch.device(device)
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, not {name_of(dtype)}")
-    if isinstance(weight, IntRows):
-        weight = weight.int8()
     operator = weight.operator
     if device.type == "cpu":
         kind = "dense" if operator == "linear" else operator.removeprefix("linear_")

@@ -71,6 +71,30 @@ def linear_int8(
     return _product(x, Int8(values, scales, zeros, group_size), bias, residual)
 
 
+def linear_int_rows(
+    x: Tensor,
+    narrow: Tensor | None,
+    narrow_scales: Tensor | None,
+    narrow_zeros: Tensor | None,
+    wide: Tensor | None,
+    wide_scales: Tensor | None,
+    wide_zeros: Tensor | None,
+    rows: Tensor,
+    out_features: int,
+    narrow_rows: int,
+    group_size: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """An `Int4` above an `Int8`, either of which may be None; row i of these is row rows[i] of the weight."""
+    parts = []
+    if narrow is not None and narrow_scales is not None:
+        parts.append(Int4(narrow, narrow_scales, narrow_zeros, group_size).dequantize())
+    if wide is not None and wide_scales is not None:
+        parts.append(Int8(wide, wide_scales, wide_zeros, group_size).dequantize())
+    return _finish(x.float() @ torch.cat(parts)[rows.argsort()].T, x.dtype, bias, residual)
+
+
 def linear_nf4(
     x: Tensor,
     codes: Tensor,

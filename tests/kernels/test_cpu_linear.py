@@ -20,6 +20,7 @@ from fastserve_kernels.formats import (
     BlockSparse,
     Int4,
     Int8,
+    IntRows,
     LowRank,
     Sparse24,
     Sparse24Int4,
@@ -33,12 +34,21 @@ native = pytest.mark.skipif(
 )
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+
+def widths(rows: int) -> Tensor:
+    """Bits from 2 to 8, the fewest for the last rows."""
+    return (2 + torch.arange(rows).flip(0) % 7).byte()
+
+
 FORMATS: dict[str, Callable[[Tensor], Weight]] = {
     "int4": lambda weight: Int4.pack(weight, 32),
     "int4 with zeros": lambda weight: Int4.pack(weight, None, symmetric=False),
     "nf4": lambda weight: NF4.pack(weight, None),
     "int8": lambda weight: Int8.pack(weight, 32),
     "int8 with zeros": lambda weight: Int8.pack(weight, None, symmetric=False),
+    "int rows": lambda weight: IntRows.pack(weight, widths(len(weight)), 32),
+    "int rows with zeros": lambda weight: IntRows.pack(weight, widths(len(weight)), None, symmetric=False),
     "fp8": lambda weight: FP8.pack(weight, None),
     "w8a8": W8A8.pack,
     "sparse24": Sparse24.pack,
@@ -82,6 +92,8 @@ def test_odd_shapes(
         lambda weight: Int4.pack(weight, None),
         lambda weight: Int8.pack(weight, None),
         lambda weight: Int8.pack(weight[:, :-1], None, symmetric=False),
+        lambda weight: IntRows.pack(weight, widths(len(weight)), None),
+        lambda weight: IntRows.pack(weight[:, :-1], widths(len(weight)), None, symmetric=False),
         lambda weight: FP8.pack(weight[:, :-1], None),
         lambda weight: LowRank.pack(weight[:, :-1], (min(weight.shape) + 1) // 2),
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastserve.models.decoder import Decoder
-from fastserve.models.linear import LinearRows
+from fastserve.models.linear import Linear, LinearRows
 from fastserve.models.loading import load_model
 from fastserve.models.own_layout import VERSION
 from fastserve_kernels.formats import Int4, IntRows, Weight
@@ -50,7 +50,8 @@ def test_rows_of_several_widths_keep_their_places_and_biases(
     assert isinstance(model, Decoder)
     layer = model.weights.layers[0]
     assert isinstance(layer.qkv, LinearRows)
-    assert len(layer.qkv.parts) == 2
+    assert len(layer.qkv.parts) == 3
+    assert isinstance(layer.gate_up, Linear)  # of two that are alike
     found = torch.cat(logits_over_paged_cache(model, sequences))
     expected = torch.cat(transformers_logits(reference, sequences))
     assert float((found - expected).norm() / expected.norm()) < 1e-4

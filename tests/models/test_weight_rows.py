@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve.models.weight_rows import split_rows, stack_rows
+from fastserve.models.weight_rows import stack_rows
 from fastserve_kernels.formats import (
     FP8,
     NF4,
@@ -29,6 +29,8 @@ MAKERS: dict[str, Callable[[Tensor], Weight]] = {
     "dense": Dense,
     "int4": lambda w: Int4.pack(w, 32, symmetric=False),
     "int8": lambda w: Int8.pack(w, 64),
+    "int rows": lambda w: IntRows.pack(w, (2 + torch.arange(len(w)) % 7).byte(), 64),
+    "int rows with zeros": lambda w: IntRows.pack(w, (8 - torch.arange(len(w)) % 7).byte(), 64, False),
     "nf4": lambda w: NF4.pack(w, 64),
     "fp8": FP8.pack,
     "w8a8": W8A8.pack,
@@ -60,33 +62,16 @@ def test_neighbours_of_a_kind_become_one() -> None:
 
 def test_what_differs_in_a_group_size_a_codebook_or_a_matrix_stays_apart() -> None:
     w = torch.randn(16, 128)
+    bits = torch.full((16,), 5, dtype=torch.uint8)
     codebook = torch.linspace(-1, 1, 16)
     for parts in (
         [Int4.pack(w, 32), Int4.pack(w, 64)],
         [Int4.pack(w, 32), Int4.pack(w, 32, symmetric=False)],
+        [IntRows.pack(w, bits, 32), IntRows.pack(w, bits, 64)],
+        [IntRows.pack(w, bits, 32), IntRows.pack(w, bits, 32, symmetric=False)],
         [NF4.pack(w), NF4.pack(w, codebook=codebook)],
         [LowRank.pack(w, 4), LowRank.pack(w, 4)],
         [Dense(w), Dense(w.half())],
         [BlockSparse.pack(w, (16, 32)), BlockSparse.pack(w, (16, 16))],
     ):
         assert stack_rows(parts) == parts
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_rows_of_several_widths_become_two_weights_and_an_order(symmetric: bool) -> None:
-    bits = torch.tensor([5, 3, 4, 8, 2, 4, 6, 4] * 2, dtype=torch.uint8)
-    rows = [IntRows.pack(torch.randn(16, 128), bits, 64, symmetric) for _ in range(2)]
-    between = Int8.pack(torch.randn(16, 128), 64, symmetric)
-    weights = [rows[0], between, rows[1]]
-    split, order = split_rows(weights)
-    stacked = stack_rows(split)
-    assert [type(weight) for weight in stacked] == [Int4, Int8]
-    assert [weight.out_features for weight in stacked] == [20, 28]
-    assert order is not None
-    came = torch.cat([weight.dequantize() for weight in stacked])[order]
-    assert torch.equal(came, torch.cat([weight.dequantize() for weight in weights]))
-
-
-def test_rows_of_one_width_are_not_put_into_order_for_nothing() -> None:
-    parts = [MAKERS["int4"](torch.randn(16, 128))]
-    assert split_rows(parts) == (parts, None)

@@ -16,7 +16,7 @@ from fastserve.models.decoder_config import DecoderConfig
 from fastserve.models.linear import AnyLinear, Linear, LinearRows
 from fastserve.models.model_error import ModelError
 from fastserve.models.quantization import quantize, quantize_head
-from fastserve.models.weight_rows import split_rows, stack_rows
+from fastserve.models.weight_rows import stack_rows
 from fastserve_kernels.formats import Dense, Weight
 from fastserve_kernels.prepared import prepare
 
@@ -147,19 +147,16 @@ class _Reader:
 
     def _linear(self, has_bias: bool, *names: str, quantize: Quantize = quantize) -> AnyLinear:
         """The linears of these names, one below the other."""
-        split, order = split_rows(self._weights([f"{name}.weight" for name in names], quantize))
-        weights = stack_rows(split)
-        order = None if order is None else order.to(self._device)
+        weights = stack_rows(self._weights([f"{name}.weight" for name in names], quantize))
         biases: Sequence[Tensor | None] = [None] * len(weights)
         if has_bias:
             bias = self._tensor(*(f"{name}.bias" for name in names))
-            in_order = bias if order is None else bias[order.argsort()]
-            biases = in_order.split([weight.out_features for weight in weights])
+            biases = bias.split([weight.out_features for weight in weights])
         parts = [
             Linear(prepare(weight, self._device, self._dtype), part)
             for weight, part in zip(weights, biases, strict=True)
         ]
-        return parts[0] if len(parts) == 1 and order is None else LinearRows(tuple(parts), order)
+        return parts[0] if len(parts) == 1 else LinearRows(tuple(parts))
 
     def _weights(self, names: list[str], quantize: Quantize) -> list[Weight]:
         """The matrices of these names."""

@@ -28,15 +28,11 @@ class LinearRows:
     """One linear layer whose rows are held in several formats."""
 
     parts: tuple[Linear, ...]
-    """From the first rows to the last, but for the order."""
-    order: Tensor | None = None
-    """[N] int64: which row of the parts each row is; None: as they come."""
+    """From the first rows to the last."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """As `Linear`."""
-        y = torch.cat([part(x) for part in self.parts], dim=1)
-        # More than twice as fast as index_select, on a CPU.
-        return y if self.order is None else y.gather(1, self.order.expand_as(y))
+        return torch.cat([part(x) for part in self.parts], dim=1)
 
 
 AnyLinear = Linear | LinearRows

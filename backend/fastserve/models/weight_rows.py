@@ -1,4 +1,4 @@
-"""Rows of weights that are no ordinary tensors: to choose some, take them apart, put one below the other."""
+"""Rows of weights that are no ordinary tensors: to choose some, or put one below the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels.formats import BlockSparse, Int4, Int8, IntRows, LowRank, Weight
-from fastserve_kernels.weight import pack_pairs
 
 _SHARED = ("codebook",)
 """Tensors that belong to all rows."""
@@ -25,43 +24,6 @@ def select_rows(weight: Int4 | Int8, rows: Tensor) -> Int4 | Int8:
     return replace(weight, **selected)
 
 
-def split_rows(weights: Sequence[Weight]) -> tuple[list[Weight], Tensor | None]:
-    """The weights one below the other with those of `IntRows` taken apart, for which no device has a kernel:
-    into rows that `Int4` holds and others. Also which row of the result each row has become, int64; None:
-    that which it was.
-    """
-    if not any(isinstance(weight, IntRows) for weight in weights):
-        return list(weights), None
-    pieces: list[tuple[Weight, Tensor]] = []
-    start = 0
-    for weight in weights:
-        parts = _int4_and_int8(weight) if isinstance(weight, IntRows) else [(weight, _all_rows(weight))]
-        pieces += [(part, start + rows) for part, rows in parts]
-        start += weight.out_features
-    pieces.sort(key=lambda piece: type(piece[0]).__name__)  # neighbours of one kind become one
-    return [part for part, _ in pieces], torch.cat([rows for _, rows in pieces]).argsort()
-
-
-def _int4_and_int8(weight: IntRows) -> list[tuple[Weight, Tensor]]:
-    """The weights and which rows they are."""
-    plain = weight.int8()
-    fits = (weight.bits <= 4) & (weight.in_features % 2 == 0)
-    narrow, wide = fits.nonzero()[:, 0], (~fits).nonzero()[:, 0]
-    parts: list[tuple[Weight, Tensor]] = []
-    if len(narrow):
-        chosen = select_rows(plain, narrow)
-        assert isinstance(chosen, Int8)
-        zeros = None if chosen.zeros is None else chosen.zeros + 8
-        parts.append((Int4(pack_pairs(chosen.values + 8), chosen.scales, zeros, weight.group_size), narrow))
-    if len(wide):
-        parts.append((select_rows(plain, wide), wide))
-    return parts
-
-
-def _all_rows(weight: Weight) -> Tensor:
-    return torch.arange(weight.out_features, device=weight.device)
-
-
 def stack_rows(weights: Sequence[Weight]) -> list[Weight]:
     """The weights one below the other, as few as hold them: neighbours of one kind become one weight."""
     return [_stack(list(alike)) for _, alike in groupby(weights, key=_kind)]
@@ -71,12 +33,25 @@ def _stack(weights: Sequence[Weight]) -> Weight:
     first = weights[0]
     if len(weights) == 1:
         return first
+    if isinstance(first, IntRows):
+        return _stack_int_rows([weight for weight in weights if isinstance(weight, IntRows)])
     stacked: dict[str, Any] = {
         name: _join(name, [getattr(weight, name) for weight in weights]) for name in _tensors(first)
     }
     if isinstance(first, BlockSparse):
         stacked["shape"] = (sum(weight.out_features for weight in weights), first.in_features)
     return replace(first, **stacked)
+
+
+def _stack_int_rows(weights: Sequence[IntRows]) -> IntRows:
+    """Their codes lie by their bits, not by their rows."""
+    codes, zeros = zip(*(weight.codes() for weight in weights), strict=True)
+    return IntRows.from_codes(
+        torch.cat(codes),
+        torch.cat([weight.bits for weight in weights]),
+        torch.cat([weight.scales for weight in weights]),
+        None if weights[0].symmetric else torch.cat(zeros),
+    )
 
 
 def _join(name: str, parts: list[Tensor]) -> Tensor:
@@ -100,6 +75,7 @@ def _kind(weight: Weight) -> object:
     if isinstance(weight, LowRank):  # each has a matrix of its own for all of its rows
         return id(weight)
     tensors = _tensors(weight)
+    symmetric = weight.symmetric if isinstance(weight, IntRows) else None
     shapes = tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in tensors.items())
     shared = tuple(tuple(tensors[name].tolist()) for name in _SHARED if name in tensors)
-    return type(weight), weight.in_features, getattr(weight, "group_size", None), shapes, shared
+    return type(weight), weight.in_features, getattr(weight, "group_size", None), symmetric, shapes, shared

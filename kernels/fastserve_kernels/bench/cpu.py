@@ -34,6 +34,7 @@ from fastserve_kernels.formats import (
     Dense,
     Int4,
     Int8,
+    IntRows,
     LowRank,
     Sparse24,
     Sparse24Int4,
@@ -60,6 +61,9 @@ Format = Callable[[Tensor], Weight]
 FORMATS: Mapping[str, Format] = {
     "int4": lambda weight: Int4.pack(weight, group_size_for("linear_int4", weight.shape[1])),
     "int8": Int8.pack,
+    "int_rows": lambda weight: IntRows.pack(
+        weight, _mostly_four(len(weight)), group_size_for("linear_int4", weight.shape[1]), symmetric=False
+    ),
     "nf4": lambda weight: NF4.pack(weight, group_size_for("linear_nf4", weight.shape[1])),
     "fp8": FP8.pack,
     "w8a8": W8A8.pack,
@@ -70,6 +74,11 @@ FORMATS: Mapping[str, Format] = {
     "low_rank": lambda weight: _low_rank(weight, -(-min(weight.shape) // (8 * STRIP)) * STRIP),
 }
 """A weight [N, K] in each format."""
+
+
+def _mostly_four(rows: int) -> Tensor:
+    """Bits of rows as `mixed_precision` deals them out at 4 on average: one in eight has 3, as many 5."""
+    return torch.tensor([4, 4, 3, 4, 4, 4, 5, 4], dtype=torch.uint8).repeat(rows // 8 + 1)[:rows]
 
 
 def _low_rank(weight: Tensor, rank: int) -> LowRank:

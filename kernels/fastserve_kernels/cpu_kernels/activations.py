@@ -58,6 +58,16 @@ def as_words(typing: Any, x: Any, memory: Any) -> Any:
 
 
 @intrinsic
+def as_elements(typing: Any, x: Any, memory: Any) -> Any:
+    """The same memory as elements like those of x."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[1], context.get_value_type(x))
+
+    return x(x, memory), lower
+
+
+@intrinsic
 def as_quads(typing: Any, memory: Any) -> Any:
     """The same memory as quads."""
     words = types.CPointer(quad)

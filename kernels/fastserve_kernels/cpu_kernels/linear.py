@@ -17,6 +17,8 @@ at 0.97 to 1.00 times the speed of oneDNN's bfloat16, in groups of 32 with zeros
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from numba import float32, njit
 
 from fastserve_kernels.cpu_kernels.activations import Words, as_float32, as_quads, quantise
@@ -51,6 +53,7 @@ from fastserve_kernels.cpu_kernels.strips import (
     free_memory,
     memory_for,
     next_piece,
+    scatter,
     shape_for,
     subtract_zeros,
     take,
@@ -101,56 +104,68 @@ def _multiply_slice(
             done += blocks * shape.block
 
 
+class Coded(NamedTuple):
+    """Rows of weights (table[code] - zero - shift) * scale."""
+
+    codes: Words
+    """[strips, padded, ROWS]."""
+    table: Bytes
+    scales: Stored
+    """[strips, groups, ROWS]."""
+    zeros: Stored
+    """[strips, groups, ROWS], if there are any."""
+    shift: float
+    has_zeros: int
+
+
 @njit(error_model="numpy")
-def _load_scales(
-    shape: Shape, memory: Memory, scales: Stored, zeros: Stored, shift: float, has_zeros: int, strip: int
-) -> None:
+def _is_corrected(weight: Coded) -> bool:
+    """Whether sums of the activations are needed, for what is taken off the codes."""
+    return weight.has_zeros != 0 or weight.shift != 0
+
+
+@njit(error_model="numpy")
+def _load_scales(shape: Shape, memory: Memory, weight: Coded, strip: int) -> None:
     start = strip * shape.groups * ROWS
     for i in range(0, shape.groups * ROWS, LANES):
-        scale, zero = load(scales, start + i, LANES), splat(float32(shift), LANES)
+        scale, zero = load(weight.scales, start + i, LANES), splat(float32(weight.shift), LANES)
         store(memory.scales, i, scale)
-        if has_zeros:
-            zero = zero + load(zeros, start + i, LANES)
+        if weight.has_zeros:
+            zero = zero + load(weight.zeros, start + i, LANES)
         store(memory.zeros, i, splat(float32(0), LANES) - zero * scale)
 
 
 @njit(error_model="numpy")
-def _multiply_codes(
-    work: Work,
-    shape: Shape,
-    outputs: Outputs,
-    x: Elements,
-    codes: Words,
-    table: Bytes,
-    scales: Stored,
-    zeros: Stored,
-    shift: float,
-    has_zeros: int,
-) -> None:
+def _multiply_strip(shape: Shape, memory: Memory, weight: Coded, strip: int, tokens: int) -> None:
+    """Makes the totals of a strip."""
+    _load_scales(shape, memory, weight, strip)
+    if _is_corrected(weight):
+        subtract_zeros(shape, memory, tokens)
+    else:
+        clear(memory, tokens)
+    codes = at(weight.codes, strip * (shape.padded // columns_of(weight.codes)) * ROWS)
+    # One group of tokens needs no slices, and has the more blocks to multiply together.
+    size = SLICE if tokens > MOST_TOKENS else shape.padded
+    for first in range(0, shape.padded, size):
+        columns = min(size, shape.padded - first)
+        of_slice = at(codes, first // columns_of(codes) * ROWS)
+        if tokens > UNPACKED_AGAIN:
+            unpack(of_slice, weight.table, columns // columns_of(codes), memory.expanded)
+            _multiply_slice(shape, memory, memory.expanded, weight.table, first, columns, tokens)
+        else:
+            _multiply_slice(shape, memory, of_slice, weight.table, first, columns, tokens)
+
+
+@njit(error_model="numpy")
+def _multiply_codes(work: Work, shape: Shape, outputs: Outputs, x: Elements, weight: Coded) -> None:
     """Of `linear_nibbles` and `linear_codes`."""
     memory = memory_for(shape, x)
-    corrected = has_zeros != 0 or shift != 0
-    piece = take(work, shape, memory, x, -1, corrected)
+    piece = take(work, shape, memory, x, -1, _is_corrected(weight))
     while piece.tokens > 0:
         for strip in range(piece.first, piece.end):
-            _load_scales(shape, memory, scales, zeros, shift, has_zeros, strip)
-            if corrected:
-                subtract_zeros(shape, memory, piece.tokens)
-            else:
-                clear(memory, piece.tokens)
-            weights = at(codes, strip * (shape.padded // columns_of(codes)) * ROWS)
-            # One group of tokens needs no slices, and has the more blocks to multiply together.
-            size = SLICE if piece.tokens > MOST_TOKENS else shape.padded
-            for first in range(0, shape.padded, size):
-                columns = min(size, shape.padded - first)
-                of_slice = at(weights, first // columns_of(codes) * ROWS)
-                if piece.tokens > UNPACKED_AGAIN:
-                    unpack(of_slice, table, columns // columns_of(codes), memory.expanded)
-                    _multiply_slice(shape, memory, memory.expanded, table, first, columns, piece.tokens)
-                else:
-                    _multiply_slice(shape, memory, of_slice, table, first, columns, piece.tokens)
+            _multiply_strip(shape, memory, weight, strip, piece.tokens)
             write(shape, memory, outputs, piece, strip)
-        piece = take(work, shape, memory, x, piece.token, corrected)
+        piece = take(work, shape, memory, x, piece.token, _is_corrected(weight))
     free_memory(memory)
 
 
@@ -177,11 +192,10 @@ def linear_nibbles(
     shift: float,
     has_zeros: int,
 ) -> None:
-    """codes [strips, K / 8, ROWS] words; scales and zeros [strips, groups, ROWS]; weights are
-    (table[code] - zero - shift) * scale."""
+    """codes [strips, K / 8, ROWS] words; scales and zeros [strips, groups, ROWS]; see `Coded`."""
     shape = shape_for(tokens, out_features, in_features, x_stride, 32, group, run, threads)
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
-    _multiply_codes(work, shape, outputs, x, codes, table, scales, zeros, shift, has_zeros)
+    _multiply_codes(work, shape, outputs, x, Coded(codes, table, scales, zeros, shift, has_zeros))
 
 
 @kernel
@@ -210,7 +224,60 @@ def linear_codes(
     """As `linear_nibbles`, codes [strips, K / 4, ROWS] words."""
     shape = shape_for(tokens, out_features, in_features, x_stride, 32, group, run, threads)
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
-    _multiply_codes(work, shape, outputs, x, codes, table, scales, zeros, shift, has_zeros)
+    _multiply_codes(work, shape, outputs, x, Coded(codes, table, scales, zeros, shift, has_zeros))
+
+
+@kernel
+def linear_rows(
+    work: Work,
+    x: Elements,
+    nibbles: Nibbles,
+    nibble_table: Bytes,
+    nibble_scales: Stored,
+    nibble_zeros: Stored,
+    codes: Codes,
+    code_table: Bytes,
+    code_scales: Stored,
+    code_zeros: Stored,
+    rows: Integers,
+    bias: Elements,
+    residual: Elements,
+    out: Elements,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    x_stride: int,
+    run: int,
+    threads: int,
+    has_bias: int,
+    has_residual: int,
+    group: int,
+    nibble_rows: int,
+    nibble_shift: float,
+    code_shift: float,
+    has_zeros: int,
+) -> None:
+    """The first `nibble_rows` of the weight are those of `linear_nibbles`, in strips of their own, the others
+    those of `linear_codes`. rows [out_features] says which row of the output each is."""
+    strips = (nibble_rows + ROWS - 1) // ROWS
+    code_strips = (out_features - nibble_rows + ROWS - 1) // ROWS
+    shape = shape_for(tokens, (strips + code_strips) * ROWS, in_features, x_stride, 32, group, run, threads)
+    outputs = Outputs(bias, residual, out, has_bias, has_residual)
+    narrow = Coded(nibbles, nibble_table, nibble_scales, nibble_zeros, nibble_shift, has_zeros)
+    wide = Coded(codes, code_table, code_scales, code_zeros, code_shift, has_zeros)
+    memory = memory_for(shape, x)
+    piece = take(work, shape, memory, x, -1, True)
+    while piece.tokens > 0:
+        for strip in range(piece.first, piece.end):
+            if strip < strips:
+                _multiply_strip(shape, memory, narrow, strip, piece.tokens)
+                first, end = strip * ROWS, nibble_rows
+            else:
+                _multiply_strip(shape, memory, wide, strip - strips, piece.tokens)
+                first, end = nibble_rows + (strip - strips) * ROWS, out_features
+            scatter(memory, outputs, piece, at(rows, first), min(ROWS, end - first), out_features)
+        piece = take(work, shape, memory, x, piece.token, True)
+    free_memory(memory)
 
 
 @njit(error_model="numpy")

@@ -12,12 +12,13 @@ from numba import float32, njit, types
 
 from fastserve_kernels.cpu_kernels.activations import (
     Words,
+    as_elements,
     as_float32,
     as_words,
     pack,
     sum_groups,
 )
-from fastserve_kernels.cpu_kernels.kernel import Elements, Floats, Work, claim
+from fastserve_kernels.cpu_kernels.kernel import Elements, Floats, Integers, Work, claim
 from fastserve_kernels.cpu_kernels.products import MOST_TOKENS, multiply_groups, width_for
 from fastserve_kernels.cpu_kernels.vectors import (
     LANES,
@@ -218,3 +219,34 @@ def write_vector(shape: Shape, outputs: Outputs, y: Any, place: int, row: int) -
     if outputs.has_residual:
         y = y + load_part(outputs.residual, place, left)
     store_part(outputs.out, place, y, left)
+
+
+@njit(error_model="numpy")
+def scatter(
+    memory: Memory, outputs: Outputs, piece: Piece, rows: Integers, count: int, out_features: int
+) -> None:
+    """The results of a strip of `count` rows from its totals, each to row rows[i] of the output."""
+    buffer = as_elements(outputs.out, memory.expanded)
+    for t in range(piece.tokens):
+        totals, place = at(memory.totals, t * ROWS), (piece.token + t) * out_features
+        if outputs.has_bias:
+            _add_rows(totals, outputs.bias, rows, count, buffer)
+        if outputs.has_residual:
+            _add_rows(totals, at(outputs.residual, place), rows, count, buffer)
+        for i in range(0, ROWS, LANES):
+            store(buffer, i, load(totals, i, LANES))
+        to = at(outputs.out, place)
+        if count == ROWS:  # a number known beforehand: half the time
+            for i in range(ROWS):
+                to[rows[i]] = buffer[i]
+        else:
+            for i in range(count):
+                to[rows[i]] = buffer[i]
+
+
+@njit(error_model="numpy")
+def _add_rows(totals: Floats, source: Elements, rows: Integers, count: int, buffer: Elements) -> None:
+    for i in range(count):
+        buffer[i] = source[rows[i]]
+    for i in range(0, ROWS, LANES):
+        store(totals, i, load(totals, i, LANES) + load_part(buffer, i, count - i))

@@ -1,0 +1,59 @@
+"""`linear_int_rows`: rows of 4 bits and rows of 8, by the kernels of `linear_int4` and `linear_int8`.
+
+Two launches, and two more to put the outputs into order: what one kernel would save has not been measured.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastserve_kernels.formats import Int4, Int8, IntRows
+from fastserve_kernels.gpu import int4_linear, int8_linear
+from fastserve_kernels.gpu.operator import Operator
+from fastserve_kernels.prepared import Prepared
+
+OPERATORS: tuple[Operator, ...] = ()
+"""Those of the two kernels are tuned."""
+
+
+def prepare(weight: IntRows, device: torch.device, dtype: torch.dtype) -> Prepared:
+    """The two parts as their kernels read them. Raises ValueError if the GPU is too old."""
+    on_device = weight.to(device)
+
+    def arranged(part: Int4 | Int8) -> tuple[Tensor | int | None, ...]:
+        module = int4_linear if isinstance(part, Int4) else int8_linear
+        return module.prepare(part, device, dtype).arguments
+
+    arguments = on_device.arguments_of(arranged)
+    return Prepared(weight.operator, arguments, weight.out_features, weight.in_features)
+
+
+def linear_int_rows(
+    x: Tensor,
+    narrow: Tensor | None,
+    narrow_scales: Tensor | None,
+    narrow_zeros: Tensor | None,
+    wide: Tensor | None,
+    wide_scales: Tensor | None,
+    wide_zeros: Tensor | None,
+    rows: Tensor,
+    out_features: int,
+    narrow_rows: int,
+    group_size: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    def part(tensor: Tensor | None, of_part: slice) -> Tensor | None:
+        return None if tensor is None else tensor[..., rows[of_part]]
+
+    few, many = slice(narrow_rows), slice(narrow_rows, None)
+    parts = []
+    if narrow is not None and narrow_scales is not None:
+        weight = (narrow, narrow_scales, narrow_zeros, narrow_rows, group_size)
+        parts.append(int4_linear.linear_int4(x, *weight, part(bias, few), part(residual, few)))
+    if wide is not None and wide_scales is not None:
+        weight = (wide, wide_scales, wide_zeros, out_features - narrow_rows, group_size)
+        parts.append(int8_linear.linear_int8(x, *weight, part(bias, many), part(residual, many)))
+    came = torch.cat(parts, dim=1)
+    return torch.empty_like(came).index_copy_(1, rows, came)
