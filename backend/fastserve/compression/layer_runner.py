@@ -37,10 +37,11 @@ class _Front:
 @torch.no_grad()
 def run_layers(step: LayerStep, before: State, after: StateWriter, context: Context) -> None:
     """Writes the state after a step whose `compress` takes a layer."""
-    skeleton = Skeleton(before.config, context.device)
-    entering, calls = skeleton.embed(_embedding(before), context.calibration)
     importance = measured(before, after, context) if step.weighs_tokens else None
-    front = _read_front(after) or _Front(0, entering, entering.clone() if step.with_reference else None)
+    skeleton = Skeleton(before.config, context.device)
+    hidden, calls = skeleton.embed(_embedding(before), context.calibration)
+    front = _read_front(after) or _Front(0, hidden, hidden.clone() if step.with_reference else None)
+    del hidden
     task = context.progress.add_task(step.name, total=before.num_layers, completed=front.index)
     for index in range(front.index, before.num_layers):
         layer = _layer(skeleton, before, index, calls[index], front, importance)

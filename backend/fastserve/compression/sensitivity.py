@@ -55,8 +55,9 @@ def sensitivities(
         with torch.no_grad():
             for sequence in hidden.split(1):
                 sequence.copy_(layer(sequence))
-    slopes = _slopes_of_head(skeleton, outer, hidden, seed)
-    del hidden, outer
+    _head_backward(skeleton, outer, hidden, seed)
+    slopes = hidden
+    del outer
     for index, file in reversed(list(enumerate(files))):
         layer = Calls(skeleton.materialize(index, state.dense_layer(index)), calls[index])
         entering = load_file(file, str(device))["hidden"]
@@ -65,32 +66,36 @@ def sensitivities(
 
 
 @torch.enable_grad()
-def _slopes_of_head(skeleton: Skeleton, outer: dict[str, Tensor], hidden: Tensor, seed: int) -> Tensor:
-    """The gradients [samples, T, hidden] of the log-probabilities of drawn labels by the last hidden
-    states."""
+def _head_backward(skeleton: Skeleton, outer: dict[str, Tensor], hidden: Tensor, seed: int) -> None:
+    """Replaces the last hidden states [samples, T, hidden] by the gradients of the log-probabilities of drawn
+    labels by them."""
     model = skeleton.model
     norm = copy.deepcopy(model.get_decoder().norm).to_empty(device=hidden.device)
     norm.load_state_dict({"weight": outer["model.norm.weight"]})
     head = outer.get("lm_head.weight", outer["model.embed_tokens.weight"])
     generator = torch.Generator(hidden.device).manual_seed(seed)
-    slopes = torch.empty_like(hidden)
-    for sequence, slope in zip(hidden, slopes, strict=True):
+    for sequence in hidden:
         leaf = sequence.detach().requires_grad_()
-        log_probabilities = (norm(leaf) @ head.T).log_softmax(-1)
-        labels = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
-        log_probabilities.gather(1, labels).sum().backward()
+        normed = norm(leaf)
+        with torch.no_grad():
+            probabilities = (normed @ head.T).softmax(-1)
+            labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            # By the logits, log p of a label has the gradient 1 there, and -p everywhere.
+            slope_of_normed = head[labels] - probabilities @ head
+        normed.backward(slope_of_normed)
         assert leaf.grad is not None
-        slope.copy_(leaf.grad)
-    return slopes
+        sequence.copy_(leaf.grad)
 
 
 @torch.enable_grad()
 def _of_layer(layer: Calls, names: tuple[str, ...], hidden: Tensor, slopes: Tensor) -> dict[str, Sensitivity]:
     """Of a layer's linears by local name, given the gradients [samples, T, hidden] by its output: they are
     replaced by those by its input."""
+    # What is kept is written in place: small tensors that stay, made between large ones that go, would leave
+    # holes that nothing large fits into.
     grams: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
-    tokens: dict[str, list[Tensor]] = {name: [] for name in names}
+    tokens = {name: slopes.new_empty(slopes.shape[:2]) for name in names}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def note(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
@@ -100,21 +105,26 @@ def _of_layer(layer: Calls, names: tuple[str, ...], hidden: Tensor, slopes: Tens
         def add(x: Tensor, slope: Tensor) -> None:
             squares = slope.square().sum(-1) + LEAST
             weighed = x * squares.sqrt()[:, None]
-            grams[name] = grams.get(name, 0) + weighed.T @ weighed
-            rows[name] = rows.get(name, 0) + slope.square().sum(0)
-            tokens[name].append(squares)
+            grams[name] = _added(grams.get(name), weighed.T @ weighed)
+            rows[name] = _added(rows.get(name), slope.square().sum(0))
+            tokens[name][number].copy_(squares)
 
         return note
 
     hooks = [layer.module.get_submodule(name).register_forward_hook(watch(name)) for name in names]
-    for sequence, slope in zip(hidden.split(1), slopes.split(1), strict=True):
+    for number in range(len(hidden)):
+        sequence, slope = hidden[number, None], slopes[number, None]
         leaf = sequence.detach().requires_grad_()
         layer(leaf).backward(slope)
         assert leaf.grad is not None
         slope.copy_(leaf.grad)
     for hook in hooks:
         hook.remove()
-    return {name: _sensitivity(grams[name], rows[name], torch.stack(tokens[name])) for name in names}
+    return {name: _sensitivity(grams[name], rows[name], tokens[name]) for name in names}
+
+
+def _added(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
 
 
 def _sensitivity(gram: Tensor, rows: Tensor, tokens: Tensor) -> Sensitivity:

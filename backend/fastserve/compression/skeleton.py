@@ -77,28 +77,27 @@ class Skeleton:
     def embed(self, embedding: Tensor, token_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """The hidden states [samples, T, hidden] float32 before the first layer of token_ids [samples, T],
         and the keyword arguments with which the model calls each of its layers for a sequence so long."""
-        calls: list[dict[str, Any]] = []
         decoder = copy.deepcopy(self.model.get_decoder())
-        entering: list[Tensor] = []
-        for layer in decoder.layers:
-            layer.forward = _Recorder(entering, calls)
+        recorders = [_Recorder() for _ in decoder.layers]
+        for layer, recorder in zip(decoder.layers, recorders, strict=True):
+            layer.forward = recorder
         decoder.norm = nn.Identity()
-        for sequence in token_ids:
+        hidden = torch.empty(*token_ids.shape, embedding.shape[1], device=self.device)
+        for entering, sequence in zip(hidden, token_ids, strict=True):
             embedded = embedding[sequence].to(self.device, torch.float32)
             decoder(inputs_embeds=embedded[None], use_cache=False)
-        hidden = torch.cat(entering[:: self.num_layers])
-        return hidden, calls[: self.num_layers]
+            entering.copy_(recorders[0].hidden[0])
+        return hidden, [recorder.arguments for recorder in recorders]
 
 
 class _Recorder:
-    """Stands for a layer's computation: notes what it is called with, and changes nothing."""
+    """Stands for a layer's computation: keeps what it was called with last, and changes nothing."""
 
-    def __init__(self, entering: list[Tensor], calls: list[dict[str, Any]]) -> None:
-        self._entering, self._calls = entering, calls
+    hidden: Tensor
+    arguments: dict[str, Any]
 
     def __call__(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        self._entering.append(hidden)
-        self._calls.append(arguments)
+        self.hidden, self.arguments = hidden, arguments
         return hidden
 
 
