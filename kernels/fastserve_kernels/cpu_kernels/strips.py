@@ -236,7 +236,7 @@ def scatter(
         for i in range(0, ROWS, LANES):
             store(buffer, i, load(totals, i, LANES))
         to = at(outputs.out, place)
-        if count == ROWS:  # a number known beforehand: half the time
+        if count == ROWS:  # a number that the compiler knows: no loop is left
             for i in range(ROWS):
                 to[rows[i]] = buffer[i]
         else:
