@@ -15,8 +15,8 @@ from fastserve_kernels.formats import W8A8, Weight
 Stage = tuple[str, ...]
 """The local names of linears that share an input."""
 TOKENS_OF_A_BATCH = 1024
-"""Whose hidden states pass through a layer together. Four times as many took a quarter of a gigabyte more with
-a hidden size of 576."""
+"""Whose hidden states pass through a layer together. Four times as many took a quarter of a gigabyte more
+(hidden size 576)."""
 
 
 @dataclass(frozen=True)
