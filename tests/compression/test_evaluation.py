@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import fastserve.compression.evaluation as evaluation
 from fastserve.compression.evaluation import evaluate
+from fastserve.models.decoder import Decoder
 from fastserve.models.loading import load_model
 
 SaveTiny = Callable[..., Path]
@@ -71,6 +73,32 @@ def test_how_many_logits_are_held_at_once_does_not_matter(
     assert in_chunks.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert in_chunks.kl == pytest.approx(whole.kl, rel=1e-6)
     assert in_chunks.top1_agreement == whole.top1_agreement
+
+
+@pytest.mark.parametrize("quantization", ["auto", "int8"])
+def test_layers_may_be_loaded_one_at_a_time(
+    save_tiny: SaveTiny, windows: Tensor, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once for as many windows as may wait for each other."""
+    directory, reference = str(save_tiny()), load_model(str(save_tiny("qwen2")))
+    whole = evaluate(load_model(directory, quantization=quantization), reference, windows)
+    model = load_model(directory, quantization=quantization, one_layer_at_a_time=True)
+    assert isinstance(model, Decoder)
+    read: list[int] = []
+    layers = type(model.weights.layers)
+    take = layers.__getitem__
+
+    def watched(self: Any, index: int) -> Any:
+        read.append(index)
+        return take(self, index)
+
+    monkeypatch.setattr(layers, "__getitem__", watched)
+    for at_once, sweeps in ((5, 1), (2, 3), (1, 5)):
+        monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", at_once * windows.shape[1])
+        read.clear()
+        found = evaluate(model, reference, windows)
+        assert (found.perplexity, found.kl) == (pytest.approx(whole.perplexity), pytest.approx(whole.kl))
+        assert [index for index in read if index < 3] == [0, 1, 2] * sweeps
 
 
 def test_windows_longer_than_the_model_serves_are_refused(save_tiny: SaveTiny) -> None:

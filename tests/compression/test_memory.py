@@ -41,10 +41,15 @@ def allowed_bytes(state: SourceState) -> int:
     return 2 * sum(parameter.numel() for parameter in model.parameters()) + 2 * 4 * layer + 10**9
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc"
+)
+
+
 def test_a_compression_holds_two_layers_beside_the_model(
     default_model: ModelFiles, tmp_path: Path, soak: bool
 ) -> None:
+    """With `--soak` the whole command as it comes: 128 windows, all layers, perplexity, tokens per second."""
     recipe = tmp_path / "recipe.yaml"
     # All layers are gone through in any case; to round them takes long.
     recipe.write_text(f'steps: [{{step: gptq, targets: ["model.layers.{"" if soak else "0."}*"]}}]')
@@ -55,7 +60,14 @@ def test_a_compression_holds_two_layers_beside_the_model(
         str(recipe),
         "--out",
         str(tmp_path / "out"),
+        "--device",
+        "cpu",
     ]
-    samples = "128" if soak else "8"
-    peak = peak_bytes(*words, "--samples", samples, "--device", "cpu", "--no-evaluate")
-    assert peak <= allowed_bytes(SourceState(default_model.checkpoint))
+    less = [] if soak else ["--samples", "8", "--no-evaluate"]
+    assert peak_bytes(*words, *less) <= allowed_bytes(SourceState(default_model.checkpoint))
+
+
+def test_an_evaluation_does_not_hold_two_models(default_model: ModelFiles) -> None:
+    model = str(default_model.checkpoint)
+    words = ["--quantization", "none", "--reference", model, "--tokens", "1024", "--device", "cpu"]
+    assert peak_bytes("evaluate", model, *words) <= allowed_bytes(SourceState(default_model.checkpoint))

@@ -48,7 +48,7 @@ def test_a_smaller_model_is_an_ordinary_checkpoint(
     token_ids = make_context(source).calibration[0]
     with torch.no_grad():
         expected = theirs(token_ids[None]).logits[0]
-    found = ours.logits(WholeSequences(ours, 32).hidden(token_ids))
+    found = ours.logits(WholeSequences(ours, 32).hidden(token_ids[None])[0])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 

@@ -154,7 +154,7 @@ def test_logits_over_a_cache_of_8_bits_are_close(
     token_ids = torch.tensor(sequences[0])
     scales = measure_scales(model, dtype, token_ids[None])
     exact, found = (
-        model.logits(WholeSequences(model, len(token_ids), kv_cache).hidden(token_ids))
+        model.logits(WholeSequences(model, len(token_ids), kv_cache).hidden(token_ids[None])[0])
         for kv_cache in (None, (dtype, scales))
     )
     difference = (found - exact).norm() / (exact - exact.mean(-1, keepdim=True)).norm()

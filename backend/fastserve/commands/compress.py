@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from fastserve.compression import heap
 from fastserve.compression.evaluation import Quality, evaluate
 from fastserve.compression.pipeline import compress
 from fastserve.compression.recipe import PRESETS, Recipe, preset, read_recipe
@@ -129,7 +130,9 @@ def with_figures(
     report: Report, recipe: Recipe, files: ModelFiles, device: torch.device, progress: Progress
 ) -> Report:
     """The report with perplexity, the distance to the original, and tokens per second."""
+    heap.trim()
     quality = _quality(recipe, files, report.result, device, progress)
+    heap.trim()
     speeds = measure_speeds({"before": report.model, "after": report.result}, files.tokenizer, progress)
     per_batch = {
         name: {str(batch): speed for batch, speed in of_model.items()} for name, of_model in speeds.items()
@@ -138,13 +141,13 @@ def with_figures(
         report,
         before=ModelFigures(
             report.before.bytes_on_disk,
-            bytes_per_token(load_model(report.model, device=device)),
+            bytes_per_token(load_model(report.model, device=device, one_layer_at_a_time=True)),
             quality.reference_perplexity,
             per_batch["before"],
         ),
         after=ModelFigures(
             report.after.bytes_on_disk,
-            bytes_per_token(load_model(report.result, device=device)),
+            bytes_per_token(load_model(report.result, device=device, one_layer_at_a_time=True)),
             quality.perplexity,
             per_batch["after"],
         ),
@@ -159,8 +162,12 @@ def _quality(
 ) -> Quality:
     """Of the result, beside the original."""
     windows = evaluation_windows(recipe.evaluation, files.tokenizer)
-    before, after = (load_model(path, "float32", device) for path in (str(files.checkpoint), result))
+    before, after = (
+        load_model(path, "float32", device, one_layer_at_a_time=True)
+        for path in (str(files.checkpoint), result)
+    )
     kv_cache = choose_kv_cache("auto", locate(result), after)
+    heap.trim()
     return evaluate(after, before, windows, progress, kv_cache)
 
 

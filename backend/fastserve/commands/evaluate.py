@@ -87,7 +87,11 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _load(files: ModelFiles, quantization: str, arguments: argparse.Namespace) -> CausalLM:
     return load_model(
-        str(files.checkpoint), arguments.dtype, choose_device(arguments.device), quantization=quantization
+        str(files.checkpoint),
+        arguments.dtype,
+        choose_device(arguments.device),
+        quantization=quantization,
+        one_layer_at_a_time=not arguments.tasks,  # whose requests come one by one
     )
 
 

@@ -11,13 +11,17 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastserve.compression import heap
 from fastserve.models.causal_lm import CausalLM
+from fastserve.models.decoder import Decoder
 from fastserve.models.kv_cache import KVScales, make_kv_caches
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 BLOCK_SIZE = 16
-LOGITS_AT_ONCE = 1 << 23
-"""Elements of a chunk of logits, 32 MiB in float32: whole windows of a large vocabulary would fill memory."""
+TOKENS_AT_ONCE = 8192
+"""Whose hidden states wait for each other between two layers: a layer is read once for all of them."""
+LOGITS_AT_ONCE = 1 << 21
+"""Elements of a chunk of logits, 8 MiB in float32: whole windows of a large vocabulary would fill memory."""
 KVCacheFormat = tuple[torch.dtype, list[KVScales] | None]
 """The dtype of a KV cache, and each layer's scales if that has 8 bits."""
 
@@ -39,7 +43,7 @@ class Quality:
 
 
 class WholeSequences:
-    """Runs a model over whole sequences, one at a time, in a cache of its own."""
+    """Runs a model over whole sequences, in a cache of its own that has room for one."""
 
     def __init__(self, model: CausalLM, max_length: int, kv_cache: KVCacheFormat | None = None) -> None:
         """`kv_cache` None: in the model's dtype.
@@ -57,11 +61,15 @@ class WholeSequences:
         self._caches = make_kv_caches(shapes, dtype, model.device, scales)
 
     @torch.inference_mode()
-    def hidden(self, token_ids: Tensor) -> Tensor:
-        """What `logits` of the model wants of each token of token_ids [T] int64, [T, hidden]."""
-        count = len(token_ids)
+    def hidden(self, sequences: Tensor) -> list[Tensor]:
+        """What `logits` of the model wants of each token of sequences [samples, T] int64: [T, hidden] of each
+        sequence."""
+        count = sequences.shape[1]
         metadata = AttentionMetadata.build([count], [count], [self._blocks], BLOCK_SIZE, self.model.device)
-        return self.model.forward(token_ids.to(self.model.device), metadata, self._caches)
+        token_ids = sequences.to(self.model.device).unbind()
+        if isinstance(self.model, Decoder):
+            return self.model.forward_each(token_ids, [metadata] * len(token_ids), self._caches)
+        return [self.model.forward(ids, metadata, self._caches) for ids in token_ids]
 
 
 def evaluate(
@@ -73,8 +81,9 @@ def evaluate(
 ) -> Quality:
     """Judges a model by windows [samples, length] int64, and beside a reference of the same vocabulary.
 
-    Both compute in the dtype they were loaded with; float32 is meant. `kv_cache`: of the model, not of the
-    reference. Raises ValueError if the windows are longer than a model serves, or the vocabularies differ.
+    Both compute in the dtype they were loaded with; float32 is meant. They may be loaded one layer at a time.
+    `kv_cache`: of the model, not of the reference. Raises ValueError if the windows are longer than a model
+    serves, or the vocabularies differ.
     """
     if reference is not None and reference.vocab_size != model.vocab_size:
         raise ValueError(
@@ -84,18 +93,25 @@ def evaluate(
     sequences = WholeSequences(model, length, kv_cache)
     reference_sequences = None if reference is None else WholeSequences(reference, length)
     sums = _Sums()
-    bar = (progress or Progress(disable=True)).track(windows, total=samples, description="evaluate")
-    for window in bar:
-        hidden = sequences.hidden(window)
-        reference_hidden = None if reference_sequences is None else reference_sequences.hidden(window)
-        for rows in _chunks(length - 1, model.vocab_size):
-            targets = window[1:][rows].to(model.device)
+    parts = windows.split(max(1, TOKENS_AT_ONCE // length))
+    for part in (progress or Progress(disable=True)).track(parts, description="evaluate"):
+        following = part[:, 1:].flatten()
+        hidden = _predicting(sequences, part)
+        reference_hidden = None if reference_sequences is None else _predicting(reference_sequences, part)
+        heap.trim()
+        for rows in _chunks(len(following), model.vocab_size):
+            targets = following[rows].to(model.device)
             log_q = log_probabilities(model, hidden[rows])
             sums.loss += float(F.nll_loss(log_q, targets, reduction="sum"))
             if reference is not None and reference_hidden is not None:
                 log_p = log_probabilities(reference, reference_hidden[rows]).to(model.device)
                 sums.add_reference(log_p, log_q, targets)
     return sums.quality(samples * (length - 1), reference is not None)
+
+
+def _predicting(sequences: WholeSequences, windows: Tensor) -> Tensor:
+    """The hidden states [tokens, hidden] of all tokens but the windows' last ones."""
+    return torch.cat([hidden[:-1] for hidden in sequences.hidden(windows)])
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastserve.compression import heap
 from fastserve.compression.calls import Calls
 from fastserve.compression.importance import FILE, Importance, measured
 from fastserve.compression.layer import Layer
@@ -53,6 +54,8 @@ def run_layers(step: LayerStep, before: State, after: StateWriter, context: Cont
         after.note(f"layer {index}", [report.__dict__ for report in reports])
         front = _Front(index + 1, front.hidden, front.reference)
         _write_front(after, front)
+        del layer
+        heap.trim()
         context.progress.advance(task)
     after.write_outer(before.outer())
     after.write_config(before.config)

@@ -76,7 +76,7 @@ class EvaluatedModel(TemplateLM):
     ) -> tuple[float, bool]:
         """The log likelihood of the continuation, and whether each of its tokens is the likeliest."""
         ids = torch.tensor([*context, *continuation][-(self._max_length + 1) :])
-        hidden = sequences.hidden(ids[:-1])[-len(continuation) :]
+        hidden = sequences.hidden(ids[None, :-1])[0][-len(continuation) :]
         scores = log_probabilities(self.model, hidden).cpu()
         targets = ids[-len(hidden) :, None]
         is_greedy = bool((scores.argmax(-1, keepdim=True) == targets).all())

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastserve.compression import heap
 from fastserve.compression.calls import Calls
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.state import State, dense
@@ -62,6 +63,7 @@ def sensitivities(
         layer = Calls(skeleton.materialize(index, state.dense_layer(index)), calls[index])
         entering = load_file(file, str(device))["hidden"]
         file.unlink()
+        heap.trim()
         yield index, _of_layer(layer, skeleton.linears(index), entering, slopes)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import fields, is_dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,12 +15,13 @@ from torch import Tensor
 from fastserve.benchmark.load import run_load
 from fastserve.benchmark.targets import InProcessTarget
 from fastserve.benchmark.workload import Job
+from fastserve.compression import heap
 from fastserve.compression.text import calibration_text, token_windows
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.decoder import Decoder
 
 BATCHES = (1, 16)
-KV_CACHE_BYTES = 128 << 20
+KV_CACHE_BYTES = 64 << 20
 """Enough for the largest batch of small models, and for one sequence of a large one."""
 LEAST_JOBS = WARM_UP_JOBS = 2
 Speeds = dict[int, float]
@@ -39,34 +40,40 @@ def measure_speeds(
     """Of each model, given by a name of any kind and its path: the medians of `rounds` runs.
 
     `tokenizer`: the directory of the one that all of them have; prompts are ordinary text. The models take
-    turns, so that the machine's drift falls on all of them; each is loaded as it is served.
+    turns, so that the machine's drift falls on all of them, and only that whose turn it is is in memory.
 
     Raises ModelError.
     """
     runs: dict[str, dict[int, list[float]]] = {name: {batch: [] for batch in batches} for name in models}
     counts = {batch: max(LEAST_JOBS, batch) for batch in batches}
-    # No prompt comes twice: the prefix cache must not answer for the engine.
     needed = WARM_UP_JOBS + rounds * sum(counts.values())
     prompts = iter(token_windows(tokenizer, calibration_text(), prompt_tokens, needed).tolist())
-    task = progress.add_task("speed", total=rounds * len(batches) * len(models))
-    with ExitStack() as stack:
-        targets = {
-            name: stack.enter_context(closing(InProcessTarget(path, kv_cache_bytes=KV_CACHE_BYTES)))
-            for name, path in models.items()
+    warm_up = [Job(prompt, 8) for prompt in islice(prompts, WARM_UP_JOBS)]
+    task = progress.add_task("speed", total=rounds * len(models))
+    for _ in range(rounds):
+        # No prompt comes twice to a model: the prefix cache must not answer for the engine.
+        jobs = {
+            batch: [Job(prompt, output_tokens) for prompt in islice(prompts, count)]
+            for batch, count in counts.items()
         }
-        warm_up = [Job(prompt, 8) for prompt in islice(prompts, WARM_UP_JOBS)]
-        for target in targets.values():
-            run_load(target, warm_up, WARM_UP_JOBS)
-        for _ in range(rounds):
-            for batch, count in counts.items():
-                jobs = [Job(prompt, output_tokens) for prompt in islice(prompts, count)]
-                for name, target in targets.items():
-                    runs[name][batch].append(run_load(target, jobs, batch).tokens_per_second)
-                    progress.advance(task)
+        for name, path in models.items():
+            for batch, speed in _turn(path, warm_up, jobs).items():
+                runs[name][batch].append(speed)
+            heap.trim()
+            progress.advance(task)
     return {
         name: {batch: statistics.median(found) for batch, found in of_model.items()}
         for name, of_model in runs.items()
     }
+
+
+def _turn(path: str, warm_up: list[Job], jobs: Mapping[int, list[Job]]) -> Speeds:
+    """Of one model, which is loaded for it, with the jobs of each batch size."""
+    with closing(InProcessTarget(path, kv_cache_bytes=KV_CACHE_BYTES)) as target:
+        run_load(target, warm_up, WARM_UP_JOBS)
+        return {
+            batch: run_load(target, of_batch, batch).tokens_per_second for batch, of_batch in jobs.items()
+        }
 
 
 def bytes_per_token(model: CausalLM) -> int | None:
@@ -76,7 +83,9 @@ def bytes_per_token(model: CausalLM) -> int | None:
     """
     if not isinstance(model, Decoder):
         return None
-    return _tensor_bytes([model.weights.layers, model.weights.final_norm, model.weights.head])
+    weights = model.weights
+    # Layers may be read one at a time.
+    return sum(map(_tensor_bytes, weights.layers)) + _tensor_bytes([weights.final_norm, weights.head])
 
 
 def _tensor_bytes(value: object) -> int:

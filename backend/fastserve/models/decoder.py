@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,15 +33,33 @@ class DecoderLayer:
     sliding_window: int | None
 
 
+class Rows(Protocol):
+    """A tensor [vocab, hidden], or what reads one as its rows are asked for."""
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor:
+        """The rows [T, hidden] of these numbers [T]."""
+
+
 @dataclass(frozen=True)
 class DecoderWeights:
     """All weights of a decoder, on one device and of one dtype."""
 
-    embedding: Tensor
-    """[vocab, hidden]."""
-    layers: list[DecoderLayer]
+    embedding: Rows
+    layers: Sequence[DecoderLayer]
+    """Taken one after the other, so that they may be read as they are asked for."""
     final_norm: Tensor
     head: AnyLinear
+
+
+class _Batch(NamedTuple):
+    """A ragged batch of T tokens on its way through the layers."""
+
+    hidden: Tensor
+    """[T, hidden]."""
+    addend: Tensor | None
+    """To be added to `hidden`, in one operator with the norm that follows; None: nothing."""
+    rotation: tuple[Tensor, Tensor]
+    meta: AttentionMetadata
 
 
 class Decoder:
@@ -51,8 +71,8 @@ class Decoder:
         self.weights = weights
         self.max_position = max_position
         self.vocab_size = config.vocab_size
-        self.dtype = weights.embedding.dtype
-        self.device = weights.embedding.device
+        self.dtype = weights.final_norm.dtype
+        self.device = weights.final_norm.device
         self._cos, self._sin = config.rotary_tables(max_position, self.dtype, self.device)
         self._scale = config.head_dim**-0.5
         self._head_counts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
@@ -65,19 +85,43 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, meta: AttentionMetadata, kv_caches: KVCaches) -> Tensor:
         """The normed hidden states [T, hidden] of token_ids [T] int64; keys and values go into the caches."""
-        eps = self.config.norm_eps
-        rotation = (self._cos[meta.positions], self._sin[meta.positions])
-        hidden = self.weights.embedding[token_ids]
-        layers = self.weights.layers
-        # Each norm follows an addition to `hidden`, and the two are one operator.
-        next_norms = [*(layer.input_norm for layer in layers[1:]), self.weights.final_norm]
-        normed = ops.rms_norm(hidden, layers[0].input_norm, eps)
-        for layer, next_norm, kv_cache in zip(layers, next_norms, kv_caches, strict=True):
-            attended = layer.output(self._attention(layer, normed, rotation, meta, kv_cache))
-            normed, hidden = ops.add_rms_norm(attended, hidden, layer.mlp_norm, eps)
-            transformed = layer.down(ops.swiglu(layer.gate_up(normed)))
-            normed, hidden = ops.add_rms_norm(transformed, hidden, next_norm, eps)
-        return normed
+        batch = self._entering(self.weights.embedding[token_ids], meta)
+        for layer, kv_cache in zip(self.weights.layers, kv_caches, strict=True):
+            batch = self._through(layer, batch, kv_cache)
+        return self._norm(batch, self.weights.final_norm)[0]
+
+    @torch.inference_mode()
+    def forward_each(
+        self, token_ids: Sequence[Tensor], metas: Sequence[AttentionMetadata], kv_caches: KVCaches
+    ) -> list[Tensor]:
+        """`forward` of several batches, where each layer does all of them before the next one begins: a layer
+        that is read as it is asked for is read once.
+
+        They are whole sequences, and may have the same slots of the caches.
+        """
+        embedded = self.weights.embedding[torch.cat(list(token_ids))].split([len(ids) for ids in token_ids])
+        batches = [self._entering(rows, meta) for rows, meta in zip(embedded, metas, strict=True)]
+        del embedded
+        for layer, kv_cache in zip(self.weights.layers, kv_caches, strict=True):
+            for number, batch in enumerate(batches):
+                batches[number] = self._through(layer, batch, kv_cache)
+        return [self._norm(batch, self.weights.final_norm)[0] for batch in batches]
+
+    def _entering(self, embedded: Tensor, meta: AttentionMetadata) -> _Batch:
+        return _Batch(embedded, None, (self._cos[meta.positions], self._sin[meta.positions]), meta)
+
+    def _through(self, layer: DecoderLayer, batch: _Batch, kv_cache: KVCache) -> _Batch:
+        normed, hidden = self._norm(batch, layer.input_norm)
+        attended = layer.output(self._attention(layer, normed, batch.rotation, batch.meta, kv_cache))
+        normed, hidden = ops.add_rms_norm(attended, hidden, layer.mlp_norm, self.config.norm_eps)
+        transformed = layer.down(ops.swiglu(layer.gate_up(normed)))
+        return batch._replace(hidden=hidden, addend=transformed)
+
+    def _norm(self, batch: _Batch, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden states normed, and as they are."""
+        if batch.addend is None:
+            return ops.rms_norm(batch.hidden, weight, self.config.norm_eps), batch.hidden
+        return ops.add_rms_norm(batch.addend, batch.hidden, weight, self.config.norm_eps)
 
     def _attention(
         self,

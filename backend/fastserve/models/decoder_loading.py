@@ -6,6 +6,7 @@ Tensors are read one by one, fused and packed as they come: never is much more t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -32,10 +33,11 @@ def load_decoder(
     device: torch.device,
     max_position: int,
     quantization: str,
+    one_layer_at_a_time: bool = False,
 ) -> Decoder:
     """Raises ModelError if tensors are missing, misshapen or unexpected; it names them."""
     _check(expected_shapes(config), checkpoint.shapes)
-    weights = _Reader(config, checkpoint, dtype, device, quantization).weights()
+    weights = _Reader(config, checkpoint, dtype, device, quantization).weights(one_layer_at_a_time)
     return Decoder(config, weights, max_position)
 
 
@@ -103,6 +105,36 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
+class _EmbeddingOnDemand:
+    """The embedding of a decoder, read anew whenever rows are taken."""
+
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        self._read = read
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self._read()[rows]
+
+
+class _LayersOnDemand(Sequence[DecoderLayer]):
+    """The layers of a decoder, read anew whenever one is taken."""
+
+    def __init__(self, read: Callable[[int], DecoderLayer], count: int) -> None:
+        self._read = read
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> DecoderLayer: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[DecoderLayer]: ...
+    def __getitem__(self, index: int | slice) -> DecoderLayer | list[DecoderLayer]:
+        if isinstance(index, slice):
+            return [self._read(i) for i in range(*index.indices(self._count))]
+        return self._read(range(self._count)[index])
+
+
 class _Reader:
     """Reads the weights of a decoder, whose tensors are known to be there."""
 
@@ -120,14 +152,18 @@ class _Reader:
         self._device = device
         self._quantization = quantization
 
-    def weights(self) -> DecoderWeights:
+    def weights(self, one_layer_at_a_time: bool) -> DecoderWeights:
+        layers = _LayersOnDemand(self._layer, self._config.num_layers)
         head = "model.embed_tokens" if self._config.tie_word_embeddings else "lm_head"
         return DecoderWeights(
-            embedding=self._tensor("model.embed_tokens.weight"),
-            layers=[self._layer(index) for index in range(self._config.num_layers)],
+            embedding=_EmbeddingOnDemand(self._embedding) if one_layer_at_a_time else self._embedding(),
+            layers=layers if one_layer_at_a_time else list(layers),
             final_norm=self._tensor("model.norm.weight"),
             head=self._linear(False, head, quantize=quantize_head),
         )
+
+    def _embedding(self) -> Tensor:
+        return self._tensor("model.embed_tokens.weight")
 
     def _layer(self, index: int) -> DecoderLayer:
         config, prefix = self._config, f"model.layers.{index}."

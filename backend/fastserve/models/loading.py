@@ -26,6 +26,7 @@ def load_model(
     device: torch.device | str = "cpu",
     max_model_len: int = 0,
     quantization: str = "auto",
+    one_layer_at_a_time: bool = False,
 ) -> CausalLM:
     """Loads a Hugging Face directory (safetensors), a GGUF file or a model of the hub.
 
@@ -33,6 +34,8 @@ def load_model(
     `max_model_len`: tokens of the longest sequence; 0: the model's own limit.
     `quantization`: "auto": weights as the checkpoint holds them; else for weights that are not quantised yet,
     and for those of GGUF: "none": all in `dtype`; "int4", "int8", "nf4", "fp8" or "w8a8": rounded to that.
+    `one_layer_at_a_time`: our decoder's layers are read from the file in each forward pass, for passes over
+    many tokens; what transformers' own code runs is loaded whole.
 
     Raises ModelError if the model cannot be found, read or served.
     """
@@ -42,7 +45,7 @@ def load_model(
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization: got {quantization!r}; allowed: {', '.join(QUANTIZATIONS)}")
     if path.is_file():
-        return _load_gguf(path, dtype, device, max_model_len, quantization)
+        return _load_gguf(path, dtype, device, max_model_len, quantization, one_layer_at_a_time)
     config = read_transformers_config(path)
     reason = obstacle(config)
     if reason is None:
@@ -52,7 +55,7 @@ def load_model(
                 f"quantization: got {quantization!r}; allowed for {path}: auto, because its weights are "
                 f"quantised already (quant_method {method!r})"
             )
-        return _load_directory(path, config, dtype, device, max_model_len, quantization)
+        return _load_directory(path, config, dtype, device, max_model_len, quantization, one_layer_at_a_time)
     if quantization not in ("auto", "none"):
         raise ModelError(
             f"quantization: got {quantization!r}; allowed for {path}: auto, none, because transformers' "
@@ -65,13 +68,18 @@ def load_model(
 
 
 def _load_gguf(
-    path: Path, dtype: str, device: torch.device, max_model_len: int, quantization: str
+    path: Path,
+    dtype: str,
+    device: torch.device,
+    max_model_len: int,
+    quantization: str,
+    one_layer_at_a_time: bool,
 ) -> CausalLM:
     file = GgufFile(path)
     config, checkpoint = gguf_decoder_config(file), GgufCheckpoint(file)
     max_position = served_length(path, config.max_position, max_model_len)
     wanted = DTYPES.get(dtype, checkpoint.dtype)
-    return load_decoder(config, checkpoint, wanted, device, max_position, quantization)
+    return load_decoder(config, checkpoint, wanted, device, max_position, quantization, one_layer_at_a_time)
 
 
 def _load_directory(
@@ -81,9 +89,12 @@ def _load_directory(
     device: torch.device,
     max_model_len: int,
     quantization: str,
+    one_layer_at_a_time: bool,
 ) -> CausalLM:
     checkpoint = open_checkpoint(path, config)
     decoder_config = DecoderConfig.from_transformers(config)
     max_position = served_length(path, decoder_config.max_position, max_model_len)
     own_or_wanted = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
-    return load_decoder(decoder_config, checkpoint, own_or_wanted, device, max_position, quantization)
+    return load_decoder(
+        decoder_config, checkpoint, own_or_wanted, device, max_position, quantization, one_layer_at_a_time
+    )

@@ -15,6 +15,8 @@ from fastserve.models.model_error import ModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PAGES_OF_A_FILE = 64 << 20
+"""Bytes: what was read of a mapped file stays in the process's memory until the file is closed."""
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -24,17 +26,19 @@ class SafetensorsCheckpoint:
     def __init__(self, directory: Path) -> None:
         """Raises ModelError if a file is missing or is no safetensors file."""
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._file_of: dict[str, safe_open] = {}
+        self._path_of: dict[str, Path] = {}
         self._dtype_of: dict[str, str] = {}
         for path in _weight_files(directory):
             file = _open(path)
             names = file.keys()
             for name in names:
                 tensor = file.get_slice(name)
-                self._file_of[name] = file
+                self._path_of[name] = path
                 self.shapes[name] = tuple(tensor.get_shape())
                 self._dtype_of[name] = tensor.get_dtype()
         self._directory = directory
+        self._opened: tuple[Path, safe_open] | None = None
+        self._bytes_read = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,7 +61,13 @@ class SafetensorsCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as the file holds it."""
-        return self._file_of[name].get_tensor(name)
+        path = self._path_of[name]
+        if self._opened is None or self._opened[0] != path or self._bytes_read > PAGES_OF_A_FILE:
+            self._opened, self._bytes_read = None, 0
+            self._opened = path, _open(path)
+        tensor = self._opened[1].get_tensor(name)
+        self._bytes_read += tensor.nbytes
+        return tensor
 
     def read_packed(self, name: str, exact: bool) -> None:
         """These files hold numbers."""
