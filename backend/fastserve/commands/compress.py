@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from fastserve.compression import heap
+from fastserve import heap
 from fastserve.compression.evaluation import Quality, evaluate
 from fastserve.compression.pipeline import compress
 from fastserve.compression.recipe import PRESETS, Recipe, preset, read_recipe

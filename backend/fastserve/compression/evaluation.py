@@ -11,7 +11,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastserve.compression import heap
+from fastserve import heap
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.decoder import Decoder
 from fastserve.models.kv_cache import KVScales, make_kv_caches
@@ -95,23 +95,29 @@ def evaluate(
     sums = _Sums()
     parts = windows.split(max(1, TOKENS_AT_ONCE // length))
     for part in (progress or Progress(disable=True)).track(parts, description="evaluate"):
-        following = part[:, 1:].flatten()
-        hidden = _predicting(sequences, part)
-        reference_hidden = None if reference_sequences is None else _predicting(reference_sequences, part)
-        heap.trim()
-        for rows in _chunks(len(following), model.vocab_size):
-            targets = following[rows].to(model.device)
-            log_q = log_probabilities(model, hidden[rows])
-            sums.loss += float(F.nll_loss(log_q, targets, reduction="sum"))
-            if reference is not None and reference_hidden is not None:
-                log_p = log_probabilities(reference, reference_hidden[rows]).to(model.device)
-                sums.add_reference(log_p, log_q, targets)
+        _judge(part, sequences, reference_sequences, sums)
     return sums.quality(samples * (length - 1), reference is not None)
+
+
+def _judge(windows: Tensor, sequences: WholeSequences, reference: WholeSequences | None, sums: _Sums) -> None:
+    """Adds up what is found on windows that go through the layers together."""
+    model, following = sequences.model, windows[:, 1:].flatten()
+    hidden = _predicting(sequences, windows)
+    reference_hidden = None if reference is None else _predicting(reference, windows)
+    for rows in _chunks(len(following), model.vocab_size):
+        targets = following[rows].to(model.device)
+        log_q = log_probabilities(model, hidden[rows])
+        sums.loss += float(F.nll_loss(log_q, targets, reduction="sum"))
+        if reference is not None and reference_hidden is not None:
+            log_p = log_probabilities(reference.model, reference_hidden[rows]).to(model.device)
+            sums.add_reference(log_p, log_q, targets)
 
 
 def _predicting(sequences: WholeSequences, windows: Tensor) -> Tensor:
     """The hidden states [tokens, hidden] of all tokens but the windows' last ones."""
-    return torch.cat([hidden[:-1] for hidden in sequences.hidden(windows)])
+    predicting = torch.cat([hidden[:-1] for hidden in sequences.hidden(windows)])
+    heap.trim()
+    return predicting
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve.compression import heap
+from fastserve import heap
 from fastserve.compression.calls import Calls
 from fastserve.compression.importance import FILE, Importance, measured
 from fastserve.compression.layer import Layer

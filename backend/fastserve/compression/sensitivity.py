@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastserve.compression import heap
+from fastserve import heap
 from fastserve.compression.calls import Calls
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.state import State, dense

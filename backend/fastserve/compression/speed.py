@@ -12,10 +12,10 @@ from pathlib import Path
 from rich.progress import Progress
 from torch import Tensor
 
+from fastserve import heap
 from fastserve.benchmark.load import run_load
 from fastserve.benchmark.targets import InProcessTarget
 from fastserve.benchmark.workload import Job
-from fastserve.compression import heap
 from fastserve.compression.text import calibration_text, token_windows
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.decoder import Decoder

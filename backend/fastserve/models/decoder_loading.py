@@ -11,6 +11,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from fastserve import heap
 from fastserve.models.checkpoint import Checkpoint
 from fastserve.models.decoder import Decoder, DecoderLayer, DecoderWeights
 from fastserve.models.decoder_config import DecoderConfig
@@ -112,6 +113,7 @@ class _EmbeddingOnDemand:
         self._read = read
 
     def __getitem__(self, rows: Tensor) -> Tensor:
+        heap.trim()
         return self._read()[rows]
 
 
@@ -132,6 +134,7 @@ class _LayersOnDemand(Sequence[DecoderLayer]):
     def __getitem__(self, index: int | slice) -> DecoderLayer | list[DecoderLayer]:
         if isinstance(index, slice):
             return [self._read(i) for i in range(*index.indices(self._count))]
+        heap.trim()
         return self._read(range(self._count)[index])
 
 
