@@ -160,7 +160,7 @@ class _Reader:
         head = "model.embed_tokens" if self._config.tie_word_embeddings else "lm_head"
         return DecoderWeights(
             embedding=_EmbeddingOnDemand(self._embedding) if one_layer_at_a_time else self._embedding(),
-            layers=layers if one_layer_at_a_time else list(layers),
+            layers=layers if one_layer_at_a_time else layers[:],
             final_norm=self._tensor("model.norm.weight"),
             head=self._linear(False, head, quantize=quantize_head),
         )
