@@ -9,9 +9,9 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 FAILURES_TO_BE_UNWELL = 5
-"""In a row, after which a thread is reported as unwell; a single one may have been the fault of one request."""
+"""In a row, after which a thread is reported as unwell; a single one may be the fault of one request."""
 MAX_PAUSE_SECONDS = 1.0
-"""Between two attempts that fail; the first pause is a hundredth of it, and each is twice the one before."""
+"""After a failure; the first pause is a hundredth of it, and each is twice the one before."""
 
 
 def _nothing(*arguments: object) -> None:
@@ -19,12 +19,12 @@ def _nothing(*arguments: object) -> None:
 
 
 class ServiceThread:
-    """Does one piece of work after the other. A piece that raises is logged and reported; the next one follows.
+    """Does one piece of work after the other. One that raises is logged and reported; the next one follows.
 
     `work` waits for a piece and does it; it returns False when there will be no more. `on_failure` gets the
-    exception, and fails the requests that were hurt. `on_health` is told what is wrong, as a sentence, when the
-    thread keeps failing or has ended without being asked to, and None when it works again. All three are called
-    in this thread.
+    exception, and fails the requests that were hurt. `on_health` is told what is wrong, as a sentence, when
+    the thread keeps failing or has ended without being asked to, and None when it works again. All three are
+    called in this thread.
     """
 
     def __init__(

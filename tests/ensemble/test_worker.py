@@ -14,7 +14,7 @@ from fastserve.engine.worker import FromWorker, Worker
 from fastserve.model_files import ModelFiles
 from fastserve.types import Add, OutputOptions, Ready, Request, SamplingParams, StepOutput
 
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 20.0
 FILES = ModelFiles(Path("none"), Path("none"))
 
 
@@ -29,7 +29,16 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def a_request(uid: str, num_tokens: int = 1000, request_id: str = "") -> Request:
     return Request(
-        uid, request_id, "x" * 4000, [40_000] * num_tokens, SamplingParams(), OutputOptions(), 0, "", 0.0, None
+        uid,
+        request_id,
+        "x" * 4000,
+        [40_000] * num_tokens,
+        SamplingParams(),
+        OutputOptions(),
+        0,
+        "",
+        0.0,
+        None,
     )
 
 
@@ -38,6 +47,8 @@ class Parent:
 
     def __init__(self, load: Any, on_step: Callable[[StepOutput], None] = lambda step: None) -> None:
         self.lock = threading.Lock()
+        self.has_step = threading.Event()
+        """A step has been read, and waits for the lock if another has it."""
         self.deaths: list[str] = []
         self.uids: list[str] = []
         self._on_step = on_step
@@ -47,6 +58,8 @@ class Parent:
         self.worker.start()
 
     def _on_message(self, message: FromWorker) -> None:
+        if isinstance(message, StepOutput):
+            self.has_step.set()
         with self.lock, self._changed:
             if isinstance(message, Ready):
                 self._is_ready = True
@@ -79,16 +92,23 @@ def parents() -> Iterator[list[Parent]]:
         parent.worker.stop(0.0)
 
 
-@pytest.mark.timeout(120)
 def test_a_full_pipe_in_both_directions_stops_nothing(fake_engine: Any, parents: list[Parent]) -> None:
-    """A burst of long prompts against answers larger than the pipe, read under the lock that senders hold."""
+    """Long prompts are sent under the lock that the reader needs, while the worker sends more than fits."""
     parent = Parent(fake_engine.load_large)
     parents.append(parent)
     parent.wait(lambda each: each._is_ready)
     requests = [a_request(str(number)) for number in range(240)]
-    senders = [threading.Thread(target=parent.send, args=requests[i::4], daemon=True) for i in range(4)]
-    for sender in senders:
-        sender.start()
+
+    def burst() -> None:
+        with parent.lock:
+            for request in requests[:3]:
+                parent.worker.send(Add(request))
+            assert parent.has_step.wait(WAIT_SECONDS)
+            assert parent.worker._connection.poll(WAIT_SECONDS)  # the next answer has begun to come
+            for request in requests[3:]:
+                parent.worker.send(Add(request))
+
+    threading.Thread(target=burst, daemon=True).start()
     parent.wait(lambda each: len(each.uids) == len(requests))
     assert sorted(parent.uids, key=int) == [request.uid for request in requests]
 

@@ -33,7 +33,7 @@ LoadEngine = Callable[[Config, ModelFiles], "Engine"]
 logger = logging.getLogger(__name__)
 
 MAX_UNSENT_STEPS = 64
-"""Steps that wait for the pipe; then the engine waits too, so that a slow parent bounds the worker's memory."""
+"""Steps that wait for the pipe; then the engine waits too: a slow parent costs no memory without bound."""
 EXIT_SECONDS = 5.0
 """For a worker that has closed its pipe, or was told to leave; then it is killed."""
 
@@ -73,7 +73,7 @@ class _ParentPipe:
         threading.Thread(target=self._receive_all, name="pipe-receiver", daemon=True).start()
 
     def receive(self, block: bool) -> ToWorker | None:
-        """The next message, as of `Inbox`. Raises what ended the pipe: EOFError or OSError without a parent."""
+        """As `Inbox.receive`. Raises what ended the pipe: EOFError or OSError where the parent is gone."""
         try:
             message = self._inbox.get(block)
         except queue.Empty:
@@ -153,6 +153,8 @@ class Worker:
         )
         self._on_message = on_message
         self._on_death = on_death
+        self._lifecycle = threading.Lock()
+        """Held while it starts or is told to stop: one that is stopped first does not start."""
         self._stopping = False
         self._failure: Exception | None = None
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -161,10 +163,13 @@ class Worker:
 
     def start(self) -> None:
         """Starts the process. What `send` was given before goes to it first."""
-        self._process.start()
-        self._theirs.close()
-        self._writer.start()
-        self._reader.start()
+        with self._lifecycle:
+            if self._stopping:
+                return
+            self._process.start()
+            self._theirs.close()
+            self._writer.start()
+            self._reader.start()
 
     @property
     def pid(self) -> int | None:
@@ -215,7 +220,10 @@ class Worker:
 
     def stop(self, timeout: float = EXIT_SECONDS) -> None:
         """Ends the process, by force after `timeout` seconds."""
-        self._stopping = True
+        with self._lifecycle:
+            self._stopping = True
+            if self._process.pid is None:
+                return
         self.send(Shutdown())
         self._process.join(timeout)
         if self._process.is_alive():
