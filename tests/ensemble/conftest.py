@@ -31,3 +31,6 @@ def pb_utils() -> Iterator[Any]:
     for name in set(sys.modules) - before:
         if name == NAME or name.startswith(STEPS):
             del sys.modules[name]
+            package, _, attribute = name.rpartition(".")
+            if package:
+                delattr(sys.modules[package], attribute)  # or `from package import attribute` finds it there
