@@ -46,6 +46,8 @@ class SchedulerStep:
         """When they are to be told next; None: they show what is."""
         self._changed = threading.Condition()
         self._stopping = False
+        self._is_undone = False
+        """The clock has failed at what it was to do."""
         self._clock = ServiceThread("queue-deadlines", self._expire_in_time, on_health=_tell_engine)
         self._clock.start()
 
@@ -125,18 +127,23 @@ class SchedulerStep:
                 self._metrics.waiting.set(count, priority)
 
     def _expire_in_time(self) -> bool:
+        """Waits for what time alone gives to do, and does it; what has failed is done again at once."""
         with self._changed:
-            now = time.monotonic()
+            if not self._stopping and not self._is_undone:
+                self._changed.wait(self._seconds_left())
             if not self._stopping:
+                self._is_undone = True
+                now = time.monotonic()
                 self._expire(now)
                 self._release(
                     now
                 )  # a release that was lost before the engine spoke is given up after a while
-            times = [self._admission.next_expiry, self._report_at]
-            next_time = min((each for each in times if each is not None), default=None)
-            if not self._stopping:
-                self._changed.wait(None if next_time is None else max(0.0, next_time - now))
+                self._is_undone = False
             return not self._stopping
+
+    def _seconds_left(self) -> float | None:
+        times = [each for each in (self._admission.next_expiry, self._report_at) if each is not None]
+        return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _expire(self, now: float) -> None:
         for request in self._admission.expire(now):
