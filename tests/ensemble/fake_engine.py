@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from fastserve.config import Config
 from fastserve.model_files import ModelFiles
-from fastserve.types import EngineStats, Outcome, Request, SequenceOutput, StepOutput
+from fastserve.types import EngineStats, Outcome, Request, SequenceOutput, Shutdown, StepOutput
 
 LARGE_ANSWER = 60_000
 """Token ids of an answer of about 300 kB: more than the buffer of a pipe holds."""
 
 
 class FakeEngine:
-    """Answers each request with the whole of an answer in one step, one request a step."""
+    """Answers each request with the whole of an answer in one step, one request a step.
+
+    The client's id `poison` makes it fail, and `garbage` makes it say what no parent understands.
+    """
 
     max_model_len = 2048
 
@@ -37,6 +40,8 @@ class FakeEngine:
 
     def step(self) -> StepOutput:
         request = self._requests.pop(0)
+        if request.request_id == "garbage":
+            return cast(StepOutput, Shutdown())
         output = SequenceOutput(request.uid, token_ids=[100_000] * self._num_tokens, outcome=Outcome.STOP)
         return StepOutput([output], self.stats())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,32 @@ def test_a_first_worker_that_cannot_start_is_said_so(engine: Engine, monkeypatch
     with pytest.raises(engine.pb_utils.TritonModelException, match="before it was ready"):
         step.initialize({})
     step.finalize()
+
+
+def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
+    pb_utils: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    import fake_engine
+
+    from fastserve.engine.worker import Worker
+    from fastserve.triton_server import engine as module
+
+    monkeypatch.setattr(module, "Worker", partial(Worker, load=fake_engine.load_small))
+    monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
+    step = module.EngineStep()
+    step.initialize({})
+    engine = Engine(pb_utils, step)
+    try:
+        bad, other = engine.requests(a_request("a", "garbage"), a_request("b"))
+        for sender in (bad, other):
+            sender.wait()
+            assert "could not be understood" in failure(sender).message
+        (good,) = engine.requests(a_request("c"))
+        good.wait()
+        assert token_ids(good) == [100_000]
+    finally:
+        step.finalize()
 
 
 # --- cancels by the client's id

@@ -134,6 +134,17 @@ def test_a_message_that_cannot_be_handled_ends_the_worker_and_says_why(
     assert parent.uids == []
 
 
+def test_a_message_that_cannot_be_decoded_ends_the_worker_and_says_why(
+    fake_engine: Any, parents: list[Parent]
+) -> None:
+    parent = Parent(fake_engine.load_small)
+    parents.append(parent)
+    parent.send(a_request("a"), a_request("b", request_id="garbage"), a_request("c"))
+    parent.wait(lambda each: bool(each.deaths))
+    assert "could not be understood: ValidationError" in parent.deaths[0]
+    assert parent.uids == ["a"]
+
+
 def test_a_worker_that_fails_is_told_of_with_all_that_it_had_sent(
     fake_engine: Any, parents: list[Parent]
 ) -> None:
