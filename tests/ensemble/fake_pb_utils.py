@@ -73,25 +73,30 @@ class InferenceResponse:
 
 
 class ResponseSender:
-    """Records what is sent. `fail` is called before each response; it may raise, as a full /dev/shm does."""
+    """Records what is sent. `fail` is called before each response; it may raise, as a full /dev/shm does.
+
+    As in 2.51, one whose final response has failed takes no more, and its client waits for ever.
+    """
 
     def __init__(self) -> None:
         self.responses: list[InferenceResponse] = []
         """Without those that carry only the final flag."""
         self.is_final = False
+        self._is_closed = False
         self.fail: Callable[[InferenceResponse | None, int], None] = lambda response, flags: None
         self._changed = threading.Condition()
 
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
-        if self.is_final:
-            raise TritonModelException("a response after the final one")
+        if self._is_closed:
+            raise TritonModelException("the response sender has been closed")
         if response is None and not flags:
             raise TritonModelException("neither a response nor a flag")
+        self._is_closed = bool(flags & TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         self.fail(response, flags)
         with self._changed:
             if response is not None:
                 self.responses.append(response)
-            self.is_final = bool(flags & TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self.is_final = self._is_closed
             self._changed.notify_all()
 
     def wait(self, holds: Callable[[ResponseSender], bool] = lambda sender: sender.is_final) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -177,6 +178,7 @@ def test_a_response_that_cannot_be_sent_fails_alone_and_its_request_is_stopped(e
     assert (token_ids(second), second.is_final) == ([2, 3], True)
 
 
+@pytest.mark.usefixtures("short_shared_memory")
 def test_a_failure_that_cannot_travel_as_data_ends_the_request_all_the_same(engine: Engine) -> None:
     (sender,) = engine.requests(a_request("a"))
     sender.fail = fail_with(engine.pb_utils.TritonModelException("no shared memory"), times=3)
@@ -185,13 +187,9 @@ def test_a_failure_that_cannot_travel_as_data_ends_the_request_all_the_same(engi
     assert "the answer could not be sent" in sender.error.message()
 
 
-def test_while_shared_memory_is_short_the_end_travels_alone(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("short_shared_memory")
+def test_while_shared_memory_is_short_the_end_travels_alone(engine: Engine) -> None:
     """A final response that fails leaves a sender that takes no more: its client would wait for ever."""
-    from fastserve.triton_server import final_response
-
-    monkeypatch.setattr(final_response, "SHORT_BYTES", 1 << 62)
     (sender,) = engine.requests(a_request("a"))
     flags_sent: list[tuple[bool, int]] = []
     sender.fail = lambda response, flags: flags_sent.append((response is not None, flags))
@@ -204,6 +202,37 @@ def test_metrics_that_fail_hurt_nobody(engine: Engine) -> None:
     (sender,) = engine.requests(a_request("a"))
     engine.worker.step(SequenceOutput("a", token_ids=[1], outcome=Outcome.STOP))
     assert token_ids(sender) == [1]
+
+
+@pytest.mark.usefixtures("short_shared_memory")
+@pytest.mark.parametrize("seed", range(20))
+def test_every_request_ends_whatever_fails(engine: Engine, seed: int) -> None:
+    """Responses, metrics and workers fail at random, but no flag that travels alone."""
+    rng = random.Random(seed)
+    error = engine.pb_utils.TritonModelException("no shared memory")
+
+    def fail(response: Any, flags: int) -> None:
+        if response is not None and rng.random() < 0.2:
+            raise error
+
+    senders: dict[str, Any] = {}
+    for number in range(200):
+        uid = str(number)
+        request = engine.message("request", a_request(uid, f"id {number % 7}", float(number)))
+        request.sender.fail, request.cancelled = fail, rng.random() < 0.1
+        senders[uid] = request.sender
+        engine.step.execute([request])
+        known = [each.request.uid for each in engine.worker.sent if isinstance(each, Add)]
+        outcomes = {each: Outcome.STOP if rng.random() < 0.2 else None for each in known[-9:]}
+        engine.worker.step(*(SequenceOutput(each, outcome=end) for each, end in outcomes.items()))
+        if rng.random() < 0.1:
+            engine.execute("cancel", CancelById(f"id {rng.randrange(7)}", float(number)))
+        if rng.random() < 0.05:
+            engine.worker.on_death("ended (code -9)")
+        names = {"fastserve_step_batch_tokens", "fastserve_worker_restarts_total"}
+        engine.pb_utils.server.failing_metrics = names if rng.random() < 0.2 else set()
+    engine.worker.on_death("ended (code -9)")
+    assert [uid for uid, sender in senders.items() if not sender.is_final] == []
 
 
 # --- a worker that dies
@@ -294,6 +323,27 @@ def test_the_server_is_not_ready_while_a_thread_of_another_step_is_gone(engine: 
     server.wait(lambda each: each.loads == [("unload", "readiness")])
     engine.execute("hold", Health("scheduler", None))
     server.wait(lambda each: each.loads == [("unload", "readiness"), ("load", "readiness")])
+
+
+def test_a_request_to_hold_that_does_not_come_is_sent_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastserve.triton_server import readiness as module
+
+    monkeypatch.setattr(module, "HOLD_SECONDS", 0.05)
+    failures = [engine.pb_utils.TritonModelException("no shared memory"), ValueError("broken")]
+    hold = hold_in(engine)
+
+    def answer(request: Any) -> list[Any]:
+        if request.model_name() == "readiness" and failures:
+            raise failures.pop()
+        answers: list[Any] = hold(request)
+        return answers
+
+    engine.pb_utils.server.answer = answer
+    engine.execute("hold", Health("scheduler", "the thread `queue-deadlines` has ended"))
+    engine.pb_utils.server.wait(lambda each: each.loads == [("unload", "readiness")])
+    assert not failures
 
 
 def test_a_first_worker_that_cannot_start_is_said_so(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

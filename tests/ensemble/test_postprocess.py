@@ -147,6 +147,7 @@ def test_a_message_that_cannot_be_read_fails_alone(postprocess: Postprocess) -> 
     assert (bad.sender.is_final, empty.sender.is_final, text(good.sender)) == (True, True, "Hello")
 
 
+@pytest.mark.usefixtures("short_shared_memory")
 def test_a_response_that_cannot_be_sent_fails_its_request_and_stops_it(postprocess: Postprocess) -> None:
     hello, world = words(postprocess, "Hello world")
     batch = [postprocess.message(first(a_request(uid), hello)) for uid in ("a", "b")]

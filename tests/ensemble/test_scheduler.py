@@ -113,6 +113,7 @@ def test_a_message_that_cannot_be_read_fails_alone(scheduler: Scheduler) -> None
     assert (bad.sender.is_final, released(good.sender)) == (True, ["a"])
 
 
+@pytest.mark.usefixtures("short_shared_memory")
 def test_a_request_that_cannot_be_sent_on_fails_alone(scheduler: Scheduler) -> None:
     batch = [scheduler.message("request", a_request(uid, priority)) for uid, priority in (("a", 1), ("b", 0))]
     batch[0].sender.fail = fail_once(scheduler.pb_utils.TritonModelException("no shared memory"))

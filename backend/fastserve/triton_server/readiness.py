@@ -15,7 +15,6 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from fastserve.errors import RequestError
 from fastserve.service_thread import ServiceThread
 from fastserve.triton_server.final_response import send_final
 from fastserve.triton_server.tensors import call, message_tensor
@@ -72,27 +71,29 @@ class Readiness:
         return True
 
     def _lose(self) -> None:
-        if self._holder is None:
+        if self._holder is None or not self._holder.is_alive():
             self._holder = threading.Thread(target=self._send_request_to_hold, name="held", daemon=True)
             self._holder.start()
         with self._changed:
-            if not self._changed.wait_for(lambda: self._held is not None or self._stopping, HOLD_SECONDS):
+            self._changed.wait_for(lambda: self._held is not None or self._stopping, HOLD_SECONDS)
+            if self._stopping:
+                return
+            if self._held is None:
                 raise RuntimeError("no request to hold has come; the server still says that it is ready")
         pb_utils.unload_model(model_name=MODEL)
         self._is_ready = False
 
-    def _send_request_to_hold(self) -> None:
+    @staticmethod
+    def _send_request_to_hold() -> None:
         try:
             call(MODEL, [message_tensor("hold", Hold())])
-        except RequestError as error:
+        except Exception as error:  # `_lose` sends another
             logger.error("readiness: %s", error)
-            self._holder = None  # another is sent at the next attempt
 
     def _regain(self) -> None:
         self._release()
         if self._holder is not None:
             self._holder.join()
-            self._holder = None
         pb_utils.load_model(model_name=MODEL)
         self._is_ready = True
 
