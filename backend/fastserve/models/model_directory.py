@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastserve.models.gguf_file import GgufFile
 from fastserve.models.model_error import ModelError
+from fastserve.models.safetensors_files import tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+"""What models call the module that embeds token ids."""
 _GGUF_END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -84,6 +87,36 @@ def eos_token_ids(model: str | Path) -> list[int]:
         or _as_list(config.get("text_config", {}).get("eos_token_id"))
     )
     return sorted({*named, *_tokenizer_eos(path)})
+
+
+def model_vocab_size(checkpoint: Path) -> int:
+    """How many token ids the model has: its embedding's rows. An id from here on is none of its tokens, even
+    where its tokenizer has one: fine-tuning often adds a token to the tokenizer alone.
+
+    Imports no torch. Raises ModelError if the checkpoint does not say, or says two things.
+    """
+    path = resolve_model_path(str(checkpoint))
+    if path.is_file():
+        file = GgufFile(path)
+        if "token_embd.weight" not in file.tensors:
+            raise ModelError(f"{path}: it has no token_embd.weight, which embeds the tokens")
+        return int(file.tensors["token_embd.weight"].shape[1])
+    config = _read_json(path / "config.json")
+    stated = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    embeddings = {
+        name: shape[0]
+        for name, shape in tensor_shapes(path).items()
+        if len(shape) == 2 and f".{name}".endswith(tuple(f".{module}.weight" for module in _EMBEDDINGS))
+    }
+    differing = {name: rows for name, rows in embeddings.items() if rows != stated}
+    if stated is None and len(set(embeddings.values())) == 1:
+        return next(iter(embeddings.values()))
+    if stated is None or differing:
+        found = ", ".join(f"{name} has {rows} rows" for name, rows in differing.items())
+        raise ModelError(
+            f"{path}: config.json's vocab_size is {stated}, but {found or 'no tensor embeds tokens'}"
+        )
+    return int(stated)
 
 
 def context_length(model: str | Path) -> int:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from fastserve.models.model_error import ModelError
+from fastserve.models.safetensors_files import open_safetensors, weight_files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 PAGES_OF_A_FILE = 64 << 20
 """Bytes: what was read of a mapped file stays in the process's memory until the file is closed."""
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -28,8 +26,8 @@ class SafetensorsCheckpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._path_of: dict[str, Path] = {}
         self._dtype_of: dict[str, str] = {}
-        for path in _weight_files(directory):
-            file = _open(path)
+        for path in weight_files(directory):
+            file = open_safetensors(path, "pt")
             names = file.keys()
             for name in names:
                 tensor = file.get_slice(name)
@@ -64,32 +62,10 @@ class SafetensorsCheckpoint:
         path = self._path_of[name]
         if self._opened is None or self._opened[0] != path or self._bytes_read > PAGES_OF_A_FILE:
             self._opened, self._bytes_read = None, 0
-            self._opened = path, _open(path)
+            self._opened = path, open_safetensors(path, "pt")
         tensor = self._opened[1].get_tensor(name)
         self._bytes_read += tensor.nbytes
         return tensor
 
     def read_packed(self, name: str, exact: bool) -> None:
         """These files hold numbers."""
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if not index.is_file():
-        if not (directory / SINGLE).is_file():
-            raise ModelError(
-                f"{directory}: has neither {SINGLE} nor {INDEX}; FastServe reads safetensors only"
-            )
-        return [directory / SINGLE]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise ModelError(f"{directory}: {INDEX} names files that are not there: {', '.join(missing)}")
-    return [directory / name for name in names]
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ModelError(f"{path}: {error}") from error
