@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, GGUFValueType, ReaderTensor
 
+from fastserve.models.lfs_pointer import refuse_lfs_pointer
 from fastserve.models.model_error import ModelError
 
 
@@ -21,6 +22,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         """Raises ModelError if the file is no GGUF file or is cut off."""
+        refuse_lfs_pointer(path)
         try:
             # Copy on write: torch wants to see writable arrays, though nobody writes.
             self._reader = _HeaderReader(path, mode="c")

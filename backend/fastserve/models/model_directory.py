@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastserve.models.gguf_file import GgufFile
+from fastserve.models.lfs_pointer import refuse_lfs_pointer
 from fastserve.models.model_error import ModelError
 from fastserve.models.safetensors_files import tensor_shapes
 
@@ -62,6 +63,7 @@ def resolve_tokenizer_directory(model: str | Path) -> Path:
     """
     path = resolve_model_path(str(model))
     if path.is_dir():
+        refuse_lfs_pointer(path / "tokenizer.json")
         return path
     directory = _cache() / f"{GgufFile(path).header_digest()[:32]}-transformers-{version('transformers')}"
     if not directory.is_dir():
@@ -145,6 +147,7 @@ def read_transformers_config(directory: Path) -> PretrainedConfig:
     """The config of a Hugging Face directory. Raises ModelError."""
     from transformers import AutoConfig
 
+    refuse_lfs_pointer(directory / "config.json")
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -157,6 +160,7 @@ def _tokenizer_eos(directory: Path) -> list[int]:
     name = named["content"] if isinstance(named, dict) else named
     if name is None or not (directory / "tokenizer.json").is_file():
         return []
+    refuse_lfs_pointer(directory / "tokenizer.json")
     from tokenizers import Tokenizer
 
     token = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(name)
@@ -167,6 +171,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """The object in the file; an empty one if there is no such file."""
     if not path.is_file():
         return {}
+    refuse_lfs_pointer(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from fastserve.models.lfs_pointer import refuse_lfs_pointer
 from fastserve.models.model_error import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -17,15 +18,21 @@ SINGLE = "model.safetensors"
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files with a model's weights. Raises ModelError if there are none, or if one is missing."""
+    """The files with a model's weights: the single one where it is there, whatever an index says (as in
+    transformers), else those that the index names.
+
+    Raises ModelError if there are none, or if one is missing.
+    """
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
     index = directory / INDEX
     if not index.is_file():
-        if not (directory / SINGLE).is_file():
-            raise ModelError(
-                f"{directory}: has neither {SINGLE} nor {INDEX}; FastServe reads safetensors only"
-            )
-        return [directory / SINGLE]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        raise ModelError(f"{directory}: has neither {SINGLE} nor {INDEX}; FastServe reads safetensors only")
+    refuse_lfs_pointer(index)
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{index}: not an index of safetensors files: {error!r}") from error
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ModelError(f"{directory}: {INDEX} names files that are not there: {', '.join(missing)}")
@@ -34,6 +41,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 def open_safetensors(path: Path, framework: str) -> safe_open:
     """The file, mapped; its tensors are those of `framework`: "pt" or "numpy". Raises ModelError."""
+    refuse_lfs_pointer(path)
     try:
         return safe_open(path, framework=framework)
     except SafetensorError as error:

@@ -20,6 +20,7 @@ from fastserve.models.kv_cache import KVCaches, KVCacheShapes
 from fastserve.models.model_directory import context_length
 from fastserve.models.model_error import ModelError
 from fastserve.models.paged_interface import ATTENTION, PROBE_BLOCK_SIZE, PagedStep, Probe, running
+from fastserve.models.safetensors_files import open_safetensors, weight_files
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 _PROMPT_LENGTH = 2 * PROBE_BLOCK_SIZE + 5
@@ -169,6 +170,8 @@ def load_transformers_model(
     if config.is_encoder_decoder:
         raise ModelError(f"{path}: an encoder-decoder ({config.model_type}) is not a causal language model")
     max_position = served_length(path, context_length(path), max_model_len)
+    for file in weight_files(path):
+        open_safetensors(file, "numpy")
     # The keyword changes the return type, which its annotation does not tell.
     loader: Any = AutoModelForCausalLM
     try:
