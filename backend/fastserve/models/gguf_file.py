@@ -41,6 +41,13 @@ class GgufFile:
         field = self._reader.get_field(key)
         return default if field is None else field.contents()
 
+    def required(self, key: str) -> Any:
+        """A metadata value of the architecture: `context_length`. Raises ModelError if it is not there."""
+        found = self.value(f"{self.architecture}.{key}")
+        if found is None:
+            raise ModelError(f"{self.path}: the metadata has no {self.architecture}.{key}")
+        return found
+
     def header_digest(self) -> str:
         """SHA-256 of everything before the tensors' data: what a tokenizer is made of, and its version."""
         return hashlib.sha256(self._reader.data[: self._reader.data_offset].tobytes()).hexdigest()

@@ -11,11 +11,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastserve.models.gguf_file import GgufFile
+from fastserve.models.gguf_rope import rope_parameters
 from fastserve.models.lfs_pointer import refuse_lfs_pointer
 from fastserve.models.model_error import ModelError
 from fastserve.models.safetensors_files import tensor_shapes
@@ -122,24 +124,35 @@ def model_vocab_size(checkpoint: Path) -> int:
 
 
 def context_length(model: str | Path) -> int:
-    """Tokens of the longest sequence that the model can be served with. Raises ModelError.
-
-    With LongRoPE (arXiv 2402.13753) that is the length up to which the rotary frequencies stay the same:
-    beyond it they follow the longest sequence of the batch, and one request would alter another's answer.
-    """
+    """Tokens of the longest sequence that the model can be served with. Raises ModelError."""
     path = resolve_model_path(str(model))
     if path.is_file():
         file = GgufFile(path)
-        length = file.value(f"{file.architecture}.context_length")
-        rope: dict[str, Any] = {}
+        length, rope = file.value(f"{file.architecture}.context_length"), rope_parameters(file)
     else:
         config = read_transformers_config(path).get_text_config()
         length = getattr(config, "max_position_embeddings", None)
         rope = getattr(config, "rope_parameters", None) or {}
     if length is None:
         raise ModelError(f"{path}: it does not say how long a sequence may be")
+    return _rotary_length(length, rope)
+
+
+def _rotary_length(length: int, rope: Mapping[str, Any]) -> int:
+    """The length of a model whose config says `length`, with what its rotary embedding makes of it.
+
+    Linear scaling and YaRN (arXiv 2309.00071) lengthen the original context by their factor. A config may
+    have either the original or the lengthened one as max_position_embeddings: the two agree where it also
+    says the original, and where it does not, max_position_embeddings is that, as transformers documents it.
+
+    With LongRoPE (arXiv 2402.13753) it is the length up to which the frequencies stay the same: beyond it
+    they follow the longest sequence of the batch, and one request would alter another's answer.
+    """
+    original = rope.get("original_max_position_embeddings") or length
     if rope.get("rope_type") == "longrope":
-        return min(length, rope.get("original_max_position_embeddings", length))
+        return min(length, original)
+    if rope.get("rope_type") in ("linear", "yarn"):
+        return max(length, int(original * (rope.get("factor") or 1)))
     return length
 
 

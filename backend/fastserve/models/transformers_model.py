@@ -8,12 +8,13 @@ two dozen tokens, little beside the loading of the weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fastserve.models.causal_lm import served_length
 from fastserve.models.kv_cache import KVCaches, KVCacheShapes
@@ -161,23 +162,32 @@ def _compare(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def load_transformers_model(
-    path: Path, config: PretrainedConfig, dtype: torch.dtype | None, device: torch.device, max_model_len: int
+    path: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    max_model_len: int,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> TransformersModel:
-    """Loads the model in a Hugging Face directory; `dtype` None: the checkpoint's own.
+    """Loads a model: of a Hugging Face directory, or of the tensors `state_dict` that a file has.
+
+    `dtype` None: the checkpoint's own.
 
     Raises ModelError if transformers cannot load it, or if it cannot be served through paged attention.
     """
     if config.is_encoder_decoder:
         raise ModelError(f"{path}: an encoder-decoder ({config.model_type}) is not a causal language model")
     max_position = served_length(path, context_length(path), max_model_len)
-    for file in weight_files(path):
-        open_safetensors(file, "numpy")
+    if state_dict is None:
+        for file in weight_files(path):
+            open_safetensors(file, "numpy")
     # The keyword changes the return type, which its annotation does not tell.
-    loader: Any = AutoModelForCausalLM
+    loader: Any = AutoModelForCausalLM if state_dict is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         model, report = loader.from_pretrained(
-            path,
+            path if state_dict is None else None,
             config=config,
+            state_dict=state_dict,
             dtype=dtype or "auto",
             attn_implementation="eager",
             local_files_only=True,
