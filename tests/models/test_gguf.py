@@ -92,13 +92,6 @@ def test_unknown_architecture_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path / "model.gguf"))
 
 
-def test_unknown_rotary_scaling_is_refused(write_gguf: WriteGguf, save_model: Callable) -> None:
-    _, reference = save_model("llama", **SIZES)
-    path = write_gguf(reference, "llama", Type.F32, {"rope.scaling.type": "longrope"})
-    with pytest.raises(ModelError, match="rotary scaling of type 'longrope'"):
-        load_model(str(path))
-
-
 @pytest.mark.parametrize("content", [b"", b"no GGUF file at all", b"GGUF\x03\x00\x00\x00\x05"])
 def test_broken_files_are_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
