@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fastserve.models.causal_lm import served_length
+from fastserve.models.expert_choices import RecordChoices, RepeatChoices
 from fastserve.models.kv_cache import KVCaches, KVCacheShapes
 from fastserve.models.model_directory import context_length
 from fastserve.models.model_error import ModelError
@@ -44,13 +45,14 @@ class TransformersModel:
         self.dtype = model.dtype
         self.device = model.device
         prompt = _random_prompt(self.vocab_size, self.device)[:max_position]
-        with torch.inference_mode():
+        choices = RecordChoices()
+        with torch.inference_mode(), choices:
             expected = model(input_ids=prompt[None], use_cache=False).logits[0].float()
         model.set_attn_implementation(ATTENTION)
         if model.config._attn_implementation != ATTENTION:
             raise ModelError(f"{type(model).__name__} does not use transformers' attention interface")
         self._body, self._given, self._head = _take_apart(model)
-        self._kv_shapes = self._check(prompt, expected, config.num_hidden_layers)
+        self._kv_shapes = self._check(prompt, expected, choices, config.num_hidden_layers)
 
     def kv_cache_shapes(self, num_blocks: int, block_size: int) -> KVCacheShapes:
         """The shapes of each layer's key and value cache."""
@@ -76,9 +78,10 @@ class TransformersModel:
 
     @torch.inference_mode()
     def _check(
-        self, prompt: Tensor, expected: Tensor, num_layers: int
+        self, prompt: Tensor, expected: Tensor, choices: RecordChoices, num_layers: int
     ) -> list[tuple[torch.Size, torch.Size]]:
-        """Computes `prompt` [T] over scattered blocks and compares with the logits `expected` [T, vocab].
+        """Computes `prompt` [T] over scattered blocks and compares with the logits `expected` [T, vocab],
+        where a mixture of experts made `choices`.
 
         In two steps: the first half; the rest, together with the beginning as another sequence.
 
@@ -93,23 +96,26 @@ class TransformersModel:
             return AttentionMetadata.build(query_lens, context_lens, tables, PROBE_BLOCK_SIZE, self.device)
 
         probe = Probe(metadata([first], [first], [table]))
-        tokens = torch.cat((prompt[:beginning], prompt[first:]))
+        positions = torch.arange(length, device=self.device)
+        positions_second = torch.cat((positions[:beginning], positions[first:]))
         try:
-            logits_first = self.logits(self._run(prompt[:first], probe))
+            with RepeatChoices(choices, positions[:first]):
+                logits_first = self.logits(self._run(prompt[:first], probe))
             if len(probe.kv_caches) < num_layers:
                 raise ModelError(f"layer {len(probe.kv_caches)} keeps a state other than keys and values")
             step = PagedStep(
                 metadata([beginning, length - first], [beginning, length], [other_table, table]),
                 probe.kv_caches,
             )
-            logits_second = self.logits(self._run(tokens, step))
+            with RepeatChoices(choices, positions_second):
+                logits_second = self.logits(self._run(prompt[positions_second], step))
         except ModelError:
             raise
         except Exception as error:
             # The modules of some models cannot take our attention or our mask, each in its own way.
             raise ModelError(f"its modules do not run with paged attention: {error!r}") from error
         found = torch.cat((logits_first, logits_second))
-        _compare(found, torch.cat((expected[:first], expected[:beginning], expected[first:])), self.dtype)
+        _compare(found, torch.cat((expected[:first], expected[positions_second])), self.dtype)
         return [(cache.keys.shape[2:], cache.values.shape[2:]) for cache in probe.kv_caches]
 
 
