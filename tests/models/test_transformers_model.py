@@ -38,6 +38,25 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_multiplier": 0.2, "logits_scaling": 2.0, "residual_multiplier": 0.5},
     ),
     "opt": ("opt", {"word_embed_proj_dim": 48, "ffn_dim": 80}),
+    "falcon-40b": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False, "bias": False},
+    ),
+    "falcon-11b": (
+        "falcon",
+        {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "alibi": False,
+            "bias": False,
+        },
+    ),
+    "falcon-7b": ("falcon", {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True}),
+    "falcon-heads": (
+        "falcon",
+        {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
     "qwen2_moe": ("qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 32}),
     "mixtral": ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 6}),
     "llama-dynamic": (
@@ -63,6 +82,7 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "alibi": ("bloom", {}, "bloom cannot be served: .* does not use transformers' attention interface"),
+    "alibi-of-falcon": ("falcon", {"alibi": True}, "falcon cannot be served: its attention has a bias by"),
     "own-attention": ("gptj", {"rotary_dim": 8}, "does not use transformers' attention interface"),
     "sinks": ("gpt_oss", {"head_dim": 12, "num_local_experts": 4, "sliding_window": 6}, "attention sinks"),
     "state-space": ("mamba", {}, "layer 0 keeps a state other than keys and values"),
@@ -158,6 +178,17 @@ def test_sizes_with_values_smaller_than_keys(save_model: Callable) -> None:
     model = load_model(str(directory), max_model_len=100)
     assert model.kv_cache_shapes(5, 16) == [((5, 16, 4, 16), (5, 16, 4, 12))] * 3
     assert (model.vocab_size, model.max_position, model.dtype) == (199, 100, torch.float32)
+
+
+@pytest.mark.parametrize(("family", "kv_heads"), [("falcon-40b", 2), ("falcon-7b", 1), ("falcon-heads", 4)])
+def test_falcon_keeps_a_key_once_for_the_heads_that_share_it(
+    family: str, kv_heads: int, save_model: Callable
+) -> None:
+    """transformers copies it to every head, of which the 40B model has 16 for each key."""
+    model_type, config = SERVED[family]
+    directory, _ = save_model(model_type, **config)
+    shape = (5, 16, kv_heads, 12)
+    assert load_model(str(directory)).kv_cache_shapes(5, 16) == [(shape, shape)] * 3
 
 
 def test_longrope_is_served_up_to_where_its_frequencies_change(save_model: Callable) -> None:

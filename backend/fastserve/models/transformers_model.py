@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 
 from fastserve.models.causal_lm import served_length
 from fastserve.models.expert_choices import RecordChoices, RepeatChoices
+from fastserve.models.falcon_attention import use_paged_falcon_attention
 from fastserve.models.kv_cache import KVCaches, KVCacheShapes
 from fastserve.models.model_directory import context_length
 from fastserve.models.model_error import ModelError
@@ -48,9 +49,7 @@ class TransformersModel:
         choices = RecordChoices()
         with torch.inference_mode(), choices:
             expected = model(input_ids=prompt[None], use_cache=False).logits[0].float()
-        model.set_attn_implementation(ATTENTION)
-        if model.config._attn_implementation != ATTENTION:
-            raise ModelError(f"{type(model).__name__} does not use transformers' attention interface")
+        _use_paged_attention(model)
         self._body, self._given, self._head = _take_apart(model)
         self._kv_shapes = self._check(prompt, expected, choices, config.num_hidden_layers)
 
@@ -117,6 +116,16 @@ class TransformersModel:
         found = torch.cat((logits_first, logits_second))
         _compare(found, torch.cat((expected[:first], expected[positions_second])), self.dtype)
         return [(cache.keys.shape[2:], cache.values.shape[2:]) for cache in probe.kv_caches]
+
+
+def _use_paged_attention(model: PreTrainedModel) -> None:
+    """Raises ModelError if the model has its attention in no place where ours could be put."""
+    if model.config.model_type == "falcon":
+        use_paged_falcon_attention(model)
+        return
+    model.set_attn_implementation(ATTENTION)
+    if model.config._attn_implementation != ATTENTION:
+        raise ModelError(f"{type(model).__name__} does not use transformers' attention interface")
 
 
 class _GivenHiddenStates(nn.Module):
