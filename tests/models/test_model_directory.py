@@ -98,7 +98,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match="cannot convert its tokenizer"):
+    with pytest.raises(ModelError, match="its tokenizer cannot be converted"):
         resolve_tokenizer_directory(tmp_path / "model.gguf")
     assert list((tmp_path / "cache" / "fastserve" / "tokenizers").iterdir()) == []
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_CONVERSION = 2
+"""Counts what `gguf_tokenizer` makes of a file: a tokenizer in the cache is used only by the same."""
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 """What models call the module that embeds token ids."""
 _GGUF_END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -67,7 +69,8 @@ def resolve_tokenizer_directory(model: str | Path) -> Path:
     if path.is_dir():
         refuse_lfs_pointer(path / "tokenizer.json")
         return path
-    directory = _cache() / f"{GgufFile(path).header_digest()[:32]}-transformers-{version('transformers')}"
+    made_by = f"{_CONVERSION}-transformers-{version('transformers')}"
+    directory = _cache() / f"{GgufFile(path).header_digest()[:32]}-{made_by}"
     if not directory.is_dir():
         _convert_tokenizer(path, directory)
     return directory
@@ -210,9 +213,7 @@ def _convert_tokenizer(gguf: Path, directory: Path) -> None:
         command = [sys.executable, "-m", "fastserve.models.gguf_tokenizer", str(gguf), str(unfinished)]
         converted = subprocess.run(command, capture_output=True, text=True)
         if converted.returncode != 0:
-            raise ModelError(
-                f"{gguf}: transformers cannot convert its tokenizer: {converted.stderr.strip()[-500:]}"
-            )
+            raise ModelError(f"{gguf}: its tokenizer cannot be converted: {converted.stderr.strip()[-2000:]}")
         unfinished.rename(directory)
     except OSError:
         # Another process was faster: a directory cannot be renamed onto one that is not empty.
