@@ -135,7 +135,9 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
                 stored = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(stored.shape)
             if architecture.startswith("gemma") and name.endswith("norm.weight"):
                 stored = stored + 1
-            writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored, raw_dtype=stored_type)
+            gguf_name = names.get_name(name, (".weight", ".bias"))
+            assert gguf_name is not None
+            writer.add_tensor(gguf_name, stored, raw_dtype=stored_type)
         for name, tensor in tensors.items():
             writer.add_tensor(name, tensor.numpy())
         writer.write_header_to_file()

@@ -15,7 +15,7 @@ from fastserve.models.paged_interface import ATTENTION, CausalMask, paged_attent
 class PagedFalconAttention(FalconAttention):
     """All three layouts of its projection: one key for all heads (7B), one for some (40B), one for each."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # its model calls it with our mask, and by these names
         self,
         hidden_states: Tensor,
         alibi: None,
