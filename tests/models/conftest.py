@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
@@ -98,6 +101,71 @@ def quantise() -> Callable[..., dict[str, Tensor]]:
         return dequantised
 
     return quantise
+
+
+@pytest.fixture
+def write_gguf(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a model as llama.cpp's converter does, and rounds the model's own weights as the file does."""
+
+    def write(
+        model: PreTrainedModel,
+        architecture: str,
+        tensor_type: GGMLQuantizationType,
+        metadata: Mapping[str, Any] = {},
+        tensors: Mapping[str, Tensor] = {},
+    ) -> Path:
+        """`metadata`: keys of the architecture that not all have; `tensors`: others, in llama.cpp's names."""
+        config, path = model.config, tmp_path / "model.gguf"
+        writer = gguf.GGUFWriter(path, architecture)
+        for key, value in {**_gguf_metadata(config), **metadata}.items():
+            writer.add_key_value(f"{architecture}.{key}", value, gguf.GGUFValueType.get_type(value))
+        writer.add_array("tokenizer.ggml.tokens", [f"<{i}>" for i in range(config.vocab_size)])
+        writer.add_array("tokenizer.ggml.scores", [float(i) for i in range(config.vocab_size)])
+        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        names = gguf.get_tensor_name_map(numbers[architecture], config.num_hidden_layers)
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for name, parameter in model.named_parameters():
+            values = parameter.detach().numpy()
+            stored_type = tensor_type if values.ndim == 2 and "norm" not in name else GGMLQuantizationType.F32
+            stored = gguf.quantize(values, stored_type)
+            parameter.data = torch.from_numpy(gguf.dequantize(stored, stored_type).copy())
+            head_count = heads.get(name.split(".")[-2])
+            if architecture in ("llama", "granite", "smollm3") and head_count is not None:
+                halves = stored.reshape(head_count, 2, -1, *stored.shape[1:])
+                stored = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(stored.shape)
+            if architecture.startswith("gemma") and name.endswith("norm.weight"):
+                stored = stored + 1
+            gguf_name = names.get_name(name, (".weight", ".bias"))
+            assert gguf_name is not None
+            writer.add_tensor(gguf_name, stored, raw_dtype=stored_type)
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
+
+
+def _gguf_metadata(config: Any) -> dict[str, Any]:
+    """What llama.cpp's converter writes for each architecture."""
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    metadata = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "rope.freq_base": float(rope["rope_theta"]),
+    }
+    if hasattr(config, "rms_norm_eps"):
+        metadata["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+    if getattr(config, "head_dim", None):
+        metadata["attention.key_length"] = config.head_dim
+    return metadata
 
 
 class PagedRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from fastserve.models.decoder import Decoder
 from fastserve.models.linear import Linear, LinearRows
 from fastserve.models.loading import load_model
 from fastserve.models.model_error import ModelError
+from fastserve_kernels.code_words import unpack_codes
 from fastserve_kernels.compressed_tensors import (
     CompressedTensors,
     from_compressed_tensors,
@@ -81,6 +83,57 @@ def test_each_layer_and_each_part_of_a_fused_one_in_its_own_format(
     assert len(layer.qkv.parts) == 3
     assert isinstance(layer.gate_up, Linear)
     found = torch.cat(logits_over_paged_cache(model, sequences))
+    expected = torch.cat(transformers_logits(reference, sequences))
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+def round_to(bits: int, weight: Tensor) -> Weight:
+    """A symmetric weight of so many bits in groups of 32."""
+    groups, middle = weight.unflatten(1, (-1, 32)), 2 ** (bits - 1)
+    scales = groups.abs().amax(-1, keepdim=True) / middle
+    codes = (groups / scales).round().clamp(-middle, middle - 1).flatten(1).to(torch.int8)
+    if bits > 4:
+        return Int8(codes, scales[..., 0], None, 32)
+    shifted = codes.view(torch.uint8) + 8 & 15
+    return Int4(shifted[:, 0::2] | shifted[:, 1::2] << 4, scales[..., 0], None, 32)
+
+
+def begin_words_anew(stored: CompressedTensors, bits: int) -> dict[str, Tensor]:
+    """The tensors with codes packed as compressed-tensors up to 0.17 does: none begins in one word and ends
+    in the next, so that some bits of each word stay empty."""
+    _, columns = stored.tensors["weight_shape"].tolist()
+    codes = unpack_codes(stored.tensors["weight_packed"], bits, columns).long()
+    of_a_word = 32 // bits
+    padded = torch.nn.functional.pad(codes, (0, -columns % of_a_word)).unflatten(1, (-1, of_a_word))
+    words = (padded << bits * torch.arange(of_a_word)).sum(-1)
+    return {**stored.tensors, "weight_packed": words.to(torch.int32)}
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_both_layouts_of_odd_bits_under_the_one_name(
+    bits: int,
+    old: bool,
+    save_model: Callable,
+    quantise: Quantise,
+    sequences: list[list[int]],
+    logits_over_paged_cache: Callable,
+    transformers_logits: Callable,
+) -> None:
+    """compressed-tensors 0.18 changed how `pack-quantized` lays out bits that do not divide 32. No field of a
+    checkpoint tells which of the two it has, only the number of words does, and there are both."""
+    directory, reference = save_model("llama", **SIZES)
+
+    def store_either(weight: Weight) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        stored = to_compressed_tensors(weight)
+        assert stored.scheme["weights"]["num_bits"] == bits
+        tensors = begin_words_anew(stored, bits) if old else dict(stored.tensors)
+        return tensors, {**stored.scheme, "format": stored.format}
+
+    packs = {name: partial(round_to, bits) for name in ("q_proj", "up_proj", "down_proj")}
+    for name, weight in quantise(directory, packs, store_either, groups()).items():
+        reference.get_parameter(name).data = weight
+    found = torch.cat(logits_over_paged_cache(load_model(str(directory)), sequences))
     expected = torch.cat(transformers_logits(reference, sequences))
     assert float((found - expected).norm() / expected.norm()) < 1e-4
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -17,10 +19,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from fastserve.models.model_directory import (
     context_length,
     eos_token_ids,
+    model_vocab_size,
     resolve_model_path,
     resolve_tokenizer_directory,
 )
 from fastserve.models.model_error import ModelError
+from fastserve.models.safetensors_files import SINGLE
 
 TEMPLATE = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
 
@@ -94,7 +98,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match="cannot convert its tokenizer"):
+    with pytest.raises(ModelError, match="its tokenizer cannot be converted"):
         resolve_tokenizer_directory(tmp_path / "model.gguf")
     assert list((tmp_path / "cache" / "fastserve" / "tokenizers").iterdir()) == []
 
@@ -182,3 +186,67 @@ def test_a_hub_name_without_a_network_says_what_to_do(
 def test_a_name_that_the_hub_cannot_have_is_refused() -> None:
     with pytest.raises(ModelError, match="the hub refused it"):
         resolve_model_path("owner/na me")
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "expected"),
+    [
+        ({"vocab_size": 7}, {EMBEDDING: (7, 4)}, 7),
+        ({"text_config": {"vocab_size": 7}}, {"language_model.model.embed_tokens.weight": (7, 4)}, 7),
+        ({"vocab_size": 7}, {"transformer.wte.weight": (7, 4), "transformer.wpe.weight": (9, 4)}, 7),
+        ({"vocab_size": 7}, {"embed_tokens.weight": (7, 4)}, 7),
+        ({}, {"transformer.wte.weight": (7, 4)}, 7),
+        ({"vocab_size": 7}, {"model.embed_tokens.weight_packed": (7, 1)}, 7),
+    ],
+)
+def test_vocabulary_of_a_directory(
+    config: dict[str, Any], tensors: dict[str, tuple[int, int]], expected: int, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path, config, tensors)
+    assert model_vocab_size(tmp_path) == expected
+
+
+def test_a_vocabulary_said_in_two_ways_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {"vocab_size": 8}, {EMBEDDING: (7, 4)})
+    with pytest.raises(ModelError, match=r"vocab_size is 8, but model\.embed_tokens\.weight has 7 rows"):
+        model_vocab_size(tmp_path)
+    write_checkpoint(tmp_path, {}, {"lm_head.weight": (7, 4)})
+    with pytest.raises(ModelError, match="vocab_size is None, but no tensor embeds tokens"):
+        model_vocab_size(tmp_path)
+
+
+def test_vocabulary_of_a_gguf_file_is_its_embedding(gguf_with_tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"it has no token_embd\.weight"):
+        model_vocab_size(gguf_with_tokenizer)
+    writer = gguf.GGUFWriter(tmp_path / "embedding.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((7, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert model_vocab_size(tmp_path / "embedding.gguf") == 7
+
+
+def test_the_vocabulary_is_found_without_torch(tmp_path: Path) -> None:
+    """The steps of the ensemble refuse ids by it, and none of them has torch's gigabyte."""
+    write_checkpoint(tmp_path, {"vocab_size": 7}, {EMBEDDING: (7, 4)})
+    program = (
+        "import sys; from pathlib import Path; from fastserve.models.model_directory import *;"
+        f"print(model_vocab_size(Path({str(tmp_path)!r})), 'torch' in sys.modules)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert output.strip() == "7 False"
+
+
+def write_checkpoint(
+    directory: Path, config: dict[str, Any], shapes: dict[str, tuple[int, int]], file: str = SINGLE
+) -> None:
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(
+        {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}, str(directory / file)
+    )

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from fastserve.compression.encoders import CompressedTensorsEncoder, Encoder, OwnEncoder, expressible
 from fastserve.compression.state import State
 from fastserve.models.kv_cache_scheme import SCHEME
-from fastserve.models.safetensors_checkpoint import INDEX, SINGLE
+from fastserve.models.safetensors_files import INDEX, SINGLE
 from fastserve_kernels.formats import Weight
 
 SHARD_BYTES = 4 << 30

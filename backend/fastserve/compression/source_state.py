@@ -11,6 +11,7 @@ from torch import Tensor
 from fastserve.compression.state import State
 from fastserve.compression.step import RecipeError
 from fastserve.models.checkpoint import Checkpoint
+from fastserve.models.decoder_loading import has_own_head
 from fastserve.models.gguf_checkpoint import GgufCheckpoint, gguf_transformers_config
 from fastserve.models.gguf_file import GgufFile
 from fastserve.models.model_directory import read_transformers_config
@@ -32,6 +33,8 @@ class SourceState(State):
             self.config, self._checkpoint = read_transformers_config(path), SafetensorsCheckpoint(path)
         if getattr(self.config, "quantization_config", None) is not None:
             raise RecipeError(f"model: {path} is quantised already; allowed: a model with dense weights")
+        if getattr(self.config, "tie_word_embeddings", False) and has_own_head(self._checkpoint, self.dtype):
+            self.config.tie_word_embeddings = False
 
     @property
     def dtype(self) -> torch.dtype:

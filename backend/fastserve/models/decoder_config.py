@@ -33,7 +33,6 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    max_position: int
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
@@ -67,7 +66,6 @@ class DecoderConfig:
             num_kv_heads=config.num_key_value_heads,
             head_dim=_head_dim(config),
             norm_eps=config.rms_norm_eps,
-            max_position=config.max_position_embeddings,
             tie_word_embeddings=config.tie_word_embeddings,
             qkv_bias=attention_bias or config.model_type == "qwen2",
             output_bias=attention_bias,

@@ -5,7 +5,9 @@ Tensors are read one by one, fused and packed as they come: never is much more t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import overload
 
 import torch
@@ -24,7 +26,10 @@ from fastserve_kernels.prepared import prepare
 
 Shapes = Mapping[str, tuple[int, ...]]
 Quantize = Callable[[str, Tensor, str], Weight]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SHOWN = 8
+
+logger = logging.getLogger(__name__)
 
 
 def load_decoder(
@@ -37,9 +42,31 @@ def load_decoder(
     one_layer_at_a_time: bool = False,
 ) -> Decoder:
     """Raises ModelError if tensors are missing, misshapen or unexpected; it names them."""
-    _check(expected_shapes(config), checkpoint.shapes)
+    found = checkpoint.shapes
+    if config.tie_word_embeddings and has_own_head(checkpoint, dtype):
+        config = replace(config, tie_word_embeddings=False)
+    expected = expected_shapes(config)
+    if config.tie_word_embeddings and EMBEDDING not in found and HEAD in found:
+        expected[HEAD] = expected.pop(EMBEDDING)
+    _check(expected, checkpoint)
     weights = _Reader(config, checkpoint, dtype, device, quantization).weights(one_layer_at_a_time)
     return Decoder(config, weights, max_position)
+
+
+def has_own_head(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Whether a checkpoint whose config ties the head to the embedding has a head of other values in `dtype`,
+    which training with untied weights leaves. It is used then, as transformers does."""
+    shape = checkpoint.shapes.get(EMBEDDING)
+    if shape is None or HEAD not in checkpoint.shapes:
+        return False
+    if shape == checkpoint.shapes[HEAD]:
+        embedding, head = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        checkpoint.read(EMBEDDING, embedding)
+        checkpoint.read(HEAD, head)
+        if torch.equal(embedding, head):
+            return False
+    logger.warning("%s is not %s, though tie_word_embeddings is true: both are used", HEAD, EMBEDDING)
+    return True
 
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -59,11 +86,11 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     if config.query_key_norm:
         norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        EMBEDDING: (config.vocab_size, hidden),
         "model.norm.weight": (hidden,),
     }
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+        shapes[HEAD] = (config.vocab_size, hidden)
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
         for name, size in norms.items():
@@ -75,9 +102,12 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check(expected: Shapes, found: Shapes) -> None:
+def _check(expected: Shapes, checkpoint: Checkpoint) -> None:
+    found = checkpoint.shapes
     missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected and not _is_passed_over(name)]
+    others = [name for name in found if name not in expected and not _is_redundant(name)]
+    left_behind = [name for name in others if _is_left_by_a_tool(name) or _adds_nothing(name, checkpoint)]
+    unexpected = [name for name in others if name not in left_behind]
     misshapen = [
         f"{name} {list(found[name])} instead of {list(shape)}"
         for name, shape in expected.items()
@@ -90,15 +120,30 @@ def _check(expected: Shapes, found: Shapes) -> None:
     ]
     if problems:
         raise ModelError("the checkpoint does not fit its config: " + "; ".join(problems))
+    if left_behind:
+        logger.warning("tensors without a use here, left by tools of training: %s", _shorten(left_behind))
 
 
-def _is_passed_over(name: str) -> bool:
-    """Whether a tensor that a checkpoint may hold is known not to be needed here: frequencies that old
-    versions saved and the head when it is tied to the embedding follow from the others, and the scales of
-    keys and values belong to the cache."""
-    return name == "lm_head.weight" or name.endswith(
-        ("rotary_emb.inv_freq", "self_attn.k_scale", "self_attn.v_scale")
-    )
+def _is_redundant(name: str) -> bool:
+    """Whether a tensor that a checkpoint may hold follows from the others, as the head that is tied to the
+    embedding, or belongs to the cache, as the scales of keys and values."""
+    return name == HEAD or name.endswith(("self_attn.k_scale", "self_attn.v_scale"))
+
+
+def _is_left_by_a_tool(name: str) -> bool:
+    """Whether it is a table of the rotary embedding, which old versions saved, or the value head of training
+    by reinforcement."""
+    return ".rotary_emb." in name or name.startswith(("v_head.", "model.v_head."))
+
+
+def _adds_nothing(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether it is a bias of zeros: GPTQ tools write one for each linear layer, in any model."""
+    weight = checkpoint.shapes.get(f"{name.removesuffix('.bias')}.weight")
+    if not name.endswith(".bias") or weight is None or checkpoint.shapes[name] != weight[:1]:
+        return False
+    bias = torch.empty(weight[:1], dtype=torch.float32)
+    checkpoint.read(name, bias)
+    return not bias.any()
 
 
 def _shorten(names: list[str]) -> str:
@@ -154,10 +199,12 @@ class _Reader:
         self._dtype = dtype
         self._device = device
         self._quantization = quantization
+        # Of tied ones, a tool that stores shared tensors once may keep either.
+        self._embedding_name = EMBEDDING if EMBEDDING in checkpoint.shapes else HEAD
 
     def weights(self, one_layer_at_a_time: bool) -> DecoderWeights:
         layers = _LayersOnDemand(self._layer, self._config.num_layers)
-        head = "model.embed_tokens" if self._config.tie_word_embeddings else "lm_head"
+        head = (self._embedding_name if self._config.tie_word_embeddings else HEAD).removesuffix(".weight")
         return DecoderWeights(
             embedding=_EmbeddingOnDemand(self._embedding) if one_layer_at_a_time else self._embedding(),
             layers=layers if one_layer_at_a_time else layers[:],
@@ -166,7 +213,7 @@ class _Reader:
         )
 
     def _embedding(self) -> Tensor:
-        return self._tensor("model.embed_tokens.weight")
+        return self._tensor(self._embedding_name)
 
     def _layer(self, index: int) -> DecoderLayer:
         config, prefix = self._config, f"model.layers.{index}."

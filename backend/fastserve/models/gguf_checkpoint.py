@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Any
 
 import torch
-from gguf import ReaderTensor, dequantize
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from fastserve.models.decoder_config import DecoderConfig
+from fastserve.models.gguf_architectures import ARCHITECTURES, DECODERS, transformers_config
 from fastserve.models.gguf_blocks import read_blocks
 from fastserve.models.gguf_file import GgufFile
-from fastserve.models.model_directory import eos_token_ids
+from fastserve.models.gguf_tensor import deinterleave, dequantize_into
 from fastserve.models.model_error import ModelError
 from fastserve.models.weight_rows import select_rows
 from fastserve_kernels.formats import Int4, Int8
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""llama.cpp calls Mistral "llama" too."""
 
 _MODULES = {
     "token_embd": "model.embed_tokens",
@@ -39,8 +35,6 @@ _MODULES = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-_CHUNK_ELEMENTS = 1 << 20
-"""Dequantised at a time, so that the float32 values stay in the processor's cache."""
 
 
 class GgufCheckpoint:
@@ -62,12 +56,11 @@ class GgufCheckpoint:
         """Writes a tensor into `destination` of the same shape, converted to its dtype."""
         heads = self._interleaved_heads(name)
         if heads is None:
-            _dequantize(self._tensors[name], destination)
+            dequantize_into(self._tensors[name], destination)
             return
         interleaved = torch.empty_like(destination)
-        _dequantize(self._tensors[name], interleaved)
-        pairs = interleaved.view(heads, -1, 2, *destination.shape[1:])
-        destination.copy_(pairs.transpose(1, 2).reshape(destination.shape))
+        dequantize_into(self._tensors[name], interleaved)
+        destination.copy_(deinterleave(interleaved, heads))
 
     def read_packed(self, name: str, exact: bool) -> Int4 | Int8 | None:
         """A matrix as its blocks hold it; None if they are of a kind that must be dequantised."""
@@ -81,12 +74,13 @@ class GgufCheckpoint:
 
         llama.cpp's Llama rotates neighbours where transformers rotates halves.
         """
-        if self._file.architecture != "llama":
+        if not ARCHITECTURES[self._file.architecture].interleaved:
             return None
-        heads = self._file.value("llama.attention.head_count")
+        heads = self._file.required("attention.head_count")
         if ".q_proj." in name:
             return heads
-        return self._file.value("llama.attention.head_count_kv", heads) if ".k_proj." in name else None
+        groups = self._file.value(f"{self._file.architecture}.attention.head_count_kv", heads)
+        return groups if ".k_proj." in name else None
 
 
 def transformers_name(name: str) -> str:
@@ -99,15 +93,19 @@ def transformers_name(name: str) -> str:
 
 
 def gguf_transformers_config(file: GgufFile) -> PretrainedConfig:
-    """The config with which transformers would describe the model of a GGUF file.
+    """The config of transformers for the tensors of a `GgufCheckpoint`.
 
-    Raises ModelError for another architecture, and for rotary embeddings that it cannot describe.
+    Raises ModelError for an architecture that our decoder has not, and for rotary embeddings that
+    transformers cannot describe.
     """
+    if file.architecture not in DECODERS:
+        known = ", ".join(DECODERS)
+        raise ModelError(f"{file.path}: GGUF architecture {file.architecture!r} is not one of {known}")
     if _ROPE_FACTORS in file.tensors:
         raise ModelError(
             f"{file.path}: its rotary frequencies are scaled one by one; give the model's directory"
         )
-    return _transformers_config(file)
+    return transformers_config(file)
 
 
 def gguf_decoder_config(file: GgufFile) -> DecoderConfig:
@@ -115,7 +113,7 @@ def gguf_decoder_config(file: GgufFile) -> DecoderConfig:
 
     Raises ModelError for another architecture, and for rotary embeddings that we do not have.
     """
-    config = DecoderConfig.from_transformers(_transformers_config(file))
+    config = DecoderConfig.from_transformers(transformers_config(file))
     if _ROPE_FACTORS not in file.tensors:
         return config
     # Llama 3's scaling of the frequencies comes as divisors, computed when the file was made.
@@ -124,64 +122,3 @@ def gguf_decoder_config(file: GgufFile) -> DecoderConfig:
     return replace(
         config, inverse_frequencies=tuple(frequency / divisor for frequency, divisor in frequencies)
     )
-
-
-def _transformers_config(file: GgufFile) -> PretrainedConfig:
-    architecture = file.architecture
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ModelError(f"{file.path}: GGUF architecture {architecture!r} is not one of {known}")
-
-    def value(key: str, default: Any = None) -> Any:
-        found = file.value(f"{architecture}.{key}", default)
-        if found is None:
-            raise ModelError(f"{file.path}: the metadata has no {architecture}.{key}")
-        return found
-
-    heads, hidden = value("attention.head_count"), value("embedding_length")
-    window = file.value(f"{architecture}.attention.sliding_window")
-    return AutoConfig.for_model(
-        "mistral" if window is not None and architecture == "llama" else architecture,
-        vocab_size=int(file.tensors["token_embd.weight"].shape[1]),
-        hidden_size=hidden,
-        intermediate_size=value("feed_forward_length"),
-        num_hidden_layers=value("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=value("attention.head_count_kv", heads),
-        head_dim=value("attention.key_length", hidden // heads),
-        rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
-        max_position_embeddings=value("context_length"),
-        tie_word_embeddings="output.weight" not in file.tensors,
-        attention_bias="blk.0.attn_output.bias" in file.tensors,
-        sliding_window=window,
-        bos_token_id=file.value("tokenizer.ggml.bos_token_id"),
-        eos_token_id=eos_token_ids(file.path),
-        rope_parameters=_rope_parameters(file),
-    )
-
-
-def _rope_parameters(file: GgufFile) -> dict[str, object]:
-    """transformers' description of the rotary embedding. Raises ModelError for an unknown scaling."""
-
-    def value(key: str, default: object = None) -> object:
-        return file.value(f"{file.architecture}.rope.{key}", default)
-
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": value("freq_base", 10000.0)}
-    scaling = value("scaling.type", "none")
-    if scaling in ("linear", "yarn"):
-        rope |= {"rope_type": scaling, "factor": value("scaling.factor", 1.0)}
-    elif scaling != "none":
-        raise ModelError(f"{file.path}: rotary scaling of type {scaling!r} is not one of none, linear, yarn")
-    if scaling == "yarn":
-        rope["original_max_position_embeddings"] = value("scaling.original_context_length")
-    return rope
-
-
-def _dequantize(tensor: ReaderTensor, destination: Tensor) -> None:
-    """Writes the values of a tensor into `destination`, some rows at a time."""
-    data = tensor.data.reshape(destination.shape[0], -1)
-    rows = max(1, _CHUNK_ELEMENTS * destination.shape[0] // destination.numel())
-    for start in range(0, destination.shape[0], rows):
-        target = destination[start : start + rows]
-        values = dequantize(data[start : start + rows], tensor.tensor_type)
-        target.copy_(torch.from_numpy(values).view(target.shape))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, GGUFValueType, ReaderTensor
 
+from fastserve.models.lfs_pointer import refuse_lfs_pointer
 from fastserve.models.model_error import ModelError
 
 
@@ -21,6 +22,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         """Raises ModelError if the file is no GGUF file or is cut off."""
+        refuse_lfs_pointer(path)
         try:
             # Copy on write: torch wants to see writable arrays, though nobody writes.
             self._reader = _HeaderReader(path, mode="c")
@@ -38,6 +40,13 @@ class GgufFile:
         """A metadata value that is no array of strings; `default` if it is not there."""
         field = self._reader.get_field(key)
         return default if field is None else field.contents()
+
+    def required(self, key: str) -> Any:
+        """A metadata value of the architecture: `context_length`. Raises ModelError if it is not there."""
+        found = self.value(f"{self.architecture}.{key}")
+        if found is None:
+            raise ModelError(f"{self.path}: the metadata has no {self.architecture}.{key}")
+        return found
 
     def header_digest(self) -> str:
         """SHA-256 of everything before the tensors' data: what a tokenizer is made of, and its version."""

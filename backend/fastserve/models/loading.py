@@ -10,10 +10,11 @@ from transformers import PretrainedConfig
 from fastserve.models.causal_lm import CausalLM, served_length
 from fastserve.models.decoder_config import DecoderConfig, obstacle, quant_method
 from fastserve.models.decoder_loading import load_decoder
+from fastserve.models.gguf_architectures import DECODERS, transformers_config
 from fastserve.models.gguf_checkpoint import GgufCheckpoint, gguf_decoder_config
 from fastserve.models.gguf_file import GgufFile
 from fastserve.models.layouts import open_checkpoint
-from fastserve.models.model_directory import read_transformers_config, resolve_model_path
+from fastserve.models.model_directory import context_length, read_transformers_config, resolve_model_path
 from fastserve.models.model_error import ModelError
 from fastserve.models.quantization import QUANTIZATIONS
 
@@ -56,11 +57,7 @@ def load_model(
                 f"quantised already (quant_method {method!r})"
             )
         return _load_directory(path, config, dtype, device, max_model_len, quantization, one_layer_at_a_time)
-    if quantization not in ("auto", "none"):
-        raise ModelError(
-            f"quantization: got {quantization!r}; allowed for {path}: auto, none, because transformers' "
-            f"own code runs it ({reason})"
-        )
+    _check_dense(path, quantization, reason)
     # Imported here because it brings all of transformers' modelling code, which our decoder does not need.
     from fastserve.models.transformers_model import load_transformers_model
 
@@ -76,10 +73,29 @@ def _load_gguf(
     one_layer_at_a_time: bool,
 ) -> CausalLM:
     file = GgufFile(path)
-    config, checkpoint = gguf_decoder_config(file), GgufCheckpoint(file)
-    max_position = served_length(path, config.max_position, max_model_len)
-    wanted = DTYPES.get(dtype, checkpoint.dtype)
-    return load_decoder(config, checkpoint, wanted, device, max_position, quantization, one_layer_at_a_time)
+    wanted = DTYPES.get(dtype, GgufCheckpoint.dtype)
+    described = transformers_config(file)
+    if file.architecture in DECODERS:
+        config, checkpoint = gguf_decoder_config(file), GgufCheckpoint(file)
+        max_position = served_length(path, context_length(path), max_model_len)
+        return load_decoder(
+            config, checkpoint, wanted, device, max_position, quantization, one_layer_at_a_time
+        )
+    _check_dense(path, quantization, f"its architecture is {file.architecture!r}")
+    from fastserve.models.gguf_state_dict import read_state_dict
+    from fastserve.models.transformers_model import load_transformers_model
+
+    state = read_state_dict(file, described, wanted)
+    return load_transformers_model(path, described, wanted, device, max_model_len, state)
+
+
+def _check_dense(path: Path, quantization: str, reason: str) -> None:
+    """Raises ModelError if the weights of a model that transformers' code runs are to be rounded."""
+    if quantization not in ("auto", "none"):
+        raise ModelError(
+            f"quantization: got {quantization!r}; allowed for {path}: auto, none, because transformers' "
+            f"own code runs it ({reason})"
+        )
 
 
 def _load_directory(
@@ -93,7 +109,7 @@ def _load_directory(
 ) -> CausalLM:
     checkpoint = open_checkpoint(path, config)
     decoder_config = DecoderConfig.from_transformers(config)
-    max_position = served_length(path, decoder_config.max_position, max_model_len)
+    max_position = served_length(path, context_length(path), max_model_len)
     own_or_wanted = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
     return load_decoder(
         decoder_config, checkpoint, own_or_wanted, device, max_position, quantization, one_layer_at_a_time

@@ -11,17 +11,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastserve.models.gguf_file import GgufFile
+from fastserve.models.gguf_rope import rope_parameters
+from fastserve.models.lfs_pointer import refuse_lfs_pointer
 from fastserve.models.model_error import ModelError
+from fastserve.models.safetensors_files import tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_CONVERSION = 2
+"""Counts what `gguf_tokenizer` makes of a file: a tokenizer in the cache is used only by the same."""
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+"""What models call the module that embeds token ids."""
 _GGUF_END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -59,8 +67,10 @@ def resolve_tokenizer_directory(model: str | Path) -> Path:
     """
     path = resolve_model_path(str(model))
     if path.is_dir():
+        refuse_lfs_pointer(path / "tokenizer.json")
         return path
-    directory = _cache() / f"{GgufFile(path).header_digest()[:32]}-transformers-{version('transformers')}"
+    made_by = f"{_CONVERSION}-transformers-{version('transformers')}"
+    directory = _cache() / f"{GgufFile(path).header_digest()[:32]}-{made_by}"
     if not directory.is_dir():
         _convert_tokenizer(path, directory)
     return directory
@@ -86,25 +96,66 @@ def eos_token_ids(model: str | Path) -> list[int]:
     return sorted({*named, *_tokenizer_eos(path)})
 
 
-def context_length(model: str | Path) -> int:
-    """Tokens of the longest sequence that the model can be served with. Raises ModelError.
+def model_vocab_size(checkpoint: Path) -> int:
+    """How many token ids the model has: its embedding's rows. An id from here on is none of its tokens, even
+    where its tokenizer has one: fine-tuning often adds a token to the tokenizer alone.
 
-    With LongRoPE (arXiv 2402.13753) that is the length up to which the rotary frequencies stay the same:
-    beyond it they follow the longest sequence of the batch, and one request would alter another's answer.
+    Imports no torch. Raises ModelError if the checkpoint does not say, or says two things.
     """
+    path = resolve_model_path(str(checkpoint))
+    if path.is_file():
+        file = GgufFile(path)
+        if "token_embd.weight" not in file.tensors:
+            raise ModelError(f"{path}: it has no token_embd.weight, which embeds the tokens")
+        return int(file.tensors["token_embd.weight"].shape[1])
+    config = _read_json(path / "config.json")
+    stated = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    embeddings = {
+        name: shape[0]
+        for name, shape in tensor_shapes(path).items()
+        if len(shape) == 2 and f".{name}".endswith(tuple(f".{module}.weight" for module in _EMBEDDINGS))
+    }
+    differing = {name: rows for name, rows in embeddings.items() if rows != stated}
+    if stated is None and len(set(embeddings.values())) == 1:
+        return next(iter(embeddings.values()))
+    if stated is None or differing:
+        found = ", ".join(f"{name} has {rows} rows" for name, rows in differing.items())
+        raise ModelError(
+            f"{path}: config.json's vocab_size is {stated}, but {found or 'no tensor embeds tokens'}"
+        )
+    return int(stated)
+
+
+def context_length(model: str | Path) -> int:
+    """Tokens of the longest sequence that the model can be served with. Raises ModelError."""
     path = resolve_model_path(str(model))
     if path.is_file():
         file = GgufFile(path)
-        length = file.value(f"{file.architecture}.context_length")
-        rope: dict[str, Any] = {}
+        length, rope = file.value(f"{file.architecture}.context_length"), rope_parameters(file)
     else:
         config = read_transformers_config(path).get_text_config()
         length = getattr(config, "max_position_embeddings", None)
         rope = getattr(config, "rope_parameters", None) or {}
     if length is None:
         raise ModelError(f"{path}: it does not say how long a sequence may be")
+    return _rotary_length(length, rope)
+
+
+def _rotary_length(length: int, rope: Mapping[str, Any]) -> int:
+    """The length of a model whose config says `length`, with what its rotary embedding makes of it.
+
+    Linear scaling and YaRN (arXiv 2309.00071) lengthen the original context by their factor. A config may
+    have either the original or the lengthened one as max_position_embeddings: the two agree where it also
+    says the original, and where it does not, max_position_embeddings is that, as transformers documents it.
+
+    With LongRoPE (arXiv 2402.13753) it is the length up to which the frequencies stay the same: beyond it
+    they follow the longest sequence of the batch, and one request would alter another's answer.
+    """
+    original = rope.get("original_max_position_embeddings") or length
     if rope.get("rope_type") == "longrope":
-        return min(length, rope.get("original_max_position_embeddings", length))
+        return min(length, original)
+    if rope.get("rope_type") in ("linear", "yarn"):
+        return max(length, int(original * (rope.get("factor") or 1)))
     return length
 
 
@@ -112,6 +163,7 @@ def read_transformers_config(directory: Path) -> PretrainedConfig:
     """The config of a Hugging Face directory. Raises ModelError."""
     from transformers import AutoConfig
 
+    refuse_lfs_pointer(directory / "config.json")
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -124,6 +176,7 @@ def _tokenizer_eos(directory: Path) -> list[int]:
     name = named["content"] if isinstance(named, dict) else named
     if name is None or not (directory / "tokenizer.json").is_file():
         return []
+    refuse_lfs_pointer(directory / "tokenizer.json")
     from tokenizers import Tokenizer
 
     token = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(name)
@@ -134,6 +187,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """The object in the file; an empty one if there is no such file."""
     if not path.is_file():
         return {}
+    refuse_lfs_pointer(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -159,9 +213,7 @@ def _convert_tokenizer(gguf: Path, directory: Path) -> None:
         command = [sys.executable, "-m", "fastserve.models.gguf_tokenizer", str(gguf), str(unfinished)]
         converted = subprocess.run(command, capture_output=True, text=True)
         if converted.returncode != 0:
-            raise ModelError(
-                f"{gguf}: transformers cannot convert its tokenizer: {converted.stderr.strip()[-500:]}"
-            )
+            raise ModelError(f"{gguf}: its tokenizer cannot be converted: {converted.stderr.strip()[-2000:]}")
         unfinished.rename(directory)
     except OSError:
         # Another process was faster: a directory cannot be renamed onto one that is not empty.

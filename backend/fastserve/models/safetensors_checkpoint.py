@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from fastserve.models.model_error import ModelError
+from fastserve.models.safetensors_files import open_safetensors, weight_files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 PAGES_OF_A_FILE = 64 << 20
 """Bytes: what was read of a mapped file stays in the process's memory until the file is closed."""
+_BODY = ("embed_tokens.", "layers.", "norm.")
+"""How the names of a decoder's tensors begin where it was saved without its head."""
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -26,14 +26,14 @@ class SafetensorsCheckpoint:
     def __init__(self, directory: Path) -> None:
         """Raises ModelError if a file is missing or is no safetensors file."""
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._path_of: dict[str, Path] = {}
+        self._place_of: dict[str, tuple[Path, str]] = {}
         self._dtype_of: dict[str, str] = {}
-        for path in _weight_files(directory):
-            file = _open(path)
+        for path in weight_files(directory):
+            file = open_safetensors(path, "pt")
             names = file.keys()
-            for name in names:
-                tensor = file.get_slice(name)
-                self._path_of[name] = path
+            for stored_name in names:
+                tensor, name = file.get_slice(stored_name), _full_name(stored_name)
+                self._place_of[name] = path, stored_name
                 self.shapes[name] = tuple(tensor.get_shape())
                 self._dtype_of[name] = tensor.get_dtype()
         self._directory = directory
@@ -61,11 +61,11 @@ class SafetensorsCheckpoint:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as the file holds it."""
-        path = self._path_of[name]
+        path, stored_name = self._place_of[name]
         if self._opened is None or self._opened[0] != path or self._bytes_read > PAGES_OF_A_FILE:
             self._opened, self._bytes_read = None, 0
-            self._opened = path, _open(path)
-        tensor = self._opened[1].get_tensor(name)
+            self._opened = path, open_safetensors(path, "pt")
+        tensor = self._opened[1].get_tensor(stored_name)
         self._bytes_read += tensor.nbytes
         return tensor
 
@@ -73,23 +73,6 @@ class SafetensorsCheckpoint:
         """These files hold numbers."""
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if not index.is_file():
-        if not (directory / SINGLE).is_file():
-            raise ModelError(
-                f"{directory}: has neither {SINGLE} nor {INDEX}; FastServe reads safetensors only"
-            )
-        return [directory / SINGLE]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise ModelError(f"{directory}: {INDEX} names files that are not there: {', '.join(missing)}")
-    return [directory / name for name in names]
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ModelError(f"{path}: {error}") from error
+def _full_name(name: str) -> str:
+    """That of the tensor in a model with its head: a checkpoint of the body alone has no prefix."""
+    return f"model.{name}" if name.startswith(_BODY) else name

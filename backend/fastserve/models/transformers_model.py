@@ -8,18 +8,22 @@ two dozen tokens, little beside the loading of the weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fastserve.models.causal_lm import served_length
+from fastserve.models.expert_choices import RecordChoices, RepeatChoices
+from fastserve.models.falcon_attention import use_paged_falcon_attention
 from fastserve.models.kv_cache import KVCaches, KVCacheShapes
 from fastserve.models.model_directory import context_length
 from fastserve.models.model_error import ModelError
 from fastserve.models.paged_interface import ATTENTION, PROBE_BLOCK_SIZE, PagedStep, Probe, running
+from fastserve.models.safetensors_files import open_safetensors, weight_files
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 _PROMPT_LENGTH = 2 * PROBE_BLOCK_SIZE + 5
@@ -42,13 +46,12 @@ class TransformersModel:
         self.dtype = model.dtype
         self.device = model.device
         prompt = _random_prompt(self.vocab_size, self.device)[:max_position]
-        with torch.inference_mode():
+        choices = RecordChoices()
+        with torch.inference_mode(), choices:
             expected = model(input_ids=prompt[None], use_cache=False).logits[0].float()
-        model.set_attn_implementation(ATTENTION)
-        if model.config._attn_implementation != ATTENTION:
-            raise ModelError(f"{type(model).__name__} does not use transformers' attention interface")
+        _use_paged_attention(model)
         self._body, self._given, self._head = _take_apart(model)
-        self._kv_shapes = self._check(prompt, expected, config.num_hidden_layers)
+        self._kv_shapes = self._check(prompt, expected, choices, config.num_hidden_layers)
 
     def kv_cache_shapes(self, num_blocks: int, block_size: int) -> KVCacheShapes:
         """The shapes of each layer's key and value cache."""
@@ -74,9 +77,10 @@ class TransformersModel:
 
     @torch.inference_mode()
     def _check(
-        self, prompt: Tensor, expected: Tensor, num_layers: int
+        self, prompt: Tensor, expected: Tensor, choices: RecordChoices, num_layers: int
     ) -> list[tuple[torch.Size, torch.Size]]:
-        """Computes `prompt` [T] over scattered blocks and compares with the logits `expected` [T, vocab].
+        """Computes `prompt` [T] over scattered blocks and compares with the logits `expected` [T, vocab],
+        where a mixture of experts made `choices`.
 
         In two steps: the first half; the rest, together with the beginning as another sequence.
 
@@ -91,24 +95,37 @@ class TransformersModel:
             return AttentionMetadata.build(query_lens, context_lens, tables, PROBE_BLOCK_SIZE, self.device)
 
         probe = Probe(metadata([first], [first], [table]))
-        tokens = torch.cat((prompt[:beginning], prompt[first:]))
+        positions = torch.arange(length, device=self.device)
+        positions_second = torch.cat((positions[:beginning], positions[first:]))
         try:
-            logits_first = self.logits(self._run(prompt[:first], probe))
+            with RepeatChoices(choices, positions[:first]):
+                logits_first = self.logits(self._run(prompt[:first], probe))
             if len(probe.kv_caches) < num_layers:
                 raise ModelError(f"layer {len(probe.kv_caches)} keeps a state other than keys and values")
             step = PagedStep(
                 metadata([beginning, length - first], [beginning, length], [other_table, table]),
                 probe.kv_caches,
             )
-            logits_second = self.logits(self._run(tokens, step))
+            with RepeatChoices(choices, positions_second):
+                logits_second = self.logits(self._run(prompt[positions_second], step))
         except ModelError:
             raise
         except Exception as error:
             # The modules of some models cannot take our attention or our mask, each in its own way.
             raise ModelError(f"its modules do not run with paged attention: {error!r}") from error
         found = torch.cat((logits_first, logits_second))
-        _compare(found, torch.cat((expected[:first], expected[:beginning], expected[first:])), self.dtype)
+        _compare(found, torch.cat((expected[:first], expected[positions_second])), self.dtype)
         return [(cache.keys.shape[2:], cache.values.shape[2:]) for cache in probe.kv_caches]
+
+
+def _use_paged_attention(model: PreTrainedModel) -> None:
+    """Raises ModelError if the model has its attention in no place where ours could be put."""
+    if model.config.model_type == "falcon":
+        use_paged_falcon_attention(model)
+        return
+    model.set_attn_implementation(ATTENTION)
+    if model.config._attn_implementation != ATTENTION:
+        raise ModelError(f"{type(model).__name__} does not use transformers' attention interface")
 
 
 class _GivenHiddenStates(nn.Module):
@@ -160,21 +177,32 @@ def _compare(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def load_transformers_model(
-    path: Path, config: PretrainedConfig, dtype: torch.dtype | None, device: torch.device, max_model_len: int
+    path: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    max_model_len: int,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> TransformersModel:
-    """Loads the model in a Hugging Face directory; `dtype` None: the checkpoint's own.
+    """Loads a model: of a Hugging Face directory, or of the tensors `state_dict` that a file has.
+
+    `dtype` None: the checkpoint's own.
 
     Raises ModelError if transformers cannot load it, or if it cannot be served through paged attention.
     """
     if config.is_encoder_decoder:
         raise ModelError(f"{path}: an encoder-decoder ({config.model_type}) is not a causal language model")
     max_position = served_length(path, context_length(path), max_model_len)
+    if state_dict is None:
+        for file in weight_files(path):
+            open_safetensors(file, "numpy")
     # The keyword changes the return type, which its annotation does not tell.
-    loader: Any = AutoModelForCausalLM
+    loader: Any = AutoModelForCausalLM if state_dict is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         model, report = loader.from_pretrained(
-            path,
+            path if state_dict is None else None,
             config=config,
+            state_dict=state_dict,
             dtype=dtype or "auto",
             attn_implementation="eager",
             local_files_only=True,
