@@ -63,7 +63,13 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = "auto"
     enable_prefix_caching: Annotated[bool, Meta(description="reuse KV blocks of equal prefixes")] = True
     num_threads: Annotated[int, Meta(ge=0, description="of the worker on a CPU; 0: one per core")] = 0
-    policy: Annotated[Literal["priority_age", "fcfs"], Meta(description="who runs first")] = "priority_age"
+    policy: Annotated[
+        str,
+        Meta(
+            description="who runs first: priority_age, fcfs, or FILE.py:NAME, a class or function of one's "
+            "own that makes a policy of these settings"
+        ),
+    ] = "priority_age"
     alpha: Annotated[float, Meta(ge=0.0, description="score of one step of priority")] = 10.0
     beta: Annotated[float, Meta(gt=0.0, description="score of one second of waiting")] = 1.0
     max_queue_size: Annotated[
@@ -82,6 +88,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ] = 0
 
     def __post_init__(self) -> None:
+        if ":" in self.policy:  # read again by processes that run in other directories
+            msgspec.structs.force_setattr(self, "policy", os.path.abspath(self.policy))
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"`max_num_batched_tokens`: got {self.max_num_batched_tokens}; allowed: at least "

@@ -68,10 +68,11 @@ def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight[-1].shape[0] if out_features is None else out_features)
 
 
-_linears = {
+LINEARS = {
     name: _define(f"{name}(Tensor x, {weight}, Tensor? bias, Tensor? residual) -> Tensor", _fake_linear)
     for name, weight in _WEIGHTS.items()
 }
+"""What multiplies by a weight, by the operator that its format names; `registration` adds to it."""
 # Where a CPU's dense weight lies in oneDNN's blocks, torch's dispatcher takes this key before the CPU's.
 _library.impl("linear", imported_at_first_call("linear", cpu_module), "MkldnnCPU")
 
@@ -133,7 +134,7 @@ def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None, residual: Te
     """
     if x.dim() != 2 or x.shape[1] != weight.in_features:
         raise ValueError(f"x must have shape [T, {weight.in_features}], not {list(x.shape)}")
-    return _linears[weight.operator](x, *weight.arguments, bias, residual)
+    return LINEARS[weight.operator](x, *weight.arguments, bias, residual)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -27,6 +27,10 @@ class Prepared:
     """K."""
 
 
+ARRANGEMENTS: dict[str, Callable[[Weight, torch.dtype], Prepared]] = {}
+"""Those of the formats that `registration` was told of, by their operator."""
+
+
 def prepare(weight: Weight, device: torch.device | str, dtype: torch.dtype) -> Prepared:
     """Arranges a weight for activations of this dtype on this device; the weight itself stays as it is.
 
@@ -41,6 +45,8 @@ def prepare(weight: Weight, device: torch.device | str, dtype: torch.dtype) -> P
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, not {name_of(dtype)}")
     operator = weight.operator
+    if operator in ARRANGEMENTS:
+        return ARRANGEMENTS[operator](weight.to(device), dtype)
     if device.type == "cpu":
         kind = "dense" if operator == "linear" else operator.removeprefix("linear_")
         arrange: Callable[..., Prepared] = getattr(cpu_module("linear"), f"prepare_{kind}")

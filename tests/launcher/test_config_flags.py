@@ -61,8 +61,8 @@ def test_a_value_out_of_range_is_refused_by_the_name_of_its_flag(words: list[str
 
 def test_a_choice_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parsed("--policy", "random")
-    assert "--policy" in capsys.readouterr().err
+        parsed("--dtype", "random")
+    assert "--dtype" in capsys.readouterr().err
 
 
 def test_the_config_survives_the_file_between_launcher_and_models() -> None:

@@ -13,6 +13,7 @@ from fastserve.config import Config
 from fastserve.config_flags import add_config_flags, config_from
 from fastserve.model_files import locate
 from fastserve.models.model_error import ModelError
+from fastserve.scheduling.policies import make_policy
 from fastserve.triton_server.command_line import ServerOptions
 from fastserve.triton_server.installation import EMBEDDED
 from fastserve.triton_server.launcher import Server
@@ -67,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves. Raises ConfigError for a setting that cannot be, StartError when the server cannot run."""
-    server = Server(_with_model_on_disk(config_from(arguments)), _options(arguments))
+    config = config_from(arguments)
+    make_policy(config)  # what cannot be imported is refused here, not by a step of a server that is starting
+    server = Server(_with_model_on_disk(config), _options(arguments))
     server.start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.ask_stop())

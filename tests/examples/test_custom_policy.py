@@ -1,0 +1,55 @@
+"""A policy in one file decides who runs, with no change to any other file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastserve import Model, ModelServer
+from fastserve.config import Config
+from fastserve.errors import RequestError
+from fastserve.scheduling.policies import make_policy
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+OWN = Config(policy=f"{EXAMPLES}/custom_policy.py:earliest_deadline_first", alpha=8.0)
+POLICY = make_policy(OWN)
+priorities = st.integers(-(2**31), 2**31 - 1)
+
+
+@given(priorities, priorities, st.floats(0.0, 1e6), st.floats(0.0, 1e6))
+def test_nobody_is_overtaken_by_who_came_after_its_deadline(
+    priority: int, other: int, arrival: float, later: float
+) -> None:
+    deadline = -POLICY.key(priority, arrival)
+    if POLICY.key(other, arrival + later) > POLICY.key(priority, arrival):
+        assert arrival + later <= deadline
+
+
+def test_it_prints_the_order_of_each_policy() -> None:
+    program = [sys.executable, str(EXAMPLES / "custom_policy.py")]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    orders = dict(line.split(": ") for line in done.stdout.splitlines())
+    assert list(orders) == ["fcfs", "priority_age", "earliest_deadline_first"]
+    assert orders["earliest_deadline_first"] == "chat, form, second form, batch job, late chat"
+    assert len(set(orders.values())) == 3
+
+
+def test_the_engine_preempts_by_it(model: Model) -> None:
+    with ModelServer(model) as server:
+        patient = server.submit("One, two,", priority=-3, max_tokens=400, temperature=0, ignore_eos=True)
+        next(iter(patient))  # it has the only place
+        urgent = server.submit("The capital of France is", priority=3, max_tokens=8, temperature=0)
+        assert "Paris" in urgent.result(timeout=60)
+        patient.cancel()
+        with pytest.raises(RequestError, match="cancel"):  # had it kept its place, it would have ended
+            patient.result(timeout=60)
+
+
+@pytest.mark.parametrize("priority", [-(2**31), 2**31 - 1])
+def test_every_priority_has_a_finite_key(priority: int) -> None:
+    assert abs(POLICY.key(priority, 0.0)) < 1e5

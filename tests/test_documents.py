@@ -1,0 +1,43 @@
+"""What the documents name is there, and what they promise of the code holds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    "client/README.md",
+    "findings/README.md",
+]
+PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:md|toml))`")
+"""A file or folder in code quotes."""
+ROOTS = (".", "docs", "backend", "backend/fastserve", "kernels", "kernels/fastserve_kernels", "client")
+MADE = {"load_tests/report.html", "build/", "dist/"}
+"""Those that a command leaves."""
+
+
+def sources() -> list[Path]:
+    return [path for folder in ("backend", "kernels", "client") for path in (PROJECT / folder).rglob("*.py")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_are_there(document: str) -> None:
+    text = (PROJECT / document).read_text()
+    roots = [(PROJECT / document).parent, *(PROJECT / root for root in ROOTS)]
+    names = set(PATH.findall(text)) - MADE
+    assert [name for name in sorted(names) if not any((root / name).exists() for root in roots)] == []
+
+
+def test_nothing_is_unpickled_and_no_code_of_a_model_is_run() -> None:
+    for path in sources():
+        text = path.read_text()
+        assert not re.search(r"trust_remote_code=(?!False)|\bimport (?:pickle|dill|joblib)\b", text), path
+        for call in re.findall(r"torch\.load\(.*?\)\)?", text):
+            assert "weights_only=True" in call, path
