@@ -77,7 +77,7 @@ class OutputOptions(Struct, frozen=True):
     num_output_tokens: bool = False
 
 
-class Request(Struct, frozen=True):
+class Request(Struct, frozen=True, tag=True):
     """A validated, tokenised request. `preprocess` makes it; nothing after changes it."""
 
     uid: str
@@ -101,6 +101,12 @@ class Request(Struct, frozen=True):
     def priority_label(self) -> int:
         """The priority in metrics: clients choose priorities freely, but labels must stay few."""
         return max(-100, min(100, self.priority))
+
+
+class Accepted(Struct, frozen=True, tag=True):
+    """From `scheduler`, in front of the request that it releases later: it waits in the queue."""
+
+    uid: str
 
 
 class Room(Struct, frozen=True):
@@ -142,6 +148,14 @@ class Cancel(Struct, frozen=True, tag=True):
     outcome: Outcome
     index: int | None = None
     """Only that sequence of the request (one of `n`); None: all."""
+
+
+class CancelById(Struct, frozen=True):
+    """To `engine`: stop the requests of that client's id which came before that time."""
+
+    request_id: str
+    time: float
+    """When the client said so."""
 
 
 class Shutdown(Struct, frozen=True, tag=True):
@@ -228,6 +242,6 @@ def encode(message: Any) -> bytes:
     return _encoder.encode(message)
 
 
-def decode(data: bytes, as_type: type[T]) -> T:
+def decode(data: bytes | memoryview, as_type: type[T]) -> T:
     """The message in `data`. Raises msgspec.DecodeError or msgspec.ValidationError."""
     return msgspec.msgpack.decode(data, type=as_type)

@@ -2,7 +2,7 @@
 
     request in -> worker ... StepOutput -> RequestOutput out, at most one per `stream_interval_ms` and request
 
-Two more inputs come from elsewhere: `cancel`, the uid or the client's id of a request that shall stop, and
+More inputs come from elsewhere: `stop` and `cancel`, a uid or client's id whose request shall end, and
 `hold` (see `Readiness`). The room there is goes to `scheduler`.
 """
 
@@ -19,21 +19,24 @@ import triton_python_backend_utils as pb_utils
 
 from fastserve.config import read_config
 from fastserve.engine.worker import FromWorker, Worker
-from fastserve.errors import ErrorCode
+from fastserve.errors import ErrorCode, RequestError
 from fastserve.model_files import locate
 from fastserve.triton_server.metrics import EngineMetrics
 from fastserve.triton_server.readiness import Readiness
 from fastserve.triton_server.relay import Relay
 from fastserve.triton_server.room import RoomTeller
-from fastserve.triton_server.tensors import FINAL, message_of, text_of
+from fastserve.triton_server.tensors import FINAL, error_response, message_of, message_tensor
 from fastserve.types import (
+    Accepted,
     Add,
     Cancel,
+    CancelById,
     EngineStats,
     Failure,
     Outcome,
     Ready,
     Request,
+    RequestOutput,
 )
 
 logger = logging.getLogger(__name__)
@@ -91,27 +94,37 @@ class EngineStep:
     def execute(self, requests: list[Any]) -> None:
         with self._lock:
             for triton_request in requests:
-                self._dispatch(triton_request, triton_request.get_response_sender())
+                sender = triton_request.get_response_sender()
+                try:
+                    self._dispatch(triton_request, sender)
+                except RequestError as error:
+                    sender.send(error_response(error), flags=FINAL)
             self._room.open()
             self._tell_room()
 
     def _dispatch(self, triton_request: Any, sender: Any) -> None:
-        request = message_of(triton_request, "request", Request)
-        if request is not None:
-            self._take(request, sender, triton_request.is_cancelled())
+        released: Request | Accepted | None = message_of(triton_request, "released", Request | Accepted)  # type: ignore[arg-type]
+        if isinstance(released, Accepted):
+            accepted = message_tensor("output", RequestOutput(released.uid, []))
+            sender.send(pb_utils.InferenceResponse(output_tensors=[accepted]), flags=FINAL)
             return
-        if pb_utils.get_input_tensor_by_name(triton_request, "hold") is not None:
+        if released is not None:
+            self._take(released, sender, triton_request.is_cancelled())
+            return
+        if message_of(triton_request, "hold", str) is not None:
             self._readiness.hold(sender)
             return
         stop = message_of(triton_request, "stop", Cancel)
         if stop is not None:
             self._worker.send(stop)
-        cancel = text_of(triton_request, "cancel")
-        if cancel:
-            self._cancel(cancel)
+        cancel = message_of(triton_request, "cancel", CancelById)
+        if cancel is not None:
+            self._cancel(cancel.request_id)
         sender.send(flags=FINAL)
 
     def _take(self, request: Request, sender: Any, is_cancelled: bool) -> None:
+        if request.uid in self._relays:
+            raise RequestError("`released`: got a request that is served already; allowed: a new one")
         self._received += 1
         relay = Relay(request, sender, request.sampling.n)
         if is_cancelled or self._cancelled.pop(request.request_id, self) is None:

@@ -59,11 +59,11 @@ class PostprocessStep:
 
     def execute(self, requests: list[Any]) -> None:
         for triton_request in requests:
-            output = message_of(triton_request, "output", RequestOutput)
-            if output is None:
-                raise pb_utils.TritonModelException("`output`: absent")
             sender = triton_request.get_response_sender()
             try:
+                output = message_of(triton_request, "output", RequestOutput)
+                if output is None:
+                    raise RequestError("`output`: absent")
                 response = self._push(output, triton_request.is_cancelled())
             except RequestError as error:
                 sender.send(error_response(error), flags=FINAL)
@@ -75,6 +75,8 @@ class PostprocessStep:
 
     def _push(self, output: RequestOutput, is_cancelled: bool) -> list[pb_utils.Tensor] | None:
         """The tensors of the response to this output, if any. Raises RequestError for one that failed."""
+        if not output.outputs:
+            return [strings("text_output", [""])]  # the request has been accepted; nothing has come of it yet
         now = time.monotonic()
         conversation = self._conversation(output, now)
         if is_cancelled and not conversation.is_gone and not output.final:
@@ -92,6 +94,8 @@ class PostprocessStep:
     def _conversation(self, output: RequestOutput, now: float) -> _Conversation:
         request = output.request
         if request is None:
+            if output.uid not in self._conversations:
+                raise RequestError("`output`: got tokens of a request that has ended")
             return self._conversations[output.uid]
         conversation = _Conversation(request, Postprocessor(self._tokenizer), now)
         self._conversations[output.uid] = conversation

@@ -16,7 +16,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from fastserve.errors import RequestError
-from fastserve.triton_server.tensors import FINAL, call, strings
+from fastserve.triton_server.tensors import FINAL, call, message_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Readiness:
     @staticmethod
     def _send_request_to_hold() -> None:
         try:
-            call(MODEL, [strings("hold", ["until the worker is back"])])
+            call(MODEL, [message_tensor("hold", "until the worker is back")])
         except RequestError as error:
             logger.error("readiness: %s", error)
 

@@ -19,8 +19,9 @@ from fastserve.errors import ErrorCode, RequestError
 from fastserve.scheduling.admission import Admission
 from fastserve.scheduling.policies import make_policy
 from fastserve.triton_server.metrics import QueueMetrics
+from fastserve.triton_server.secret import is_forwarded_id
 from fastserve.triton_server.tensors import FINAL, error_response, message_of, message_tensor
-from fastserve.types import Outcome, Request, Room
+from fastserve.types import Accepted, Outcome, Request, Room
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +44,24 @@ class SchedulerStep:
     def execute(self, requests: list[Any]) -> None:
         with self._changed:
             for triton_request in requests:
-                room = message_of(triton_request, "room", Room)
-                if room is not None:
-                    self._admission.update(room)
-                    triton_request.get_response_sender().send(flags=FINAL)
-                request = message_of(triton_request, "request", Request)
-                if request is not None:
-                    self._enqueue(request, triton_request.get_response_sender())
+                sender = triton_request.get_response_sender()
+                try:
+                    self._take(triton_request, sender)
+                except RequestError as error:
+                    sender.send(error_response(error), flags=FINAL)
             self._release(time.monotonic())
             self._changed.notify()
+
+    def _take(self, triton_request: Any, sender: Any) -> None:
+        room = message_of(triton_request, "room", Room)
+        request = message_of(triton_request, "request", Request)
+        if room is not None:
+            self._admission.update(room)
+            sender.send(flags=FINAL)
+        elif request is None or request.uid in self._senders:
+            raise RequestError("`request`: got none, or one that waits already; allowed: a new one")
+        else:
+            self._enqueue(request, sender)
 
     def _enqueue(self, request: Request, sender: Any) -> None:
         try:
@@ -61,11 +71,15 @@ class SchedulerStep:
             sender.send(error_response(error), flags=FINAL)
             return
         self._senders[request.uid] = sender
+        if is_forwarded_id(request.request_id):
+            # A model that forwards a request holds one of a few threads of the server until a first response.
+            accepted = message_tensor("released", Accepted(request.uid))
+            sender.send(pb_utils.InferenceResponse(output_tensors=[accepted]))
 
     def _release(self, now: float) -> None:
         for request in self._admission.release(now):
             self._metrics.wait.observe(now - request.arrival, request.priority_label)
-            response = pb_utils.InferenceResponse(output_tensors=[message_tensor("request", request)])
+            response = pb_utils.InferenceResponse(output_tensors=[message_tensor("released", request)])
             self._senders.pop(request.uid).send(response, flags=FINAL)
         for priority, count in self._admission.waiting_by_priority().items():
             self._metrics.waiting.set(count, priority)
