@@ -104,7 +104,7 @@ class Request(Struct, frozen=True, tag=True):
 
 
 class Accepted(Struct, frozen=True, tag=True):
-    """From `scheduler`, in front of the request that it releases later: it waits in the queue."""
+    """From `scheduler`, in front of a forwarded request that it releases later: it waits in the queue."""
 
     uid: str
 
@@ -135,6 +135,30 @@ class Outcome(str, Enum):
     ERROR = "error"
 
 
+class Failure(Struct, frozen=True):
+    """Why a request ended without an answer."""
+
+    code: str
+    """An `ErrorCode`."""
+    message: str
+
+
+class Refused(Struct, frozen=True, tag=True):
+    """From `scheduler`: a forwarded request whose time in the queue has passed.
+
+    Its failure goes the way of an answer: between models, Triton server 2.51 loses an error that follows
+    a response, and `Accepted` was one.
+    """
+
+    request: Request
+    outcome: Outcome
+    failure: Failure
+
+
+Released: Any = Request | Accepted | Refused
+"""From `scheduler` to `engine`."""
+
+
 class Add(Struct, frozen=True, tag=True):
     """To the worker: serve this."""
 
@@ -160,14 +184,6 @@ class CancelById(Struct, frozen=True):
 
 class Shutdown(Struct, frozen=True, tag=True):
     """To the worker: leave."""
-
-
-class Failure(Struct, frozen=True):
-    """Why a request ended without an answer."""
-
-    code: str
-    """An `ErrorCode`."""
-    message: str
 
 
 class SequenceOutput(Struct, frozen=True):

@@ -65,7 +65,7 @@ class GrpcTransport:
         messages = iter([request.to_grpc(timeout)])
         return GrpcCall(self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=self._metadata))
 
-    def is_ready(self, timeout: float) -> bool:
+    def is_ready(self, timeout: float | None) -> bool:
         try:
             request = service_pb2.ServerReadyRequest()
             return self._stub.ServerReady(request, timeout=timeout, metadata=self._metadata).ready
@@ -114,7 +114,7 @@ class AsyncGrpcTransport:
         messages = iter([request.to_grpc(timeout)])
         return AsyncGrpcCall(self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=self._metadata))
 
-    async def is_ready(self, timeout: float) -> bool:
+    async def is_ready(self, timeout: float | None) -> bool:
         try:
             request = service_pb2.ServerReadyRequest()
             return (await self._stub.ServerReady(request, timeout=timeout, metadata=self._metadata)).ready

@@ -27,7 +27,6 @@ from fastserve.triton_server.relay import Relay
 from fastserve.triton_server.room import RoomTeller
 from fastserve.triton_server.tensors import FINAL, error_response, message_of, message_tensor
 from fastserve.types import (
-    Accepted,
     Add,
     Cancel,
     CancelById,
@@ -35,6 +34,8 @@ from fastserve.types import (
     Failure,
     Outcome,
     Ready,
+    Refused,
+    Released,
     Request,
     RequestOutput,
 )
@@ -103,13 +104,16 @@ class EngineStep:
             self._tell_room()
 
     def _dispatch(self, triton_request: Any, sender: Any) -> None:
-        released: Request | Accepted | None = message_of(triton_request, "released", Request | Accepted)  # type: ignore[arg-type]
-        if isinstance(released, Accepted):
-            accepted = message_tensor("output", RequestOutput(released.uid, []))
-            sender.send(pb_utils.InferenceResponse(output_tensors=[accepted]), flags=FINAL)
+        released = message_of(triton_request, "released", Released)
+        if isinstance(released, Request):
+            self._take(released, sender, triton_request.is_cancelled())
+            return
+        if isinstance(released, Refused):
+            Relay(released.request, sender, 1).fail(released.outcome, released.failure)
             return
         if released is not None:
-            self._take(released, sender, triton_request.is_cancelled())
+            accepted = message_tensor("output", RequestOutput(released.uid, []))
+            sender.send(pb_utils.InferenceResponse(output_tensors=[accepted]), flags=FINAL)
             return
         if message_of(triton_request, "hold", str) is not None:
             self._readiness.hold(sender)

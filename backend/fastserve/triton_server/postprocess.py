@@ -20,10 +20,12 @@ from fastserve.errors import RequestError
 from fastserve.model_files import load_tokenizer, locate
 from fastserve.text.postprocessor import Postprocessor, Response
 from fastserve.triton_server.metrics import ResponseMetrics
+from fastserve.triton_server.secret import is_forwarded_id
 from fastserve.triton_server.tensors import (
     FINAL,
     call,
     error_response,
+    failure_tensors,
     message_of,
     message_tensor,
     numbers,
@@ -86,7 +88,12 @@ class PostprocessStep:
         if output.final:
             del self._conversations[output.uid]
             self._observe_end(conversation, output, now)
-        response = conversation.postprocessor.push(output)
+        try:
+            response = conversation.postprocessor.push(output)
+        except RequestError as error:
+            if not is_forwarded_id(conversation.request.request_id):
+                raise
+            return failure_tensors(error)
         for index in conversation.postprocessor.newly_stopped:
             self._stops.put(Cancel(output.uid, Outcome.STOP, index))
         return None if response is None else _tensors(response, conversation.request.output)

@@ -21,7 +21,7 @@ from fastserve.scheduling.policies import make_policy
 from fastserve.triton_server.metrics import QueueMetrics
 from fastserve.triton_server.secret import is_forwarded_id
 from fastserve.triton_server.tensors import FINAL, error_response, message_of, message_tensor
-from fastserve.types import Accepted, Outcome, Request, Room
+from fastserve.types import Accepted, Failure, Outcome, Refused, Request, Room
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +95,15 @@ class SchedulerStep:
 
     def _expire(self, now: float) -> None:
         for request in self._admission.expire(now):
-            self._metrics.requests.add(1, Outcome.TIMEOUT.value)
-            error = RequestError(
-                f"no room within {now - request.arrival:.1f} s, the request's limit in the queue",
-                ErrorCode.UNAVAILABLE,
-            )
-            self._senders.pop(request.uid).send(error_response(error), flags=FINAL)
+            message = f"no room within {now - request.arrival:.1f} s, the request's limit in the queue"
+            if is_forwarded_id(request.request_id):
+                failure = Failure(ErrorCode.UNAVAILABLE.value, message)
+                refused = message_tensor("released", Refused(request, Outcome.TIMEOUT, failure))
+                response = pb_utils.InferenceResponse(output_tensors=[refused])
+            else:
+                self._metrics.requests.add(1, Outcome.TIMEOUT.value)
+                response = error_response(RequestError(message, ErrorCode.UNAVAILABLE))
+            self._senders.pop(request.uid).send(response, flags=FINAL)
 
     def finalize(self) -> None:
         with self._changed:

@@ -72,6 +72,15 @@ def error_response(error: Exception) -> pb_utils.InferenceResponse:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(with_code(error), _CODES[error.code]))
 
 
+FAILED = "error"
+"""As `finish_reason`, to `fastserve_infer` only: the text is the error, with its code."""
+
+
+def failure_tensors(error: RequestError) -> list[pb_utils.Tensor]:
+    """An error as data, for a request that was forwarded: there, 2.51 loses an error after a response."""
+    return [strings("text_output", [with_code(error)]), strings("finish_reason", [FAILED])]
+
+
 def call(model: str, inputs: list[pb_utils.Tensor], request_id: str = "") -> list[pb_utils.InferenceResponse]:
     """Sends a request to another model of this server and waits for all its responses.
 
