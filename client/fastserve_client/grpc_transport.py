@@ -26,8 +26,9 @@ CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     # gRPC's own waits before it connects again (1 s, growing to 120 s) would outlast all our retries.
+    # `min_reconnect_backoff_ms` stays at its 20 s: it is also the time in which a connection must come about,
+    # and a busy machine needs seconds.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 STATUS_CODES = {"INVALID_ARGUMENT": "INVALID_ARG", "UNIMPLEMENTED": "UNSUPPORTED"}

@@ -36,7 +36,7 @@ READY_PATH = "/v2/health/ready"
 PIECE = 65536
 """Bytes read at once, at most."""
 CANCEL_TIMEOUT = 2.0
-"""Seconds that leaving a call may take."""
+"""Seconds that leaving a call waits for an answer; the server acts on what was sent, however late."""
 
 
 class HttpCall:
