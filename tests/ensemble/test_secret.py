@@ -107,3 +107,37 @@ def test_the_scheduler_refuses_an_imitation_and_serves_what_came_with_it(pb_util
     (released,) = good.sender.outputs("released")
     assert read_message("released", released[0], Request) == real
     step.finalize()
+
+
+def test_a_forwarded_request_is_accepted_at_once_and_fails_in_the_queue_as_data(
+    pb_utils: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastserve.triton_server.scheduler import SchedulerStep
+    from fastserve.triton_server.tensors import message_tensor, read_message
+    from fastserve.types import OutputOptions, Refused, Released, Request, SamplingParams
+
+    (tmp_path / "config.json").write_text('{"max_queue_seconds": 0.01}')
+    monkeypatch.setenv("FASTSERVE_CONFIG", str(tmp_path / "config.json"))
+    step = SchedulerStep()
+    step.initialize({})
+    requests = []
+    for uid in ("first", "second"):  # there is room for one
+        request = Request(
+            uid, secret.forwarded_id(), "", [1], SamplingParams(), OutputOptions(), 0, "", 0.0, None
+        )
+        requests.append(pb_utils.InferenceRequest(inputs=[message_tensor("request", request)]))
+    step.execute(requests)
+    released = []
+    for request in requests:
+        request.sender.wait()
+        assert request.sender.error is None
+        released.append(
+            [read_message("released", each[0], Released) for each in request.sender.outputs("released")]
+        )
+    step.finalize()
+    assert released[0][0] == Accepted("first")
+    assert isinstance(released[0][1], Request)
+    assert released[1][0] == Accepted("second")
+    assert isinstance(released[1][1], Refused)
+    assert (released[1][1].outcome, released[1][1].failure.code) == (Outcome.TIMEOUT, "UNAVAILABLE")
+    assert pb_utils.server.metric("fastserve_requests_total", outcome="timeout") == 0  # `postprocess` counts
