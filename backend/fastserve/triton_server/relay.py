@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +42,19 @@ class Relay:
         return self.last_sent is None or self.is_final or now - self.last_sent >= interval
 
     def send(self, now: float) -> None:
-        request = self.request if self.last_sent is None else None
-        output = RequestOutput(self.request.uid, self.pending, request, self.is_final)
-        response = pb_utils.InferenceResponse(output_tensors=[message_tensor("output", output)])
-        self.sender.send(response, flags=FINAL if self.is_final else 0)
+        # A failure goes alone: `postprocess` answers it with an error, and what came before is to arrive too.
+        before = list(itertools.takewhile(lambda output: output.failure is None, self.pending))
+        if 0 < len(before) < len(self.pending):
+            self._send(before, False, now)
+            self.pending = self.pending[len(before) :]
+        self._send(self.pending, self.is_final, now)
         self.pending = []
+
+    def _send(self, outputs: list[SequenceOutput], final: bool, now: float) -> None:
+        request = self.request if self.last_sent is None else None
+        output = RequestOutput(self.request.uid, outputs, request, final)
+        response = pb_utils.InferenceResponse(output_tensors=[message_tensor("output", output)])
+        self.sender.send(response, flags=FINAL if final else 0)
         self.last_sent = now
 
     def fail(self, outcome: Outcome, failure: Failure) -> None:
