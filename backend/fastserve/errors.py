@@ -52,3 +52,10 @@ def invalid(field: str, came: object, allowed: str) -> RequestError:
     except ValueError:  # Python writes no integer of more than 4300 digits
         shown = "a huge integer"
     return RequestError(f"`{field}`: got {shown}; allowed: {allowed}")
+
+
+def prompt_too_long(num_tokens: int, max_model_len: int) -> RequestError:
+    """The error for a prompt that leaves no room for an answer in the model's length or its KV cache."""
+    return RequestError(
+        f"prompt: got {num_tokens} tokens; allowed: at most {max_model_len - 1} (model length and KV cache)"
+    )

@@ -99,8 +99,8 @@ class Request(Struct, frozen=True, tag=True):
 
     @property
     def priority_label(self) -> int:
-        """The priority in metrics: clients choose priorities freely, but labels must stay few."""
-        return max(-100, min(100, self.priority))
+        """The priority in metrics, from -10 to 10: clients choose freely, but labels must stay few."""
+        return max(-10, min(10, self.priority))
 
 
 class Accepted(Struct, frozen=True, tag=True):
@@ -118,10 +118,16 @@ class Room(Struct, frozen=True):
     """Grows; an older message than the last one seen is dropped."""
     received: int
     """Requests that have reached the engine since the server started and that `free_slots` accounts for."""
+    arrived: int
+    """Requests that have reached the engine at all: a long step leaves `received` behind."""
     free_slots: int
     """Sequences that could still be added to the batch; below zero when some wait in the worker."""
     lowest_key: float | None
     """The policy key of the lowest sequence that holds a slot: one above it may displace it."""
+    time: float
+    """When the engine said so; 0: it has said nothing yet."""
+    max_model_len: int | None = None
+    """Tokens of prompt and answer that the model and its KV cache can hold; None: not known yet."""
 
 
 class Outcome(str, Enum):
@@ -175,11 +181,24 @@ class Cancel(Struct, frozen=True, tag=True):
 
 
 class CancelById(Struct, frozen=True):
-    """To `engine`: stop the requests of that client's id which came before that time."""
+    """To `engine`: stop the client's requests of this id that had arrived by then. Later ones live."""
 
     request_id: str
     time: float
-    """When the client said so."""
+    """When the cancel came."""
+
+
+class Hold(Struct, frozen=True, tag=True):
+    """To `engine`: answer this request when the server may be ready again (see `Readiness`)."""
+
+
+class Health(Struct, frozen=True, tag=True):
+    """To `engine` from another step: whether a thread of it works."""
+
+    source: str
+    """The step."""
+    problem: str | None
+    """A sentence; None: it works again."""
 
 
 class Shutdown(Struct, frozen=True, tag=True):

@@ -246,7 +246,15 @@ def test_what_the_steps_say_to_one_another_is_refused_from_a_client(
         stream = client.stream(PROMPT, request_id="good", max_tokens=64, ignore_eos=True)
         next(iter(stream))
         messages: dict[str, Any] = {
-            "room": Room(incarnation="x", serial=10**9, received=0, free_slots=-(10**6), lowest_key=None),
+            "room": Room(
+                incarnation="x",
+                serial=10**9,
+                received=0,
+                arrived=0,
+                free_slots=-(10**6),
+                lowest_key=None,
+                time=0.0,
+            ),
             "cancel": CancelById("good", 1e12),
             "stop": Cancel("good", Outcome.CANCELLED),
         }

@@ -83,12 +83,12 @@ def check_stops(text: str, sampling: dict[str, Any]) -> None:
 
 
 def test_a_stop_string_ends_the_computation(server: Any, client: Client) -> None:
-    before = server.metrics()["fastserve_generation_tokens_total"]
+    before = server.metrics()['fastserve_generation_tokens_total{tenant=""}']
     answer = client.generate("1, 2, 3, 4,", temperature=0, max_tokens=3000, stop=["9"], ignore_eos=True)
     assert answer.finish_reason == "stop"
     assert "9" not in answer.text
     server.wait_until_idle(2)
-    computed = server.metrics()["fastserve_generation_tokens_total"] - before
+    computed = server.metrics()['fastserve_generation_tokens_total{tenant=""}'] - before
     assert computed < 300
 
 

@@ -31,3 +31,14 @@ def pb_utils() -> Iterator[Any]:
     for name in set(sys.modules) - before:
         if name == NAME or name.startswith(STEPS):
             del sys.modules[name]
+            package, _, attribute = name.rpartition(".")
+            if package:
+                delattr(sys.modules[package], attribute)  # or `from package import attribute` finds it there
+
+
+@pytest.fixture
+def short_shared_memory(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is free in `/dev/shm`, the steps find it little."""
+    from fastserve.triton_server import final_response
+
+    monkeypatch.setattr(final_response, "SHORT_BYTES", 1 << 62)

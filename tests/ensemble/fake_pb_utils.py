@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -72,25 +73,30 @@ class InferenceResponse:
 
 
 class ResponseSender:
-    """Records what is sent. `fail` is called before each response; it may raise, as a full /dev/shm does."""
+    """Records what is sent. `fail` is called before each response; it may raise, as a full /dev/shm does.
+
+    As in 2.51, one whose final response has failed takes no more, and its client waits for ever.
+    """
 
     def __init__(self) -> None:
         self.responses: list[InferenceResponse] = []
         """Without those that carry only the final flag."""
         self.is_final = False
+        self._is_closed = False
         self.fail: Callable[[InferenceResponse | None, int], None] = lambda response, flags: None
         self._changed = threading.Condition()
 
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
-        if self.is_final:
-            raise TritonModelException("a response after the final one")
+        if self._is_closed:
+            raise TritonModelException("the response sender has been closed")
         if response is None and not flags:
             raise TritonModelException("neither a response nor a flag")
+        self._is_closed = bool(flags & TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         self.fail(response, flags)
         with self._changed:
             if response is not None:
                 self.responses.append(response)
-            self.is_final = bool(flags & TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self.is_final = self._is_closed
             self._changed.notify_all()
 
     def wait(self, holds: Callable[[ResponseSender], bool] = lambda sender: sender.is_final) -> None:
@@ -184,24 +190,28 @@ class _Metric:
         self.num_calls = 0
 
     def increment(self, amount: float) -> None:
-        self._called()
-        self.number += amount
+        with self._told():
+            self.number += amount
 
     def set(self, value: float) -> None:
-        self._called()
-        self.number = value
+        with self._told():
+            self.number = value
 
     def observe(self, value: float) -> None:
-        self._called()
-        self.observed.append(value)
+        with self._told():
+            self.observed.append(value)
 
     def value(self) -> float:
         return sum(self.observed) if self.observed else self.number
 
-    def _called(self) -> None:
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         self.num_calls += 1
         if self._name in server.failing_metrics:
             raise TritonModelException(f"{self._name}: no shared memory")
+        with server.changed:
+            yield
+            server.changed.notify_all()
 
 
 class MetricKind(Enum):
@@ -242,23 +252,23 @@ class FakeServer:
         self.metrics: dict[str, list[_Metric]] = {}
         self.loads: list[tuple[str, str]] = []
         """("load" or "unload", model), in their order."""
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()
 
     def sent(self, request: InferenceRequest) -> Iterable[InferenceResponse]:
-        with self._changed:
+        with self.changed:
             self.requests.append(request)
-            self._changed.notify_all()
+            self.changed.notify_all()
         return self.answer(request)
 
     def wait(self, holds: Callable[[FakeServer], bool]) -> None:
-        """Waits until the server is so, looking whenever a request is sent or a model is (un)loaded."""
-        with self._changed:
-            assert self._changed.wait_for(lambda: holds(self), WAIT_SECONDS), "it did not come to that"
+        """Waits until the server is so, looking at each request, (un)load and change of a metric."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: holds(self), WAIT_SECONDS), "it did not come to that"
 
     def loaded(self, what: str, model: str) -> None:
-        with self._changed:
+        with self.changed:
             self.loads.append((what, model))
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of a metric by its labels (without `model`); 0 where it was never touched."""

@@ -12,14 +12,14 @@ import pytest
 
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.triton_server import secret
-from fastserve.types import Accepted, Cancel, CancelById, Outcome, RequestOutput, Room, encode
+from fastserve.types import Accepted, Cancel, CancelById, Hold, Outcome, RequestOutput, Room, encode
 
-ROOM = Room(incarnation="x", serial=10**9, received=0, free_slots=10**6, lowest_key=None)
+ROOM = Room(incarnation="x", serial=10**9, received=0, arrived=0, free_slots=10**6, lowest_key=None, time=0.0)
 UNSIGNED: dict[str, Any] = {
     "room": ROOM,
     "stop": Cancel("uid", Outcome.CANCELLED),
     "cancel": CancelById("id", 0.0),
-    "hold": "until the worker is back",
+    "hold": Hold(),
     "released": Accepted("uid"),
     "output": RequestOutput("uid", [], final=True),
 }
@@ -103,7 +103,7 @@ def test_the_scheduler_refuses_an_imitation_and_serves_what_came_with_it(pb_util
     step.execute([*forged, good])
     for request in forged:
         assert request.sender.is_final
-        assert request.sender.error.message().startswith("INVALID_ARG: `r")
+        assert request.sender.error.message().startswith("INVALID_ARG: `")
     (released,) = good.sender.outputs("released")
     assert read_message("released", released[0], Request) == real
     step.finalize()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,9 +41,17 @@ def an_admission(*requests: Request, max_queue_size: int = 100, max_queue_second
 
 
 def a_room(
-    serial: int, free_slots: int, received: int = 0, lowest_key: float | None = None, incarnation: str = "a"
+    serial: int,
+    free_slots: int,
+    received: int = 0,
+    lowest_key: float | None = None,
+    incarnation: str = "a",
+    arrived: int | None = None,
+    time: float = 1.0,
 ) -> Room:
-    return Room(incarnation, serial, received, free_slots, lowest_key)
+    return Room(
+        incarnation, serial, received, received if arrived is None else arrived, free_slots, lowest_key, time
+    )
 
 
 def uids(requests: list[Request]) -> list[str]:
@@ -119,14 +128,75 @@ def test_a_new_incarnation_replaces_the_numbers_for_good() -> None:
     assert admission.release(0.0) == []
 
 
-def test_a_lost_request_gives_its_room_back() -> None:
+def test_a_request_lost_before_the_engine_has_spoken_is_given_up_in_time() -> None:
     admission = an_admission(a_request("lost", 1), a_request("next"))
-    admission.update(a_room(1, 1))
+    admission.update(a_room(0, 1, time=0.0))
     assert uids(admission.release(100.0)) == ["lost"]
     due = admission.next_expiry
     assert due == 100.0 + LOST_AFTER_SECONDS
     assert admission.release(due - 0.01) == []
     assert uids(admission.release(due)) == ["next"]
+
+
+def test_a_request_is_lost_when_the_engine_says_so() -> None:
+    admission = an_admission(a_request("lost", 1), a_request("next"))
+    admission.update(a_room(1, 1))
+    assert uids(admission.release(100.0)) == ["lost"]
+    assert admission.next_expiry is None
+    assert admission.release(1000.0) == []
+    admission.update(a_room(2, 1, time=100.0 + LOST_AFTER_SECONDS - 0.01))
+    assert admission.release(1000.0) == []
+    admission.update(a_room(3, 1, time=100.0 + LOST_AFTER_SECONDS))
+    assert uids(admission.release(1000.0)) == ["next"]
+
+
+def test_a_request_that_waits_for_a_long_step_is_not_lost() -> None:
+    admission = an_admission(a_request("first", 1), a_request("next"))
+    admission.update(a_room(1, 1))
+    assert uids(admission.release(100.0)) == ["first"]
+    admission.update(a_room(2, 1, arrived=1, time=500.0))
+    assert admission.release(500.0) == []
+    admission.update(a_room(3, 0, received=1, time=501.0))
+    assert admission.release(501.0) == []
+    admission.update(a_room(4, 1, received=1, time=502.0))
+    assert uids(admission.release(502.0)) == ["next"]
+
+
+def test_only_those_that_did_not_arrive_are_lost() -> None:
+    admission = an_admission(*(a_request(str(number)) for number in range(6)))
+    admission.update(a_room(1, 3))
+    assert len(admission.release(0.0)) == 3
+    admission.update(a_room(2, 3, arrived=2, time=50.0))
+    assert len(admission.release(50.0)) == 1
+
+
+# --- prompts longer than the KV cache
+
+
+def too_long(limit: int) -> Room:
+    return msgspec.structs.replace(a_room(limit, 0), max_model_len=limit)
+
+
+def test_a_prompt_that_cannot_be_held_is_refused_before_it_waits() -> None:
+    admission = an_admission()
+    admission.update(too_long(8))
+    with pytest.raises(RequestError, match="prompt: got 8 tokens; allowed: at most 7") as caught:
+        admission.submit(msgspec.structs.replace(a_request("r"), prompt_token_ids=[1] * 8), 0.0)
+    assert caught.value.code is ErrorCode.INVALID_ARG
+    admission.submit(msgspec.structs.replace(a_request("s"), prompt_token_ids=[1] * 7), 0.0)
+    assert (admission.num_waiting, admission.refuse_too_long()) == (1, [])
+
+
+def test_those_that_wait_already_are_refused_when_the_limit_is_known() -> None:
+    long = msgspec.structs.replace(a_request("long"), prompt_token_ids=[1] * 8)
+    admission = an_admission(long, a_request("short"))
+    admission.update(a_room(1, 0))
+    assert admission.refuse_too_long() == []
+    admission.update(too_long(8))
+    ((request, error),) = admission.refuse_too_long()
+    assert (request, error.code) == (long, ErrorCode.INVALID_ARG)
+    assert admission.num_waiting == 1
+    assert admission.refuse_too_long() == []
 
 
 # --- displacement
@@ -191,9 +261,14 @@ def test_without_a_limit_only_its_own_deadline_ends_a_wait() -> None:
 
 @dataclass
 class FakeEngine:
-    """Gives its slots by key, at once; whoever holds one may finish."""
+    """Gives its slots by key; whoever holds one may finish. It takes in what has come when a step begins."""
 
     max_num_seqs: int
+    now: float = 0.0
+    step_seconds: float = 0.0
+    busy_until: float = 0.0
+    arrived: int = 0
+    inbox: list[Request] = field(default_factory=list)
     incarnation: int = 0
     serial: int = 0
     received: int = 0
@@ -204,8 +279,17 @@ class FakeEngine:
         return POLICY.key(request.priority, request.arrival)
 
     def receive(self, request: Request) -> None:
-        self.received += 1
-        self.requests.append(request)
+        self.arrived += 1
+        self.inbox.append(request)
+        self.take_in()
+
+    def take_in(self) -> None:
+        if self.now < self.busy_until:
+            return
+        self.busy_until = self.now + self.step_seconds
+        self.received += len(self.inbox)
+        self.requests += self.inbox
+        self.inbox.clear()
         self.requests.sort(key=self.key, reverse=True)
 
     def running(self) -> list[Request]:
@@ -230,7 +314,15 @@ class FakeEngine:
         self.serial += 1
         running = self.running()
         lowest = min(map(self.key, running)) if running else None
-        return Room(str(self.incarnation), self.serial, self.received, self.free_slots(), lowest)
+        return Room(
+            str(self.incarnation),
+            self.serial,
+            self.received,
+            self.arrived,
+            self.free_slots(),
+            lowest,
+            max(self.now, 1e-9),
+        )
 
 
 @settings(max_examples=200, deadline=None)
@@ -240,14 +332,18 @@ class FakeEngine:
     num_requests=st.integers(1, 30),
     lossy=st.booleans(),
     priorities=st.integers(0, 2),
+    step_seconds=st.sampled_from([0.0, 0.4, 12.0]),
 )
 def test_everything_is_served_whatever_becomes_of_the_messages(
-    seed: int, max_num_seqs: int, num_requests: int, lossy: bool, priorities: int
+    seed: int, max_num_seqs: int, num_requests: int, lossy: bool, priorities: int, step_seconds: float
 ) -> None:
-    """Messages of both directions come late, reordered and, if `lossy`, not at all; workers die too."""
+    """Messages of both directions come late, reordered and, if `lossy`, not at all; workers die too.
+
+    Steps may take longer than it takes to call a request lost.
+    """
     rng = random.Random(seed)
     admission = Admission(POLICY, max_queue_size=1000, max_queue_seconds=0.0)
-    engine = FakeEngine(max_num_seqs)
+    engine = FakeEngine(max_num_seqs, step_seconds=step_seconds)
     to_come = [
         a_request(str(number), rng.randint(0, priorities), float(number), rng.choice([1, 1, 1, 2, 6]))
         for number in range(num_requests)
@@ -257,8 +353,10 @@ def test_everything_is_served_whatever_becomes_of_the_messages(
     lost: list[str] = []
     now = 0.0
     while len(engine.served) + len(lost) < num_requests:
-        now += 0.1
-        assert now < 60.0 * num_requests, "something is stuck"
+        now += 0.2
+        engine.now = now
+        engine.take_in()
+        assert now < 100.0 * num_requests + 1000.0, "something is stuck"
         if to_come and rng.random() < 0.5:
             admission.submit(to_come.pop(0), now)
         if rooms and rng.random() < 0.8:
@@ -273,8 +371,10 @@ def test_everything_is_served_whatever_becomes_of_the_messages(
         engine.finish(rng)
         if lossy and rng.random() < 0.02:
             engine.incarnation += 1
-            lost += [request.uid for request in engine.requests]
+            lost += [request.uid for request in [*engine.requests, *engine.inbox]]
+            engine.received += len(engine.inbox)
             engine.requests.clear()
+            engine.inbox.clear()
         rooms.append(engine.room())
         if lossy and rng.random() < 0.3:
             rooms.pop(rng.randrange(len(rooms)))
@@ -284,16 +384,25 @@ def test_everything_is_served_whatever_becomes_of_the_messages(
 
 
 @settings(max_examples=200, deadline=None)
-@given(seed=st.integers(0, 2**32), max_num_seqs=st.integers(1, 6), priorities=st.integers(0, 2))
-def test_no_more_go_than_there_is_room_for(seed: int, max_num_seqs: int, priorities: int) -> None:
-    """Messages come late but in order. Beyond the room go only the urgent; without priorities, nobody."""
+@given(
+    seed=st.integers(0, 2**32),
+    max_num_seqs=st.integers(1, 6),
+    priorities=st.integers(0, 2),
+    pause=st.sampled_from([0.01, 0.3]),
+    step_seconds=st.sampled_from([0.0, 14.0]),
+)
+def test_no_more_go_than_there_is_room_for(
+    seed: int, max_num_seqs: int, priorities: int, pause: float, step_seconds: float
+) -> None:
+    """Messages come late but in order, steps may be long. Beyond the room go only the urgent."""
     rng = random.Random(seed)
     admission = Admission(POLICY, max_queue_size=1000, max_queue_seconds=0.0)
-    engine = FakeEngine(max_num_seqs)
+    engine = FakeEngine(max_num_seqs, step_seconds=step_seconds)
     on_the_way: list[Request] = []
     rooms: list[Room] = [engine.room()]
     for number in range(100):
-        now = number * 0.01
+        engine.now = now = number * pause
+        engine.take_in()
         admission.submit(a_request(str(number), rng.randint(0, priorities), now), now)
         while rooms and rng.random() < 0.5:
             admission.update(rooms.pop(0))
@@ -302,10 +411,10 @@ def test_no_more_go_than_there_is_room_for(seed: int, max_num_seqs: int, priorit
         on_the_way += released
         while on_the_way and rng.random() < 0.5:
             engine.receive(on_the_way.pop(0))
-        excess = len(on_the_way) - engine.free_slots()
-        urgent = sum(each.priority > 0 for each in [*engine.requests, *on_the_way])
+        excess = len(on_the_way) + len(engine.inbox) - engine.free_slots()
+        urgent = sum(each.priority > 0 for each in [*engine.requests, *engine.inbox, *on_the_way])
         assert excess <= urgent
-        assert len(on_the_way) <= max_num_seqs + MAX_DISPLACING
+        assert len(on_the_way) + len(engine.inbox) <= max_num_seqs + MAX_DISPLACING
         if rng.random() < 0.3:
             engine.finish(rng)
         rooms.append(engine.room())

@@ -14,7 +14,7 @@ import torch
 from fastserve.engine.guides import CompiledGuide, GuideCompiler
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import SampledToken, Sampler, SamplingState, token_logprobs
-from fastserve.errors import ErrorCode, RequestError
+from fastserve.errors import ErrorCode, RequestError, prompt_too_long
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
 from fastserve.scheduling.policies import Policy
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
@@ -111,10 +111,7 @@ class Engine:
 
     def _check_length(self, request: Request) -> None:
         if len(request.prompt_token_ids) >= self.max_model_len:
-            raise RequestError(
-                f"prompt: got {len(request.prompt_token_ids)} tokens; allowed: at most "
-                f"{self.max_model_len - 1} (model length and KV cache)"
-            )
+            raise prompt_too_long(len(request.prompt_token_ids), self.max_model_len)
 
     def cancel(self, uid: str, outcome: Outcome, index: int | None = None) -> None:
         """Stops a request, or one sequence of it; nothing happens if it is not being served."""

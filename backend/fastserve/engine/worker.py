@@ -2,12 +2,16 @@
 
 Parent to worker: `Add`, `Cancel`, `Shutdown`. Worker to parent: `Ready` once, then one `StepOutput` a step.
 A worker whose parent is gone finds its pipe closed and leaves.
+
+Both ends read the pipe in a thread that does nothing else and never waits for the other direction, and write
+it in another: neither process can be kept from reading by a pipe that is full.
 """
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
+import queue
 import signal
 import threading
 import uuid
@@ -17,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fastserve.config import Config
 from fastserve.model_files import ModelFiles
+from fastserve.service_thread import ServiceThread
 from fastserve.types import Add, Cancel, Ready, Shutdown, StepOutput, decode, encode
 
 if TYPE_CHECKING:
@@ -24,7 +29,13 @@ if TYPE_CHECKING:
 
 ToWorker = Add | Cancel | Shutdown
 FromWorker = Ready | StepOutput
+LoadEngine = Callable[[Config, ModelFiles], "Engine"]
 logger = logging.getLogger(__name__)
+
+MAX_UNSENT_STEPS = 64
+"""Steps that wait for the pipe; then the engine waits too: a slow parent costs no memory without bound."""
+EXIT_SECONDS = 5.0
+"""For a worker that has closed its pipe, or was told to leave; then it is killed."""
 
 
 class Inbox(Protocol):
@@ -50,27 +61,70 @@ def run_engine(engine: Engine, inbox: Inbox, send: Callable[[StepOutput], None])
             send(engine.step())
 
 
-class _PipeInbox:
+class _ParentPipe:
+    """The worker's end of the pipe: received while the engine computes, sent while it computes on."""
+
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._inbox: queue.SimpleQueue[ToWorker | Exception] = queue.SimpleQueue()
+        self._outbox: queue.Queue[bytes | None] = queue.Queue(MAX_UNSENT_STEPS)
+        self._sender = threading.Thread(target=self._send_all, name="pipe-sender", daemon=True)
+        self._sender.start()
+        threading.Thread(target=self._receive_all, name="pipe-receiver", daemon=True).start()
 
     def receive(self, block: bool) -> ToWorker | None:
-        if not block and not self._connection.poll():
+        """As `Inbox.receive`. Raises what ended the pipe: EOFError or OSError where the parent is gone."""
+        try:
+            message = self._inbox.get(block)
+        except queue.Empty:
             return None
-        return decode(self._connection.recv_bytes(), ToWorker)  # type: ignore[arg-type]
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def send(self, message: FromWorker) -> None:
+        self._outbox.put(encode(message))
+
+    def close(self) -> None:
+        """Waits until all is sent, or the parent is gone."""
+        self._outbox.put(None)
+        self._sender.join()
+
+    def _receive_all(self) -> None:
+        try:
+            while True:
+                self._inbox.put(decode(self._connection.recv_bytes(), ToWorker))  # type: ignore[arg-type]
+        except Exception as error:
+            self._inbox.put(error)
+
+    def _send_all(self) -> None:
+        is_open = True
+        while (data := self._outbox.get()) is not None:
+            try:
+                if is_open:
+                    self._connection.send_bytes(data)
+            except Exception as error:  # the engine must still get rid of its steps until it sees this
+                is_open = False
+                self._inbox.put(error)
 
 
-def _worker_main(config: Config, files: ModelFiles, connection: Connection) -> None:
+def _load_engine(config: Config, files: ModelFiles) -> Engine:
+    from fastserve.engine.loading import load_engine  # here: the parent loads no torch
+
+    return load_engine(config, files)
+
+
+def _worker_main(config: Config, files: ModelFiles, connection: Connection, load: LoadEngine) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the launcher's to handle
-    from fastserve.engine.loading import load_engine
-
+    engine = load(config, files)
+    pipe = _ParentPipe(connection)
     try:
-        engine = load_engine(config, files)
-        ready = Ready(uuid.uuid4().hex, engine.max_model_len, engine.stats())
-        connection.send_bytes(encode(ready))
-        run_engine(engine, _PipeInbox(connection), lambda output: connection.send_bytes(encode(output)))
-    except (EOFError, BrokenPipeError):
-        return
+        pipe.send(Ready(uuid.uuid4().hex, engine.max_model_len, engine.stats()))
+        run_engine(engine, pipe, pipe.send)
+    except (EOFError, OSError) as error:
+        logger.debug("the parent is gone: %r", error)
+    finally:
+        pipe.close()
 
 
 class Worker:
@@ -81,52 +135,100 @@ class Worker:
         config: Config,
         files: ModelFiles,
         on_message: Callable[[FromWorker], None],
-        on_death: Callable[[int | None], None],
+        on_death: Callable[[str], None],
+        on_health: Callable[[str | None], None] = lambda problem: None,
+        load: LoadEngine = _load_engine,
     ) -> None:
-        """Starts the process. `on_message` and `on_death` (with the exit code) are called from one thread.
+        """`on_message` and `on_death` (with what happened) are called from one thread.
 
-        `on_death` is not called for a worker that `stop` has ended.
+        `on_death` is not called for a worker that `stop` has ended. A worker of which a message could not be
+        read, or handled by `on_message`, is ended: nobody knows any more which tokens have come of it.
+        `on_health`: see `ServiceThread`, of the threads that read and write. `load` makes the engine in the
+        worker; it is found there by its name.
         """
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_worker_main, args=(config, files, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._stopping = False
-        self._send_lock = threading.Lock()
-        self._reader = threading.Thread(
-            target=self._read, args=(on_message, on_death), name="worker-reader", daemon=True
+        self._connection, self._theirs = context.Pipe()
+        self._process = context.Process(
+            target=_worker_main, args=(config, files, self._theirs, load), daemon=True
         )
-        self._reader.start()
+        self._on_message = on_message
+        self._on_death = on_death
+        self._lifecycle = threading.Lock()
+        """Held while it starts or is told to stop: one that is stopped first does not start."""
+        self._stopping = False
+        self._failure: Exception | None = None
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._writer = ServiceThread("worker-writer", self._write, self._give_up, on_health)
+        self._reader = ServiceThread("worker-reader", self._read, self._give_up, on_health)
+
+    def start(self) -> None:
+        """Starts the process. What `send` was given before goes to it first."""
+        with self._lifecycle:
+            if self._stopping:
+                return
+            self._process.start()
+            self._theirs.close()
+            self._writer.start()
+            self._reader.start()
 
     @property
     def pid(self) -> int | None:
         return self._process.pid
 
     def send(self, message: ToWorker) -> None:
-        """Says nothing of a worker that has died: `on_death` does."""
+        """Never waits. Says nothing of a worker that has died: `on_death` does."""
+        self._outbox.put(encode(message))
+
+    def _write(self) -> bool:
+        data = self._outbox.get()
+        if data is None:
+            return False
         try:
-            with self._send_lock:
-                self._connection.send_bytes(encode(message))
-        except OSError:
-            logger.debug("the worker is gone; %s was not sent", type(message).__name__)
+            self._connection.send_bytes(data)
+        except OSError as error:
+            logger.debug("the worker is gone, a message was not sent: %s", error)
+        return True
 
-    def _read(self, on_message: Callable[[FromWorker], None], on_death: Callable[[int | None], None]) -> None:
-        while True:
-            try:
-                data = self._connection.recv_bytes()
-            except (EOFError, OSError):
-                break
-            on_message(decode(data, FromWorker))  # type: ignore[arg-type]
-        self._process.join()
+    def _read(self) -> bool:
+        try:
+            data = self._connection.recv_bytes()
+        except (EOFError, OSError):
+            return self._end()
+        if self._failure is None:
+            self._on_message(decode(data, FromWorker))  # type: ignore[arg-type]
+        return True
+
+    def _give_up(self, error: Exception) -> None:
+        """Ends a worker that cannot be understood: its pipe then ends, and `on_death` is called."""
+        self._failure = error
+        self._process.kill()
+
+    def _end(self) -> bool:
+        self._process.join(EXIT_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._outbox.put(None)
         if not self._stopping:
-            on_death(self._process.exitcode)
+            self._on_death(self._cause())
+        return False
 
-    def stop(self, timeout: float = 5.0) -> None:
+    def _cause(self) -> str:
+        if self._failure is None:
+            return f"ended (code {self._process.exitcode})"
+        return f"was ended (it could not be understood: {type(self._failure).__name__}: {self._failure})"
+
+    def stop(self, timeout: float = EXIT_SECONDS) -> None:
         """Ends the process, by force after `timeout` seconds."""
-        self._stopping = True
+        with self._lifecycle:
+            self._stopping = True
+            if self._process.pid is None:
+                return
         self.send(Shutdown())
         self._process.join(timeout)
         if self._process.is_alive():
             self._process.kill()
-        self._reader.join(timeout)
+        self._outbox.put(None)
+        for thread in (self._reader, self._writer):
+            thread.hurry()
+            thread.join(timeout)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from fastserve.errors import ErrorCode, RequestError
+from fastserve.errors import ErrorCode, RequestError, prompt_too_long
 from fastserve.scheduling.policies import Policy
 from fastserve.scheduling.waiting_queue import QueueFullError, WaitingQueue
 from fastserve.types import Request, Room
 
 LOST_AFTER_SECONDS = 10.0
-"""A released request of which the engine has not told by then has been lost; it takes no room any more."""
+"""A released request that has not reached the engine so long after, as the engine says, has been lost."""
 MAX_DISPLACING = 8
 """Requests that may be on their way to take another's place.
 
@@ -35,6 +35,9 @@ class Admission:
     A request needs a slot for each of its `n` sequences, or all slots of an engine that has fewer. It goes
     when there are as many free that nobody on the way will take; or, beyond that, when its key is above the
     lowest one that holds a slot: the engine gives it that place at the next iteration.
+
+    What has been released takes room until the engine's numbers account for it, however long a step takes. It
+    is given up only when the engine says, long after the release, that it has not come.
     """
 
     def __init__(self, policy: Policy, max_queue_size: int, max_queue_seconds: float) -> None:
@@ -48,6 +51,8 @@ class Admission:
         self._capacity = 0
         """The most slots that this incarnation has had free: all of them, as its first message tells."""
         self._in_flight: deque[_Release] = deque()
+        self._checked_max_model_len: int | None = None
+        """The limit that all who wait are known to keep."""
 
     @property
     def num_waiting(self) -> int:
@@ -61,12 +66,21 @@ class Admission:
     def next_expiry(self) -> float | None:
         """When time alone gives `expire` or `release` something to do; None: never."""
         times = [self._waiting.next_deadline]
-        if self._waiting and self._in_flight:
+        if self._waiting and self._in_flight and not self._engine_has_spoken:
             times.append(self._in_flight[0].time + LOST_AFTER_SECONDS)
         return min((time for time in times if time is not None), default=None)
 
+    @property
+    def _engine_has_spoken(self) -> bool:
+        return self._room is not None and self._room.time > 0.0
+
     def submit(self, request: Request, now: float) -> None:
-        """Takes a request into the queue. Raises RequestError (UNAVAILABLE) when that is full."""
+        """Takes a request into the queue.
+
+        Raises RequestError: UNAVAILABLE when the queue is full, INVALID_ARG for a prompt that the engine's KV
+        cache can never hold.
+        """
+        self._check_length(request)
         deadlines = [request.deadline] if request.deadline is not None else []
         if self._max_queue_seconds:
             deadlines.append(now + self._max_queue_seconds)
@@ -94,17 +108,44 @@ class Admission:
         if last is not None and last.incarnation != room.incarnation:
             self._retired.add(last.incarnation)
             self._capacity = 0
-        # The engine counts what it received across its workers, so this difference holds across them too.
-        num_arrived = room.received - last.received if last is not None else 0
-        for _ in range(min(num_arrived, len(self._in_flight))):
+        # The engine counts across its workers, so these differences hold across them too.
+        num_accounted = room.received - last.received if last is not None else 0
+        for _ in range(min(num_accounted, len(self._in_flight))):
             self._in_flight.popleft()
         self._capacity = max(self._capacity, room.free_slots)
         self._room = room
+        if self._engine_has_spoken:
+            self._give_up_lost(room.time, num_arrived=room.arrived - room.received)
+
+    def _give_up_lost(self, as_of: float, num_arrived: int) -> None:
+        """Forgets those released long before `as_of`, but for as many as had reached the engine by then."""
+        num_old = sum(each.time + LOST_AFTER_SECONDS <= as_of for each in self._in_flight)
+        for _ in range(num_old - num_arrived):
+            self._in_flight.popleft()
+
+    def refuse_too_long(self) -> list[tuple[Request, RequestError]]:
+        """Those that wait, and would for nothing: the engine's KV cache can never hold them. They leave."""
+        if self._room is None or self._room.max_model_len == self._checked_max_model_len:
+            return []
+        self._checked_max_model_len = self._room.max_model_len
+        refused = []
+        for request in list(self._waiting):
+            try:
+                self._check_length(request)
+            except RequestError as error:
+                self._waiting.remove(request.uid)
+                refused.append((request, error))
+        return refused
+
+    def _check_length(self, request: Request) -> None:
+        limit = None if self._room is None else self._room.max_model_len
+        if limit is not None and len(request.prompt_token_ids) >= limit:
+            raise prompt_too_long(len(request.prompt_token_ids), limit)
 
     def release(self, now: float) -> list[Request]:
         """The requests that go to the engine now, the highest key first. They wait no longer."""
-        while self._in_flight and self._in_flight[0].time + LOST_AFTER_SECONDS <= now:
-            self._in_flight.popleft()
+        if not self._engine_has_spoken:
+            self._give_up_lost(now, num_arrived=0)
         released: list[Request] = []
         if self._room is None:
             return released

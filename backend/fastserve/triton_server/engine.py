@@ -2,8 +2,11 @@
 
     request in -> worker ... StepOutput -> RequestOutput out, at most one per `stream_interval_ms` and request
 
-More inputs come from elsewhere: `stop` and `cancel`, a uid or client's id whose request shall end, and
-`hold` (see `Readiness`). The room there is goes to `scheduler`.
+More inputs come from elsewhere: `stop` and `cancel` end a request, by its uid or the client's id; `hold` is
+of `Readiness`. The room there is goes to `scheduler`.
+
+Two threads meet here, the server's (`execute`) and the one that reads the worker's pipe. Their lock is held
+for the bookkeeping only: nothing is sent under it, to the server or into the worker's pipe.
 """
 
 from __future__ import annotations
@@ -12,43 +15,43 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 from fastserve.config import read_config
 from fastserve.engine.worker import FromWorker, Worker
-from fastserve.errors import ErrorCode, RequestError
+from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.model_files import locate
-from fastserve.triton_server.metrics import EngineMetrics
+from fastserve.triton_server.cancels import RememberedCancels
+from fastserve.triton_server.final_response import send_error, send_final
+from fastserve.triton_server.metrics import REPORT_SECONDS, EngineMetrics
 from fastserve.triton_server.readiness import Readiness
 from fastserve.triton_server.relay import Relay
-from fastserve.triton_server.room import RoomTeller
-from fastserve.triton_server.tensors import FINAL, error_response, message_of, message_tensor
+from fastserve.triton_server.room import Numbers, RoomTeller
+from fastserve.triton_server.tensors import message_of, message_tensor
 from fastserve.types import (
     Add,
     Cancel,
     CancelById,
     EngineStats,
     Failure,
+    Health,
+    Hold,
     Outcome,
     Ready,
     Refused,
     Released,
     Request,
     RequestOutput,
+    StepOutput,
 )
 
 logger = logging.getLogger(__name__)
 
-REMEMBERED_CANCELS = 10_000
-"""Client ids cancelled before their request came here: it may still wait in the scheduler's queue."""
 _CANCELLED = Failure(ErrorCode.CANCELLED.value, "the request was cancelled")
 RESPONSES_PER_CORE = 40
 """On two cores, 80 responses a second in place of 320 gave 9 % more tokens: see docs/log.md."""
-REPORT_SECONDS = 0.1
-"""Between two reports of the gauges while there is work: each is a message to the server's process."""
 RESTART_SECONDS = 1.0
 """Between a worker that died while it started and the next one."""
 
@@ -64,169 +67,243 @@ class EngineStep:
         )
         self._lock = threading.RLock()
         self._relays: dict[str, Relay] = {}
-        self._backlog: list[Request] = []
-        """Requests that came while there was no worker."""
-        self._cancelled: OrderedDict[str, None] = OrderedDict()
+        self._backlog: dict[str, Request] = {}
+        """Requests that came while there was no worker, by uid."""
+        self._cancelled = RememberedCancels(self._config.max_request_seconds)
         self._metrics = EngineMetrics()
-        self._room = RoomTeller()
+        self._room = RoomTeller(lambda problem: self._on_health("room", problem))
         self._readiness = Readiness()
-        self._received = 0
+        self._arrived = 0
         self._sent = 0
-        """Of the requests received, those sent to the worker there is now."""
+        """Of the requests that arrived, those sent to the worker there is now."""
         self._incarnation = ""
+        self._max_model_len: int | None = None
         self._stats: EngineStats | None = None
         """The worker's last word; None while there is no worker that could serve."""
         self._reported: EngineStats
         """What the metrics were last told, by this worker."""
         self._reported_at = 0.0
+        self._stopping = False
+        self._is_up = False
+        """`initialize` has succeeded: a worker that dies is replaced, and the server may be asked things."""
         self._started = threading.Event()
-        self._worker = self._start_worker()
+        self._worker = self._make_worker()
+        self._worker.start()
         self._started.wait()
-        if self._stats is None:
+        if not self._is_up:
             raise pb_utils.TritonModelException(
                 "the engine's worker ended before it was ready: see its error above"
             )
 
-    def _start_worker(self) -> Worker:
-        return Worker(self._config, self._files, self._on_message, self._on_death)
+    def _make_worker(self) -> Worker:
+        return Worker(
+            self._config,
+            self._files,
+            self._on_message,
+            self._on_death,
+            lambda problem: self._on_health("pipe", problem),
+        )
+
+    def _on_health(self, source: str, problem: str | None) -> None:
+        if self._is_up:
+            self._readiness.set(source, problem)
 
     # From the server's thread: requests.
 
     def execute(self, requests: list[Any]) -> None:
+        for triton_request in requests:
+            sender = triton_request.get_response_sender()
+            try:
+                self._dispatch(triton_request, sender)
+            except RequestError as error:
+                send_error(sender, error)
+            except Exception as error:
+                logger.exception("a request could not be taken in")
+                send_error(sender, RequestError(f"engine: {error}", ErrorCode.INTERNAL))
+        self._room.open()
         with self._lock:
-            for triton_request in requests:
-                sender = triton_request.get_response_sender()
-                try:
-                    self._dispatch(triton_request, sender)
-                except RequestError as error:
-                    sender.send(error_response(error), flags=FINAL)
-            self._room.open()
             self._tell_room()
 
     def _dispatch(self, triton_request: Any, sender: Any) -> None:
+        """Raises whatever is wrong with the request."""
         released = message_of(triton_request, "released", Released)
-        if isinstance(released, Request):
-            self._take(released, sender, triton_request.is_cancelled())
-            return
-        if isinstance(released, Refused):
-            Relay(released.request, sender, 1).fail(released.outcome, released.failure)
-            return
         if released is not None:
-            accepted = message_tensor("output", RequestOutput(released.uid, []))
-            sender.send(pb_utils.InferenceResponse(output_tensors=[accepted]), flags=FINAL)
+            self._take_released(released, sender, triton_request)
             return
-        if message_of(triton_request, "hold", str) is not None:
+        hold: Hold | Health | None = message_of(triton_request, "hold", Hold | Health)  # type: ignore[arg-type]
+        if isinstance(hold, Hold):
             self._readiness.hold(sender)
             return
         stop = message_of(triton_request, "stop", Cancel)
-        if stop is not None:
-            self._worker.send(stop)
         cancel = message_of(triton_request, "cancel", CancelById)
-        if cancel is not None:
-            self._cancel(cancel.request_id)
-        sender.send(flags=FINAL)
-
-    def _take(self, request: Request, sender: Any, is_cancelled: bool) -> None:
-        if request.uid in self._relays:
-            raise RequestError("`released`: got a request that is served already; allowed: a new one")
-        self._received += 1
-        relay = Relay(request, sender, request.sampling.n)
-        if is_cancelled or self._cancelled.pop(request.request_id, self) is None:
-            relay.fail(Outcome.CANCELLED, _CANCELLED)
-            return
-        self._relays[request.uid] = relay
-        if self._stats is None:
-            self._backlog.append(request)
+        if hold is not None:
+            self._on_health(hold.source, hold.problem)
+        elif stop is not None:
+            self._stop(stop)
+        elif cancel is not None:
+            self._cancel(cancel)
         else:
-            self._send(request)
+            raise invalid("inputs", "none", "`released`, `stop`, `cancel` or `hold`")
+        send_final(sender)
+
+    def _take_released(self, released: Any, sender: Any, triton_request: Any) -> None:
+        if isinstance(released, Request):
+            self._take(Relay(released, sender, released.sampling.n), triton_request.is_cancelled())
+        elif isinstance(released, Refused):
+            Relay(released.request, sender, 1).fail(released.outcome, released.failure)
+        else:
+            accepted = message_tensor("output", RequestOutput(released.uid, []))
+            send_final(sender, pb_utils.InferenceResponse(output_tensors=[accepted]))
+
+    def _take(self, relay: Relay, is_cancelled: bool) -> None:
+        request = relay.request
+        with self._lock:
+            if request.uid in self._relays:
+                raise invalid("released", request.uid, "a request that is not served already")
+            self._arrived += 1
+            is_cancelled = is_cancelled or self._cancelled.applies_to(request)
+            if not is_cancelled:
+                self._relays[request.uid] = relay
+                if self._stats is None:
+                    self._backlog[request.uid] = request
+                else:
+                    self._send(request)
+        if is_cancelled:
+            relay.fail(Outcome.CANCELLED, _CANCELLED)
 
     def _send(self, request: Request) -> None:
         self._sent += 1
         self._worker.send(Add(request))
 
-    def _cancel(self, request_id: str) -> None:
-        uids = [uid for uid, relay in self._relays.items() if relay.request.request_id == request_id]
-        for uid in uids:
-            self._worker.send(Cancel(uid, Outcome.CANCELLED))
-        if not uids:
-            self._cancelled[request_id] = None
-            while len(self._cancelled) > REMEMBERED_CANCELS:
-                self._cancelled.popitem(last=False)
+    def _stop(self, stop: Cancel) -> None:
+        with self._lock:
+            self._worker.send(stop)
+
+    def _cancel(self, cancel: CancelById) -> None:
+        """Ends those that the worker has and those that wait for it; remembers it for those still to come."""
+        ended: list[Relay] = []
+        with self._lock:
+            self._cancelled.add(cancel)
+            for uid, relay in list(self._relays.items()):
+                if relay.request.request_id != cancel.request_id or relay.request.arrival > cancel.time:
+                    continue
+                if self._backlog.pop(uid, None) is not None:
+                    ended.append(self._relays.pop(uid))
+                else:
+                    self._worker.send(Cancel(uid, Outcome.CANCELLED))
+        for relay in ended:
+            relay.fail(Outcome.CANCELLED, _CANCELLED)
 
     # From the thread that reads the worker's pipe: steps, and its death.
 
     def _on_message(self, message: FromWorker) -> None:
         if isinstance(message, Ready):
             self._on_ready(message)
-            return
+        else:
+            self._on_step(message)
+
+    def _on_step(self, step: StepOutput) -> None:
+        now = time.monotonic()
         with self._lock:
-            for output in message.outputs:
+            for output in step.outputs:
                 relay = self._relays.get(output.uid)
                 if relay is not None:
                     relay.add(output)
-            self._send_what_is_due(time.monotonic())
-            if message.stats.step_tokens:
-                self._metrics.step_tokens.observe(message.stats.step_tokens)
-            self._stats = message.stats
+            due = self._take_due(now)
+            self._stats = step.stats
             self._tell_room()
-            if message.stats.running == 0 or time.monotonic() - self._reported_at >= REPORT_SECONDS:
-                self._report(message.stats)
+        for relay in due:
+            self._respond(relay, now)
+        if step.stats.step_tokens:
+            self._metrics.step_tokens.observe(step.stats.step_tokens)
+        if step.stats.running == 0 or now - self._reported_at >= REPORT_SECONDS:
+            self._report(step.stats)
 
-    def _send_what_is_due(self, now: float) -> None:
+    def _take_due(self, now: float) -> list[Relay]:
+        """Those to be sent now; only this thread touches them. What is final leaves."""
         interval = max(self._config.stream_interval_ms / 1000, len(self._relays) / self._responses_per_second)
-        for uid, relay in list(self._relays.items()):
-            if relay.is_due(now, interval):
-                relay.send(now)
-                if relay.is_final:
-                    del self._relays[uid]
+        due = [relay for relay in self._relays.values() if relay.is_due(now, interval)]
+        for relay in due:
+            if relay.is_final:
+                del self._relays[relay.request.uid]
+        return due
+
+    def _respond(self, relay: Relay, now: float) -> None:
+        """What cannot be sent ends its own request only."""
+        try:
+            relay.send(now)
+        except Exception as error:
+            uid = relay.request.uid
+            logger.exception("a response of request %s could not be sent", uid)
+            with self._lock:
+                if self._relays.pop(uid, None) is not None:
+                    self._worker.send(Cancel(uid, Outcome.CANCELLED))
+            message = f"the answer could not be sent: {error}"
+            relay.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
 
     def _on_ready(self, ready: Ready) -> None:
+        self._report(ready.stats, ready.stats)
         with self._lock:
             self._incarnation = ready.incarnation
+            self._max_model_len = ready.max_model_len
             self._sent = 0
-            self._reported = ready.stats
-            self._report(ready.stats)
             self._stats = ready.stats
-            for request in self._backlog:
+            for request in self._backlog.values():
                 self._send(request)
-            self._backlog = []
+            self._backlog = {}
             self._tell_room()
-        self._readiness.regain()
+        self._is_up = True
+        self._readiness.set("worker", None)
         self._started.set()
 
-    def _on_death(self, exit_code: int | None) -> None:
-        """Fails what the worker had, says not ready, and starts another."""
+    def _on_death(self, cause: str) -> None:
+        """Fails what the worker had, says not ready, and starts another. May be called again if it raises."""
         with self._lock:
             had_been_ready, self._stats = self._stats is not None, None
-            self._fail_what_it_had(exit_code)
+            lost = self._take_lost(with_backlog=not had_been_ready)
             self._tell_room()
-        if not self._started.is_set():
+        message = f"the engine's worker {cause} while it served the request; try again"
+        for relay in lost:
+            relay.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
+        if not self._is_up:
             self._started.set()
             return
-        logger.error("the engine's worker ended with code %s; starting another", exit_code)
+        logger.error("the engine's worker %s; starting another", cause)
+        self._readiness.set("worker", f"the engine's worker {cause}")
         self._metrics.restarts.add(1)
-        if had_been_ready:
-            self._readiness.lose()
-        else:
+        if not had_been_ready:
             time.sleep(RESTART_SECONDS)
-        self._worker = self._start_worker()
+        self._replace_worker()
 
-    def _fail_what_it_had(self, exit_code: int | None) -> None:
-        waiting = {request.uid for request in self._backlog}
-        message = f"the engine's worker ended (code {exit_code}) while it served the request; try again"
-        for uid in [uid for uid in self._relays if uid not in waiting]:
-            self._relays.pop(uid).fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
+    def _take_lost(self, with_backlog: bool) -> list[Relay]:
+        """The requests that a dead worker had, and with the backlog those that waited for it."""
+        if with_backlog:
+            self._backlog = {}
+        return [self._relays.pop(uid) for uid in list(self._relays) if uid not in self._backlog]
+
+    def _replace_worker(self) -> None:
+        worker = self._make_worker()
+        with self._lock:
+            if self._stopping:
+                return
+            self._worker = worker
+        worker.start()
 
     def _tell_room(self) -> None:
         stats = self._stats
         if stats is None:
-            self._room.tell(self._incarnation, self._received - len(self._backlog), 0, None)
+            received, free_slots, lowest_key = self._arrived - len(self._backlog), 0, None
         else:
-            received = self._received - (self._sent - stats.received)
-            self._room.tell(self._incarnation, received, stats.free_slots, stats.lowest_key)
+            received = self._arrived - (self._sent - stats.received)
+            free_slots, lowest_key = stats.free_slots, stats.lowest_key
+        self._room.tell(
+            Numbers(self._incarnation, received, self._arrived, free_slots, lowest_key, self._max_model_len)
+        )
 
-    def _report(self, stats: EngineStats) -> None:
-        before, self._reported, self._reported_at = self._reported, stats, time.monotonic()
+    def _report(self, stats: EngineStats, before: EngineStats | None = None) -> None:
+        """Tells the metrics what has changed since they were last told, or since `before`."""
+        before = before or self._reported
+        self._reported, self._reported_at = stats, time.monotonic()
         metrics = self._metrics
         metrics.running.set(stats.running)
         metrics.preempted.set(stats.waiting)
@@ -236,6 +313,8 @@ class EngineStep:
         metrics.preemptions.add(stats.preemptions_total - before.preemptions_total, "recompute")
 
     def finalize(self) -> None:
-        self._readiness.release()
+        with self._lock:
+            self._stopping = True
+        self._readiness.stop()
         self._room.stop()
         self._worker.stop()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -16,24 +15,27 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from fastserve.config import read_config
-from fastserve.errors import RequestError
+from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.model_files import load_tokenizer, locate
+from fastserve.service_thread import ServiceThread
 from fastserve.text.postprocessor import Postprocessor, Response
+from fastserve.triton_server.final_response import send_error, send_final
 from fastserve.triton_server.metrics import ResponseMetrics
 from fastserve.triton_server.secret import is_forwarded_id
 from fastserve.triton_server.tensors import (
-    FINAL,
     call,
-    error_response,
     failure_tensors,
     message_of,
     message_tensor,
     numbers,
     strings,
 )
-from fastserve.types import Cancel, Outcome, OutputOptions, Request, RequestOutput
+from fastserve.types import Cancel, Health, Outcome, OutputOptions, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
+
+FORGET_SECONDS = 60.0
+"""After its deadline, for a request of which no last output has come; and between two looks for such."""
 
 
 @dataclass(slots=True)
@@ -56,54 +58,94 @@ class PostprocessStep:
         self._conversations: dict[str, _Conversation] = {}
         self._metrics = ResponseMetrics()
         self._stops: queue.SimpleQueue[Cancel | None] = queue.SimpleQueue()
-        self._teller = threading.Thread(target=self._tell_engine, name="stops", daemon=True)
+        self._untold: Cancel | None = None
+        """The stop that could not be told to the engine yet."""
+        self._stopping = False
+        self._forget_at = 0.0
+        self._teller = ServiceThread("stops", self._tell_engine, on_health=_tell_health)
         self._teller.start()
 
     def execute(self, requests: list[Any]) -> None:
         for triton_request in requests:
             sender = triton_request.get_response_sender()
+            uid, is_forwarded = "", False
             try:
                 output = message_of(triton_request, "output", RequestOutput)
                 if output is None:
-                    raise RequestError("`output`: absent")
-                response = self._push(output, triton_request.is_cancelled())
+                    raise invalid("output", None, "a message of `engine`")
+                uid, is_forwarded = output.uid, self._is_forwarded(output)
+                self._answer(output, sender, triton_request.is_cancelled())
             except RequestError as error:
-                sender.send(error_response(error), flags=FINAL)
-                continue
-            if response is None:
-                sender.send(flags=FINAL)
-            else:
-                sender.send(pb_utils.InferenceResponse(output_tensors=response), flags=FINAL)
+                self._fail(uid, sender, error, is_forwarded)
+            except Exception as error:
+                logger.exception("an output of request %s could not be answered", uid)
+                message = f"the answer could not be made or sent: {type(error).__name__}: {error}"
+                self._fail(uid, sender, RequestError(message, ErrorCode.INTERNAL), is_forwarded)
 
-    def _push(self, output: RequestOutput, is_cancelled: bool) -> list[pb_utils.Tensor] | None:
-        """The tensors of the response to this output, if any. Raises RequestError for one that failed."""
-        if not output.outputs:
-            return [strings("text_output", [""])]  # the request has been accepted; nothing has come of it yet
+    def _is_forwarded(self, output: RequestOutput) -> bool:
+        conversation = self._conversations.get(output.uid)
+        request = conversation.request if conversation is not None else output.request
+        return request is not None and is_forwarded_id(request.request_id)
+
+    def _fail(self, uid: str, sender: Any, error: RequestError, is_forwarded: bool) -> None:
+        """Ends a request with an error, which to `fastserve_infer` travels as data: else it would be lost."""
+        self._end(uid)
+        if is_forwarded:
+            try:
+                send_final(sender, pb_utils.InferenceResponse(output_tensors=failure_tensors(error)))
+                return
+            except Exception:
+                logger.exception("request %s could not be told that it failed", uid)
+        send_error(sender, error)
+
+    def _answer(self, output: RequestOutput, sender: Any, is_cancelled: bool) -> None:
+        """Sends the response to this output, if any. Raises RequestError for one that failed."""
+        if not output.outputs:  # the request waits in the queue
+            accepted = strings("text_output", [""])
+            send_final(sender, pb_utils.InferenceResponse(output_tensors=[accepted]))
+            return
         now = time.monotonic()
         conversation = self._conversation(output, now)
+        if conversation is None:  # its client has been told of its end
+            send_final(sender)
+            return
         if is_cancelled and not conversation.is_gone and not output.final:
             conversation.is_gone = True
             self._stops.put(Cancel(output.uid, Outcome.CANCELLED))
         self._count(conversation, output)
         if output.final:
-            del self._conversations[output.uid]
             self._observe_end(conversation, output, now)
-        try:
-            response = conversation.postprocessor.push(output)
-        except RequestError as error:
-            if not is_forwarded_id(conversation.request.request_id):
-                raise
-            return failure_tensors(error)
+            del self._conversations[output.uid]
+        tokens, failure = _apart(output)
+        response = self._push(conversation, tokens)
+        if failure is None:
+            send_final(sender, response)
+            return
+        if response is not None:
+            sender.send(response)
+        conversation.postprocessor.push(failure)
+
+    def _push(self, conversation: _Conversation, output: RequestOutput) -> pb_utils.InferenceResponse | None:
+        response = conversation.postprocessor.push(output)
         for index in conversation.postprocessor.newly_stopped:
             self._stops.put(Cancel(output.uid, Outcome.STOP, index))
-        return None if response is None else _tensors(response, conversation.request.output)
+        if response is None:
+            return None
+        return pb_utils.InferenceResponse(output_tensors=_tensors(response, conversation.request.output))
 
-    def _conversation(self, output: RequestOutput, now: float) -> _Conversation:
+    def _end(self, uid: str) -> None:
+        """Ends a request that has failed here: the engine is told, and what still comes of it is dropped."""
+        if self._conversations.pop(uid, None) is not None:
+            self._metrics.requests.add(1, Outcome.ERROR.value)
+            self._stops.put(Cancel(uid, Outcome.CANCELLED))
+
+    def _conversation(self, output: RequestOutput, now: float) -> _Conversation | None:
+        """None: that of a request that has failed here."""
         request = output.request
         if request is None:
-            if output.uid not in self._conversations:
-                raise RequestError("`output`: got tokens of a request that has ended")
-            return self._conversations[output.uid]
+            return self._conversations.get(output.uid)
+        if now >= self._forget_at:
+            self._forget(now)
         conversation = _Conversation(request, Postprocessor(self._tokenizer), now)
         self._conversations[output.uid] = conversation
         if any(each.token_ids for each in output.outputs):
@@ -113,29 +155,55 @@ class PostprocessStep:
     def _count(self, conversation: _Conversation, output: RequestOutput) -> None:
         num_tokens = sum(len(each.token_ids) for each in output.outputs)
         conversation.num_tokens += num_tokens
-        self._metrics.generation_tokens.add(num_tokens)
+        tenant = self._metrics.tenants.label(conversation.request.tenant)
+        self._metrics.generation_tokens.add(num_tokens, tenant)
 
     def _observe_end(self, conversation: _Conversation, output: RequestOutput, now: float) -> None:
         request, metrics = conversation.request, self._metrics
         outcome = output.outputs[-1].outcome if output.outputs else None
         metrics.requests.add(1, (outcome or Outcome.ERROR).value)
-        metrics.prompt_tokens.add(len(request.prompt_token_ids))
+        metrics.prompt_tokens.add(len(request.prompt_token_ids), metrics.tenants.label(request.tenant))
         if outcome in (Outcome.STOP, Outcome.LENGTH):
             metrics.end_to_end.observe(now - request.arrival, request.priority_label)
             if conversation.num_tokens > 1:
                 metrics.output_token.observe((now - conversation.first_token) / (conversation.num_tokens - 1))
 
-    def _tell_engine(self) -> None:
-        """From a thread of its own: `execute` must not wait for another model."""
-        while (stop := self._stops.get()) is not None:
-            try:
-                call("engine", [message_tensor("stop", stop)])
-            except RequestError as error:
-                logger.error("the engine was not told to stop %s: %s", stop.uid, error)
+    def _forget(self, now: float) -> None:
+        """Drops those whose last output never came, because it could not be sent: their time is long over."""
+        self._forget_at = now + FORGET_SECONDS
+        for uid, conversation in list(self._conversations.items()):
+            deadline = conversation.request.deadline
+            if deadline is not None and deadline + FORGET_SECONDS <= now:
+                self._end(uid)
+
+    def _tell_engine(self) -> bool:
+        """From a thread of its own: `execute` must not wait for another model. What fails is told again."""
+        stop = self._untold or self._stops.get()
+        if stop is None or self._stopping:
+            return False
+        self._untold = stop
+        call("engine", [message_tensor("stop", stop)])
+        self._untold = None
+        return True
 
     def finalize(self) -> None:
+        self._stopping = True
         self._stops.put(None)
+        self._teller.hurry()
         self._teller.join()
+
+
+def _tell_health(problem: str | None) -> None:
+    call("engine", [message_tensor("hold", Health("postprocess", problem))])
+
+
+def _apart(output: RequestOutput) -> tuple[RequestOutput, RequestOutput | None]:
+    """The tokens, and the failure that has come behind them, which must not take their place."""
+    for position, each in enumerate(output.outputs):
+        if each.outcome not in (None, Outcome.STOP, Outcome.LENGTH):
+            tokens = RequestOutput(output.uid, output.outputs[:position], output.request)
+            return tokens, RequestOutput(output.uid, output.outputs[position:], final=output.final)
+    return output, None
 
 
 def _tensors(response: Response, asked: OutputOptions) -> list[pb_utils.Tensor]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from fastserve.triton_server.tensors import FINAL, message_tensor
+from fastserve.errors import ErrorCode, RequestError
+from fastserve.triton_server.final_response import send_error, send_final
+from fastserve.triton_server.tensors import message_tensor
 from fastserve.types import Failure, Outcome, Request, RequestOutput, SequenceOutput
+
+logger = logging.getLogger(__name__)
 
 WHOLE_ANSWER_SECONDS = 0.5
 """Between responses for a request that does not stream: they only show whether its client is still there."""
@@ -17,7 +21,10 @@ WHOLE_ANSWER_SECONDS = 0.5
 
 @dataclass(slots=True)
 class Relay:
-    """Joins the outputs of several steps, so that a request has one response per interval at most."""
+    """Joins the outputs of several steps, so that a request has one response per interval at most.
+
+    One thread at a time uses it: first that which takes the request in, then the reader of the worker's pipe.
+    """
 
     request: Request
     sender: Any
@@ -42,23 +49,30 @@ class Relay:
         return self.last_sent is None or self.is_final or now - self.last_sent >= interval
 
     def send(self, now: float) -> None:
-        # A failure goes alone: `postprocess` answers it with an error, and what came before is to arrive too.
-        before = list(itertools.takewhile(lambda output: output.failure is None, self.pending))
-        if 0 < len(before) < len(self.pending):
-            self._send(before, False, now)
-            self.pending = self.pending[len(before) :]
-        self._send(self.pending, self.is_final, now)
-        self.pending = []
-
-    def _send(self, outputs: list[SequenceOutput], final: bool, now: float) -> None:
+        """Sends what is pending. Raises what the sender does when there is no shared memory for it."""
         request = self.request if self.last_sent is None else None
-        output = RequestOutput(self.request.uid, outputs, request, final)
+        output = RequestOutput(self.request.uid, self.pending, request, self.is_final)
         response = pb_utils.InferenceResponse(output_tensors=[message_tensor("output", output)])
-        self.sender.send(response, flags=FINAL if final else 0)
+        if self.is_final:
+            send_final(self.sender, response)
+        else:
+            self.sender.send(response)
+        self.pending = []
         self.last_sent = now
 
     def fail(self, outcome: Outcome, failure: Failure) -> None:
-        """Ends the request without an answer."""
+        """Ends the request with a failure, behind the tokens that came before it. Never raises.
+
+        The failure travels as data: an error in a response would overtake the tokens (2.51). Where they
+        cannot be sent it goes without them, and where that cannot be sent either, as an error.
+        """
         self.sequences_left = 0
-        self.pending.append(SequenceOutput(self.request.uid, outcome=outcome, failure=failure))
-        self.send(0.0)
+        last = SequenceOutput(self.request.uid, outcome=outcome, failure=failure)
+        for pending in ([*self.pending, last], [last]):
+            self.pending = pending
+            try:
+                self.send(0.0)
+                return
+            except Exception as error:
+                logger.error("request %s could not be told that it failed: %s", self.request.uid, error)
+        send_error(self.sender, RequestError(failure.message, ErrorCode(failure.code)))

@@ -1,0 +1,36 @@
+"""Cancels by the client's id of requests that may still be on their way to the engine."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from fastserve.types import CancelById, Request
+
+MAX_REMEMBERED = 10_000
+"""Ids; the oldest is forgotten first."""
+
+
+class RememberedCancels:
+    """When each id was last cancelled, for as long as a request that had arrived by then can live."""
+
+    def __init__(self, max_request_seconds: float) -> None:
+        self._max_request_seconds = max_request_seconds
+        self._times: OrderedDict[str, float] = OrderedDict()
+
+    def add(self, cancel: CancelById) -> None:
+        """Remembers it; cancels come in the order of their times, or nearly so."""
+        time = max(cancel.time, self._times.pop(cancel.request_id, cancel.time))
+        self._times[cancel.request_id] = time
+        while len(self._times) > MAX_REMEMBERED or self._oldest <= time - self._max_request_seconds:
+            self._times.popitem(last=False)
+
+    def applies_to(self, request: Request) -> bool:
+        """Whether the request had arrived when its id was cancelled: a later one of that id lives."""
+        return request.arrival <= self._times.get(request.request_id, -1.0)
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    @property
+    def _oldest(self) -> float:
+        return next(iter(self._times.values()))

@@ -1,0 +1,432 @@
+"""The step `engine` over a fake server and a worker that the test plays."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastserve.model_files import ModelFiles
+from fastserve.types import (
+    Add,
+    Cancel,
+    CancelById,
+    EngineStats,
+    Health,
+    Outcome,
+    OutputOptions,
+    Ready,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    SequenceOutput,
+    StepOutput,
+)
+
+STATS = EngineStats(0, 0, 0, 4, None, 100, 0, 0, 0, 0)
+
+
+class FakeWorker:
+    """A worker that does what the test says; ready as soon as it starts, unless `is_broken`."""
+
+    started: list[FakeWorker]
+    is_broken = False
+
+    def __init__(self, config: Any, files: Any, on_message: Any, on_death: Any, on_health: Any) -> None:
+        self.on_message, self.on_death, self.on_health = on_message, on_death, on_health
+        self.sent: list[Any] = []
+
+    def start(self) -> None:
+        self.started.append(self)
+        if self.is_broken:
+            self.on_death("ended (code 1)")
+        else:
+            self.on_message(Ready(str(len(self.started)), 2048, STATS))
+
+    def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    def stop(self) -> None:
+        return
+
+    def step(self, *outputs: SequenceOutput, received: int = 0) -> None:
+        self.on_message(StepOutput(list(outputs), EngineStats(received, 1, 0, 3, None, 100, 1, 1, 0, 0)))
+
+
+class Engine:
+    """The step, its worker, and requests for it."""
+
+    def __init__(self, pb_utils: Any, step: Any) -> None:
+        self.pb_utils, self.step = pb_utils, step
+
+    @property
+    def worker(self) -> FakeWorker:
+        return FakeWorker.started[-1]
+
+    def message(self, name: str, message: Any) -> Any:
+        from fastserve.triton_server.tensors import message_tensor
+
+        return self.pb_utils.InferenceRequest(inputs=[message_tensor(name, message)])
+
+    def requests(self, *requests: Request) -> list[Any]:
+        """Sends them in one batch; their senders."""
+        batch = [self.message("released", request) for request in requests]
+        self.step.execute(batch)
+        return [each.sender for each in batch]
+
+    def execute(self, name: str, message: Any) -> Any:
+        request = self.message(name, message)
+        self.step.execute([request])
+        return request.sender
+
+
+@pytest.fixture
+def engine(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    from fastserve.triton_server import engine as module
+
+    FakeWorker.started = []
+    monkeypatch.setattr(FakeWorker, "is_broken", False)
+    monkeypatch.setattr(module, "Worker", FakeWorker)
+    monkeypatch.setattr(module, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
+    monkeypatch.setenv("FASTSERVE_MODEL_CONTROL", "explicit")
+    step = module.EngineStep()
+    step.initialize({})
+    yield Engine(pb_utils, step)
+    step.finalize()
+
+
+def a_request(uid: str, request_id: str = "", arrival: float = 10.0, n: int = 1) -> Request:
+    output = OutputOptions(stream=True)
+    return Request(uid, request_id, "", [1], SamplingParams(n=n), output, 0, "", arrival, None)
+
+
+def outputs(sender: Any) -> list[RequestOutput]:
+    from fastserve.triton_server.tensors import read_message
+
+    return [read_message("output", array[0], RequestOutput) for array in sender.outputs("output")]
+
+
+def token_ids(sender: Any) -> list[int]:
+    return [token_id for output in outputs(sender) for each in output.outputs for token_id in each.token_ids]
+
+
+def failure(sender: Any) -> Any:
+    return outputs(sender)[-1].outputs[-1].failure
+
+
+def fail_with(error: Exception, times: int = 10**9) -> Any:
+    """A `ResponseSender.fail` that raises the first `times` times."""
+    left = [times]
+
+    def fail(response: Any, flags: int) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise error
+
+    return fail
+
+
+def test_a_request_goes_to_the_worker_and_its_tokens_come_back(engine: Engine) -> None:
+    (sender,) = engine.requests(a_request("a"))
+    assert [type(each) for each in engine.worker.sent] == [Add]
+    engine.worker.step(SequenceOutput("a", token_ids=[1]))
+    engine.worker.step(SequenceOutput("a", token_ids=[2], outcome=Outcome.STOP))
+    assert (token_ids(sender), sender.is_final) == ([1, 2], True)
+
+
+def test_all_tokens_before_a_failure_arrive_since_it_travels_as_data_behind_them(engine: Engine) -> None:
+    """As an error in a response it would overtake them in a streaming ensemble of Triton server 2.51."""
+    (sender,) = engine.requests(a_request("a"))
+    engine.worker.step(SequenceOutput("a", token_ids=[1]))
+    engine.worker.step(SequenceOutput("a", token_ids=[2]))  # within the interval: it is still here
+    engine.worker.on_death("ended (code -9)")
+    assert (token_ids(sender), sender.is_final, sender.error) == ([1, 2], True, None)
+    assert failure(sender).code == "UNAVAILABLE"
+    assert "the engine's worker ended (code -9)" in failure(sender).message
+
+
+# --- failures hurt their own request
+
+
+def test_a_message_that_cannot_be_read_fails_alone(engine: Engine) -> None:
+    from fastserve.triton_server.secret import seal
+    from fastserve.triton_server.tensors import strings
+
+    bad = engine.pb_utils.InferenceRequest(inputs=[strings("released", [seal("released", b"\xc1")])])
+    empty = engine.pb_utils.InferenceRequest()
+    good = engine.message("released", a_request("a"))
+    engine.step.execute([bad, empty, good])
+    engine.worker.step(SequenceOutput("a", token_ids=[1], outcome=Outcome.STOP))
+    assert (bad.sender.is_final, empty.sender.is_final, good.sender.is_final) == (True, True, True)
+    assert "engine:" in bad.sender.error.message()
+    assert "`inputs`" in empty.sender.error.message()
+    assert good.sender.error is None
+
+
+def test_a_response_that_cannot_be_sent_fails_alone_and_its_request_is_stopped(engine: Engine) -> None:
+    first, second = engine.requests(a_request("a"), a_request("b"))
+    first.fail = fail_with(engine.pb_utils.TritonModelException("no shared memory"), times=1)
+    engine.worker.step(SequenceOutput("a", token_ids=[1]), SequenceOutput("b", token_ids=[2]))
+    assert (failure(first).code, first.is_final) == ("UNAVAILABLE", True)
+    assert "no shared memory" in failure(first).message
+    assert engine.worker.sent[-1] == Cancel("a", Outcome.CANCELLED)
+    engine.worker.step(SequenceOutput("b", token_ids=[3], outcome=Outcome.STOP))
+    assert (token_ids(second), second.is_final) == ([2, 3], True)
+
+
+@pytest.mark.usefixtures("short_shared_memory")
+def test_a_failure_that_cannot_travel_as_data_ends_the_request_all_the_same(engine: Engine) -> None:
+    (sender,) = engine.requests(a_request("a"))
+    sender.fail = fail_with(engine.pb_utils.TritonModelException("no shared memory"), times=3)
+    engine.worker.step(SequenceOutput("a", token_ids=[1]))
+    assert sender.is_final
+    assert "the answer could not be sent" in sender.error.message()
+
+
+@pytest.mark.usefixtures("short_shared_memory")
+def test_while_shared_memory_is_short_the_end_travels_alone(engine: Engine) -> None:
+    """A final response that fails leaves a sender that takes no more: its client would wait for ever."""
+    (sender,) = engine.requests(a_request("a"))
+    flags_sent: list[tuple[bool, int]] = []
+    sender.fail = lambda response, flags: flags_sent.append((response is not None, flags))
+    engine.worker.step(SequenceOutput("a", token_ids=[1], outcome=Outcome.STOP))
+    assert flags_sent == [(True, 0), (False, 1)]
+
+
+def test_metrics_that_fail_hurt_nobody(engine: Engine) -> None:
+    engine.pb_utils.server.failing_metrics |= {"fastserve_step_batch_tokens", "fastserve_requests_running"}
+    (sender,) = engine.requests(a_request("a"))
+    engine.worker.step(SequenceOutput("a", token_ids=[1], outcome=Outcome.STOP))
+    assert token_ids(sender) == [1]
+
+
+@pytest.mark.usefixtures("short_shared_memory")
+@pytest.mark.parametrize("seed", range(20))
+def test_every_request_ends_whatever_fails(engine: Engine, seed: int) -> None:
+    """Responses, metrics and workers fail at random, but no flag that travels alone."""
+    rng = random.Random(seed)
+    error = engine.pb_utils.TritonModelException("no shared memory")
+
+    def fail(response: Any, flags: int) -> None:
+        if response is not None and rng.random() < 0.2:
+            raise error
+
+    senders: dict[str, Any] = {}
+    for number in range(200):
+        uid = str(number)
+        request = engine.message("released", a_request(uid, f"id {number % 7}", float(number)))
+        request.sender.fail, request.cancelled = fail, rng.random() < 0.1
+        senders[uid] = request.sender
+        engine.step.execute([request])
+        known = [each.request.uid for each in engine.worker.sent if isinstance(each, Add)]
+        outcomes = {each: Outcome.STOP if rng.random() < 0.2 else None for each in known[-9:]}
+        engine.worker.step(*(SequenceOutput(each, outcome=end) for each, end in outcomes.items()))
+        if rng.random() < 0.1:
+            engine.execute("cancel", CancelById(f"id {rng.randrange(7)}", float(number)))
+        if rng.random() < 0.05:
+            engine.worker.on_death("ended (code -9)")
+        names = {"fastserve_step_batch_tokens", "fastserve_worker_restarts_total"}
+        engine.pb_utils.server.failing_metrics = names if rng.random() < 0.2 else set()
+    engine.worker.on_death("ended (code -9)")
+    assert [uid for uid, sender in senders.items() if not sender.is_final] == []
+
+
+# --- a worker that dies
+
+
+def test_what_a_dead_worker_had_fails_and_what_came_since_is_served_by_the_next(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    senders: list[Any] = []
+
+    class Slow(FakeWorker):
+        def start(self) -> None:
+            senders.extend(engine.requests(a_request("meanwhile")))
+            FakeWorker.start(self)
+
+    from fastserve.triton_server import engine as module
+
+    monkeypatch.setattr(module, "Worker", Slow)
+    (before,) = engine.requests(a_request("before"))
+    engine.worker.on_death("ended (code -9)")
+    assert "ended (code -9)" in failure(before).message
+    engine.worker.step(SequenceOutput("meanwhile", token_ids=[5], outcome=Outcome.STOP))
+    assert token_ids(senders[0]) == [5]
+    assert engine.pb_utils.server.metric("fastserve_worker_restarts_total") == 1
+
+
+def test_requests_that_wait_for_a_worker_fail_when_it_cannot_start(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = 0
+    senders: list[Any] = []
+
+    class Broken(FakeWorker):
+        def start(self) -> None:
+            nonlocal starts
+            starts += 1
+            if starts == 1:
+                senders.extend(engine.requests(a_request("waits")))
+                self.on_death("ended (code 1)")
+            else:
+                FakeWorker.start(self)
+
+    from fastserve.triton_server import engine as module
+
+    monkeypatch.setattr(module, "Worker", Broken)
+    engine.worker.on_death("ended (code -9)")
+    assert "ended (code 1)" in failure(senders[0]).message
+    assert starts == 2
+
+
+def test_the_server_is_not_ready_while_there_is_no_worker(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = engine.pb_utils.server
+    lost = threading.Event()
+
+    class Slow(FakeWorker):
+        def start(self) -> None:
+            server.wait(lambda each: each.loads == [("unload", "readiness")])
+            lost.set()
+            FakeWorker.start(self)
+
+    from fastserve.triton_server import engine as module
+
+    monkeypatch.setattr(module, "Worker", Slow)
+    server.answer = hold_in(engine)
+    engine.worker.on_death("ended (code -9)")
+    assert lost.is_set()
+    server.wait(lambda each: each.loads == [("unload", "readiness"), ("load", "readiness")])
+
+
+def hold_in(engine: Engine) -> Any:
+    """Answers as the ensemble `readiness` does: its request goes to `engine`, which holds it."""
+
+    def answer(request: Any) -> list[Any]:
+        if request.model_name() == "readiness":
+            engine.step.execute([request])
+            request.sender.wait()
+        return []
+
+    return answer
+
+
+def test_the_server_is_not_ready_while_a_thread_of_another_step_is_gone(engine: Engine) -> None:
+    server = engine.pb_utils.server
+    server.answer = hold_in(engine)
+    assert engine.execute("hold", Health("scheduler", "the thread `queue-deadlines` has ended")).is_final
+    server.wait(lambda each: each.loads == [("unload", "readiness")])
+    engine.execute("hold", Health("scheduler", None))
+    server.wait(lambda each: each.loads == [("unload", "readiness"), ("load", "readiness")])
+
+
+def test_a_request_to_hold_that_does_not_come_is_sent_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastserve.triton_server import readiness as module
+
+    monkeypatch.setattr(module, "HOLD_SECONDS", 0.05)
+    failures = [engine.pb_utils.TritonModelException("no shared memory"), ValueError("broken")]
+    hold = hold_in(engine)
+
+    def answer(request: Any) -> list[Any]:
+        if request.model_name() == "readiness" and failures:
+            raise failures.pop()
+        answers: list[Any] = hold(request)
+        return answers
+
+    engine.pb_utils.server.answer = answer
+    engine.execute("hold", Health("scheduler", "the thread `queue-deadlines` has ended"))
+    engine.pb_utils.server.wait(lambda each: each.loads == [("unload", "readiness")])
+    assert not failures
+
+
+def test_a_first_worker_that_cannot_start_is_said_so(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastserve.triton_server import engine as module
+
+    monkeypatch.setattr(FakeWorker, "is_broken", True)
+    step = module.EngineStep()
+    with pytest.raises(engine.pb_utils.TritonModelException, match="before it was ready"):
+        step.initialize({})
+    step.finalize()
+
+
+def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
+    pb_utils: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    import fake_engine
+
+    from fastserve.engine.worker import Worker
+    from fastserve.triton_server import engine as module
+
+    monkeypatch.setattr(module, "Worker", partial(Worker, load=fake_engine.load_small))
+    monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
+    step = module.EngineStep()
+    step.initialize({})
+    engine = Engine(pb_utils, step)
+    try:
+        bad, other = engine.requests(a_request("a", "garbage"), a_request("b"))
+        for sender in (bad, other):
+            sender.wait()
+            assert "could not be understood" in failure(sender).message
+        (good,) = engine.requests(a_request("c"))
+        good.wait()
+        assert token_ids(good) == [100_000]
+    finally:
+        step.finalize()
+
+
+# --- cancels by the client's id
+
+
+def test_a_cancel_stops_requests_of_its_id_that_had_arrived(engine: Engine) -> None:
+    engine.requests(a_request("a", "mine", 10.0), a_request("b", "mine", 12.0), a_request("c", "other", 10.0))
+    assert engine.execute("cancel", CancelById("mine", 11.0)).is_final
+    assert engine.worker.sent[3:] == [Cancel("a", Outcome.CANCELLED)]
+
+
+def test_a_cancel_of_an_ended_id_lets_the_next_request_of_that_id_live(engine: Engine) -> None:
+    engine.requests(a_request("first", "mine", 10.0))
+    engine.worker.step(SequenceOutput("first", token_ids=[1], outcome=Outcome.STOP))
+    engine.execute("cancel", CancelById("mine", 11.0))
+    (late, after) = engine.requests(a_request("late", "mine", 10.5), a_request("after", "mine", 11.5))
+    assert failure(late).code == "CANCELLED"
+    assert not after.is_final
+    assert [each.request.uid for each in engine.worker.sent] == ["first", "after"]
+
+
+def test_a_cancel_is_forgotten_when_no_request_of_its_time_can_live(engine: Engine) -> None:
+    engine.execute("cancel", CancelById("old", 1000.0))
+    engine.execute("cancel", CancelById("newer", 1599.0))
+    assert len(engine.step._cancelled) == 2
+    engine.execute("cancel", CancelById("newest", 1600.0))
+    assert len(engine.step._cancelled) == 2
+    (sender,) = engine.requests(a_request("a", "old", 999.0))
+    assert not sender.is_final
+
+
+def test_a_cancel_without_a_worker_ends_those_that_wait_for_one(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    senders: list[Any] = []
+
+    class Slow(FakeWorker):
+        def start(self) -> None:
+            senders.extend(engine.requests(a_request("a", "mine")))
+            engine.execute("cancel", CancelById("mine", 11.0))
+            FakeWorker.start(self)
+
+    from fastserve.triton_server import engine as module
+
+    monkeypatch.setattr(module, "Worker", Slow)
+    engine.worker.on_death("ended (code -9)")
+    assert failure(senders[0]).code == "CANCELLED"
+    assert engine.worker.sent == []

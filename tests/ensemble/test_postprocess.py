@@ -1,0 +1,232 @@
+"""The step `postprocess` over a fake server, with the default model's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from fastserve.model_files import ModelFiles, load_tokenizer
+from fastserve.text.tokenizer import Tokenizer
+from fastserve.types import (
+    Cancel,
+    Failure,
+    Health,
+    Outcome,
+    OutputOptions,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    SequenceOutput,
+)
+
+LOST = Failure("UNAVAILABLE", "the engine's worker ended")
+
+
+class Postprocess:
+    """The step, and outputs of the engine for it."""
+
+    def __init__(self, pb_utils: Any, step: Any) -> None:
+        self.pb_utils, self.step = pb_utils, step
+
+    def message(self, output: RequestOutput) -> Any:
+        from fastserve.triton_server.tensors import message_tensor
+
+        return self.pb_utils.InferenceRequest(inputs=[message_tensor("output", output)])
+
+    def outputs(self, *outputs: RequestOutput) -> list[Any]:
+        """Sends them in one batch; their senders."""
+        batch = [self.message(output) for output in outputs]
+        self.step.execute(batch)
+        return [each.sender for each in batch]
+
+    def stops(self, count: int) -> list[Cancel]:
+        """Those that the engine was told, when there are so many."""
+        from fastserve.triton_server.tensors import message_of
+
+        server = self.pb_utils.server
+        server.wait(lambda each: len(each.requests) >= count)
+        return [message_of(request, "stop", Cancel) for request in server.requests]  # type: ignore[misc]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(default_model: ModelFiles) -> Tokenizer:
+    return load_tokenizer(default_model)
+
+
+@pytest.fixture
+def postprocess(
+    pb_utils: Any, monkeypatch: pytest.MonkeyPatch, default_model: ModelFiles, tokenizer: Tokenizer
+) -> Iterator[Postprocess]:
+    from fastserve.triton_server import postprocess as module
+
+    monkeypatch.setattr(module, "locate", lambda model: default_model)
+    monkeypatch.setattr(module, "load_tokenizer", lambda files: tokenizer)
+    step = module.PostprocessStep()
+    step.initialize({})
+    yield Postprocess(pb_utils, step)
+    step.finalize()
+
+
+def a_request(uid: str, stream: bool = True, tenant: str = "", **sampling: Any) -> Request:
+    output = OutputOptions(stream=stream)
+    return Request(uid, "", "", [1, 2, 3], SamplingParams(**sampling), output, 0, tenant, 0.0, None)
+
+
+def first(request: Request, *token_ids: int) -> RequestOutput:
+    """Of a request that goes on."""
+    return RequestOutput(request.uid, [SequenceOutput(request.uid, token_ids=list(token_ids))], request)
+
+
+def last(uid: str, *token_ids: int) -> RequestOutput:
+    output = SequenceOutput(uid, token_ids=list(token_ids), outcome=Outcome.LENGTH)
+    return RequestOutput(uid, [output], final=True)
+
+
+def text(sender: Any) -> str:
+    return "".join(array[0].decode() for array in sender.outputs("text_output"))
+
+
+def words(postprocess: Postprocess, text: str) -> list[int]:
+    token_ids: list[int] = postprocess.step._tokenizer.encode(text)
+    return token_ids
+
+
+def fail_first(error: Exception, times: int = 1) -> Any:
+    left = [times]
+
+    def fail(response: Any, flags: int) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise error
+
+    return fail
+
+
+def test_tokens_become_text(postprocess: Postprocess) -> None:
+    hello, world = words(postprocess, "Hello world")
+    senders = postprocess.outputs(first(a_request("a"), hello), last("a", world))
+    assert [text(sender) for sender in senders] == ["Hello", " world"]
+    assert all(sender.is_final for sender in senders)
+
+
+def test_all_tokens_before_a_failure_arrive_also_those_of_the_same_output(postprocess: Postprocess) -> None:
+    """The engine joins outputs: the failure comes with tokens that no response has told yet."""
+    hello, world = words(postprocess, "Hello world")
+    request = a_request("a")
+    failure = SequenceOutput("a", outcome=Outcome.ERROR, failure=LOST)
+    output = RequestOutput("a", [SequenceOutput("a", token_ids=[hello, world]), failure], request, final=True)
+    (sender,) = postprocess.outputs(output)
+    assert [each.has_error() for each in sender.responses] == [False, True]
+    assert (text(sender), sender.is_final) == ("Hello world", True)
+    assert sender.error.message() == "UNAVAILABLE: the engine's worker ended"
+    assert postprocess.pb_utils.server.metric("fastserve_requests_total", outcome="error") == 1
+
+
+def test_a_failure_of_an_unstreamed_request_comes_alone(postprocess: Postprocess) -> None:
+    (hello,) = words(postprocess, "Hello")
+    failure = SequenceOutput("a", outcome=Outcome.ERROR, failure=LOST)
+    tokens = SequenceOutput("a", token_ids=[hello])
+    request = a_request("a", stream=False)
+    (sender,) = postprocess.outputs(RequestOutput("a", [tokens, failure], request, final=True))
+    assert [each.has_error() for each in sender.responses] == [True]
+
+
+def test_a_message_that_cannot_be_read_fails_alone(postprocess: Postprocess) -> None:
+    from fastserve.triton_server.secret import seal
+    from fastserve.triton_server.tensors import strings
+
+    (hello,) = words(postprocess, "Hello")
+    bad = postprocess.pb_utils.InferenceRequest(inputs=[strings("output", [seal("output", b"\xc1")])])
+    empty = postprocess.pb_utils.InferenceRequest()
+    good = postprocess.message(first(a_request("a"), hello))
+    postprocess.step.execute([bad, empty, good])
+    assert "could not be made or sent" in bad.sender.error.message()
+    assert "`output`" in empty.sender.error.message()
+    assert (bad.sender.is_final, empty.sender.is_final, text(good.sender)) == (True, True, "Hello")
+
+
+@pytest.mark.usefixtures("short_shared_memory")
+def test_a_response_that_cannot_be_sent_fails_its_request_and_stops_it(postprocess: Postprocess) -> None:
+    hello, world = words(postprocess, "Hello world")
+    batch = [postprocess.message(first(a_request(uid), hello)) for uid in ("a", "b")]
+    batch[0].sender.fail = fail_first(postprocess.pb_utils.TritonModelException("no shared memory"))
+    postprocess.step.execute(batch)
+    assert "no shared memory" in batch[0].sender.error.message()
+    assert (batch[0].sender.is_final, text(batch[1].sender)) == (True, "Hello")
+    assert postprocess.stops(1) == [Cancel("a", Outcome.CANCELLED)]
+    dropped, goes_on = postprocess.outputs(last("a", world), last("b", world))
+    assert (dropped.responses, dropped.is_final, text(goes_on)) == ([], True, " world")
+    server = postprocess.pb_utils.server
+    assert server.metric("fastserve_requests_total", outcome="error") == 1
+    assert server.metric("fastserve_requests_total", outcome="length") == 1
+
+
+def test_metrics_that_fail_hurt_nobody(postprocess: Postprocess) -> None:
+    server = postprocess.pb_utils.server
+    server.failing_metrics |= {"fastserve_generation_tokens_total", "fastserve_time_to_first_token_seconds"}
+    hello, world = words(postprocess, "Hello world")
+    (sender,) = postprocess.outputs(first(a_request("a"), hello))
+    server.failing_metrics.clear()
+    postprocess.outputs(last("a", world))
+    assert text(sender) == "Hello"
+    assert server.metric("fastserve_generation_tokens_total", tenant="") == 2  # the first was owed
+
+
+def test_a_stop_that_could_not_be_told_is_told_again(postprocess: Postprocess) -> None:
+    failures = [ValueError("broken"), postprocess.pb_utils.TritonModelException("no shared memory")]
+
+    def answer(request: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return []
+
+    postprocess.pb_utils.server.answer = answer
+    hello, world = words(postprocess, "Hello world")
+    postprocess.outputs(first(a_request("a", stop=["Hello"]), hello, world))
+    assert postprocess.stops(3) == [Cancel("a", Outcome.STOP, 0)] * 3
+    postprocess.outputs(first(a_request("b", stop=["Hello"]), hello, world))
+    assert postprocess.stops(4)[-1] == Cancel("b", Outcome.STOP, 0)
+
+
+def test_an_engine_that_can_never_be_told_makes_the_server_unready(postprocess: Postprocess) -> None:
+    from fastserve.triton_server.tensors import message_of
+
+    told: list[Health] = []
+
+    def answer(request: Any) -> Any:
+        health = message_of(request, "hold", Health)
+        if health is None and not told:
+            raise postprocess.pb_utils.TritonModelException("no shared memory")
+        if health is not None:
+            told.append(health)
+        return []
+
+    postprocess.pb_utils.server.answer = answer
+    hello, world = words(postprocess, "Hello world")
+    postprocess.outputs(first(a_request("a", stop=["Hello"]), hello, world))
+    postprocess.pb_utils.server.wait(lambda each: len(each.requests) == 8)
+    problem = "the thread `stops` keeps failing: RequestError: engine: no shared memory"
+    assert told == [Health("postprocess", problem), Health("postprocess", None)]
+
+
+def test_a_request_whose_last_output_never_came_is_forgotten(postprocess: Postprocess) -> None:
+    (hello,) = words(postprocess, "Hello")
+    postprocess.outputs(first(msgspec.structs.replace(a_request("old"), deadline=1.0), hello))
+    postprocess.step._forget_at = 0.0
+    postprocess.outputs(first(a_request("new"), hello))
+    assert list(postprocess.step._conversations) == ["new"]
+
+
+def test_tokens_are_counted_by_tenant_under_a_bounded_number_of_labels(postprocess: Postprocess) -> None:
+    hello, world = words(postprocess, "Hello world")
+    for number in range(70):
+        uid = str(number)
+        postprocess.outputs(first(a_request(uid, tenant=f"tenant {number}"), hello), last(uid, world))
+    metric = postprocess.pb_utils.server.metric
+    for name, tokens in (("generation", 2), ("prompt", 3)):
+        assert metric(f"fastserve_{name}_tokens_total", tenant="tenant 0") == tokens
+        assert metric(f"fastserve_{name}_tokens_total", tenant="tenant 69") == 0
+        assert metric(f"fastserve_{name}_tokens_total", tenant="other") == 6 * tokens

@@ -1,0 +1,233 @@
+"""The step `scheduler` over a fake server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from fastserve.config import Config
+from fastserve.types import Health, OutputOptions, Request, Room, SamplingParams
+
+
+class Scheduler:
+    """The step, and requests for it."""
+
+    def __init__(self, pb_utils: Any, step: Any) -> None:
+        self.pb_utils, self.step = pb_utils, step
+        self._serial = 0
+
+    def message(self, name: str, message: Any) -> Any:
+        from fastserve.triton_server.tensors import message_tensor
+
+        return self.pb_utils.InferenceRequest(inputs=[message_tensor(name, message)])
+
+    def requests(self, *requests: Request) -> list[Any]:
+        """Sends them in one batch; their senders."""
+        batch = [self.message("request", request) for request in requests]
+        self.step.execute(batch)
+        return [each.sender for each in batch]
+
+    def room(self, free_slots: int, received: int = 0, max_model_len: int | None = None) -> Any:
+        self._serial += 1
+        now = time.monotonic()
+        room = Room("a", self._serial, received, received, free_slots, None, now, max_model_len)
+        request = self.message("room", room)
+        self.step.execute([request])
+        return request.sender
+
+    def waiting(self, priority: int) -> float:
+        value: float = self.pb_utils.server.metric("fastserve_requests_waiting", priority=str(priority))
+        return value
+
+
+@pytest.fixture
+def make_scheduler(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scheduler]]:
+    """A step with settings of its own."""
+    from fastserve.triton_server import scheduler as module
+
+    steps = []
+
+    def make(**settings: Any) -> Scheduler:
+        monkeypatch.setattr(module, "read_config", lambda: Config(**settings))
+        step = module.SchedulerStep()
+        step.initialize({})
+        steps.append(step)
+        return Scheduler(pb_utils, step)
+
+    yield make
+    for step in steps:
+        step.finalize()
+
+
+@pytest.fixture
+def scheduler(make_scheduler: Callable[..., Scheduler]) -> Scheduler:
+    return make_scheduler()
+
+
+def a_request(uid: str, priority: int = 0, num_tokens: int = 1, deadline: float | None = None) -> Request:
+    return Request(
+        uid,
+        "",
+        "",
+        [1] * num_tokens,
+        SamplingParams(),
+        OutputOptions(),
+        priority,
+        "",
+        time.monotonic(),
+        deadline,
+    )
+
+
+def released(sender: Any) -> list[str]:
+    from fastserve.triton_server.tensors import read_message
+
+    return [read_message("released", array[0], Request).uid for array in sender.outputs("released")]
+
+
+def fail_once(error: Exception) -> Any:
+    failures = [error]
+
+    def fail(response: Any, flags: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    return fail
+
+
+def test_one_goes_at_first_and_the_rest_when_there_is_room(scheduler: Scheduler) -> None:
+    first, second = scheduler.requests(a_request("a"), a_request("b"))
+    assert (released(first), first.is_final, second.is_final) == (["a"], True, False)
+    assert scheduler.room(1, received=1).is_final
+    assert released(second) == ["b"]
+
+
+def test_a_message_that_cannot_be_read_fails_alone(scheduler: Scheduler) -> None:
+    from fastserve.triton_server.secret import seal
+    from fastserve.triton_server.tensors import strings
+
+    bad = scheduler.pb_utils.InferenceRequest(inputs=[strings("request", [seal("request", b"\xc1")])])
+    good = scheduler.message("request", a_request("a"))
+    scheduler.step.execute([bad, good])
+    assert "scheduler:" in bad.sender.error.message()
+    assert (bad.sender.is_final, released(good.sender)) == (True, ["a"])
+
+
+@pytest.mark.usefixtures("short_shared_memory")
+def test_a_request_that_cannot_be_sent_on_fails_alone(scheduler: Scheduler) -> None:
+    batch = [scheduler.message("request", a_request(uid, priority)) for uid, priority in (("a", 1), ("b", 0))]
+    batch[0].sender.fail = fail_once(scheduler.pb_utils.TritonModelException("no shared memory"))
+    scheduler.room(2)
+    scheduler.step.execute(batch)
+    assert "could not be sent to the engine: no shared memory" in batch[0].sender.error.message()
+    assert batch[0].sender.error.code() == scheduler.pb_utils.TritonError.UNAVAILABLE
+    assert (batch[0].sender.is_final, released(batch[1].sender)) == (True, ["b"])
+
+
+def test_an_answer_to_a_room_message_that_fails_leaves_the_requests_alone(scheduler: Scheduler) -> None:
+    _, second = scheduler.requests(a_request("a"), a_request("b"))
+    room = scheduler.message("room", Room("a", 1, 1, 1, 1, None, time.monotonic()))
+    room.sender.fail = fail_once(scheduler.pb_utils.TritonModelException("no shared memory"))
+    scheduler.step.execute([room])
+    assert released(second) == ["b"]
+
+
+def test_metrics_that_fail_hurt_nobody(scheduler: Scheduler) -> None:
+    server = scheduler.pb_utils.server
+    names = ("queue_wait_seconds", "requests_waiting", "requests_total")
+    server.failing_metrics |= {f"fastserve_{name}" for name in names}
+    scheduler.room(1, max_model_len=8)
+    good, bad = scheduler.requests(a_request("a"), a_request("long", num_tokens=8))
+    assert (released(good), bad.is_final) == (["a"], True)
+    server.failing_metrics.clear()
+    scheduler.requests(a_request("longer", num_tokens=9))
+    assert server.metric("fastserve_requests_total", outcome="rejected") == 2
+
+
+def test_the_clock_goes_on_after_a_failure(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it was: the next deadline is kept."""
+    expire = scheduler.step._admission.expire
+    failures = [ValueError("broken")]
+
+    def fail_first(now: float) -> Any:
+        if failures:
+            raise failures.pop()
+        return expire(now)
+
+    scheduler.requests(a_request("a"))
+    monkeypatch.setattr(scheduler.step._admission, "expire", fail_first)
+    (late,) = scheduler.requests(a_request("late", deadline=time.monotonic()))
+    late.wait()
+    assert "the request's limit in the queue" in late.error.message()
+    assert not failures
+
+
+def test_a_clock_that_cannot_go_on_makes_the_server_unready(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = scheduler.pb_utils.server
+    expire = scheduler.step._admission.expire
+
+    def fail(now: float) -> Any:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(scheduler.step._admission, "expire", fail)
+    scheduler.requests(a_request("a"))
+    server.wait(lambda each: len(each.requests) == 1)
+    assert health(server.requests[0]) == Health(
+        "scheduler", "the thread `queue-deadlines` keeps failing: ValueError: broken"
+    )
+    monkeypatch.setattr(scheduler.step._admission, "expire", expire)
+    server.wait(lambda each: len(each.requests) == 2)
+    assert health(server.requests[1]) == Health("scheduler", None)
+
+
+def health(request: Any) -> Any:
+    from fastserve.triton_server.tensors import message_of
+
+    assert request.model_name() == "engine"
+    return message_of(request, "hold", Health)
+
+
+def test_a_prompt_that_the_cache_cannot_hold_is_refused_at_once_queued_or_not(scheduler: Scheduler) -> None:
+    _, queued, short = scheduler.requests(a_request("a"), a_request("b", num_tokens=8), a_request("c"))
+    scheduler.room(0, received=1, max_model_len=8)
+    (late,) = scheduler.requests(a_request("d", num_tokens=20))
+    assert (
+        queued.error.message()
+        == "INVALID_ARG: prompt: got 8 tokens; allowed: at most 7 (model length and KV cache)"
+    )
+    assert (
+        late.error.message()
+        == "INVALID_ARG: prompt: got 20 tokens; allowed: at most 7 (model length and KV cache)"
+    )
+    assert {queued.error.code(), late.error.code()} == {scheduler.pb_utils.TritonError.INVALID_ARG}
+    assert (queued.is_final, late.is_final, short.is_final) == (True, True, False)
+
+
+def test_a_full_queue_refuses_at_once(make_scheduler: Callable[..., Scheduler]) -> None:
+    scheduler = make_scheduler(max_queue_size=1)
+    scheduler.requests(a_request("goes"))
+    (waits,) = scheduler.requests(a_request("waits"))
+    (refused,) = scheduler.requests(a_request("refused"))
+    assert (waits.is_final, refused.is_final) == (False, True)
+    assert refused.error.code() == scheduler.pb_utils.TritonError.UNAVAILABLE
+
+
+def test_gauges_are_told_now_and_then_and_only_what_changed(scheduler: Scheduler) -> None:
+    server = scheduler.pb_utils.server
+    for priority in range(-100, 101):
+        scheduler.requests(a_request(str(priority), priority))
+    calls = server.metric_calls("fastserve_requests_waiting")
+    assert calls <= 21 * 20  # 201 requests within some tenths of a second; it was the square of that
+    assert len(server.metrics["fastserve_requests_waiting"]) <= 21
+    server.wait(lambda each: scheduler.waiting(-10) + scheduler.waiting(10) == 91 + 91 - 1)
+    calls = server.metric_calls("fastserve_requests_waiting")
+    scheduler.room(0, received=1)
+    scheduler.room(0, received=1)
+    assert server.metric_calls("fastserve_requests_waiting") == calls
+    scheduler.room(1000, received=1)
+    assert [scheduler.waiting(priority) for priority in (-10, 0, 10)] == [0, 0, 0]

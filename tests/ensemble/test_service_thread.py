@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from fastserve.service_thread import FAILURES_TO_BE_UNWELL, ServiceThread
+
+WAIT_SECONDS = 20.0
+Piece = Callable[[], bool]
+
+
+class Service:
+    """A thread that does the pieces that a test hands it, and what it said."""
+
+    def __init__(self) -> None:
+        self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        self.failures: list[Exception] = []
+        self.health: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.thread = ServiceThread(
+            "service", lambda: self._pieces.get()(), self.failures.append, self.health.put
+        )
+        self.thread.start()
+
+    def do(self, name: str) -> None:
+        def piece() -> bool:
+            self.done.put(name)
+            return True
+
+        self._pieces.put(piece)
+
+    def fail(self, error: BaseException) -> None:
+        def piece() -> bool:
+            raise error
+
+        self._pieces.put(piece)
+
+    def stop(self) -> None:
+        self._pieces.put(lambda: False)
+        self.thread.join(WAIT_SECONDS)
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    service = Service()
+    yield service
+    service.thread.hurry()
+    service.stop()
+
+
+def test_a_failure_is_told_and_the_next_piece_is_done(service: Service) -> None:
+    error = ValueError("one bad message")
+    service.fail(error)
+    service.do("next")
+    assert service.done.get(timeout=WAIT_SECONDS) == "next"
+    assert service.failures == [error]
+    assert service.health.empty()
+
+
+def test_one_that_keeps_failing_says_so_once_and_that_it_works_again(service: Service) -> None:
+    for _ in range(FAILURES_TO_BE_UNWELL + 2):
+        service.fail(ValueError("no shared memory"))
+    problem = service.health.get(timeout=WAIT_SECONDS)
+    assert problem == "the thread `service` keeps failing: ValueError: no shared memory"
+    service.do("next")
+    assert service.health.get(timeout=WAIT_SECONDS) is None
+    assert len(service.failures) == FAILURES_TO_BE_UNWELL + 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_one_that_ends_unasked_says_so(service: Service) -> None:
+    service.fail(KeyboardInterrupt())
+    assert service.health.get(timeout=WAIT_SECONDS) == "the thread `service` has ended"
+    service.thread.join(WAIT_SECONDS)
+    assert not service.thread.is_alive
+
+
+def test_failing_its_requests_may_fail_too() -> None:
+    def broken(error: Exception) -> None:
+        raise RuntimeError("again")
+
+    pieces: list[Piece] = [lambda: False, lambda: 1 // 0 == 0]
+    thread = ServiceThread("service", lambda: pieces.pop()(), broken)
+    thread.start()
+    thread.join(WAIT_SECONDS)
+    assert pieces == []
+
+
+def test_one_that_is_told_to_end_says_nothing(service: Service) -> None:
+    service.stop()
+    assert not service.thread.is_alive
+    assert service.health.empty()
