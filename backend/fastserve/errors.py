@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from enum import Enum
 
@@ -27,6 +28,21 @@ class RequestError(Exception):
     def __init__(self, message: str, code: ErrorCode = ErrorCode.INVALID_ARG) -> None:
         super().__init__(message)
         self.code = code
+
+
+_WRITTEN = re.compile(rf"(?:in ensemble '[^']*', )?({'|'.join(ErrorCode)}): ")
+"""What stands before the sentence of an error that was written with its code. An ensemble adds its name."""
+
+
+def with_code(error: RequestError) -> str:
+    """The error as it is written where only the sentence travels: `CODE: sentence`."""
+    return f"{error.code.value}: {error}"
+
+
+def read_error(message: str) -> RequestError | None:
+    """The error that `with_code` has written; None where another has written the message."""
+    written = _WRITTEN.match(message)
+    return written and RequestError(message[written.end() :], ErrorCode(written[1]))
 
 
 def invalid(field: str, came: object, allowed: str) -> RequestError:

@@ -77,7 +77,7 @@ class OutputOptions(Struct, frozen=True):
     num_output_tokens: bool = False
 
 
-class Request(Struct, frozen=True):
+class Request(Struct, frozen=True, tag=True):
     """A validated, tokenised request. `preprocess` makes it; nothing after changes it."""
 
     uid: str
@@ -101,6 +101,12 @@ class Request(Struct, frozen=True):
     def priority_label(self) -> int:
         """The priority in metrics, from -10 to 10: clients choose freely, but labels must stay few."""
         return max(-10, min(10, self.priority))
+
+
+class Accepted(Struct, frozen=True, tag=True):
+    """From `scheduler`, in front of a forwarded request that it releases later: it waits in the queue."""
+
+    uid: str
 
 
 class Room(Struct, frozen=True):
@@ -133,6 +139,30 @@ class Outcome(str, Enum):
     TIMEOUT = "timeout"
     REJECTED = "rejected"
     ERROR = "error"
+
+
+class Failure(Struct, frozen=True):
+    """Why a request ended without an answer."""
+
+    code: str
+    """An `ErrorCode`."""
+    message: str
+
+
+class Refused(Struct, frozen=True, tag=True):
+    """From `scheduler`: a forwarded request whose time in the queue has passed.
+
+    Its failure goes the way of an answer: between models, Triton server 2.51 loses an error that follows
+    a response, and `Accepted` was one.
+    """
+
+    request: Request
+    outcome: Outcome
+    failure: Failure
+
+
+Released: Any = Request | Accepted | Refused
+"""From `scheduler` to `engine`."""
 
 
 class Add(Struct, frozen=True, tag=True):
@@ -173,14 +203,6 @@ class Health(Struct, frozen=True, tag=True):
 
 class Shutdown(Struct, frozen=True, tag=True):
     """To the worker: leave."""
-
-
-class Failure(Struct, frozen=True):
-    """Why a request ended without an answer."""
-
-    code: str
-    """An `ErrorCode`."""
-    message: str
 
 
 class SequenceOutput(Struct, frozen=True):
@@ -255,6 +277,6 @@ def encode(message: Any) -> bytes:
     return _encoder.encode(message)
 
 
-def decode(data: bytes, as_type: type[T]) -> T:
+def decode(data: bytes | memoryview, as_type: type[T]) -> T:
     """The message in `data`. Raises msgspec.DecodeError or msgspec.ValidationError."""
     return msgspec.msgpack.decode(data, type=as_type)

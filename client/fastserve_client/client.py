@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 Protocol = Literal["grpc", "http"]
 DEFAULT_URLS: Mapping[Protocol, str] = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
-CONTROL_TIMEOUT = 10.0
-"""Seconds that `is_ready` and `cancel` may take."""
 
 _TRANSPORTS: Mapping[Protocol, Callable[[str, Mapping[str, str]], Transport]] = {
     "grpc": GrpcTransport,
@@ -81,14 +79,19 @@ class Client:
         request = generation_request(prompt, messages, prompt_token_ids, True, options)
         return Stream(self._transport, request, options.get("timeout"), self._retries)
 
-    def cancel(self, request_id: str) -> None:
-        """Stops the requests of that id, whoever sent them; one that is not known is no error."""
-        for _ in Stream(self._transport, cancellation_request(request_id), CONTROL_TIMEOUT, self._retries):
-            pass
+    def cancel(self, request_id: str, timeout: float | None = None) -> None:
+        """Stops the requests of that id, whoever sent them; one that is not known is no error.
 
-    def is_ready(self) -> bool:
-        """Whether the server answers and all its models are ready."""
-        return self._transport.is_ready(CONTROL_TIMEOUT)
+        `timeout`: seconds; None: until the server has answered. Raises FastServeError.
+        """
+        Stream(self._transport, cancellation_request(request_id), timeout, self._retries).wait()
+
+    def is_ready(self, timeout: float | None = None) -> bool:
+        """Whether the server answers and all its models are ready.
+
+        `timeout`: seconds after which a server that has not answered is not ready; None: never.
+        """
+        return self._transport.is_ready(timeout)
 
     def close(self) -> None:
         """Closes the channel; what is still running on it is cancelled."""
@@ -148,17 +151,19 @@ class AsyncClient:
         request = generation_request(prompt, messages, prompt_token_ids, True, options)
         return AsyncStream(self._transport, request, options.get("timeout"), self._retries)
 
-    async def cancel(self, request_id: str) -> None:
-        """Stops the requests of that id, whoever sent them; one that is not known is no error."""
-        stream = AsyncStream(
-            self._transport, cancellation_request(request_id), CONTROL_TIMEOUT, self._retries
-        )
-        async for _ in stream:
-            pass
+    async def cancel(self, request_id: str, timeout: float | None = None) -> None:
+        """Stops the requests of that id, whoever sent them; one that is not known is no error.
 
-    async def is_ready(self) -> bool:
-        """Whether the server answers and all its models are ready."""
-        return await self._transport.is_ready(CONTROL_TIMEOUT)
+        `timeout`: seconds; None: until the server has answered. Raises FastServeError.
+        """
+        await AsyncStream(self._transport, cancellation_request(request_id), timeout, self._retries).wait()
+
+    async def is_ready(self, timeout: float | None = None) -> bool:
+        """Whether the server answers and all its models are ready.
+
+        `timeout`: seconds after which a server that has not answered is not ready; None: never.
+        """
+        return await self._transport.is_ready(timeout)
 
     async def close(self) -> None:
         """Closes the connections; what is still running on them is cancelled."""

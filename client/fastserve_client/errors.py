@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
-# The Triton server's gRPC streams say no code, and over HTTP it answers 400 whatever the code of a decoupled
-# model's error was: so FastServe writes codes other than INVALID_ARG before the sentence. The ensemble adds
-# its name before that.
+# The Triton server's gRPC streams say no code, and over HTTP `generate` it answers 400 whatever the code of a
+# model's error was: so FastServe writes the code before the sentence. The ensemble adds its name before that.
 _ENSEMBLE = re.compile(r"^in ensemble '[^']*', ")
 _CODE = re.compile(r"^(INVALID_ARG|UNAVAILABLE|CANCELLED|INTERNAL): ")
+# What the Triton server itself says of a model that it has and that is not loaded now.
+_NOT_LOADED = re.compile(r"has no available versions|' is not ready")
 
 
 class FastServeError(Exception):
@@ -36,4 +37,6 @@ def server_error(message: str, code: str = "INVALID_ARG") -> FastServeError:
     sentence = _ENSEMBLE.sub("", message)
     if written := _CODE.match(sentence):
         return FastServeError(written[1], sentence[written.end() :])
+    if _NOT_LOADED.search(sentence):
+        return FastServeError("UNAVAILABLE", sentence)
     return FastServeError(code, sentence)

@@ -26,8 +26,9 @@ CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     # gRPC's own waits before it connects again (1 s, growing to 120 s) would outlast all our retries.
+    # `min_reconnect_backoff_ms` stays at its 20 s: it is also the time in which a connection must come about,
+    # and a busy machine needs seconds.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 STATUS_CODES = {"INVALID_ARGUMENT": "INVALID_ARG", "UNIMPLEMENTED": "UNSUPPORTED"}
@@ -65,7 +66,7 @@ class GrpcTransport:
         messages = iter([request.to_grpc(timeout)])
         return GrpcCall(self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=self._metadata))
 
-    def is_ready(self, timeout: float) -> bool:
+    def is_ready(self, timeout: float | None) -> bool:
         try:
             request = service_pb2.ServerReadyRequest()
             return self._stub.ServerReady(request, timeout=timeout, metadata=self._metadata).ready
@@ -114,7 +115,7 @@ class AsyncGrpcTransport:
         messages = iter([request.to_grpc(timeout)])
         return AsyncGrpcCall(self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=self._metadata))
 
-    async def is_ready(self, timeout: float) -> bool:
+    async def is_ready(self, timeout: float | None) -> bool:
         try:
             request = service_pb2.ServerReadyRequest()
             return (await self._stub.ServerReady(request, timeout=timeout, metadata=self._metadata)).ready

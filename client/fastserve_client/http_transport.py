@@ -36,7 +36,7 @@ READY_PATH = "/v2/health/ready"
 PIECE = 65536
 """Bytes read at once, at most."""
 CANCEL_TIMEOUT = 2.0
-"""Seconds that leaving a call may take."""
+"""Seconds that leaving a call waits for an answer; the server acts on what was sent, however late."""
 
 
 class HttpCall:
@@ -126,7 +126,7 @@ class HttpTransport:
         with contextlib.suppress(StopIteration, FastServeError):
             next(self.open(cancellation_request(request_id), Deadline(CANCEL_TIMEOUT)))
 
-    def is_ready(self, timeout: float) -> bool:
+    def is_ready(self, timeout: float | None) -> bool:
         connection = http.client.HTTPConnection(self.url, timeout=timeout)
         try:
             connection.request("GET", READY_PATH, headers=dict(self.headers))
@@ -220,7 +220,7 @@ class AsyncHttpTransport:
             _path(request), data=request.to_json(timeout), headers=JSON_BODY, timeout=_client_timeout(timeout)
         )
 
-    async def is_ready(self, timeout: float) -> bool:
+    async def is_ready(self, timeout: float | None) -> bool:
         try:
             async with self._session.get(READY_PATH, timeout=_client_timeout(timeout)) as response:
                 return response.status == http.client.OK

@@ -13,7 +13,8 @@ from tritonclient.grpc import service_pb2
 from fastserve_client.options import Message, Options
 
 MODEL = "fastserve"
-ENGINE = "engine"
+INFER_MODEL = "fastserve_infer"
+"""It answers once, and takes cancellations: `fastserve` itself is an ensemble, and streams."""
 
 InputValue = bool | int | str | list[int]
 """A BOOL [1], INT32 [1], STRING [1] or INT64 [-1] tensor."""
@@ -104,5 +105,5 @@ def generation_request(
 
 
 def cancellation_request(request_id: str) -> Request:
-    """The request to stop another one."""
-    return Request(ENGINE, {"cancel": request_id})
+    """The request to stop others, of that id."""
+    return Request(INFER_MODEL, {"cancel": request_id})

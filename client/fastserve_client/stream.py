@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
@@ -29,7 +30,7 @@ class Transport(Protocol):
     """`open` sends a request; it raises FastServeError where that shows at once."""
 
     def open(self, request: Request, deadline: Deadline) -> Call: ...
-    def is_ready(self, timeout: float) -> bool: ...
+    def is_ready(self, timeout: float | None) -> bool: ...
     def close(self) -> None: ...
 
 
@@ -44,7 +45,7 @@ class AsyncTransport(Protocol):
     """`Transport` for asyncio; its `open` raises nothing."""
 
     def open(self, request: Request, deadline: Deadline) -> AsyncCall: ...
-    async def is_ready(self, timeout: float) -> bool: ...
+    async def is_ready(self, timeout: float | None) -> bool: ...
     async def close(self) -> None: ...
 
 
@@ -73,6 +74,9 @@ class Stream(Iterator[Chunk]):
                 time.sleep(self._backoff.delay_after(error))
 
     def __next__(self) -> Chunk:
+        return chunk_of(self._next_outputs())
+
+    def _next_outputs(self) -> Outputs:
         while not self._closed:
             try:
                 outputs = next(self._call)
@@ -85,7 +89,7 @@ class Stream(Iterator[Chunk]):
                 self._call = self._open()
             else:
                 self._started = True
-                return chunk_of(outputs)
+                return outputs
         self.close()  # its call may have been opened while another thread closed this stream
         raise StopIteration
 
@@ -103,6 +107,12 @@ class Stream(Iterator[Chunk]):
         if not chunks:
             raise FastServeError("INTERNAL", "the answer ended without a response")
         return join(chunks)
+
+    def wait(self) -> None:
+        """Waits for the end of a request whose answer is not text. Raises as iteration does."""
+        with contextlib.suppress(StopIteration):
+            while True:
+                self._next_outputs()
 
     def close(self) -> None:
         """Cancels the request unless it has ended; from any thread. Iteration ends."""
@@ -134,6 +144,9 @@ class AsyncStream(AsyncIterator[Chunk]):
         self._call = transport.open(request, self._deadline)
 
     async def __anext__(self) -> Chunk:
+        return chunk_of(await self._next_outputs())
+
+    async def _next_outputs(self) -> Outputs:
         while not self._closed:
             try:
                 outputs = await self._call.__anext__()
@@ -146,7 +159,7 @@ class AsyncStream(AsyncIterator[Chunk]):
                 self._call = self._transport.open(self._request, self._deadline)
             else:
                 self._started = True
-                return chunk_of(outputs)
+                return outputs
         await self.close()  # its call may have been opened while another task closed this stream
         raise StopAsyncIteration
 
@@ -164,6 +177,12 @@ class AsyncStream(AsyncIterator[Chunk]):
         if not chunks:
             raise FastServeError("INTERNAL", "the answer ended without a response")
         return join(chunks)
+
+    async def wait(self) -> None:
+        """Waits for the end of a request whose answer is not text. Raises as iteration does."""
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                await self._next_outputs()
 
     async def close(self) -> None:
         """Cancels the request unless it has ended. Iteration ends."""

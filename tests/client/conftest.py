@@ -33,8 +33,7 @@ class Refusal(Exception):
 
     def on_the_wire(self) -> str:
         """As FastServe and the ensemble write it."""
-        code = "" if self.code == "INVALID_ARG" else f"{self.code}: "
-        return f"in ensemble 'fastserve', {code}{self}"
+        return f"in ensemble 'fastserve', {self.code}: {self}"
 
 
 class Hang:

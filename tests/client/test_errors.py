@@ -13,7 +13,20 @@ from fastserve_client.errors import server_error
         ("INVALID_ARG", "`n`: got 0", "INVALID_ARG", "`n`: got 0"),
         ("UNAVAILABLE", "in ensemble 'fastserve', the queue is full", "UNAVAILABLE", "the queue is full"),
         ("INVALID_ARG", "in ensemble 'fastserve', UNAVAILABLE: full", "UNAVAILABLE", "full"),
+        ("INVALID_ARG", "in ensemble 'fastserve', INVALID_ARG: `n`: got 0", "INVALID_ARG", "`n`: got 0"),
         ("INTERNAL", "KeyError: 'x'", "INTERNAL", "KeyError: 'x'"),
+        (
+            "NOT_FOUND",
+            "Request for unknown model: 'fastserve' has no available versions",
+            "UNAVAILABLE",
+            "Request for unknown model: 'fastserve' has no available versions",
+        ),
+        (
+            "NOT_FOUND",
+            "Request for unknown model: 'x' is not found",
+            "NOT_FOUND",
+            "Request for unknown model: 'x' is not found",
+        ),
     ],
 )
 def test_code_and_sentence(status: str, sentence: str, code: str, message: str) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -209,11 +214,17 @@ def test_an_answer_without_a_response_is_an_error(caller: Caller) -> None:
         caller.generate("x")
 
 
-def test_cancel_goes_to_the_engine(caller: Caller) -> None:
-    caller.server.script = [[]]
+def test_cancel_goes_to_a_model_for_clients(caller: Caller) -> None:
+    caller.server.script = [[{"text_output": [""]}]]
     caller.cancel("r1")
     (received,) = caller.server.received
-    assert (received.model, received.inputs) == ("engine", {"cancel": "r1"})
+    assert (received.model, received.inputs) == ("fastserve_infer", {"cancel": "r1"})
+
+
+def test_a_cancel_that_fails_says_so(caller: Caller) -> None:
+    caller.server.script = [[caller.server.refusal("INVALID_ARG", "`cancel`: got ''")]]
+    with pytest.raises(FastServeError, match="`cancel`"):
+        caller.cancel("")
 
 
 def test_ready_or_not(caller: Caller) -> None:
@@ -231,6 +242,42 @@ def test_nobody_listens(caller: Caller) -> None:
         with pytest.raises(FastServeError) as caught:
             caller.generate("x")
     assert caught.value.code == "UNAVAILABLE"
+
+
+def test_a_server_that_is_slow_to_accept_is_not_taken_for_a_dead_one(
+    server: FakeServer, protocol: Protocol
+) -> None:
+    """Its first bytes come 2.5 s late, as they do when other programs have the machine's cores."""
+    server.script = [[server.token("x", "stop")]]
+    with (
+        slow_proxy(server.urls[protocol], seconds=2.5) as url,
+        Client(url, protocol, retries=0) as client,
+    ):
+        assert client.generate("x").text == "x"
+
+
+@contextmanager
+def slow_proxy(url: str, seconds: float) -> Iterator[str]:
+    """Hands on the bytes of one connection, beginning so late; its address."""
+    host, port = url.split(":")
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(3) as threads:
+
+        def hand_on(source: socket.socket, target: socket.socket) -> None:
+            while piece := source.recv(65536):
+                target.sendall(piece)
+            target.shutdown(socket.SHUT_WR)
+
+        def serve() -> None:
+            near, _ = listening.accept()
+            time.sleep(seconds)  # the slowness itself
+            far = socket.create_connection((host, int(port)))
+            with near, far, contextlib.suppress(OSError):
+                back = threads.submit(hand_on, far, near)
+                hand_on(near, far)
+                back.result()
+
+        threads.submit(serve)
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
 
 
 def test_leaving_a_stream_cancels_it(server: FakeServer, protocol: Protocol) -> None:
@@ -264,7 +311,7 @@ def test_over_http_what_has_not_begun_is_cancelled_by_id(server: FakeServer, is_
             with pytest.raises(asyncio.CancelledError):
                 await asking
 
-    server.script = [[server.hang()], []]
+    server.script = [[server.hang()], [{"text_output": [""]}]]
     if is_async:
         asyncio.run(leave())
     else:
@@ -272,7 +319,7 @@ def test_over_http_what_has_not_begun_is_cancelled_by_id(server: FakeServer, is_
             client.stream("x", request_id="r1").close()
     assert server.client_gone.wait(5)
     received = {request.model: request for request in server.received}
-    assert received["fastserve"].request_id == received["engine"].inputs["cancel"] == "r1"
+    assert received["fastserve"].request_id == received["fastserve_infer"].inputs["cancel"] == "r1"
     assert len(server.received) == 2
 
 

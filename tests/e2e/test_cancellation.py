@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import queue
 import random
 import socket
 import threading
@@ -9,8 +11,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import tritonclient.grpc
+from tritonclient.utils import InferenceServerException
 
 from fastserve_client import Client, DeadlineExceeded, FastServeError
 
@@ -136,3 +141,53 @@ def test_a_queue_timeout_is_told_and_costs_nothing(launch: Any) -> None:
             assert 0.4 < time.monotonic() - start < 2
             first.close()
         assert server.wait_until_idle(5) < 1.0
+
+
+def plain_request() -> list[Any]:
+    """Of `infer()`: an endless one."""
+    tensors = []
+    for name, text in (("text_input", "Count up."), ("sampling_parameters", json.dumps(ENDLESS))):
+        tensors.append(tritonclient.grpc.InferInput(name, [1], "BYTES"))
+        tensors[-1].set_data_from_numpy(np.array([text], dtype=np.object_))
+    return tensors
+
+
+@pytest.mark.parametrize("how", ["cancel", "client_timeout", "by id"])
+def test_a_plain_infer_that_is_cancelled_costs_nothing_more(server: Any, client: Client, how: str) -> None:
+    before = requests_by_outcome(server, "cancelled")
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as plain:
+        call = plain.async_infer(
+            "fastserve_infer",
+            plain_request(),
+            lambda result, error: outcome.put(error),
+            request_id="plain",
+            client_timeout=1.0 if how == "client_timeout" else None,
+        )
+        server.wait_for_metrics(lambda metrics: metrics["fastserve_kv_blocks_used"] > 0, 5)
+        if how == "cancel":
+            call.cancel()
+        elif how == "by id":
+            client.cancel("plain")
+        assert isinstance(outcome.get(timeout=10), InferenceServerException)
+    assert server.wait_until_idle(10) < 2.0
+    server.wait_for_metrics(lambda _: requests_by_outcome(server, "cancelled") == before + 1, 5)
+
+
+def test_every_token_before_a_failure_arrives(server: Any) -> None:
+    """In a streaming ensemble of 2.51 an error overtakes the answers before it: ours travels as data."""
+    for url, protocol in ((server.grpc_url, "grpc"), (server.http_url, "http")):
+        server.wait_until_idle(10)
+        before = server.metrics().get("fastserve_generation_tokens_total", 0)
+        tokens: list[int] = []
+        with Client(url, protocol, retries=0) as client:  # type: ignore[arg-type]
+            stream = client.stream("Count up.", **ENDLESS, request_id="fails", return_token_ids=True)
+            try:
+                for chunk in stream:
+                    tokens += chunk.token_ids or []
+                    if len(tokens) > 20:
+                        client.cancel("fails")
+            except FastServeError as error:
+                assert error.code == "CANCELLED"  # noqa: PT017
+        server.wait_until_idle(10)
+        assert len(tokens) == server.metrics()["fastserve_generation_tokens_total"] - before > 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import urllib.error
 import urllib.request
 from typing import Any
 
@@ -220,3 +221,50 @@ def test_a_request_cancelled_by_its_id_from_outside(server: Any) -> None:
         with pytest.raises(Exception, match="cancelled"):
             stream.read()
     server.wait_until_idle(5)
+
+
+INTERNAL = [
+    ("scheduler", "room"),
+    ("scheduler", "request"),
+    ("engine", "released"),
+    ("engine", "stop"),
+    ("engine", "cancel"),
+    ("engine", "hold"),
+    ("postprocess", "output"),
+    ("readiness", "hold"),
+]
+
+
+@pytest.mark.parametrize(("model", "name"), INTERNAL)
+def test_what_the_steps_say_to_one_another_is_refused_from_a_client(
+    server: Any, model: str, name: str
+) -> None:
+    """With a message that would be valid, but for its seal; a request beside it goes on."""
+    from fastserve.types import Cancel, CancelById, Outcome, Room, encode
+
+    with Client(server.grpc_url) as client:
+        stream = client.stream(PROMPT, request_id="good", max_tokens=64, ignore_eos=True)
+        next(iter(stream))
+        messages: dict[str, Any] = {
+            "room": Room(
+                incarnation="x",
+                serial=10**9,
+                received=0,
+                arrived=0,
+                free_slots=-(10**6),
+                lowest_key=None,
+                time=0.0,
+            ),
+            "cancel": CancelById("good", 1e12),
+            "stop": Cancel("good", Outcome.CANCELLED),
+        }
+        message = encode(messages.get(name, "anything")).decode("latin-1")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            post(server, f"{model}/generate", {name: message})
+        assert (
+            f"INVALID_ARG: `{name}`: got a message that is not of this server"
+            in refused.value.read().decode()
+        )
+        assert next(iter(stream)).text
+        assert 1 < stream.read().num_output_tokens < 64
+        assert client.generate(PROMPT, **SAMPLING).num_output_tokens == 20

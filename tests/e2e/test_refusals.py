@@ -6,7 +6,6 @@ import json
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from fastserve_client import Client, FastServeError
 
 SMALL, FULL = 120, 1000
-CACHE_BYTES = 1 << 27
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -178,53 +176,6 @@ class good_traffic:
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._thread.join()
-
-
-@pytest.fixture(scope="module")
-def small_server(launch: Any) -> Iterator[Any]:
-    with launch(
-        max_num_seqs=1,
-        max_num_batched_tokens=64,
-        max_queue_size=2,
-        kv_cache_bytes=CACHE_BYTES,
-        kv_cache_dtype="int8",
-    ) as server:
-        yield server
-
-
-def test_a_cache_of_8_bits_holds_a_token_in_a_byte_per_element(small_server: Any) -> None:
-    bytes_per_block = 16 * 30 * 2 * 3 * 64
-    assert small_server.metrics()["fastserve_kv_blocks_total"] == CACHE_BYTES // bytes_per_block
-    with Client(small_server.grpc_url, retries=0) as client:
-        answer = client.generate("The capital of France is", max_tokens=12, temperature=0)
-    assert "Paris" in answer.text
-
-
-def test_a_full_queue_says_unavailable_at_once(small_server: Any) -> None:
-    with Client(small_server.grpc_url, retries=0) as client:
-        endless: dict[str, Any] = {"max_tokens": 2000, "ignore_eos": True, "temperature": 0}
-        streams = [client.stream("One", **endless)]
-        next(iter(streams[0]))
-        streams += [client.stream("More", **endless) for _ in range(2)]
-        small_server.wait_for_metrics(lambda m: m.get('fastserve_requests_waiting{priority="0"}', 0) == 2, 5)
-        with pytest.raises(FastServeError, match="queue") as error:
-            client.generate("Too many", max_tokens=1)
-        assert error.value.code == "UNAVAILABLE"
-        for stream in streams:
-            stream.close()
-    small_server.wait_until_idle(5)
-
-
-def test_a_more_urgent_request_takes_a_place_at_the_next_iteration(small_server: Any) -> None:
-    with Client(small_server.grpc_url, retries=0) as client:
-        batch_job = client.stream("A long story", max_tokens=200, ignore_eos=True, temperature=0)
-        chunks = iter(batch_job)
-        first = next(chunks)
-        urgent = client.generate("Quick", priority=10, max_tokens=4, temperature=0)
-        assert urgent.num_output_tokens <= 4
-        assert small_server.metrics()['fastserve_preemptions_total{kind="recompute"}'] >= 1
-        rest = list(chunks)
-        assert first.num_output_tokens + sum(chunk.num_output_tokens for chunk in rest) == 200
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ from fastserve.types import (
     SamplingParams,
     SequenceOutput,
     StepOutput,
-    decode,
 )
 
 STATS = EngineStats(0, 0, 0, 4, None, 100, 0, 0, 0, 0)
@@ -76,7 +75,7 @@ class Engine:
 
     def requests(self, *requests: Request) -> list[Any]:
         """Sends them in one batch; their senders."""
-        batch = [self.message("request", request) for request in requests]
+        batch = [self.message("released", request) for request in requests]
         self.step.execute(batch)
         return [each.sender for each in batch]
 
@@ -108,7 +107,9 @@ def a_request(uid: str, request_id: str = "", arrival: float = 10.0, n: int = 1)
 
 
 def outputs(sender: Any) -> list[RequestOutput]:
-    return [decode(array[0], RequestOutput) for array in sender.outputs("output")]
+    from fastserve.triton_server.tensors import read_message
+
+    return [read_message("output", array[0], RequestOutput) for array in sender.outputs("output")]
 
 
 def token_ids(sender: Any) -> list[int]:
@@ -154,11 +155,12 @@ def test_all_tokens_before_a_failure_arrive_since_it_travels_as_data_behind_them
 
 
 def test_a_message_that_cannot_be_read_fails_alone(engine: Engine) -> None:
+    from fastserve.triton_server.secret import seal
     from fastserve.triton_server.tensors import strings
 
-    bad = engine.pb_utils.InferenceRequest(inputs=[strings("request", [b"\xc1"])])
+    bad = engine.pb_utils.InferenceRequest(inputs=[strings("released", [seal("released", b"\xc1")])])
     empty = engine.pb_utils.InferenceRequest()
-    good = engine.message("request", a_request("a"))
+    good = engine.message("released", a_request("a"))
     engine.step.execute([bad, empty, good])
     engine.worker.step(SequenceOutput("a", token_ids=[1], outcome=Outcome.STOP))
     assert (bad.sender.is_final, empty.sender.is_final, good.sender.is_final) == (True, True, True)
@@ -218,7 +220,7 @@ def test_every_request_ends_whatever_fails(engine: Engine, seed: int) -> None:
     senders: dict[str, Any] = {}
     for number in range(200):
         uid = str(number)
-        request = engine.message("request", a_request(uid, f"id {number % 7}", float(number)))
+        request = engine.message("released", a_request(uid, f"id {number % 7}", float(number)))
         request.sender.fail, request.cancelled = fail, rng.random() < 0.1
         senders[uid] = request.sender
         engine.step.execute([request])

@@ -135,10 +135,11 @@ def test_a_failure_of_an_unstreamed_request_comes_alone(postprocess: Postprocess
 
 
 def test_a_message_that_cannot_be_read_fails_alone(postprocess: Postprocess) -> None:
+    from fastserve.triton_server.secret import seal
     from fastserve.triton_server.tensors import strings
 
     (hello,) = words(postprocess, "Hello")
-    bad = postprocess.pb_utils.InferenceRequest(inputs=[strings("output", [b"\xc1"])])
+    bad = postprocess.pb_utils.InferenceRequest(inputs=[strings("output", [seal("output", b"\xc1")])])
     empty = postprocess.pb_utils.InferenceRequest()
     good = postprocess.message(first(a_request("a"), hello))
     postprocess.step.execute([bad, empty, good])

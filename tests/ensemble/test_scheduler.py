@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastserve.config import Config
-from fastserve.types import Health, OutputOptions, Request, Room, SamplingParams, decode
+from fastserve.types import Health, OutputOptions, Request, Room, SamplingParams
 
 
 class Scheduler:
@@ -83,7 +83,9 @@ def a_request(uid: str, priority: int = 0, num_tokens: int = 1, deadline: float 
 
 
 def released(sender: Any) -> list[str]:
-    return [decode(array[0], Request).uid for array in sender.outputs("request")]
+    from fastserve.triton_server.tensors import read_message
+
+    return [read_message("released", array[0], Request).uid for array in sender.outputs("released")]
 
 
 def fail_once(error: Exception) -> Any:
@@ -104,9 +106,10 @@ def test_one_goes_at_first_and_the_rest_when_there_is_room(scheduler: Scheduler)
 
 
 def test_a_message_that_cannot_be_read_fails_alone(scheduler: Scheduler) -> None:
+    from fastserve.triton_server.secret import seal
     from fastserve.triton_server.tensors import strings
 
-    bad = scheduler.pb_utils.InferenceRequest(inputs=[strings("request", [b"\xc1"])])
+    bad = scheduler.pb_utils.InferenceRequest(inputs=[strings("request", [seal("request", b"\xc1")])])
     good = scheduler.message("request", a_request("a"))
     scheduler.step.execute([bad, good])
     assert "scheduler:" in bad.sender.error.message()
@@ -193,8 +196,14 @@ def test_a_prompt_that_the_cache_cannot_hold_is_refused_at_once_queued_or_not(sc
     _, queued, short = scheduler.requests(a_request("a"), a_request("b", num_tokens=8), a_request("c"))
     scheduler.room(0, received=1, max_model_len=8)
     (late,) = scheduler.requests(a_request("d", num_tokens=20))
-    assert queued.error.message() == "prompt: got 8 tokens; allowed: at most 7 (model length and KV cache)"
-    assert late.error.message() == "prompt: got 20 tokens; allowed: at most 7 (model length and KV cache)"
+    assert (
+        queued.error.message()
+        == "INVALID_ARG: prompt: got 8 tokens; allowed: at most 7 (model length and KV cache)"
+    )
+    assert (
+        late.error.message()
+        == "INVALID_ARG: prompt: got 20 tokens; allowed: at most 7 (model length and KV cache)"
+    )
     assert {queued.error.code(), late.error.code()} == {scheduler.pb_utils.TritonError.INVALID_ARG}
     assert (queued.is_final, late.is_final, short.is_final) == (True, True, False)
 

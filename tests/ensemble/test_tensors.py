@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fastserve.errors import ErrorCode, RequestError
+from fastserve.errors import ErrorCode, RequestError, read_error
 from fastserve.types import Cancel, Outcome
 
 
@@ -31,3 +31,20 @@ def test_a_call_that_fails_says_which_model(pb_utils: Any) -> None:
     pb_utils.server.answer = broken
     with pytest.raises(RequestError, match="scheduler: shared memory is full"):
         call("scheduler", [])
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+def test_every_error_says_its_code_and_comes_back_with_it(pb_utils: Any, code: ErrorCode) -> None:
+    from fastserve.triton_server.tensors import error_response
+
+    error = error_response(RequestError("`x`: got 1; allowed: 2", code)).error()
+    assert error.message() == f"{code.value}: `x`: got 1; allowed: 2"
+    assert error.code() == getattr(pb_utils.TritonError, code.value)
+    for message in (error.message(), f"in ensemble 'fastserve', {error.message()}"):
+        came_back = read_error(message)
+        assert came_back is not None
+        assert (came_back.code, str(came_back)) == (code, "`x`: got 1; allowed: 2")
+
+
+def test_what_another_has_written_has_no_code() -> None:
+    assert read_error("in ensemble 'fastserve', the model is not ready: UNAVAILABLE: x") is None

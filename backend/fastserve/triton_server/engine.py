@@ -29,7 +29,7 @@ from fastserve.triton_server.metrics import REPORT_SECONDS, EngineMetrics
 from fastserve.triton_server.readiness import Readiness
 from fastserve.triton_server.relay import Relay
 from fastserve.triton_server.room import Numbers, RoomTeller
-from fastserve.triton_server.tensors import message_of
+from fastserve.triton_server.tensors import message_of, message_tensor
 from fastserve.types import (
     Add,
     Cancel,
@@ -40,7 +40,10 @@ from fastserve.types import (
     Hold,
     Outcome,
     Ready,
+    Refused,
+    Released,
     Request,
+    RequestOutput,
     StepOutput,
 )
 
@@ -112,6 +115,8 @@ class EngineStep:
             sender = triton_request.get_response_sender()
             try:
                 self._dispatch(triton_request, sender)
+            except RequestError as error:
+                send_error(sender, error)
             except Exception as error:
                 logger.exception("a request could not be taken in")
                 send_error(sender, RequestError(f"engine: {error}", ErrorCode.INTERNAL))
@@ -121,9 +126,9 @@ class EngineStep:
 
     def _dispatch(self, triton_request: Any, sender: Any) -> None:
         """Raises whatever is wrong with the request."""
-        request = message_of(triton_request, "request", Request)
-        if request is not None:
-            self._take(Relay(request, sender, request.sampling.n), triton_request.is_cancelled())
+        released = message_of(triton_request, "released", Released)
+        if released is not None:
+            self._take_released(released, sender, triton_request)
             return
         hold: Hold | Health | None = message_of(triton_request, "hold", Hold | Health)  # type: ignore[arg-type]
         if isinstance(hold, Hold):
@@ -138,12 +143,23 @@ class EngineStep:
         elif cancel is not None:
             self._cancel(cancel)
         else:
-            raise invalid("inputs", "none", "`request`, `stop`, `cancel` or `hold`")
+            raise invalid("inputs", "none", "`released`, `stop`, `cancel` or `hold`")
         send_final(sender)
+
+    def _take_released(self, released: Any, sender: Any, triton_request: Any) -> None:
+        if isinstance(released, Request):
+            self._take(Relay(released, sender, released.sampling.n), triton_request.is_cancelled())
+        elif isinstance(released, Refused):
+            Relay(released.request, sender, 1).fail(released.outcome, released.failure)
+        else:
+            accepted = message_tensor("output", RequestOutput(released.uid, []))
+            send_final(sender, pb_utils.InferenceResponse(output_tensors=[accepted]))
 
     def _take(self, relay: Relay, is_cancelled: bool) -> None:
         request = relay.request
         with self._lock:
+            if request.uid in self._relays:
+                raise invalid("released", request.uid, "a request that is not served already")
             self._arrived += 1
             is_cancelled = is_cancelled or self._cancelled.applies_to(request)
             if not is_cancelled:

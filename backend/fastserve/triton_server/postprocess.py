@@ -21,7 +21,15 @@ from fastserve.service_thread import ServiceThread
 from fastserve.text.postprocessor import Postprocessor, Response
 from fastserve.triton_server.final_response import send_error, send_final
 from fastserve.triton_server.metrics import ResponseMetrics
-from fastserve.triton_server.tensors import call, message_of, message_tensor, numbers, strings
+from fastserve.triton_server.secret import is_forwarded_id
+from fastserve.triton_server.tensors import (
+    call,
+    failure_tensors,
+    message_of,
+    message_tensor,
+    numbers,
+    strings,
+)
 from fastserve.types import Cancel, Health, Outcome, OutputOptions, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -60,24 +68,42 @@ class PostprocessStep:
     def execute(self, requests: list[Any]) -> None:
         for triton_request in requests:
             sender = triton_request.get_response_sender()
-            uid = ""
+            uid, is_forwarded = "", False
             try:
                 output = message_of(triton_request, "output", RequestOutput)
                 if output is None:
                     raise invalid("output", None, "a message of `engine`")
-                uid = output.uid
+                uid, is_forwarded = output.uid, self._is_forwarded(output)
                 self._answer(output, sender, triton_request.is_cancelled())
             except RequestError as error:
-                self._end(uid)
-                send_error(sender, error)
+                self._fail(uid, sender, error, is_forwarded)
             except Exception as error:
                 logger.exception("an output of request %s could not be answered", uid)
-                self._end(uid)
                 message = f"the answer could not be made or sent: {type(error).__name__}: {error}"
-                send_error(sender, RequestError(message, ErrorCode.INTERNAL))
+                self._fail(uid, sender, RequestError(message, ErrorCode.INTERNAL), is_forwarded)
+
+    def _is_forwarded(self, output: RequestOutput) -> bool:
+        conversation = self._conversations.get(output.uid)
+        request = conversation.request if conversation is not None else output.request
+        return request is not None and is_forwarded_id(request.request_id)
+
+    def _fail(self, uid: str, sender: Any, error: RequestError, is_forwarded: bool) -> None:
+        """Ends a request with an error, which to `fastserve_infer` travels as data: else it would be lost."""
+        self._end(uid)
+        if is_forwarded:
+            try:
+                send_final(sender, pb_utils.InferenceResponse(output_tensors=failure_tensors(error)))
+                return
+            except Exception:
+                logger.exception("request %s could not be told that it failed", uid)
+        send_error(sender, error)
 
     def _answer(self, output: RequestOutput, sender: Any, is_cancelled: bool) -> None:
         """Sends the response to this output, if any. Raises RequestError for one that failed."""
+        if not output.outputs:  # the request waits in the queue
+            accepted = strings("text_output", [""])
+            send_final(sender, pb_utils.InferenceResponse(output_tensors=[accepted]))
+            return
         now = time.monotonic()
         conversation = self._conversation(output, now)
         if conversation is None:  # its client has been told of its end

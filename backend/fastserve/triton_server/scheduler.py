@@ -21,8 +21,9 @@ from fastserve.scheduling.policies import make_policy
 from fastserve.service_thread import ServiceThread
 from fastserve.triton_server.final_response import send_error, send_final
 from fastserve.triton_server.metrics import REPORT_SECONDS, QueueMetrics
+from fastserve.triton_server.secret import is_forwarded_id
 from fastserve.triton_server.tensors import call, message_of, message_tensor
-from fastserve.types import Health, Outcome, Request, Room
+from fastserve.types import Accepted, Failure, Health, Outcome, Refused, Request, Room
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class SchedulerStep:
                 sender = triton_request.get_response_sender()
                 try:
                     self._dispatch(triton_request, sender)
+                except RequestError as error:
+                    send_error(sender, error)
                 except Exception as error:
                     logger.exception("a request could not be taken in")
                     self._refuse(
@@ -76,10 +79,12 @@ class SchedulerStep:
             self._admission.update(room)
             self._refuse_too_long()
             send_final(sender)
-        elif request is not None:
-            self._enqueue(request, sender)
-        else:
+        elif request is None:
             raise invalid("inputs", "none", "`request` or `room`")
+        elif request.uid in self._senders:
+            raise invalid("request", request.uid, "one that does not wait already")
+        else:
+            self._enqueue(request, sender)
 
     def _enqueue(self, request: Request, sender: Any) -> None:
         try:
@@ -88,14 +93,36 @@ class SchedulerStep:
             self._refuse(sender, error, Outcome.REJECTED)
             return
         self._senders[request.uid] = sender
+        if is_forwarded_id(request.request_id):
+            self._accept(request, sender)
+
+    def _accept(self, request: Request, sender: Any) -> None:
+        """Says at once that a forwarded request waits: till then it holds one of 32 threads of the server."""
+        accepted = message_tensor("released", Accepted(request.uid))
+        try:
+            sender.send(pb_utils.InferenceResponse(output_tensors=[accepted]))
+        except Exception as error:
+            logger.error("request %s could not be told that it waits: %s", request.uid, error)
 
     def _refuse(self, sender: Any, error: RequestError, outcome: Outcome) -> None:
         self._metrics.requests.add(1, outcome.value)
         send_error(sender, error)
 
+    def _refuse_waiting(self, request: Request, sender: Any, error: RequestError, outcome: Outcome) -> None:
+        """Refuses one that was in the queue. A forwarded one knows that: its failure travels as data."""
+        if is_forwarded_id(request.request_id):
+            failure = Failure(error.code.value, str(error))
+            refused = message_tensor("released", Refused(request, outcome, failure))
+            try:
+                send_final(sender, pb_utils.InferenceResponse(output_tensors=[refused]))
+                return
+            except Exception:
+                logger.exception("request %s could not be told that it failed", request.uid)
+        self._refuse(sender, error, outcome)
+
     def _refuse_too_long(self) -> None:
         for request, error in self._admission.refuse_too_long():
-            self._refuse(self._senders.pop(request.uid), error, Outcome.REJECTED)
+            self._refuse_waiting(request, self._senders.pop(request.uid), error, Outcome.REJECTED)
 
     def _release(self, now: float) -> None:
         for request in self._admission.release(now):
@@ -107,12 +134,13 @@ class SchedulerStep:
         """One that cannot be sent is refused; the engine's numbers will tell that it has not come."""
         try:
             send_final(
-                sender, pb_utils.InferenceResponse(output_tensors=[message_tensor("request", request)])
+                sender, pb_utils.InferenceResponse(output_tensors=[message_tensor("released", request)])
             )
-        except Exception as error:
+        except Exception as failure:
             logger.exception("request %s could not be sent to the engine", request.uid)
-            message = f"the request could not be sent to the engine: {error}"
-            self._refuse(sender, RequestError(message, ErrorCode.UNAVAILABLE), Outcome.ERROR)
+            message = f"the request could not be sent to the engine: {failure}"
+            error = RequestError(message, ErrorCode.UNAVAILABLE)
+            self._refuse_waiting(request, sender, error, Outcome.ERROR)
 
     def _report(self, now: float) -> None:
         """Tells the gauges how many wait: at once when nobody does, else every REPORT_SECONDS."""
@@ -151,7 +179,7 @@ class SchedulerStep:
                 f"no room within {now - request.arrival:.1f} s, the request's limit in the queue",
                 ErrorCode.UNAVAILABLE,
             )
-            self._refuse(self._senders.pop(request.uid), error, Outcome.TIMEOUT)
+            self._refuse_waiting(request, self._senders.pop(request.uid), error, Outcome.TIMEOUT)
 
     def finalize(self) -> None:
         with self._changed:

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from fastserve.errors import ErrorCode, RequestError
+from fastserve.errors import ErrorCode, RequestError, with_code
+from fastserve.triton_server.secret import seal, unseal
 from fastserve.types import decode, encode
 
 T = TypeVar("T")
@@ -22,8 +23,8 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 def message_tensor(name: str, message: Any) -> pb_utils.Tensor:
-    """A STRING [1] tensor that carries a message of `types.py`."""
-    return strings(name, [encode(message)])
+    """A STRING [1] tensor that carries a message of `types.py`, sealed for an input of that name."""
+    return strings(name, [seal(name, encode(message))])
 
 
 def strings(name: str, values: list[Any]) -> pb_utils.Tensor:
@@ -41,9 +42,17 @@ def numbers(name: str, values: list[Any], dtype: Any) -> pb_utils.Tensor:
 
 
 def message_of(request: Any, name: str, as_type: type[T]) -> T | None:
-    """The message in an optional input of a request, or None where the input is absent."""
+    """The message in an optional input of a request, or None where the input is absent.
+
+    Raises RequestError for a message that is not of this server's own steps.
+    """
     tensor = pb_utils.get_input_tensor_by_name(request, name)
-    return None if tensor is None else decode(tensor.as_numpy()[0], as_type)
+    return None if tensor is None else read_message(name, tensor.as_numpy()[0], as_type)
+
+
+def read_message(name: str, sealed: bytes, as_type: type[T]) -> T:
+    """The message in the element of a `message_tensor` of that name. Raises RequestError as `message_of`."""
+    return decode(unseal(name, sealed), as_type)
 
 
 def text_of(request: Any, name: str) -> str | None:
@@ -55,14 +64,21 @@ def text_of(request: Any, name: str) -> str | None:
 def error_response(error: Exception) -> pb_utils.InferenceResponse:
     """A response that says `error`; one that is no RequestError is INTERNAL.
 
-    A code other than INVALID_ARG is written before the sentence too: Triton server's gRPC streams and its
-    HTTP `generate` tell no client which code it was.
+    The code is written before the sentence too: Triton server's gRPC streams, its HTTP `generate` and a
+    request that one model sends to another tell nobody which code it was.
     """
-    code = error.code if isinstance(error, RequestError) else ErrorCode.INTERNAL
-    message = str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
-    if code is not ErrorCode.INVALID_ARG:
-        message = f"{code.value}: {message}"
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, _CODES[code]))
+    if not isinstance(error, RequestError):
+        error = RequestError(f"{type(error).__name__}: {error}", ErrorCode.INTERNAL)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(with_code(error), _CODES[error.code]))
+
+
+FAILED = "error"
+"""As `finish_reason`, to `fastserve_infer` only: the text is the error, with its code."""
+
+
+def failure_tensors(error: RequestError) -> list[pb_utils.Tensor]:
+    """An error as data, for a request that was forwarded: there, 2.51 loses an error after a response."""
+    return [strings("text_output", [with_code(error)]), strings("finish_reason", [FAILED])]
 
 
 def call(model: str, inputs: list[pb_utils.Tensor], request_id: str = "") -> list[pb_utils.InferenceResponse]:

@@ -1,0 +1,235 @@
+"""Every way in has the one queue, the one order and the same errors, here of a small engine."""
+
+from __future__ import annotations
+
+import json
+import queue
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from tritonclient.utils import InferenceServerException
+
+from fastserve_client import Client, FastServeError
+
+CACHE_BYTES = 1 << 27
+STATUSES: dict[str, dict[str, Any]] = {
+    "generate": {"INVALID_ARG": 400, "UNAVAILABLE": 400, "CANCELLED": 400},
+    "generate_stream": {"INVALID_ARG": 400, "UNAVAILABLE": 400, "CANCELLED": 200},
+    "grpc_stream": {"INVALID_ARG": None, "UNAVAILABLE": None, "CANCELLED": None},
+    "infer_http": {"INVALID_ARG": "400", "UNAVAILABLE": "503", "CANCELLED": "400"},
+    "infer_grpc": {
+        "INVALID_ARG": "StatusCode.INVALID_ARGUMENT",
+        "UNAVAILABLE": "StatusCode.UNAVAILABLE",
+        "CANCELLED": "StatusCode.CANCELLED",
+    },
+    "infer_generate": {"INVALID_ARG": 400, "UNAVAILABLE": 400, "CANCELLED": 400},
+}
+"""What each door says of an error, where Triton server 2.51 lets us: see "Errors by door" in docs/api.md."""
+BLOCKED, RUNNING = "the engine is busy", "it runs"
+ERRORS: list[tuple[str, dict[str, Any], str, str, str]] = [
+    ("an invalid value", {"parameters": {"temperature": -1}}, "", "INVALID_ARG", "`temperature`: got "),
+    ("a fraction", {"parameters": {"temperature": -0.5}}, "", "INVALID_ARG", "`temperature`: got "),
+    ("an unknown name", {"parameters": {"temprature": 1}}, "", "INVALID_ARG", "`temprature`: "),
+    ("a long prompt", {"text_input": "word " * 9000}, "", "INVALID_ARG", "`text_input`: got "),
+    ("a full queue", {"queued": 2}, BLOCKED, "UNAVAILABLE", "the queue is full"),
+    ("time over in the queue", {"timeout": 200_000}, BLOCKED, "UNAVAILABLE", "no room within 0."),
+    ("cancelled", {"id": "mine"}, RUNNING, "CANCELLED", "the request was cancelled"),
+    ("time over", {"timeout": 600_000}, RUNNING, "CANCELLED", "the request's time was over"),
+]
+
+
+@pytest.fixture(scope="module")
+def small_server(launch: Any) -> Iterator[Any]:
+    with launch(
+        max_num_seqs=1,
+        max_num_batched_tokens=64,
+        max_queue_size=2,
+        kv_cache_bytes=CACHE_BYTES,
+        kv_cache_dtype="int8",
+    ) as server:
+        yield server
+
+
+def test_a_cache_of_8_bits_holds_a_token_in_a_byte_per_element(small_server: Any) -> None:
+    bytes_per_block = 16 * 30 * 2 * 3 * 64
+    assert small_server.metrics()["fastserve_kv_blocks_total"] == CACHE_BYTES // bytes_per_block
+    with Client(small_server.grpc_url, retries=0) as client:
+        answer = client.generate("The capital of France is", max_tokens=12, temperature=0)
+    assert "Paris" in answer.text
+
+
+def test_a_full_queue_says_unavailable_at_once(small_server: Any) -> None:
+    with Client(small_server.grpc_url, retries=0) as client:
+        endless: dict[str, Any] = {"max_tokens": 2000, "ignore_eos": True, "temperature": 0}
+        streams = [client.stream("One", **endless)]
+        next(iter(streams[0]))
+        streams += [client.stream("More", **endless) for _ in range(2)]
+        small_server.wait_for_metrics(lambda m: m.get('fastserve_requests_waiting{priority="0"}', 0) == 2, 5)
+        with pytest.raises(FastServeError, match="queue") as error:
+            client.generate("Too many", max_tokens=1)
+        assert error.value.code == "UNAVAILABLE"
+        for stream in streams:
+            stream.close()
+    small_server.wait_until_idle(5)
+
+
+def test_a_more_urgent_request_takes_a_place_at_the_next_iteration(small_server: Any) -> None:
+    with Client(small_server.grpc_url, retries=0) as client:
+        batch_job = client.stream("A long story", max_tokens=200, ignore_eos=True, temperature=0)
+        chunks = iter(batch_job)
+        first = next(chunks)
+        urgent = client.generate("Quick", priority=10, max_tokens=4, temperature=0)
+        assert urgent.num_output_tokens <= 4
+        assert small_server.metrics()['fastserve_preemptions_total{kind="recompute"}'] >= 1
+        rest = list(chunks)
+        assert first.num_output_tokens + sum(chunk.num_output_tokens for chunk in rest) == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "state", "code", "words"), [e[1:] for e in ERRORS], ids=[e[0] for e in ERRORS]
+)
+def test_every_door_tells_every_error_by_its_code(
+    small_server: Any, fields: dict[str, Any], state: str, code: str, words: str
+) -> None:
+    endless: dict[str, Any] = {"max_tokens": 3000, "ignore_eos": True, "temperature": 0}
+    fields = {"text_input": "Count up.", "parameters": {}, **fields}
+    queued = fields.pop("queued", 0)
+    if state == RUNNING:
+        fields["parameters"] = endless
+    with Client(small_server.grpc_url, retries=0) as client:
+        streams = [client.stream("One", priority=100, **endless)] if state == BLOCKED else []
+        if streams:
+            next(iter(streams[0]))
+        streams += [client.stream("More", **endless) for _ in range(queued)]
+        small_server.wait_for_metrics(
+            lambda m: m.get('fastserve_requests_waiting{priority="0"}', 0) == queued, 10
+        )
+        for door, statuses in STATUSES.items():
+            answer = knock_while_cancelling(small_server, client, door, fields)
+            assert answer[0] == statuses[code], (door, answer)
+            assert f"{code}: {words}" in answer[1], (door, answer)
+        for stream in streams:
+            stream.close()
+    small_server.wait_until_idle(10)
+
+
+def knock_while_cancelling(server: Any, client: Client, door: str, fields: dict[str, Any]) -> tuple[Any, str]:
+    """What a door says; a request that has an id is cancelled by it when it runs."""
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(knock, server, door, fields)
+        if "id" in fields:
+            server.wait_for_metrics(lambda metrics: metrics["fastserve_requests_running"] == 1, 10)
+            client.cancel(fields["id"])
+        return answer.result(30)
+
+
+def knock(server: Any, door: str, fields: dict[str, Any]) -> tuple[Any, str]:
+    """The status and the message of the error that a request gets at one of the doors."""
+    if door in ("generate", "generate_stream", "infer_generate"):
+        model, path = ("fastserve_infer", "generate") if door == "infer_generate" else ("fastserve", door)
+        body = {**fields, "stream": True} if door == "generate_stream" else fields
+        url = f"http://{server.http_url}/v2/models/{model}/{path}"
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode())) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+    module, url = (
+        (tritonclient.http, server.http_url) if door == "infer_http" else (tritonclient.grpc, server.grpc_url)
+    )
+    prompt = module.InferInput("text_input", [1], "BYTES")
+    prompt.set_data_from_numpy(np.array([fields["text_input"]], dtype=np.object_))
+    sampling = module.InferInput("sampling_parameters", [1], "BYTES")
+    sampling.set_data_from_numpy(np.array([json.dumps(fields["parameters"])], dtype=np.object_))
+    options = {"request_id": fields.get("id", ""), "timeout": fields.get("timeout")}
+    with module.InferenceServerClient(url) as client:
+        try:
+            if door != "grpc_stream":
+                client.infer("fastserve_infer", [prompt], parameters=fields["parameters"], **options)
+                raise AssertionError(f"served by {door}: {fields}")
+            errors: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            client.start_stream(lambda result, error: errors.put(error))
+            client.async_stream_infer("fastserve", [prompt], parameters=fields["parameters"], **options)
+            failure = errors.get(timeout=30)
+            client.stop_stream()
+            return failure.status(), failure.message()
+        except InferenceServerException as error:
+            return error.status(), error.message()
+
+
+def test_float_parameters_mean_the_same_at_every_door_and_an_input_wins(small_server: Any) -> None:
+    def text(parameters: dict[str, Any], *inputs: Any) -> str:
+        prompt = tritonclient.http.InferInput("text_input", [1], "BYTES")
+        prompt.set_data_from_numpy(np.array(["Once upon a time"], dtype=np.object_))
+        with tritonclient.http.InferenceServerClient(small_server.http_url) as client:
+            result = client.infer("fastserve_infer", [prompt, *inputs], parameters=parameters)
+        return result.as_numpy("text_output")[0].decode().removeprefix("Once upon a time")
+
+    sampling: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "seed": 5, "max_tokens": 12}
+    with Client(small_server.grpc_url) as client:
+        expected = client.generate("Once upon a time", **sampling).text
+        greedy = client.generate("Once upon a time", **{**sampling, "temperature": 0}).text
+    assert text(sampling) == expected != greedy
+    given = tritonclient.http.InferInput("sampling_parameters", [1], "BYTES")
+    given.set_data_from_numpy(np.array([json.dumps({"temperature": 0.0})], dtype=np.object_))
+    assert text(sampling, given) == greedy
+
+
+def test_plain_infer_waits_in_the_one_queue_in_the_order_of_priorities(small_server: Any) -> None:
+    ended: list[int] = []
+
+    def infer(priority: int) -> None:
+        inputs = [
+            tritonclient.grpc.InferInput("text_input", [1], "BYTES"),
+            tritonclient.grpc.InferInput("priority", [1], "INT32"),
+        ]
+        inputs[0].set_data_from_numpy(np.array(["Hi"], dtype=np.object_))
+        inputs[1].set_data_from_numpy(np.array([priority], dtype=np.int32))
+        with tritonclient.grpc.InferenceServerClient(small_server.grpc_url) as client:
+            client.infer("fastserve_infer", inputs, parameters={"max_tokens": 2, "ignore_eos": True})
+        ended.append(priority)
+
+    with Client(small_server.grpc_url, retries=0) as client, ThreadPoolExecutor(3) as threads:
+        blocker = client.stream("One", priority=100, max_tokens=3000, ignore_eos=True)
+        next(iter(blocker))
+        waiting = [threads.submit(infer, priority) for priority in (1, 7)]
+        small_server.wait_for_metrics(
+            lambda m: all(m.get(f'fastserve_requests_waiting{{priority="{p}"}}', 0) == 1 for p in (1, 7)), 10
+        )
+        with pytest.raises(FastServeError, match="the queue is full"):
+            client.generate("Too many", max_tokens=1)
+        with pytest.raises(InferenceServerException, match="UNAVAILABLE: the queue is full"):
+            infer(50)
+        blocker.close()
+        for each in waiting:
+            each.result(30)
+    assert ended == [7, 1]
+
+
+def test_while_the_ensemble_is_unloaded_every_door_is_unavailable(small_server: Any) -> None:
+    def control(verb: str) -> None:
+        url = f"http://{small_server.http_url}/v2/repository/models/fastserve/{verb}"
+        with urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=60) as response:
+            assert response.status == 200
+
+    control("unload")
+    try:
+        status, message = knock(small_server, "infer_http", {"text_input": "Hi", "parameters": {}})
+        assert status == "503"
+        assert "UNAVAILABLE: the model `fastserve` is not ready" in message
+        urls: dict[Any, str] = {"grpc": small_server.grpc_url, "http": small_server.http_url}
+        for protocol, url in urls.items():
+            with Client(url, protocol, retries=0) as client, pytest.raises(FastServeError) as caught:
+                client.generate("Hi")
+            assert caught.value.code == "UNAVAILABLE"
+    finally:
+        control("load")
+    with Client(small_server.grpc_url) as client:
+        assert client.generate("Hi", max_tokens=1).num_output_tokens == 1
