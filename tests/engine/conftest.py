@@ -68,7 +68,7 @@ class FakeRunner:
         self.nan: set[int] = set()
         self.is_lost = False
         """Whether nothing can be computed any more."""
-        self.num_runs = 0
+        self.num_runs = self.num_tokens = 0
         self._cache = np.full((num_blocks, block_size), -1, dtype=np.int64)
 
     def probe(self) -> None:
@@ -77,6 +77,7 @@ class FakeRunner:
 
     def run(self, plan: StepPlan) -> tuple[torch.Tensor, AttentionMetadata]:
         self.num_runs += 1
+        self.num_tokens += plan.num_tokens
         self.probe()
         rows, poisoned = [], None
         for item in plan.scheduled:
