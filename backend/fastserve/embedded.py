@@ -10,10 +10,12 @@ with ModelServer(model) as server:
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, overload
 
 from fastserve.config import Config
@@ -27,19 +29,43 @@ from fastserve.text.preprocessor import Preprocessor
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.types import Add, Cancel, Outcome, Request, RequestOutput, SequenceOutput, Shutdown, StepOutput
 
+logger = logging.getLogger(__name__)
+
 Messages = list[dict[str, Any]]
 """A chat: `{"role": ..., "content": ...}` each."""
 
 
 class Model:
-    """A loaded model with its tokeniser and KV cache."""
+    """A loaded model with its tokenizer and KV cache. Threads and servers may share it."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, preprocessor: Preprocessor) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.preprocessor = preprocessor
-        self._owner = threading.Lock()
-        """Held by the `ModelServer` that steps the engine."""
+        self._lock = threading.Lock()
+        self._engine_thread: EngineThread | None = None
+        """It steps the engine for all servers that are running."""
+
+    def _acquire_thread(self) -> EngineThread:
+        """For a server that starts; it gives the thread back by `_release_thread`."""
+        with self._lock:
+            thread = self._engine_thread
+            if thread is None or thread.error is not None:
+                if thread is not None:
+                    thread.join()
+                thread = self._engine_thread = EngineThread(self.engine)
+            thread.num_servers += 1
+            return thread
+
+    def _release_thread(self, thread: EngineThread) -> None:
+        with self._lock:
+            thread.num_servers -= 1
+            if thread.num_servers > 0:
+                return
+            thread.send(Shutdown())
+            thread.join()
+            if self._engine_thread is thread:
+                self._engine_thread = None
 
     @classmethod
     def load(cls, path: str = "", **settings: Any) -> Model:
@@ -72,20 +98,46 @@ class Model:
 
 
 class Task:
-    """A request that is being served. Iterating gives its text as it comes, `result` waits for the whole."""
+    """A request that is being served. Iterating gives its text as it comes, `result` waits for the whole.
 
-    def __init__(self, server: ModelServer, request: Request, postprocessor: Postprocessor) -> None:
+    Whether somebody iterates or not, it is served to its end. Any number of threads may wait for it.
+    """
+
+    def __init__(
+        self, request: Request, postprocessor: Postprocessor, send: Callable[[ToWorker], None]
+    ) -> None:
         self.request = request
-        self._server = server
         self._postprocessor = postprocessor
-        self._outputs: queue.SimpleQueue[RequestOutput | Exception] = queue.SimpleQueue()
+        self._send = send
+        self._changed = threading.Condition()
         self._responses: list[Response] = []
         self._error: Exception | None = None
-        self._done = False
+        self._is_done = False
 
-    def deliver(self, output: RequestOutput | Exception) -> None:
-        """From the engine's thread."""
-        self._outputs.put(output)
+    def _push(self, output: RequestOutput) -> None:
+        """From the engine's thread: takes in what a step brought, and stops what has met a stop string."""
+        if self._error is not None:
+            return
+        try:
+            response = self._postprocessor.push(output)
+        except Exception as error:
+            if not output.final:
+                self._send(Cancel(self.request.uid, Outcome.CANCELLED))
+            self._fail(error)
+            return
+        for index in self._postprocessor.newly_stopped:
+            self._send(Cancel(self.request.uid, Outcome.STOP, index))
+        with self._changed:
+            if response is not None:
+                self._responses.append(response)
+            self._is_done = output.final
+            self._changed.notify_all()
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            if not self._has_ended:
+                self._error = error
+                self._changed.notify_all()
 
     def responses(self, timeout: float | None = None) -> Iterator[Response]:
         """What comes, with everything that the request asked to be told; from the beginning on each call.
@@ -93,36 +145,28 @@ class Task:
         Raises RequestError when the request fails, TimeoutError when `timeout` seconds pass without an end.
         """
         give_up = None if timeout is None else time.monotonic() + timeout
-        seen = 0
-        while True:
-            while seen < len(self._responses):
-                seen += 1
-                yield self._responses[seen - 1]
-            if self._error is not None:
-                raise self._error
-            if self._done:
-                return
-            self._wait(give_up)
+        seen, has_ended = 0, False
+        while not has_ended:
+            news, has_ended = self._wait(seen, give_up)
+            yield from news
+            seen += len(news)
+        if self._error is not None:
+            raise self._error
 
-    def _wait(self, give_up: float | None) -> None:
-        try:
-            output = self._outputs.get(
-                timeout=None if give_up is None else max(0.0, give_up - time.monotonic())
+    def _wait(self, seen: int, give_up: float | None) -> tuple[list[Response], bool]:
+        """The responses after the first `seen`, and whether no more will come; waits for either."""
+        with self._changed:
+            came = self._changed.wait_for(
+                lambda: len(self._responses) > seen or self._has_ended,
+                None if give_up is None else max(0.0, give_up - time.monotonic()),
             )
-        except queue.Empty:
-            raise TimeoutError(f"request {self.request.uid} has not ended in time") from None
-        try:
-            if isinstance(output, Exception):
-                raise output
-            response = self._postprocessor.push(output)
-        except Exception as error:
-            self._error = error
-            return
-        for index in self._postprocessor.newly_stopped:
-            self._server.send(Cancel(self.request.uid, Outcome.STOP, index))
-        if response is not None:
-            self._responses.append(response)
-        self._done = output.final
+            if not came:
+                raise TimeoutError(f"request {self.request.uid} has not ended in time")
+            return self._responses[seen:], self._has_ended
+
+    @property
+    def _has_ended(self) -> bool:
+        return self._is_done or self._error is not None
 
     def __iter__(self) -> Iterator[str]:
         """The text of the first sequence, piece by piece."""
@@ -136,7 +180,7 @@ class Task:
 
     def cancel(self) -> None:
         """Stops the request; unless it has ended, `result` and iteration raise RequestError (CANCELLED)."""
-        self._server.send(Cancel(self.request.uid, Outcome.CANCELLED))
+        self._send(Cancel(self.request.uid, Outcome.CANCELLED))
 
 
 class _QueueInbox:
@@ -151,23 +195,107 @@ class _QueueInbox:
             return None
 
 
+class EngineThread:
+    """Steps an engine and hands what comes to its tasks; those that are left when it ends fail."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._inbox = _QueueInbox()
+        self.send = self._inbox.put
+        self._lock = threading.Lock()
+        self._tasks: dict[str, _Submitted] = {}
+        self.error: BaseException | None = None
+        """Why it has ended; None: it has not."""
+        self.num_servers = 0
+        """Of the model's, those that use it."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+        self.join = self._thread.join
+
+    def submit(self, task: Task, server: ModelServer) -> None:
+        """Raises RequestError if the thread has ended."""
+        with self._lock:
+            if self.error is not None:
+                raise _ended(self.error)
+            self._tasks[task.request.uid] = _Submitted(task, server, task.request.sampling.n)
+            self.send(Add(task.request))
+
+    def fail_tasks_of(self, server: ModelServer, error: RequestError) -> None:
+        """Ends what that server has in flight."""
+        with self._lock:
+            uids = [uid for uid, each in self._tasks.items() if each.server is server]
+            tasks = [self._tasks.pop(uid).task for uid in uids]
+        for task in tasks:
+            task.cancel()
+            task._fail(error)
+
+    def _run(self) -> None:
+        error: BaseException = RequestError("the server was stopped", ErrorCode.CANCELLED)
+        try:
+            run_engine(self._engine, self._inbox, self._deliver)
+        except BaseException as failure:  # whatever it is, nobody may wait for ever
+            logger.exception("the engine has failed")
+            error = failure
+        with self._lock:
+            self.error = error
+            left, self._tasks = self._tasks, {}
+        for each in left.values():
+            each.task._fail(_ended(error))
+        for uid in left:
+            try:
+                self._engine.cancel(uid, Outcome.CANCELLED)
+            except Exception:
+                logger.exception("request %s could not be taken out of the engine", uid)
+
+    def _deliver(self, step: StepOutput) -> None:
+        by_request: dict[str, list[SequenceOutput]] = {}
+        for output in step.outputs:
+            by_request.setdefault(output.uid, []).append(output)
+        for uid, outputs in by_request.items():
+            with self._lock:
+                submitted = self._tasks.get(uid)
+                if submitted is None:
+                    continue
+                submitted.sequences_left -= sum(output.outcome is not None for output in outputs)
+                final = submitted.sequences_left == 0
+                if final:
+                    del self._tasks[uid]
+            submitted.task._push(RequestOutput(uid, outputs, submitted.task.request, final))
+
+
+@dataclass(slots=True)
+class _Submitted:
+    task: Task
+    server: ModelServer
+    sequences_left: int
+
+
+def _ended(error: BaseException) -> RequestError:
+    """What a task is told of the end of the engine's thread; each raises an error of its own."""
+    if isinstance(error, RequestError):
+        return RequestError(str(error), error.code)
+    failure = RequestError(f"the engine has failed: {type(error).__name__}: {error}", ErrorCode.INTERNAL)
+    failure.__cause__ = error
+    return failure
+
+
 class ModelServer:
-    """Serves a model to the threads of this program: continuous batching, priorities, streaming."""
+    """Serves a model to the threads of this program: continuous batching, priorities, streaming.
+
+    Several servers may run over one model: they share its batch, and each stops its own requests alone.
+    """
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._tasks: dict[str, tuple[Task, int]] = {}
-        """With the number of sequences that have not ended."""
         self._lock = threading.Lock()
-        self._inbox = _QueueInbox()
-        self._thread: threading.Thread | None = None
+        self._thread: EngineThread | None = None
 
     def start(self) -> ModelServer:
-        """Raises RuntimeError if another server runs this model."""
-        if not self._model._owner.acquire(blocking=False):
-            raise RuntimeError("another ModelServer is running this model: use that one, or stop it first")
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        """Raises RuntimeError if it is running already."""
+        with self._lock:
+            if self._thread is not None:
+                raise RuntimeError("the server is running already")
+            self._thread = self._model._acquire_thread()
         return self
 
     def submit(
@@ -181,9 +309,11 @@ class ModelServer:
     ) -> Task:
         """Takes a request: a text, a chat or token ids. Raises RequestError if it is not valid.
 
-        `timeout` in seconds bounds the whole request. `sampling`: the fields of `SamplingParams`.
+        `timeout` in seconds bounds the whole request. `sampling`: the fields of `SamplingParams`. Raises
+        RuntimeError if the server is not running, RequestError (INTERNAL) if its engine has failed.
         """
-        if self._thread is None:
+        thread = self._thread
+        if thread is None:
             raise RuntimeError("the server is not running: call start() first")
         request = self._model.preprocessor.build(
             {
@@ -197,53 +327,20 @@ class ModelServer:
             now=time.monotonic(),
             timeout_us=int((timeout or 0) * 1e6),
         )
-        task = Task(self, request, Postprocessor(self._model.tokenizer))
+        task = Task(request, Postprocessor(self._model.tokenizer), thread.send)
         with self._lock:
-            self._tasks[request.uid] = (task, request.sampling.n)
-        self.send(Add(request))
+            if self._thread is not thread:
+                raise RuntimeError("the server is not running: it was stopped meanwhile")
+            thread.submit(task, self)
         return task
 
-    def send(self, message: ToWorker) -> None:
-        self._inbox.put(message)
-
     def stop(self) -> None:
-        """Ends the engine's thread; requests in flight fail with CANCELLED."""
-        if self._thread is None:
-            return
-        self.send(Shutdown())
-        self._thread.join()
-        self._thread = None
-
-    def _run(self) -> None:
-        error: Exception = RequestError("the server was stopped", ErrorCode.CANCELLED)
-        try:
-            run_engine(self._model.engine, self._inbox, self._deliver)
-        except Exception as failure:
-            error = failure
+        """Requests of this server that are in flight fail with CANCELLED; others of the model go on."""
         with self._lock:
-            tasks, self._tasks = self._tasks, {}
-        for uid, (task, _) in tasks.items():
-            self._model.engine.cancel(uid, Outcome.CANCELLED)
-            task.deliver(error)
-        self._model._owner.release()
-
-    def _deliver(self, step: StepOutput) -> None:
-        by_request: dict[str, list[SequenceOutput]] = {}
-        for output in step.outputs:
-            by_request.setdefault(output.uid, []).append(output)
-        with self._lock:
-            for uid, outputs in by_request.items():
-                if uid in self._tasks:
-                    self._deliver_to(uid, outputs)
-
-    def _deliver_to(self, uid: str, outputs: list[SequenceOutput]) -> None:
-        task, left = self._tasks[uid]
-        left -= sum(output.outcome is not None for output in outputs)
-        if left:
-            self._tasks[uid] = (task, left)
-        else:
-            del self._tasks[uid]
-        task.deliver(RequestOutput(uid, outputs, task.request, final=left == 0))
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.fail_tasks_of(self, RequestError("the server was stopped", ErrorCode.CANCELLED))
+            self._model._release_thread(thread)
 
     def __enter__(self) -> ModelServer:
         return self.start()

@@ -34,7 +34,7 @@ def sample(
     if filtered.any():
         parameters = (temperature, top_k, top_p, min_p, uniform)
         tokens[filtered] = _draw_filtered(_rows(logits, filtered), *(p[filtered] for p in parameters))
-    return tokens
+    return tokens.clamp_(max=logits.shape[1] - 1)  # the padding of a row of NaN is as likely as its tokens
 
 
 def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -79,6 +79,7 @@ def _draw_filtered(
     tokens, last = _draw(likeliest, ids, total, top_k, top_p, min_p, uniform)
     # All that is kept has been seen if it is likelier than the last candidate; others may tie with that one.
     settled = (last > likeliest[:, -1]) & (top_k <= CANDIDATES)
+    settled |= ~likeliest[:, 0].isfinite()  # there is no order in such a row: any of its tokens will do
     if vocabulary > CANDIDATES:
         for row in (~settled).nonzero()[:, 0].tolist():
             one = slice(row, row + 1)

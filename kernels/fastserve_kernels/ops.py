@@ -249,7 +249,8 @@ def sample(
     `uniform`. In it the tokens come by probability, equal ones by id; where nothing is filtered, all by id.
 
     temperature, top_p and min_p are [B] float32, top_k is [B] int32 or int64, uniform [B] float64 in [0, 1).
-    Temperatures below 1e-5 count as 1e-5. Tokens of logit -inf are never chosen.
+    Temperatures below 1e-5 count as 1e-5. Tokens of logit -inf are never chosen. A row that holds NaN or
+    infinity, or -inf alone, has no distribution: its token is one of 0 .. V - 1, but which is not defined.
     """
     return _sample(logits, temperature, top_k, top_p, min_p, uniform)
 

@@ -74,8 +74,6 @@ def test_stopping_fails_what_is_in_flight(model: Model) -> None:
     server = ModelServer(model).start()
     task = server.submit("Count up.", **ENDLESS)
     next(iter(task))
-    with pytest.raises(RuntimeError, match="another ModelServer"):
-        ModelServer(model).start()
     server.stop()
     with pytest.raises(RequestError, match="stopped"):
         task.result(timeout=10)

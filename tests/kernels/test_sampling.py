@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -114,6 +117,36 @@ def test_forbidden_tokens_are_never_drawn(limits: str, uniform: float) -> None:
     )
     assert tokens[:2].tolist() == [1999, 0]
     assert 700 <= tokens[2] < 703
+
+
+NOT_FINITE = {
+    "NaN": [math.nan],
+    "NaN among numbers": [math.nan, 1.0, 2.0, -3.0, 0.0, 5.0, 1.0],
+    "numbers before NaN": [1.0, 2.0, 7.0, math.nan],
+    "infinity": [1.0, math.inf, 0.0, 2.0, 3.0],
+    "all masked": [-math.inf],
+    "NaN, infinities and a number": [math.nan, math.inf, -math.inf, 1.0],
+}
+"""What rows are filled with, again and again."""
+
+
+@pytest.mark.parametrize("implementation", [ops, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("vocabulary", [1, 5, 130, 5003])
+@pytest.mark.parametrize("limits", LIMITS)
+def test_a_row_without_a_distribution_gives_one_of_its_tokens(
+    limits: str, vocabulary: int, temperature: float, implementation: ModuleType
+) -> None:
+    """And takes nothing from the row beside it."""
+    rows = [(values * vocabulary)[:vocabulary] for values in NOT_FINITE.values()]
+    finite = torch.randn(1, vocabulary)
+    logits = torch.cat([torch.tensor(rows), finite])
+    *given_, uniform = parameters(len(logits), temperature, LIMITS[limits])
+    for share in (0.0, 0.5, 1.0 - 2**-53):
+        each = (*given_, torch.full_like(uniform, share))
+        tokens = implementation.sample(logits, *each)
+        assert ((tokens >= 0) & (tokens < vocabulary)).all()
+        assert tokens[-1] == implementation.sample(finite, *(tensor[-1:] for tensor in each)).item()
 
 
 def test_temperature_zero_is_greedy_and_tiny_ones_nearly() -> None:

@@ -1,10 +1,15 @@
 """The engine: plan a step, compute it, sample, say what came of it.
 
-add / cancel -> [plan -> run -> commit -> sample -> append] -> StepOutput      (`step`, again and again)
+add / cancel -> [plan -> run -> sample -> commit -> append] -> StepOutput      (`step`, again and again)
+
+Until the commit a step changes nothing but what it would write again: keys and values of its own tokens. So
+one that raises is computed again by halves, and only the sequence that it cannot be computed with fails.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
@@ -13,9 +18,11 @@ import torch
 
 from fastserve.engine.guides import CompiledGuide, GuideCompiler
 from fastserve.engine.model_runner import ModelRunner
-from fastserve.engine.sampler import SampledToken, Sampler, SamplingState, token_logprobs
-from fastserve.errors import ErrorCode, RequestError, prompt_too_long
-from fastserve.scheduling.iteration_scheduler import IterationScheduler
+from fastserve.engine.request_bounds import check_request
+from fastserve.engine.sampler import NOT_FINITE, SampledToken, Sampler, token_logprobs
+from fastserve.engine.sampling_state import SamplingState
+from fastserve.errors import ErrorCode, RequestError
+from fastserve.scheduling.iteration_scheduler import CacheTooSmallError, IterationScheduler
 from fastserve.scheduling.policies import Policy
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
 from fastserve.types import (
@@ -27,9 +34,12 @@ from fastserve.types import (
     StepOutput,
     TokenLogprob,
 )
-from fastserve_kernels.attention_metadata import AttentionMetadata
+
+logger = logging.getLogger(__name__)
 
 GUIDE_WAIT_SECONDS = 0.01
+MAX_CAUSE = 300
+"""Characters of an exception's text that a client is shown."""
 _STOPPED_FROM_OUTSIDE = {
     Outcome.CANCELLED: Failure(ErrorCode.CANCELLED.value, "the request was cancelled"),
     Outcome.TIMEOUT: Failure(ErrorCode.CANCELLED.value, "the request's time was over before it was finished"),
@@ -76,10 +86,13 @@ class Engine:
         self._received = 0
         self._endings: list[SequenceOutput] = []
         """Of sequences that ended outside a step; they leave with the next one."""
+        self._is_unchecked = False
+        """Whether the books have changed since they were checked."""
 
     @property
     def has_work(self) -> bool:
-        return bool(self._active or self._preparing or self._endings)
+        """Whether `step` has something to do; when the last request has ended, that is to check the books."""
+        return bool(self._active or self._preparing or self._endings or self._is_unchecked)
 
     def add(self, request: Request) -> None:
         """Takes a request in. One that cannot be served ends with a failure at the next step."""
@@ -87,7 +100,7 @@ class Engine:
         if request.uid in self._active or request.uid in self._preparing:
             raise ValueError(f"request {request.uid} is being served already")
         try:
-            self._check_length(request)
+            check_request(request, self._runner.model.vocab_size, self.max_model_len)
         except RequestError as error:
             self._fail(request, error)
             return
@@ -108,10 +121,6 @@ class Engine:
 
     def _fail(self, request: Request, error: RequestError) -> None:
         self._endings += [_failed(request.uid, index, error) for index in range(request.sampling.n)]
-
-    def _check_length(self, request: Request) -> None:
-        if len(request.prompt_token_ids) >= self.max_model_len:
-            raise prompt_too_long(len(request.prompt_token_ids), self.max_model_len)
 
     def cancel(self, uid: str, outcome: Outcome, index: int | None = None) -> None:
         """Stops a request, or one sequence of it; nothing happens if it is not being served."""
@@ -136,14 +145,32 @@ class Engine:
             del self._active[active.request.uid]
 
     def step(self) -> StepOutput:
-        """One iteration: computes what the scheduler plans, and returns what it brought to every request."""
+        """One iteration: computes what the scheduler plans, and returns what it brought to every request.
+
+        Raises what the model raised if the device no longer computes anything, and BlockPoolError or
+        SchedulerError if blocks or sequences are left over when the last request has ended.
+        """
         self._expire(time.monotonic())
         self._start_prepared()
-        plan = self._scheduler.plan()
+        self._check_when_idle()
+        plan = self._plan()
         outputs = self._compute(plan) if plan.scheduled else []
         outputs += self._endings
         self._endings = []
         return StepOutput(outputs, self.stats(plan.num_tokens))
+
+    def _check_when_idle(self) -> None:
+        """Nothing is held then, and nobody waits for the time that it takes."""
+        if self._is_unchecked and not self._active:
+            self._scheduler.check()
+            self._is_unchecked = False
+
+    def _plan(self) -> StepPlan:
+        while True:
+            try:
+                return self._scheduler.plan()
+            except CacheTooSmallError as error:
+                self._endings += self._fail_active(error.sequence, RequestError(str(error)))
 
     def _expire(self, now: float) -> None:
         requests = [active.request for active in self._active.values()]
@@ -161,6 +188,7 @@ class Engine:
             0 if self._active else GUIDE_WAIT_SECONDS,
             FIRST_COMPLETED,
         )
+        self._guides.abandon_heavy()
         for uid, (request, future) in list(self._preparing.items()):
             if future.done():
                 del self._preparing[uid]
@@ -170,65 +198,127 @@ class Engine:
                     self._fail(request, error)
 
     def _compute(self, plan: StepPlan) -> list[SequenceOutput]:
-        hidden, metadata = self._runner.run(plan)
-        self._collect_prompt_logprobs(plan, hidden)
-        rows = [row for row, item in enumerate(plan.scheduled) if item.is_last_chunk]
-        sampled = self._sample(plan, rows, hidden, metadata)
-        self._scheduler.commit(plan)
-        return [
-            self._append(plan.scheduled[row].sequence, token)
-            for row, token in zip(rows, sampled, strict=True)
-        ]
+        self._is_unchecked = True
+        computed = self._compute_isolated(plan.scheduled)
+        failed = {item.sequence: token.error for item, token in computed if token and token.error}
+        self._scheduler.commit(StepPlan([item for item, _ in computed if item.sequence not in failed], []))
+        outputs = []
+        for sequence, error in failed.items():
+            outputs += self._fail_active(sequence, error)
+        for item, token in computed:
+            if token is not None and item.sequence.request.uid in self._active:
+                outputs += self._advance(item.sequence, token)
+        return outputs
+
+    def _compute_isolated(
+        self, items: list[ScheduledSequence]
+    ) -> list[tuple[ScheduledSequence, SampledToken | None]]:
+        """As `_forward`, but a sequence with which it raises gets an error, and the others their tokens.
+
+        Raises what `_forward` raised if the device does not compute what is known to work either.
+        """
+        try:
+            return list(zip(items, self._forward(items), strict=True))
+        except Exception as error:
+            self._require_device(error)
+            if len(items) > 1:
+                middle = len(items) // 2
+                return self._compute_isolated(items[:middle]) + self._compute_isolated(items[middle:])
+            uid = items[0].sequence.request.uid
+            logger.exception("request %s cannot be computed; it fails, and the others go on", uid)
+            return [(items[0], SampledToken(-1, [], _not_computed(error)))]
+
+    def _require_device(self, error: Exception) -> None:
+        """Raises `error` if the model cannot even compute one harmless token."""
+        try:
+            self._runner.probe()
+        except Exception:
+            raise error from None
 
     @torch.inference_mode()
-    def _sample(
-        self, plan: StepPlan, rows: list[int], hidden: torch.Tensor, metadata: AttentionMetadata
-    ) -> list[SampledToken]:
-        if not rows:
-            return []
-        last = metadata.last_token_index[torch.tensor(rows, device=hidden.device)]
-        logits = self._runner.model.logits(hidden[last])
-        sequences = [plan.scheduled[row].sequence for row in rows]
-        return self._sampler.sample(logits, sequences, [self._generation(s).sampling for s in sequences])
+    def _forward(self, items: list[ScheduledSequence]) -> list[SampledToken | None]:
+        """Computes the items: a token for each, or an error; None where a prompt has more chunks to come."""
+        hidden, metadata = self._runner.run(StepPlan(items, []))
+        sampled: list[SampledToken | None] = [None] * len(items)
+        first_row = 0
+        finite = _are_finite(hidden)
+        for place, item in enumerate(items):
+            rows = slice(first_row, first_row + item.num_tokens)
+            first_row = rows.stop
+            if not all(finite[rows]):
+                position = item.sequence.num_computed_tokens + finite[rows].index(False)
+                sampled[place] = SampledToken(-1, [], _not_finite(position))
+                continue
+            error = self._collect_prompt_logprobs(item, hidden[rows])
+            if error is not None:
+                sampled[place] = SampledToken(-1, [], error)
+        places = [i for i, item in enumerate(items) if item.is_last_chunk and sampled[i] is None]
+        if places:
+            last = metadata.last_token_index[torch.tensor(places, device=hidden.device)]
+            sequences = [items[place].sequence for place in places]
+            tokens = self._sampler.sample(
+                self._runner.model.logits(hidden[last]),
+                sequences,
+                [self._generation(sequence).sampling for sequence in sequences],
+            )
+            for place, token in zip(places, tokens, strict=True):
+                sampled[place] = token
+        return sampled
 
     def _generation(self, sequence: Sequence) -> _Generation:
         return self._active[sequence.request.uid].generations[sequence.index][1]
 
-    @torch.inference_mode()
-    def _collect_prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> None:
-        first_row = 0
-        for item in plan.scheduled:
-            collected = self._generation(item.sequence).prompt_logprobs
-            if collected is not None:
-                self._extend_prompt_logprobs(item, collected, hidden[first_row : first_row + item.num_tokens])
-            first_row += item.num_tokens
+    def _collect_prompt_logprobs(self, item: ScheduledSequence, hidden: torch.Tensor) -> RequestError | None:
+        """Adds those of the chunk `hidden` [item.num_tokens, hidden size], where the request asks for them.
 
-    def _extend_prompt_logprobs(
-        self, item: ScheduledSequence, collected: list[list[TokenLogprob]], hidden: torch.Tensor
-    ) -> None:
-        """The row of a position tells of the token after it.
-
-        What is computed again after a preemption is there already.
+        The row of a position tells of the token after it. What is computed again, after a preemption or in a
+        step that raised, is there already. Returns an error if the model's numbers are not finite.
         """
         sequence = item.sequence
+        collected = self._generation(sequence).prompt_logprobs
+        if collected is None:
+            return None
         start = sequence.num_computed_tokens
         first = max(start, len(collected) - 1)
         last = min(start + item.num_tokens, sequence.num_prompt_tokens - 1)
         if first >= last:
-            return
+            return None
         logits = self._runner.model.logits(hidden[first - start : last - start])
         targets = torch.tensor(sequence.token_ids[first + 1 : last + 1], device=logits.device)
         count = sequence.request.sampling.prompt_logprobs or 0
-        collected += token_logprobs(logits, targets, [count] * (last - first))
+        found = token_logprobs(logits, targets, [count] * (last - first))
+        for place, entries in enumerate(found):
+            if math.isnan(entries[0][1]):
+                return _not_finite(first + place)
+        collected += found
+        return None
+
+    def _advance(self, sequence: Sequence, token: SampledToken) -> list[SequenceOutput]:
+        """Gives a sequence its new token, and ends it if that was the last one, or if it cannot be booked."""
+        try:
+            error = self._generation(sequence).sampling.append(token.token_id)
+            if error is None:
+                return [self._append(sequence, token)]
+        except Exception as failure:
+            logger.exception("request %s fails, and the others go on", sequence.request.uid)
+            error = _not_computed(failure)
+        return self._fail_active(sequence, error)
+
+    def _fail_active(self, sequence: Sequence, error: RequestError) -> list[SequenceOutput]:
+        """Ends the whole request of a sequence: its client gets an error in place of what is left to come."""
+        active = self._active.get(sequence.request.uid)
+        if active is None:
+            return []  # it failed already in this step, by another of its sequences
+        outputs = []
+        for index in list(active.generations):
+            self._remove(active, index)
+            outputs.append(_failed(sequence.request.uid, index, error))
+        return outputs
 
     def _append(self, sequence: Sequence, token: SampledToken) -> SequenceOutput:
-        """Gives a sequence its new token, and ends it if that was the last one."""
         request = sequence.request
         active = self._active[request.uid]
         generation = active.generations[sequence.index][1]
-        if token.error is not None:
-            self._remove(active, sequence.index)
-            return _failed(request.uid, sequence.index, token.error)
         is_first = sequence.num_generated_tokens == 0
         sequence.token_ids.append(token.token_id)
         outcome = self._outcome(sequence, generation.sampling)
@@ -255,13 +345,17 @@ class Engine:
         return Outcome.LENGTH if sequence.num_tokens >= self.max_model_len else None
 
     def stats(self, step_tokens: int = 0) -> EngineStats:
-        """The state after a step that computed `step_tokens` tokens."""
+        """The state after a step that computed `step_tokens` tokens.
+
+        Requests whose guide is being compiled have their slots already.
+        """
         scheduler = self._scheduler
+        preparing = sum(request.sampling.n for request, _ in self._preparing.values())
         return EngineStats(
             received=self._received,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
-            free_slots=scheduler.free_slots,
+            free_slots=scheduler.free_slots - preparing,
             lowest_key=scheduler.lowest_key,
             kv_blocks_total=scheduler.pool.num_blocks,
             kv_blocks_used=scheduler.pool.num_used,
@@ -275,3 +369,18 @@ def _failed(uid: str, index: int, error: RequestError) -> SequenceOutput:
     return SequenceOutput(
         uid, index, outcome=Outcome.ERROR, failure=Failure(code=error.code.value, message=str(error))
     )
+
+
+def _not_computed(error: Exception) -> RequestError:
+    """The client does not send such a request again: it would only fail again."""
+    cause = f"{type(error).__name__}: {error}"[:MAX_CAUSE]
+    return RequestError(f"the model cannot compute this request: {cause}", ErrorCode.INTERNAL)
+
+
+def _not_finite(position: int) -> RequestError:
+    return RequestError(NOT_FINITE.format(position=position), ErrorCode.INTERNAL)
+
+
+def _are_finite(hidden: torch.Tensor) -> list[bool]:
+    """For each row [T, hidden size] whether all its numbers are; a sum of such numbers is finite, too."""
+    return hidden.sum(-1, dtype=torch.float32).isfinite().tolist()

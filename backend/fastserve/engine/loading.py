@@ -35,7 +35,8 @@ def load_engine(config: Config, files: ModelFiles) -> Engine:
     eos = eos_token_ids(files.checkpoint)
     guides = GuideCompiler(files.tokenizer, eos, model.vocab_size)
     max_model_len = min(model.max_position, runner.num_blocks * config.block_size)
-    return Engine(runner, scheduler, make_policy(config), Sampler(eos), guides, max_model_len)
+    sampler = Sampler(eos, model.vocab_size)
+    return Engine(runner, scheduler, make_policy(config), sampler, guides, max_model_len)
 
 
 def choose_device(name: str) -> torch.device:

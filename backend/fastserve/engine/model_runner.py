@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastserve.models.causal_lm import CausalLM
-from fastserve.models.kv_cache import KVScales, make_kv_caches, num_elements
+from fastserve.models.kv_cache import KVCaches, KVScales, make_kv_caches, num_elements
 from fastserve.scheduling.sequence import StepPlan
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
@@ -34,6 +34,8 @@ class ModelRunner:
         self.num_blocks = max(1, budget // bytes_per_block)
         shapes = model.kv_cache_shapes(self.num_blocks, block_size)
         self.kv_caches = make_kv_caches(shapes, kv_dtype, model.device, kv_scales)
+        one_block = model.kv_cache_shapes(1, block_size)
+        self._probe_caches = make_kv_caches(one_block, kv_dtype, model.device, kv_scales)
 
     def _default_cache_bytes(self) -> int:
         if self.model.device.type != "cuda":
@@ -45,12 +47,23 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Runs a prompt and a decode in blocks that nobody has yet: no request shall wait for first uses."""
         blocks = list(range(-(-3 // self.block_size)))
-        for tokens, context_len in (([0, 0], 2), ([0], 3)):
-            metadata = AttentionMetadata.build(
-                [len(tokens)], [context_len], [blocks], self.block_size, self.model.device
-            )
-            ids = torch.tensor(tokens, dtype=torch.int64, device=self.model.device)
-            self.model.logits(self.model.forward(ids, metadata, self.kv_caches))
+        for num_tokens, context_len in ((2, 2), (1, 3)):
+            self._compute_zeros(num_tokens, context_len, blocks, self.kv_caches)
+
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """Computes one harmless token, in a cache of its own. Raises what the model raises if it cannot."""
+        self._compute_zeros(1, 1, [0], self._probe_caches).sum().item()  # which waits for the device
+
+    def _compute_zeros(
+        self, num_tokens: int, context_len: int, blocks: list[int], kv_caches: KVCaches
+    ) -> torch.Tensor:
+        """The logits of the last `num_tokens` of a sequence of tokens 0."""
+        metadata = AttentionMetadata.build(
+            [num_tokens], [context_len], [blocks], self.block_size, self.model.device
+        )
+        ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.model.device)
+        return self.model.logits(self.model.forward(ids, metadata, kv_caches))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> tuple[torch.Tensor, AttentionMetadata]:

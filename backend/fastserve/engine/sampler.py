@@ -7,17 +7,24 @@ as 1, 2, 3", SC 2011), so they also survive preemption.
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from fastserve.engine.guides import CompiledGuide, GuideMatcher
-from fastserve.errors import RequestError
+from fastserve.engine.guides import CompiledGuide
+from fastserve.engine.sampling_state import SamplingState, TokenCounts
+from fastserve.errors import ErrorCode, RequestError
 from fastserve.scheduling.sequence import Sequence
 from fastserve.types import SamplingParams, TokenLogprob
 from fastserve_kernels import ops
+
+NOT_FINITE = (
+    "the model's numbers are not finite (NaN or infinity) after token {position} of the sequence, as when "
+    "float16 overflows: serve the model with another `dtype`"
+)
 
 
 @dataclass(slots=True)
@@ -29,28 +36,20 @@ class SampledToken:
     error: RequestError | None = None
 
 
-@dataclass(slots=True)
-class SamplingState:
-    """What one sequence's sampling remembers from token to token."""
-
-    seed: int
-    stop_token_ids: list[int]
-    """Those that end the sequence: its own and, unless ignored, the model's."""
-    matcher: GuideMatcher | None
-
-
 class Sampler:
-    """Chooses the next token of each sequence of a batch."""
+    """Chooses the next token of each sequence of a batch. It changes nothing but the logits it is given."""
 
-    def __init__(self, eos_token_ids: list[int]) -> None:
-        self._eos_token_ids = eos_token_ids
+    def __init__(self, eos_token_ids: list[int], vocab_size: int) -> None:
+        """`vocab_size`: the model's. An end token beyond it, as a tokenizer may have, never comes."""
+        self._eos_token_ids = [token_id for token_id in eos_token_ids if token_id < vocab_size]
 
     def start(self, sequence: Sequence, guide: CompiledGuide | None) -> SamplingState:
         """The state for a sequence that begins."""
         params = sequence.request.sampling
         seed = secrets.randbits(64) if params.seed is None else params.seed
         return SamplingState(
-            seed=(seed + sequence.index) % 2**64,
+            sequence,
+            seed=sequence_seed(seed, sequence.index),
             stop_token_ids=params.stop_token_ids + ([] if params.ignore_eos else self._eos_token_ids),
             matcher=guide.matcher() if guide else None,
         )
@@ -58,36 +57,37 @@ class Sampler:
     def sample(
         self, logits: torch.Tensor, sequences: list[Sequence], states: list[SamplingState]
     ) -> list[SampledToken]:
-        """One token for each sequence.
+        """One token for each sequence, or why there is none. `SamplingState.append` books it.
 
         logits: [len(sequences), vocab] fp32, on any device; changed in place. Log-probabilities are those
         of the model itself, before any of the request's parameters.
         """
         reported = _Logprobs(logits, [sequence.request.sampling.logprobs for sequence in sequences])
         errors = [_adjust(logits[row], sequences[row], states[row]) for row in range(len(sequences))]
-        params = [sequence.request.sampling for sequence in sequences]
-        token_ids = self._draw(logits, params, sequences, states)
+        token_ids, peaks = self._draw(logits, sequences, states)
         logprobs = reported.of(token_ids)
-        chosen = token_ids.tolist()
-        for row, state in enumerate(states):
-            if state.matcher is not None and errors[row] is None:
-                errors[row] = state.matcher.accept(chosen[row])
-        return [SampledToken(chosen[row], logprobs[row], errors[row]) for row in range(len(sequences))]
+        sampled = []
+        for row, (token_id, peak) in enumerate(zip(token_ids.tolist(), peaks.tolist(), strict=True)):
+            error = errors[row]
+            if error is None and not math.isfinite(peak):
+                error = _no_token(peak, sequences[row], states[row])
+            sampled.append(SampledToken(token_id, logprobs[row], error))
+        return sampled
 
     @staticmethod
     def _draw(
-        logits: torch.Tensor,
-        params: list[SamplingParams],
-        sequences: list[Sequence],
-        states: list[SamplingState],
-    ) -> torch.Tensor:
+        logits: torch.Tensor, sequences: list[Sequence], states: list[SamplingState]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A token of each row [n], and the row's largest logit [n]: finite unless the row is of no use."""
+        params = [sequence.request.sampling for sequence in sequences]
         if all(p.temperature == 0.0 for p in params):
-            return logits.argmax(dim=-1)
+            greedy = logits.argmax(dim=-1)
+            return greedy, logits.gather(1, greedy[:, None])[:, 0]
         uniform = uniform_numbers(
             [state.seed for state in states], [sequence.num_generated_tokens for sequence in sequences]
         )
         device = logits.device
-        return ops.sample(
+        drawn = ops.sample(
             logits,
             torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
             torch.tensor([max(p.top_k, 0) for p in params], dtype=torch.int64, device=device),
@@ -95,6 +95,30 @@ class Sampler:
             torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
             torch.from_numpy(uniform).to(device),
         )
+        return drawn, logits.amax(dim=-1)
+
+
+def _no_token(peak: float, sequence: Sequence, state: SamplingState) -> RequestError:
+    """Why nothing can be drawn from a row whose largest logit is no finite number."""
+    if peak == -math.inf:
+        restrictions = _restrictions(sequence, state)
+        if restrictions:
+            return RequestError(
+                f"{' and '.join(restrictions)}: after {sequence.num_generated_tokens} tokens no token of the "
+                "model is left that may follow"
+            )
+    return RequestError(NOT_FINITE.format(position=sequence.num_tokens - 1), ErrorCode.INTERNAL)
+
+
+def _restrictions(sequence: Sequence, state: SamplingState) -> list[str]:
+    """The request's parameters that forbid tokens now."""
+    params = sequence.request.sampling
+    restrictions = ["`structured_outputs`"] if state.matcher is not None else []
+    if sequence.num_generated_tokens < params.min_tokens and state.stop_token_ids:
+        restrictions.append("`min_tokens`")
+    if state.bad_words.banned(sequence):
+        restrictions.append("`bad_words`")
+    return restrictions
 
 
 class _Logprobs:
@@ -121,7 +145,8 @@ def token_logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, counts: list[int]
 ) -> list[list[TokenLogprob]]:
     """Per row of logits [n, vocab]: (id, logprob, rank) of token_ids[row], then of the likeliest."""
-    chosen, ranks, top_ids, top = ops.log_probs(logits, token_ids, max(counts))
+    most = min(max(counts), logits.shape[1])
+    chosen, ranks, top_ids, top = ops.log_probs(logits, token_ids, most)
     rows = zip(
         token_ids.tolist(), chosen.tolist(), ranks.tolist(), top_ids.tolist(), top.tolist(), strict=True
     )
@@ -135,15 +160,29 @@ def token_logprobs(
     ]
 
 
-def uniform_numbers(seeds: list[int], positions: list[int]) -> np.ndarray:
-    """Uniform numbers [n] float64 in [0, 1), each a hash of its seed and position alone.
+def sequence_seed(seed: int, index: int) -> int:
+    """The seed of sequence `index` of a request: for 0 the request's own, for others a hash of both.
 
-    Two rounds of the SplitMix64 finaliser (Steele, Lea, Flood, OOPSLA 2014), 53 bits of the result.
+    A sum of both would give two requests of neighbouring seeds the same texts.
     """
-    with np.errstate(over="ignore"):
-        mixed = _splitmix(np.array(seeds, dtype=np.uint64))
-        mixed = _splitmix(mixed ^ _splitmix(np.array(positions, dtype=np.uint64)))
+    own = seed % 2**64
+    if index == 0:
+        return own
+    # No position in a text reaches 2**63, so that no number of this kind is one that a token was drawn with.
+    return int(_hash(np.array([own], dtype=np.uint64), np.array([2**63 + index], dtype=np.uint64))[0])
+
+
+def uniform_numbers(seeds: list[int], positions: list[int]) -> np.ndarray:
+    """Uniform numbers [n] float64 in [0, 1), each a hash of its seed and position alone, 53 bits of it."""
+    mixed = _hash(np.array(seeds, dtype=np.uint64), np.array(positions, dtype=np.uint64))
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _hash(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Two rounds of the SplitMix64 finaliser (Steele, Lea, Flood, OOPSLA 2014) over uint64 [n]."""
+    with np.errstate(over="ignore"):
+        mixed: np.ndarray = _splitmix(_splitmix(seeds) ^ _splitmix(positions))
+    return mixed
 
 
 def _splitmix(x: np.ndarray) -> np.ndarray:
@@ -167,33 +206,24 @@ def _adjust(logits: torch.Tensor, sequence: Sequence, state: SamplingState) -> R
         logits[ids] += torch.tensor(
             list(params.logit_bias.values()), dtype=logits.dtype, device=logits.device
         )
-    banned = banned_tokens(sequence)
+    banned = state.bad_words.banned(sequence)
     if banned:
         logits[banned] = -torch.inf
-    _penalise(logits, sequence, params)
+    if state.counts is not None:
+        _penalise(logits, state.counts, params)
     return None
 
 
-def banned_tokens(sequence: Sequence) -> list[int]:
-    """Tokens that would complete one of the request's bad words."""
-    generated = sequence.token_ids[sequence.num_prompt_tokens :]
-    return [
-        word[-1]
-        for word in sequence.request.bad_words_token_ids
-        if len(word) - 1 <= len(generated) and word[:-1] == generated[len(generated) - len(word) + 1 :]
-    ]
-
-
-def _penalise(logits: torch.Tensor, sequence: Sequence, params: SamplingParams) -> None:
+def _penalise(logits: torch.Tensor, tokens: TokenCounts, params: SamplingParams) -> None:
     """Repetition penalty (Keskar et al., arXiv 1909.05858) over prompt and answer, others over the answer."""
+    ids = torch.from_numpy(tokens.ids).to(logits.device)
+    values = logits[ids]
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(np.unique(sequence.token_ids), device=logits.device)
-        values = logits[seen]
-        logits[seen] = torch.where(
+        values = torch.where(
             values > 0, values / params.repetition_penalty, values * params.repetition_penalty
         )
     if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
-        generated = np.asarray(sequence.token_ids[sequence.num_prompt_tokens :], dtype=np.int64)
-        ids, counts = np.unique(generated, return_counts=True)
-        penalty = params.presence_penalty + params.frequency_penalty * counts
-        logits[torch.from_numpy(ids).to(logits.device)] -= torch.from_numpy(penalty).to(logits)
+        counts = tokens.counts
+        penalty = params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
+        values -= torch.from_numpy(penalty).to(values)
+    logits[ids] = values

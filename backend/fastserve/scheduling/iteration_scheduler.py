@@ -35,6 +35,10 @@ class CacheTooSmallError(Exception):
         self.sequence = sequence
 
 
+class SchedulerError(Exception):
+    """The scheduler's books do not balance: there is a bug in it or in who uses it."""
+
+
 class IterationScheduler:
     """Composes the batch of every step. Not thread-safe.
 
@@ -158,7 +162,17 @@ class IterationScheduler:
                 self._release_followers(sequence.request.uid)
 
     def check(self) -> None:
-        """Raises BlockPoolError unless the blocks in use are exactly those of the running sequences."""
+        """Raises SchedulerError unless each sequence is in one place, and BlockPoolError unless the blocks in
+        use are exactly those of the running sequences."""
+        followers = [sequence for each in self._followers.values() for sequence in each]
+        waiting = [*self._waiting, *followers]
+        placed = Counter([*self._running, *waiting])
+        known = Counter(sequence for each in self._sequences.values() for sequence in each.values())
+        if placed != known:
+            lost, extra = known - placed, placed - known
+            raise SchedulerError(f"{len(lost)} sequences are in no place, {len(extra)} in more than they may")
+        if not self._preempted.issubset(waiting):
+            raise SchedulerError("a sequence counts as preempted that does not wait")
         self.pool.check([sequence.block_table for sequence in self._running])
 
     # --- who runs

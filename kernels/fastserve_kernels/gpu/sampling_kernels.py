@@ -302,7 +302,7 @@ def draw(
     vocabulary, logits_row, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [B] int64."""
+    """out [B] int64. In a row of NaN nothing is found: it gets its last token."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK_C)
     chunk_peak = tl.load(peaks + row * CHUNKS + chunk, mask=chunk < CHUNKS, other=float("-inf"))
@@ -310,12 +310,11 @@ def draw(
     weights += row * CHUNKS
     if tl.load(temperature + row) == 0.0:
         place = tl.load(places + row * CHUNKS + chunk, mask=chunk < CHUNKS, other=0)
-        tl.store(out + row, tl.min(tl.where(chunk_peak == peak, place, vocabulary), 0).to(tl.int64))
+        token = tl.min(tl.where(chunk_peak == peak, place, vocabulary), 0).to(tl.int64)
     elif tl.load(least + row) == float("inf"):
         logits += row * logits_row
         divisor, share = _divisor(temperature, row), tl.load(uniform + row)
         token = _draw_whole(logits, divisor, peak, weights, share, vocabulary, CHUNKS, BLOCK_C, CHUNK)
-        tl.store(out + row, token)
     else:
         token = _draw_filtered(
             orders + row * vocabulary,
@@ -328,7 +327,7 @@ def draw(
             tl.sum(tl.load(weights + chunk, mask=chunk < CHUNKS, other=0), 0),
             BLOCK,
         )
-        tl.store(out + row, token)
+    tl.store(out + row, tl.minimum(tl.maximum(token, 0), vocabulary - 1))
 
 
 @triton.jit(do_not_specialize=["likeliest"])
@@ -349,5 +348,5 @@ def rank(
     below = _order(peak, 0) + 1
     for i in range(likeliest):
         below = _largest_below(below, orders + row * vocabulary, count, BLOCK)
-        tl.store(top_tokens + row * likeliest + i, _token_of(below))
+        tl.store(top_tokens + row * likeliest + i, tl.minimum(_token_of(below), vocabulary - 1))
         tl.store(top + row * likeliest + i, _value_of(below) - normaliser)

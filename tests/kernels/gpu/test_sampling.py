@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,26 @@ def test_forbidden_tokens_are_never_drawn(uniform: float, device: torch.device) 
         logits = torch.full((len(limits), 600), float("-inf"))
         logits[:, allowed] = 5.0
         assert set(sample(logits, given_, device).tolist()) <= set(allowed)
+
+
+@pytest.mark.parametrize("values", [[math.nan], [math.nan, 1.0, 2.0], [1.0, math.inf], [-math.inf]])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, where it computes with NaN
+def test_a_row_without_a_distribution_gives_one_of_its_tokens(
+    values: list[float], device: torch.device
+) -> None:
+    """And takes nothing from the row beside it."""
+    limits, vocabulary = [LIMITS[i] for i in (0, 0, 2, 9)], 300
+    given_ = parameters(limits)
+    given_[0][0] = 0.0
+    odd = torch.tensor(values * vocabulary)[:vocabulary].expand(len(limits), vocabulary)
+    finite = torch.randn(len(limits), vocabulary)
+    given_[4][:] = 1.0 - 2**-53
+    tokens = sample(torch.cat([odd, finite]), [torch.cat([t, t]) for t in given_], device)
+    assert ((tokens >= 0) & (tokens < vocabulary)).all()
+    assert torch.equal(tokens[len(limits) :], reference.sample(finite, *given_))
+    chosen = torch.zeros(1, dtype=torch.int64, device=device)
+    _, _, top_ids, _ = sampling.log_probs(odd[:1].to(device), chosen, 4)
+    assert ((top_ids >= 0) & (top_ids < vocabulary)).all()
 
 
 def test_temperature_zero_takes_the_first_of_the_likeliest(device: torch.device) -> None:
