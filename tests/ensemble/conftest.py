@@ -1,0 +1,33 @@
+"""The steps of the ensemble without Triton server: over a fake of what it gives a Python model."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NAME = "triton_python_backend_utils"
+STEPS = "fastserve.triton_server."
+
+
+@pytest.fixture
+def pb_utils() -> Iterator[Any]:
+    """The fake, in place of the real module for this test; tests import the steps after they have it.
+
+    What of the steps was imported meanwhile holds this fake, and is forgotten with it.
+    """
+    spec = importlib.util.spec_from_file_location(NAME, Path(__file__).with_name("fake_pb_utils.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = set(sys.modules)
+    sys.modules[NAME] = module
+    spec.loader.exec_module(module)
+    yield module
+    for name in set(sys.modules) - before:
+        if name == NAME or name.startswith(STEPS):
+            del sys.modules[name]
