@@ -23,7 +23,7 @@ MAX_MODEL_LEN = 64
 
 @pytest.fixture(scope="module")
 def preprocessor(tokenizer: Tokenizer) -> Preprocessor:
-    return Preprocessor(Config(max_request_seconds=60.0), tokenizer, MAX_MODEL_LEN)
+    return Preprocessor(Config(max_request_seconds=60.0), tokenizer, MAX_MODEL_LEN, tokenizer.vocab_size)
 
 
 def build(
@@ -292,7 +292,8 @@ REFUSED_VALUES: list[tuple[str, Any, str]] = [
     ("logit_bias", {"1": 101}, "numbers from -100 to 100"),
     ("logit_bias", {"1": NAN}, "numbers from -100 to 100"),
     ("logit_bias", {"x": 1}, "from token ids"),
-    ("logit_bias", {"100000": 1}, "from token ids"),
+    ("logit_bias", {"100000": 1}, "token ids from 0 to"),
+    ("logit_bias", {"1": 1, "01": 2}, "from token ids"),
     ("logit_bias", [1], "an object"),
     ("logit_bias", {str(i): 1 for i in range(1025)}, "at most 1024"),
     ("bad_words", [""], "1 to 256 characters"),

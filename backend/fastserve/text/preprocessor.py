@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -15,7 +16,10 @@ from fastserve.text.coercion import coerce, decode_json, decode_text
 from fastserve.text.guide_validator import GuideValidator
 from fastserve.text.sampling import SAMPLING_NAMES, is_sampling_name, parse_sampling, unknown_name
 from fastserve.text.tokenizer import Tokenizer
+from fastserve.text.vocabulary import Vocabulary
 from fastserve.types import OutputOptions, Request, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 MAX_BYTES_PER_TOKEN = 32
 """A prompt of more bytes than this for each token of the context is refused before it is tokenised."""
@@ -48,12 +52,19 @@ _PARAMETER_NAMES = frozenset(["sampling_parameters", *_OPTION_TYPES, *_REQUEST_F
 class Preprocessor:
     """Validates and tokenises requests. Threads may share one."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, max_model_len: int) -> None:
-        """`max_model_len`: tokens of prompt and answer together."""
+    def __init__(self, config: Config, tokenizer: Tokenizer, max_model_len: int, vocab_size: int) -> None:
+        """`max_model_len`: tokens of prompt and answer together. `vocab_size`: the model's, not the
+        tokenizer's; a tokenizer with more tokens than that is warned of here, once."""
         self._config = config
         self._tokenizer = tokenizer
+        self._vocabulary = Vocabulary(tokenizer.vocab_size, vocab_size)
         self._guides = GuideValidator(tokenizer)
         self._max_model_len = max_model_len
+        if self._vocabulary.mismatch:
+            logger.warning(
+                "%s: requests that hold one of those beyond are refused, and so is guided decoding",
+                self._vocabulary.mismatch,
+            )
 
     def build(
         self,
@@ -79,9 +90,7 @@ class Preprocessor:
         _check_names(inputs, parameters)
         options = {name: _option(name, inputs, parameters) for name in _OPTION_TYPES}
         output = _output_options(options)
-        sampling = parse_sampling(
-            _sampling_values(inputs, parameters), self._tokenizer.vocab_size, self._guides
-        )
+        sampling = parse_sampling(_sampling_values(inputs, parameters), self._vocabulary, self._guides)
         prompt, prompt_token_ids = self._prompt(inputs)
         return Request(
             uid=uuid.uuid4().hex,
@@ -112,6 +121,7 @@ class Preprocessor:
         text = self._text(field, inputs[field]) if field == "text_input" else self._chat(inputs[field])
         token_ids = self._tokenizer.encode(text, special_tokens=field == "text_input")
         self._check_length(field, len(token_ids))
+        self._vocabulary.check(field, token_ids)
         return text, token_ids
 
     def _text(self, field: str, value: object) -> str:
@@ -136,17 +146,15 @@ class Preprocessor:
         return self._text("messages", self._tokenizer.render_chat(messages))
 
     def _given_token_ids(self, value: Any) -> list[int]:
-        field, largest = "prompt_token_ids", self._tokenizer.vocab_size - 1
+        field = "prompt_token_ids"
         if hasattr(value, "tolist"):
             value = value.tolist()
-        allowed = f"a list of token ids from 0 to {largest}"
+        allowed = f"a list of {self._vocabulary.allowed}"
         if not isinstance(value, list | tuple):
             raise invalid(field, value, allowed)
         self._check_length(field, len(value))
         token_ids = coerce(field, value, list[int], allowed)
-        for token_id in token_ids:
-            if not 0 <= token_id <= largest:
-                raise invalid(field, token_id, allowed)
+        self._vocabulary.check(field, token_ids)
         return token_ids
 
     def _check_size(self, field: str, num_bytes: int) -> None:
@@ -178,7 +186,9 @@ class Preprocessor:
     def _bad_words(self, words: list[str]) -> list[list[int]]:
         """Each word's tokens at the beginning of a text and after a space."""
         spellings = [prefix + word.lstrip() for word in words for prefix in ("", " ")]
-        encoded = (self._tokenizer.encode(spelling, special_tokens=False) for spelling in spellings)
+        encoded = [self._tokenizer.encode(spelling, special_tokens=False) for spelling in spellings]
+        for token_ids in encoded:
+            self._vocabulary.check("bad_words", token_ids)
         return [list(ids) for ids in dict.fromkeys(map(tuple, encoded)) if ids]
 
     def _time_allowed(self, timeout: object) -> float:

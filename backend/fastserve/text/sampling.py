@@ -11,6 +11,7 @@ import msgspec
 from fastserve.errors import RequestError, invalid
 from fastserve.text.coercion import coerce, decode_json, decode_text
 from fastserve.text.guide_validator import GuideValidator
+from fastserve.text.vocabulary import Vocabulary
 from fastserve.types import Guide, SamplingParams
 
 UNLIMITED = 2**31 - 1
@@ -58,7 +59,9 @@ _GUIDE_NOT_SERVED = (
 )
 
 
-def parse_sampling(values: Mapping[str, Any], vocab_size: int, guides: GuideValidator) -> SamplingParams:
+def parse_sampling(
+    values: Mapping[str, Any], vocabulary: Vocabulary, guides: GuideValidator
+) -> SamplingParams:
     """The parameters in `values`, each as itself or as a string; null is the default.
 
     As in vLLM, `max_tokens` as null becomes UNLIMITED, a seed of -1 none, and a temperature too small to
@@ -67,11 +70,11 @@ def parse_sampling(values: Mapping[str, Any], vocab_size: int, guides: GuideVali
     given = {name: value for name, value in values.items() if value is not None}
     for name in values:
         _check_name(name, given.get(name))
-    fields = {name: _parse(name, value, vocab_size) for name, value in given.items() if name in _TYPES}
+    fields = {name: _parse(name, value, vocabulary) for name, value in given.items() if name in _TYPES}
     if "max_tokens" in values and values["max_tokens"] is None:
         fields["max_tokens"] = UNLIMITED
-    params = SamplingParams(**fields, guide=_parse_guide(given, guides))
-    return _checked(params, vocab_size)
+    params = SamplingParams(**fields, guide=_parse_guide(given, vocabulary, guides))
+    return _checked(params, vocabulary)
 
 
 def is_sampling_name(name: str) -> bool:
@@ -112,15 +115,15 @@ def _json(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _parse(name: str, value: object, vocab_size: int) -> Any:
+def _parse(name: str, value: object, vocabulary: Vocabulary) -> Any:
     if name == "stop":
         return _strings(name, [value] if isinstance(value, str | bytes) else value)
     if name == "bad_words":
         return _strings(name, value)
     if name == "stop_token_ids":
-        return _ids_below(name, value, vocab_size)
+        return _token_ids(name, value, vocabulary)
     if name == "logit_bias":
-        return _logit_bias(value, vocab_size)
+        return _logit_bias(value, vocabulary)
     return coerce(name, value, _TYPES[name])
 
 
@@ -136,32 +139,31 @@ def _strings(name: str, value: object) -> list[str]:
     return strings
 
 
-def _ids_below(name: str, value: object, vocab_size: int) -> list[int]:
-    allowed = f"at most {_MAX_IDS} token ids from 0 to {vocab_size - 1}"
+def _token_ids(name: str, value: object, vocabulary: Vocabulary) -> list[int]:
+    allowed = f"at most {_MAX_IDS} {vocabulary.allowed}"
     ids = coerce(name, value, list[int], allowed)
     if len(ids) > _MAX_IDS:
         raise invalid(name, ids, allowed)
-    for token_id in ids:
-        if not 0 <= token_id < vocab_size:
-            raise invalid(name, token_id, allowed)
+    vocabulary.check(name, ids)
     return ids
 
 
-def _logit_bias(value: object, vocab_size: int) -> dict[int, float]:
+def _logit_bias(value: object, vocabulary: Vocabulary) -> dict[int, float]:
     allowed = (
-        f"an object of at most {_MAX_IDS} members, from token ids (0 to {vocab_size - 1})"
-        f" to numbers from {-_MAX_BIAS:g} to {_MAX_BIAS:g}"
+        f"an object of at most {_MAX_IDS} members, from token ids to numbers"
+        f" from {-_MAX_BIAS:g} to {_MAX_BIAS:g}"
     )
     bias = coerce("logit_bias", value, dict[int, float], allowed)
     if len(bias) > _MAX_IDS:
         raise invalid("logit_bias", f"{len(bias)} members", allowed)
+    vocabulary.check("logit_bias", bias)
     for token_id, number in bias.items():
-        if not 0 <= token_id < vocab_size or not -_MAX_BIAS <= number <= _MAX_BIAS:
+        if not -_MAX_BIAS <= number <= _MAX_BIAS:
             raise invalid("logit_bias", {token_id: number}, allowed)
     return bias
 
 
-def _checked(params: SamplingParams, vocab_size: int) -> SamplingParams:
+def _checked(params: SamplingParams, vocabulary: Vocabulary) -> SamplingParams:
     """What concerns several parameters at once, and the values that mean another."""
     temperature = 0.0 if params.temperature < _GREEDY_BELOW else params.temperature
     if params.n > 1 and temperature == 0.0:
@@ -171,15 +173,17 @@ def _checked(params: SamplingParams, vocab_size: int) -> SamplingParams:
     return msgspec.structs.replace(
         params,
         temperature=temperature,
-        top_k=min(params.top_k, vocab_size),
+        top_k=min(params.top_k, vocabulary.size),
         seed=None if params.seed == -1 else params.seed,
     )
 
 
-def _parse_guide(values: Mapping[str, Any], guides: GuideValidator) -> Guide | None:
+def _parse_guide(values: Mapping[str, Any], vocabulary: Vocabulary, guides: GuideValidator) -> Guide | None:
     names = [name for name in _GUIDE_NAMES if name in values]
     if not names:
         return None
+    if vocabulary.mismatch:
+        raise RequestError(f"`{names[0]}`: it cannot be followed, as {vocabulary.mismatch}; allowed: none")
     if len(names) > 1:
         raise RequestError(f"`{names[0]}`: got `{names[1]}` beside it; allowed: one of them")
     name = names[0]

@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 from fastserve.config import read_config
 from fastserve.errors import RequestError
 from fastserve.model_files import load_tokenizer, locate
-from fastserve.models.model_directory import context_length
+from fastserve.models.model_directory import context_length, vocab_size
 from fastserve.text.preprocessor import Preprocessor
 from fastserve.triton_server.inputs import read_inputs, read_parameters
 from fastserve.triton_server.metrics import requests_total
@@ -28,7 +28,10 @@ class PreprocessStep:
         config = read_config()
         files = locate(config.model)
         self._preprocessor = Preprocessor(
-            config, load_tokenizer(files), config.max_model_len or context_length(files.checkpoint)
+            config,
+            load_tokenizer(files),
+            config.max_model_len or context_length(files.checkpoint),
+            vocab_size(files.checkpoint),
         )
         self._requests_total = requests_total()
 
