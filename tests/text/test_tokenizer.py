@@ -37,6 +37,32 @@ def test_vocabulary(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_text(tokenizer.eos_token_ids[0]) == "</s>"
 
 
+@pytest.mark.parametrize(
+    ("kind", "token", "expected"),
+    [
+        ("byte_level", "hello", "hello"),
+        ("byte_level", "Ġw", " w"),
+        ("byte_level", "Ã", "\N{REPLACEMENT CHARACTER}"),
+        ("byte_fallback", "▁a", " a"),
+        ("byte_fallback_strip", "▁a", " a"),
+        ("byte_fallback_strip", "▁▁▁", "   "),
+        ("byte_fallback_strip", "a", "a"),
+        ("byte_fallback_strip", "<0x41>", "A"),
+        ("byte_fallback_strip", "<0xE2>", "\N{REPLACEMENT CHARACTER}"),
+        ("byte_fallback_strip", "</s>", "</s>"),
+        ("metaspace", "▁b", " b"),
+        ("word_piece", "##d", "d"),
+        ("word_piece", "not", " not"),
+        ("no_decoder", "not", " not"),
+    ],
+)
+def test_what_one_token_adds_to_a_text(
+    kind: str, token: str, expected: str, tokenizers: dict[str, Tokenizer]
+) -> None:
+    tokenizer = tokenizers[kind]
+    assert tokenizer.token_text(tokenizer.backend.token_to_id(token)) == expected
+
+
 def test_end_tokens_of_the_generation_config(tokenizer: Tokenizer, save_tokenizer: SaveTokenizer) -> None:
     directory = save_tokenizer()
     (directory / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')

@@ -121,7 +121,9 @@ class _Sequence:
 
     def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
         sampling = request.sampling
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+        self._detokenizer = Detokenizer(
+            tokenizer, request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
+        )
         self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
         self._hidden_at_end = _hidden_at_end(tokenizer, request)
         self._min_tokens = sampling.min_tokens

@@ -67,7 +67,7 @@ class Tokenizer:
         self.eos_token_ids = model_eos_token_ids(directory) if eos_token_ids is None else eos_token_ids
         """Each ends an answer."""
         self.token_text = cache(self._token_text)
-        """What one token decodes to by itself (special tokens too)."""
+        """What one token adds to a text that has begun (special tokens too)."""
         self._new_stream_decoder = stream_decoder_factory(self.backend)
 
     @property
@@ -107,4 +107,7 @@ class Tokenizer:
         return self._new_stream_decoder()
 
     def _token_text(self, token_id: int) -> str:
-        return self.backend.decode([token_id], skip_special_tokens=False)
+        alone = self.backend.decode([token_id], skip_special_tokens=False)
+        twice = self.backend.decode([token_id, token_id], skip_special_tokens=False)
+        # Bytes of a token that only together with others are a character may form another one here.
+        return twice[len(alone) :] if twice.startswith(alone) else alone
