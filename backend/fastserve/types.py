@@ -72,6 +72,9 @@ class OutputOptions(Struct, frozen=True):
     finish_reason: bool = False
     cumulative_logprob: bool = False
     logprobs: bool = False
+    """Null per sequence where the sampling parameters have no `logprobs`, as the vLLM backend answers."""
+    null_logprobs: bool = False
+    """The sampling parameters had none: those that the engine gives are for `cumulative_logprob` only."""
     token_ids: bool = False
     num_input_tokens: bool = False
     num_output_tokens: bool = False

@@ -77,6 +77,16 @@ def run(
     return responses, stops
 
 
+def test_logprobs_are_null_where_the_sampling_parameters_have_none(tokenizer: Tokenizer) -> None:
+    options = OutputOptions(logprobs=True, cumulative_logprob=True, null_logprobs=True)
+    request = make_request(tokenizer, options, logprobs=0, n=2)
+    items = [output([5], i, outcome=Outcome.LENGTH, logprobs=[[(5, -0.5, 1)]]) for i in range(2)]
+    response = Postprocessor(tokenizer).push(step(*items, request=request, final=True))
+    assert response is not None
+    assert response.logprobs == ["null", "null"]
+    assert response.cumulative_logprob == [-0.5, -0.5]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("echo", [True, False])
 def test_the_answer_keeps_the_space_before_its_first_word(

@@ -177,10 +177,13 @@ def test_values_that_mean_another(preprocessor: Preprocessor, tokenizer: Tokeniz
     assert (params.temperature, params.seed, params.top_k) == (0.0, None, tokenizer.vocab_size)
 
 
-@pytest.mark.parametrize("option", ["return_logprobs", "return_cumulative_logprob"])
-def test_outputs_that_need_logprobs_get_them(preprocessor: Preprocessor, option: str) -> None:
-    assert build(preprocessor, {option: True}).sampling.logprobs == 0
-    assert build(preprocessor, {option: True}, {"logprobs": 5}).sampling.logprobs == 5
+def test_the_sum_of_logprobs_needs_them_and_the_list_asks_for_them(preprocessor: Preprocessor) -> None:
+    listed = build(preprocessor, {"return_logprobs": True})
+    assert (listed.sampling.logprobs, listed.output.null_logprobs) == (None, True)
+    summed = build(preprocessor, {"return_logprobs": True, "return_cumulative_logprob": True})
+    assert (summed.sampling.logprobs, summed.output.null_logprobs) == (0, True)
+    asked = build(preprocessor, {"return_logprobs": True}, {"logprobs": 5})
+    assert (asked.sampling.logprobs, asked.output.null_logprobs) == (5, False)
 
 
 def test_bad_words_are_tokenised_with_and_without_a_space(

@@ -98,7 +98,7 @@ class Preprocessor:
             prompt=prompt,
             prompt_token_ids=prompt_token_ids,
             sampling=self._fitted(sampling, output, len(prompt_token_ids)),
-            output=output,
+            output=msgspec.structs.replace(output, null_logprobs=sampling.logprobs is None),
             priority=options["priority"] or 0,
             tenant=options["tenant"] or "",
             arrival=now,
@@ -173,14 +173,13 @@ class Preprocessor:
             )
 
     def _fitted(self, sampling: SamplingParams, output: OutputOptions, prompt_length: int) -> SamplingParams:
-        """The parameters, cut to what remains of the context, with the logprobs that the outputs need."""
+        """The parameters, cut to what remains of the context, with the logprobs that the sum needs."""
         max_tokens = min(sampling.max_tokens, self._max_model_len - prompt_length)
-        needs_logprobs = output.logprobs or output.cumulative_logprob
         return msgspec.structs.replace(
             sampling,
             max_tokens=max_tokens,
             min_tokens=min(sampling.min_tokens, max_tokens),
-            logprobs=0 if needs_logprobs and sampling.logprobs is None else sampling.logprobs,
+            logprobs=0 if output.cumulative_logprob and sampling.logprobs is None else sampling.logprobs,
         )
 
     def _bad_words(self, words: list[str]) -> list[list[int]]:
