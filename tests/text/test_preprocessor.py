@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fastserve.config import Config
 from fastserve.errors import ErrorCode, RequestError
+from fastserve.text.chat import Chat
 from fastserve.text.preprocessor import MAX_BYTES_PER_TOKEN, Preprocessor
 from fastserve.text.sampling import SAMPLING_NAMES
 from fastserve.text.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ def test_requests_have_different_uids(preprocessor: Preprocessor) -> None:
 def test_a_chat(preprocessor: Preprocessor, tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "hello"}]
     request = preprocessor.build({"messages": json.dumps(messages)}, {}, now=0.0)
-    assert request.prompt == tokenizer.render_chat(messages)
+    assert request.prompt == tokenizer.render_chat(Chat(messages))
     assert request.prompt_token_ids == tokenizer.encode(request.prompt, special_tokens=False)
 
 
@@ -367,9 +368,6 @@ REFUSED_INPUTS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("messages", {"messages": "[" * 200 + "]" * 200}, {}, "nested deeper"),
     ("messages", {"messages": "[]"}, {}, "one or more objects"),
     ("messages", {"messages": "{}"}, {}, "one or more objects"),
-    ("messages", {"messages": '[{"content": "a"}]'}, {}, "each with a `role`"),
-    ("messages", {"messages": '[{"role": "user", "content": [1]}]'}, {}, "chat template refuses"),
-    ("messages", {"messages": '[{"role": "user"}]'}, {}, "chat template refuses"),
     ("messages", {"messages": '[{"role": "user", "content": "\\ud800"}]'}, {}, "valid JSON"),
     ("messages", {"messages": LONG}, {}, "bytes; allowed"),
     ("prompt_token_ids", {"prompt_token_ids": []}, {}, "got 0 tokens"),

@@ -11,6 +11,7 @@ import pytest
 
 from fastserve.config import ConfigError
 from fastserve.errors import RequestError
+from fastserve.text.chat import Chat
 from fastserve.text.tokenizer import Tokenizer
 
 SaveTokenizer = Callable[..., Path]
@@ -20,7 +21,7 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 def test_prompt_gets_the_special_tokens_and_a_chat_only_its_own(tokenizer: Tokenizer) -> None:
     start = tokenizer.backend.token_to_id("<s>")
     assert tokenizer.encode("hello")[0] == start
-    chat = tokenizer.render_chat(MESSAGES)
+    chat = tokenizer.render_chat(Chat(MESSAGES))
     assert chat == "<s>user\nhello</s>\n<s>assistant\n"
     assert tokenizer.encode(chat, special_tokens=False).count(start) == 2
 
@@ -73,14 +74,14 @@ def test_end_tokens_of_the_generation_config(tokenizer: Tokenizer, save_tokenize
 def test_chat_without_a_template(save_tokenizer: SaveTokenizer) -> None:
     tokenizer = Tokenizer(save_tokenizer(chat_template=None))
     with pytest.raises(RequestError, match=r"`messages`: this model has no chat template"):
-        tokenizer.render_chat(MESSAGES)
+        tokenizer.chat_template_names(None)
 
 
 def test_chat_that_the_template_refuses(save_tokenizer: SaveTokenizer) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     tokenizer = Tokenizer(save_tokenizer(chat_template=template))
     with pytest.raises(RequestError, match=r"`messages`: .*roles must alternate"):
-        tokenizer.render_chat(MESSAGES)
+        tokenizer.render_chat(Chat(MESSAGES))
 
 
 def test_directory_without_a_tokenizer(tmp_path: Path) -> None:

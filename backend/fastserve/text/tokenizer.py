@@ -12,7 +12,11 @@ from typing import Any
 from fastserve.config import ConfigError
 from fastserve.errors import RequestError
 from fastserve.models.model_directory import eos_token_ids as model_eos_token_ids
+from fastserve.text.chat import Chat
+from fastserve.text.chat_template import TemplateNames, template_names
 from fastserve.text.stream_decoder import StreamDecoder, stream_decoder_factory
+
+_MAX_TEMPLATE_ERROR = 500
 
 
 def keep_torch_out() -> None:
@@ -86,21 +90,35 @@ class Tokenizer:
         """The text of `token_ids`. Bytes that are no UTF-8 become U+FFFD; unknown ids are left out."""
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt text of a chat, up to where the assistant's answer begins.
+    def chat_template_names(self, tools: list[Any] | None) -> TemplateNames:
+        """The names in the chat template that is taken for a chat with these tools.
 
-        Raises RequestError where the model has no chat template, or the template refuses the messages.
+        Raises RequestError where the model has no chat template.
         """
         if not self.has_chat_template:
             raise RequestError("`messages`: this model has no chat template; allowed: `text_input`")
         try:
+            source = self._tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:
+            raise RequestError(f"`messages`: the model has no chat template for them: {error}") from error
+        return template_names(source)
+
+    def render_chat(self, chat: Chat) -> str:
+        """The prompt text of a chat. Raises RequestError where the chat template refuses it."""
+        try:
             return str(
-                self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                self._tokenizer.apply_chat_template(
+                    chat.messages,
+                    tools=chat.tools,
+                    add_generation_prompt=chat.add_generation_prompt,
+                    continue_final_message=chat.continue_final_message,
+                    tokenize=False,
+                    **chat.variables,
+                )
             )
         except Exception as error:  # a template is a program of the model's author: it may raise anything
-            raise RequestError(
-                f"`messages`: the model's chat template refuses them: {type(error).__name__}: {error}"
-            ) from error
+            said = f"{type(error).__name__}: {error}"[:_MAX_TEMPLATE_ERROR]
+            raise RequestError(f"`messages`: the model's chat template refuses them: {said}") from error
 
     def new_stream_decoder(self) -> StreamDecoder:
         """An incremental decoder for one sequence of ids."""
