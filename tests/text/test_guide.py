@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import signal
+import socket
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
 from fastserve.errors import ErrorCode, RequestError
+from fastserve.text import guide_validator
 from fastserve.text.guide import grammar_of
 from fastserve.text.guide_validator import MAX_GRAMMAR_CHARACTERS, GuideValidator
 from fastserve.text.tokenizer import Tokenizer
@@ -111,6 +114,50 @@ def test_guides_that_would_kill_or_hang_the_process(validator: GuideValidator, g
     validator.validate(Guide(regex="a"), "guided_decoding")  # the next one is served
 
 
+def test_a_guide_that_is_being_tried_out_holds_up_no_other(validator: GuideValidator) -> None:
+    validator.validate(Guide(regex="ab"), "guided_decoding")
+    child = validator._child
+    assert child is not None
+    ours, theirs = socket.socketpair()
+    with ours, theirs:  # a guide that never ends: its process waits for the grammar
+        socket.send_fds(child._control, [b"\n"], [theirs.fileno()])
+        assert ours.recv(1) == b"\n"
+        validator.validate(Guide(regex="abc"), "guided_decoding")
+
+
+def test_a_guide_has_so_much_time_by_the_clock(
+    validator: GuideValidator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = Guide(regex="abcd")
+    validator.validate(Guide(regex="a"), "guided_decoding")
+    child = validator._child
+    assert child is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(guide_validator, "MAX_SECONDS", 0.01)
+        child._process.send_signal(signal.SIGSTOP)
+        with pytest.raises(RequestError, match=r"`guided_decoding`: .* took more than 0\.01 s") as raised:
+            validator.validate(guide, "guided_decoding")
+        child._process.send_signal(signal.SIGCONT)
+    assert raised.value.code is ErrorCode.INVALID_ARG
+    validator.validate(guide, "guided_decoding")  # the machine was slow, the guide is none the worse
+
+
+def test_a_child_that_is_lost_is_started_anew(
+    validator: GuideValidator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validator.validate(Guide(regex="a"), "guided_decoding")
+    child = validator._child
+    assert child is not None
+    child._process.kill()
+    child._process.wait()
+    with monkeypatch.context() as patch:  # as it is where the child ends while a guide is tried out
+        patch.setattr(guide_validator._Child, "has_ended", False)
+        with pytest.raises(RequestError, match=r"`guided_decoding`: .*send it again") as raised:
+            validator.validate(Guide(regex="abcde"), "guided_decoding")
+    assert raised.value.code is ErrorCode.UNAVAILABLE
+    validator.validate(Guide(regex="abcde"), "guided_decoding")
+
+
 def test_guides_of_honest_depth_pass(validator: GuideValidator) -> None:
     validator.validate(chain(100), "guided_decoding")
 
@@ -129,7 +176,7 @@ def test_the_child_ends_with_its_validator(tokenizer: Tokenizer) -> None:
     validator.validate(Guide(regex="a"), "guided_decoding")
     child = validator._child
     assert child is not None
-    assert child.poll() is None
+    assert not child.has_ended
     del validator
     gc.collect()
-    assert child.poll() is not None
+    assert child.has_ended
