@@ -226,6 +226,7 @@ def test_request_id(preprocessor: Preprocessor) -> None:
     [
         ({"json": {"type": "integer"}}, Guide(json='{"type":"integer"}')),
         ({"json": '{"type": "integer"}', "backend": None}, Guide(json='{"type":"integer"}')),
+        ({"json": {"type": "string", "format": "password"}}, Guide(json='{"type":"string"}')),
         ({"json_object": True, "regex": None}, Guide(json='{"type": "object"}')),
         ({"regex": "a+"}, Guide(regex="a+")),
         ({"choice": ["a", "b"], "disable_fallback": False}, Guide(choice=["a", "b"])),

@@ -9,6 +9,7 @@ import msgspec
 
 from fastserve.errors import RequestError, invalid
 from fastserve.text.coercion import coerce, decode_json, decode_text, unknown_name
+from fastserve.text.json_schema import without_annotations
 from fastserve.text.vocabulary import Vocabulary
 from fastserve.types import Guide
 
@@ -62,7 +63,7 @@ def _guide(field: str, kind: str, value: Any) -> Guide:
         schema = decode_json(field, value)
         if not isinstance(schema, Mapping):
             raise invalid(field, schema, "a JSON schema: an object, or a string of one")
-        return Guide(json=_schema_text(field, schema))
+        return Guide(json=_schema_text(field, without_annotations(schema)))
     if kind == "choice":
         choices = coerce(field, value, list[str])
         if not choices or not all(decode_text(field, choice) for choice in choices):
