@@ -44,7 +44,8 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
     top_k: Annotated[int, Meta(ge=-1)] = 0
     """0 and -1: all tokens."""
     min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)] = 1.0
+    """Logits are divided by it: by much less, and they are no longer finite."""
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     seed: int | None = None

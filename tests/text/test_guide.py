@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import signal
 import socket
 import sys
+import threading
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,9 +106,12 @@ def chain(length: int) -> Guide:
     return Guide(grammar=f'start: r0\n{rules}\nr{length}: "x"\n')
 
 
+HEAVY = Guide(json='{"type": "integer", "multipleOf": 9999991}')
+
+
 @pytest.mark.parametrize(
     "guide",
-    [chain(9000), Guide(json='{"type": "integer", "multipleOf": 9999991}')],
+    [chain(9000), HEAVY],
     ids=["overflows_the_stack", "takes_hours"],
 )
 def test_guides_that_would_kill_or_hang_the_process(validator: GuideValidator, guide: Guide) -> None:
@@ -123,6 +129,21 @@ def test_a_guide_that_is_being_tried_out_holds_up_no_other(validator: GuideValid
         socket.send_fds(child._control, [b"\n"], [theirs.fileno()])
         assert ours.recv(1) == b"\n"
         validator.validate(Guide(regex="abc"), "guided_decoding")
+
+
+def test_a_heavy_guide_gives_way_to_the_engine(validator: GuideValidator) -> None:
+    validator.validate(Guide(regex="a"), "guided_decoding")
+    child = validator._child
+    assert child is not None
+    parent = psutil.Process(child._process.pid)
+    heavy = threading.Thread(target=child.compile, args=[grammar_of(HEAVY)])
+    heavy.start()
+    priorities = set()
+    while heavy.is_alive():
+        for process in parent.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                priorities.add(process.nice())
+    assert max(priorities) - min(priorities) == 10
 
 
 def test_a_guide_has_so_much_time_by_the_clock(

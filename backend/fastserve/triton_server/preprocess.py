@@ -26,7 +26,7 @@ from fastserve.types import Outcome
 
 logger = logging.getLogger(__name__)
 
-MAX_GUIDES_AT_ONCE = 4
+MAX_GUIDES_AT_ONCE = 8
 MAX_GUIDED_REQUESTS = 256
 """Requests whose guides are tried out or wait for it; more are refused."""
 
