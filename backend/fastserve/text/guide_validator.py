@@ -18,6 +18,7 @@ import subprocess
 import sys
 import weakref
 from functools import lru_cache
+from pathlib import Path
 from threading import Lock, Timer
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ MAX_SECONDS = 20.0
 _START_SECONDS = 60.0
 _STACK_BYTES = 2 << 20
 _MEMORY_BYTES = 1 << 30
+"""Beyond what the tokenizer takes."""
 _BRIEF_SECONDS = 0.05
 """Most guides take less. One that takes longer goes on at a lower priority: the engine comes first."""
 _NICENESS = 10
@@ -81,7 +83,7 @@ class GuideValidator:
             raise RequestError(f"`{field}`: it does not compile: {complaint}")
 
     def close(self) -> None:
-        """Ends the child. Guides that are being tried out fail; the next one starts another child."""
+        """Ends the child."""
         with self._lock:
             if self._child is not None:
                 self._child.end()
@@ -172,7 +174,7 @@ def _serve(control: socket.socket) -> None:
     definition, eos_token_ids = msgspec.json.decode(control.recv(length, socket.MSG_WAITALL))
     tokenizer = LLTokenizer(definition, eos_token=eos_token_ids or None)
     _limit(resource.RLIMIT_STACK, _STACK_BYTES)
-    _limit(resource.RLIMIT_AS, _MEMORY_BYTES)
+    _limit(resource.RLIMIT_AS, _memory_in_use() + _MEMORY_BYTES)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how the forked processes ended
     control.sendall(_BEGUN)
     while True:
@@ -199,6 +201,11 @@ def _answer(connection: socket.socket, tokenizer: LLTokenizer) -> None:
     if not matcher.is_error():
         matcher.compute_bitmask()  # the first one does much of the work, and tells if nothing matches
     connection.sendall(msgspec.json.encode(matcher.get_error()[:_MAX_MESSAGE]))
+
+
+def _memory_in_use() -> int:
+    """Bytes of address space of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def _limit(kind: int, amount: int) -> None:

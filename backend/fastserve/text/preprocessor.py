@@ -102,7 +102,7 @@ class Preprocessor:
             self._guides.validate(guide, parsed.guide_field)
 
     def close(self) -> None:
-        """Ends what tries out guides. Calls of `check_guide` that wait for it fail."""
+        """Ends the process that tries out guides."""
         self._guides.close()
 
     def parse(

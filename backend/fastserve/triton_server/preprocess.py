@@ -93,8 +93,8 @@ class PreprocessStep:
         )
 
     def finalize(self) -> None:
-        self._preprocessor.close()
         self._threads.shutdown()
+        self._preprocessor.close()
 
 
 def _load_preprocessor() -> Preprocessor:
