@@ -24,6 +24,7 @@ from fastserve.engine.loading import load_engine
 from fastserve.engine.worker import ToWorker, run_engine
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.model_files import load_tokenizer, locate
+from fastserve.models.model_directory import vocab_size
 from fastserve.text.postprocessor import Postprocessor, Response
 from fastserve.text.preprocessor import Preprocessor
 from fastserve.text.tokenizer import Tokenizer
@@ -77,7 +78,8 @@ class Model:
         files = locate(config.model)
         engine = load_engine(config, files)
         tokenizer = load_tokenizer(files)
-        return cls(engine, tokenizer, Preprocessor(config, tokenizer, engine.max_model_len))
+        size = vocab_size(files.checkpoint)
+        return cls(engine, tokenizer, Preprocessor(config, tokenizer, engine.max_model_len, size))
 
     @overload
     def predict(self, prompt: str | Messages, **sampling: Any) -> str: ...

@@ -44,7 +44,8 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
     top_k: Annotated[int, Meta(ge=-1)] = 0
     """0 and -1: all tokens."""
     min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)] = 1.0
+    """Logits are divided by it: by much less, and they are no longer finite."""
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     seed: int | None = None
@@ -72,6 +73,9 @@ class OutputOptions(Struct, frozen=True):
     finish_reason: bool = False
     cumulative_logprob: bool = False
     logprobs: bool = False
+    """Null per sequence where the sampling parameters have no `logprobs`, as the vLLM backend answers."""
+    null_logprobs: bool = False
+    """The sampling parameters had none: those that the engine gives are for `cumulative_logprob` only."""
     token_ids: bool = False
     num_input_tokens: bool = False
     num_output_tokens: bool = False

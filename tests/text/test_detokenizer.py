@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fastserve.config import ConfigError
 from fastserve.text.detokenizer import Detokenizer
@@ -47,6 +48,78 @@ def test_pushes_and_flush_are_the_full_decode(kind: str, tokenizers: dict[str, T
         assert text == tokenizer.decode([i for ids in pushes for i in ids], skip_special_tokens=skip)
 
     check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_is_the_continuation_of_its_prompt(kind: str, tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers[kind]
+    token_ids = st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=8)
+
+    @settings(max_examples=1000, deadline=None)
+    @given(prompt=token_ids, answer=token_ids, skip=st.booleans())
+    def check(prompt: list[int], answer: list[int], skip: bool) -> None:
+        detokenizer = Detokenizer(tokenizer, prompt, skip_special_tokens=skip)
+        text = "".join([detokenizer.push([token]) for token in answer]) + detokenizer.flush()
+        before = tokenizer.decode(prompt, skip_special_tokens=skip)
+        whole = tokenizer.decode(prompt + answer, skip_special_tokens=skip)
+        is_whole_text = whole.startswith(before) and not before.endswith(REPLACEMENT)
+        if is_whole_text and (before or not prompt):  # a space in bytes is no text until more comes
+            assert before + text == whole
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "answer", "expected"),
+    [
+        ("byte_fallback_strip", ["a"], ["▁b", "▁a"], " b a"),
+        ("byte_fallback_strip", ["a", *["</s>"] * 9], ["▁b"], " b"),
+        ("byte_fallback_strip", [], ["▁b"], "b"),
+        ("byte_fallback_strip", ["<s>"], ["▁b"], "b"),
+        ("byte_fallback", ["a"], ["▁b"], " b"),
+        ("metaspace", ["a"], ["▁b", "▁▁c"], " b  c"),
+        ("metaspace", [], ["▁b"], "b"),
+        ("word_piece", ["do"], ["##d", "not", "."], "d not."),
+        ("bpe_suffix", ["e</w>"], ["f</w>"], " f"),
+        ("no_decoder", ["do"], ["not"], " not"),
+    ],
+)
+def test_the_space_before_the_first_word(
+    kind: str, prompt: list[str], answer: list[str], expected: str, tokenizers: dict[str, Tokenizer]
+) -> None:
+    tokenizer = tokenizers[kind]
+    vocabulary = tokenizer.backend.get_vocab()
+    detokenizer = Detokenizer(tokenizer, [vocabulary[token] for token in prompt])
+    assert detokenizer.push(vocabulary[token] for token in answer) + detokenizer.flush() == expected
+
+
+SMILE = "\N{SLIGHTLY SMILING FACE}"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "byte_fallback_strip"])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("rest", "expected"), [(None, f"{SMILE}a"), (b"", "a")], ids=["completed", "not completed"]
+)
+def test_a_prompt_that_ends_within_a_character(
+    kind: str, cut: int, rest: bytes | None, expected: str, tokenizers: dict[str, Tokenizer]
+) -> None:
+    tokenizer = tokenizers[kind]
+    data = SMILE.encode()
+    prompt = one_by_one(tokenizer, kind, SMILE.encode() + data[:cut])
+    answer = one_by_one(tokenizer, kind, data[cut:] if rest is None else rest)
+    detokenizer = Detokenizer(tokenizer, prompt)
+    text = detokenizer.push([*answer, tokenizer.encode("a", special_tokens=False)[0]])
+    assert text + detokenizer.flush() == expected
+
+
+def one_by_one(tokenizer: Tokenizer, kind: str, data: bytes) -> list[int]:
+    """A token for each byte."""
+    if kind != "byte_level":
+        return byte_tokens(tokenizer, data)
+    vocabulary = tokenizer.backend.get_vocab()
+    characters = bytes_to_unicode()
+    return [vocabulary[characters[byte]] for byte in data]
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "byte_fallback_strip"])

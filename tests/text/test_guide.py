@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import signal
+import socket
 import sys
+import threading
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
 from fastserve.errors import ErrorCode, RequestError
+from fastserve.text import guide_validator
 from fastserve.text.guide import grammar_of
 from fastserve.text.guide_validator import MAX_GRAMMAR_CHARACTERS, GuideValidator
 from fastserve.text.tokenizer import Tokenizer
@@ -100,15 +106,77 @@ def chain(length: int) -> Guide:
     return Guide(grammar=f'start: r0\n{rules}\nr{length}: "x"\n')
 
 
+HEAVY = Guide(json='{"type": "integer", "multipleOf": 9999991}')
+
+
 @pytest.mark.parametrize(
     "guide",
-    [chain(9000), Guide(json='{"type": "integer", "multipleOf": 9999991}')],
+    [chain(9000), HEAVY],
     ids=["overflows_the_stack", "takes_hours"],
 )
 def test_guides_that_would_kill_or_hang_the_process(validator: GuideValidator, guide: Guide) -> None:
     with pytest.raises(RequestError, match=r"^`guided_decoding`: .* too complex"):
         validator.validate(guide, "guided_decoding")
     validator.validate(Guide(regex="a"), "guided_decoding")  # the next one is served
+
+
+def test_a_guide_that_is_being_tried_out_holds_up_no_other(validator: GuideValidator) -> None:
+    validator.validate(Guide(regex="ab"), "guided_decoding")
+    child = validator._child
+    assert child is not None
+    ours, theirs = socket.socketpair()
+    with ours, theirs:  # a guide that never ends: its process waits for the grammar
+        socket.send_fds(child._control, [b"\n"], [theirs.fileno()])
+        assert ours.recv(1) == b"\n"
+        validator.validate(Guide(regex="abc"), "guided_decoding")
+
+
+def test_a_heavy_guide_gives_way_to_the_engine(validator: GuideValidator) -> None:
+    validator.validate(Guide(regex="a"), "guided_decoding")
+    child = validator._child
+    assert child is not None
+    parent = psutil.Process(child._process.pid)
+    heavy = threading.Thread(target=child.compile, args=[grammar_of(HEAVY)])
+    heavy.start()
+    priorities = set()
+    while heavy.is_alive():
+        for process in parent.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                priorities.add(process.nice())
+    assert max(priorities) - min(priorities) == 10
+
+
+def test_a_guide_has_so_much_time_by_the_clock(
+    validator: GuideValidator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = Guide(regex="abcd")
+    validator.validate(Guide(regex="a"), "guided_decoding")
+    child = validator._child
+    assert child is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(guide_validator, "MAX_SECONDS", 0.01)
+        child._process.send_signal(signal.SIGSTOP)
+        with pytest.raises(RequestError, match=r"`guided_decoding`: .* took more than 0\.01 s") as raised:
+            validator.validate(guide, "guided_decoding")
+        child._process.send_signal(signal.SIGCONT)
+    assert raised.value.code is ErrorCode.INVALID_ARG
+    validator.validate(guide, "guided_decoding")  # the machine was slow, the guide is none the worse
+
+
+def test_a_child_that_is_lost_is_started_anew(
+    validator: GuideValidator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validator.validate(Guide(regex="a"), "guided_decoding")
+    child = validator._child
+    assert child is not None
+    child._process.kill()
+    child._process.wait()
+    with monkeypatch.context() as patch:  # as it is where the child ends while a guide is tried out
+        patch.setattr(guide_validator._Child, "has_ended", False)
+        with pytest.raises(RequestError, match=r"`guided_decoding`: .*send it again") as raised:
+            validator.validate(Guide(regex="abcde"), "guided_decoding")
+    assert raised.value.code is ErrorCode.UNAVAILABLE
+    validator.validate(Guide(regex="abcde"), "guided_decoding")
 
 
 def test_guides_of_honest_depth_pass(validator: GuideValidator) -> None:
@@ -129,7 +197,7 @@ def test_the_child_ends_with_its_validator(tokenizer: Tokenizer) -> None:
     validator.validate(Guide(regex="a"), "guided_decoding")
     child = validator._child
     assert child is not None
-    assert child.poll() is None
+    assert not child.has_ended
     del validator
     gc.collect()
-    assert child.poll() is not None
+    assert child.has_ended

@@ -77,6 +77,34 @@ def run(
     return responses, stops
 
 
+def test_logprobs_are_null_where_the_sampling_parameters_have_none(tokenizer: Tokenizer) -> None:
+    options = OutputOptions(logprobs=True, cumulative_logprob=True, null_logprobs=True)
+    request = make_request(tokenizer, options, logprobs=0, n=2)
+    items = [output([5], i, outcome=Outcome.LENGTH, logprobs=[[(5, -0.5, 1)]]) for i in range(2)]
+    response = Postprocessor(tokenizer).push(step(*items, request=request, final=True))
+    assert response is not None
+    assert response.logprobs == ["null", "null"]
+    assert response.cumulative_logprob == [-0.5, -0.5]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("echo", [True, False])
+def test_the_answer_keeps_the_space_before_its_first_word(
+    tokenizers: dict[str, Tokenizer], stream: bool, echo: bool
+) -> None:
+    tokenizer = tokenizers["byte_fallback_strip"]
+    a, b = token_id(tokenizer, "a"), token_id(tokenizer, "▁b")
+    options = OutputOptions(stream=stream, echo=echo, logprobs=True)
+    request = msgspec.structs.replace(
+        make_request(tokenizer, options), prompt="a", prompt_token_ids=[token_id(tokenizer, "<s>"), a]
+    )
+    item = output([b], outcome=Outcome.LENGTH, logprobs=[[(b, -1.0, 1)]])
+    response = Postprocessor(tokenizer).push(step(item, request=request, final=True))
+    assert response is not None
+    assert response.text == ["a b" if echo else " b"]
+    assert json.loads(response.logprobs[0])[0][str(b)]["decoded_token"] == " b"
+
+
 def test_deltas_joined_are_the_whole_text_however_the_tokens_come(tokenizer: Tokenizer) -> None:
     token_ids = st.lists(st.integers(0, tokenizer.vocab_size), max_size=30)
     letters = st.sampled_from([token_id(tokenizer, letter) for letter in "abell"])

@@ -11,6 +11,7 @@ import pytest
 
 from fastserve.config import ConfigError
 from fastserve.errors import RequestError
+from fastserve.text.chat import Chat
 from fastserve.text.tokenizer import Tokenizer
 
 SaveTokenizer = Callable[..., Path]
@@ -20,7 +21,7 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 def test_prompt_gets_the_special_tokens_and_a_chat_only_its_own(tokenizer: Tokenizer) -> None:
     start = tokenizer.backend.token_to_id("<s>")
     assert tokenizer.encode("hello")[0] == start
-    chat = tokenizer.render_chat(MESSAGES)
+    chat = tokenizer.render_chat(Chat(MESSAGES))
     assert chat == "<s>user\nhello</s>\n<s>assistant\n"
     assert tokenizer.encode(chat, special_tokens=False).count(start) == 2
 
@@ -37,6 +38,32 @@ def test_vocabulary(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_text(tokenizer.eos_token_ids[0]) == "</s>"
 
 
+@pytest.mark.parametrize(
+    ("kind", "token", "expected"),
+    [
+        ("byte_level", "hello", "hello"),
+        ("byte_level", "Ġw", " w"),
+        ("byte_level", "Ã", "\N{REPLACEMENT CHARACTER}"),
+        ("byte_fallback", "▁a", " a"),
+        ("byte_fallback_strip", "▁a", " a"),
+        ("byte_fallback_strip", "▁▁▁", "   "),
+        ("byte_fallback_strip", "a", "a"),
+        ("byte_fallback_strip", "<0x41>", "A"),
+        ("byte_fallback_strip", "<0xE2>", "\N{REPLACEMENT CHARACTER}"),
+        ("byte_fallback_strip", "</s>", "</s>"),
+        ("metaspace", "▁b", " b"),
+        ("word_piece", "##d", "d"),
+        ("word_piece", "not", " not"),
+        ("no_decoder", "not", " not"),
+    ],
+)
+def test_what_one_token_adds_to_a_text(
+    kind: str, token: str, expected: str, tokenizers: dict[str, Tokenizer]
+) -> None:
+    tokenizer = tokenizers[kind]
+    assert tokenizer.token_text(tokenizer.backend.token_to_id(token)) == expected
+
+
 def test_end_tokens_of_the_generation_config(tokenizer: Tokenizer, save_tokenizer: SaveTokenizer) -> None:
     directory = save_tokenizer()
     (directory / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
@@ -47,14 +74,14 @@ def test_end_tokens_of_the_generation_config(tokenizer: Tokenizer, save_tokenize
 def test_chat_without_a_template(save_tokenizer: SaveTokenizer) -> None:
     tokenizer = Tokenizer(save_tokenizer(chat_template=None))
     with pytest.raises(RequestError, match=r"`messages`: this model has no chat template"):
-        tokenizer.render_chat(MESSAGES)
+        tokenizer.chat_template_names(None)
 
 
 def test_chat_that_the_template_refuses(save_tokenizer: SaveTokenizer) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     tokenizer = Tokenizer(save_tokenizer(chat_template=template))
     with pytest.raises(RequestError, match=r"`messages`: .*roles must alternate"):
-        tokenizer.render_chat(MESSAGES)
+        tokenizer.render_chat(Chat(MESSAGES))
 
 
 def test_directory_without_a_tokenizer(tmp_path: Path) -> None:

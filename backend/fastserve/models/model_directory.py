@@ -159,6 +159,19 @@ def _rotary_length(length: int, rope: Mapping[str, Any]) -> int:
     return length
 
 
+def vocab_size(model: str | Path) -> int:
+    """Rows of the model's embedding: every token id that it can take is below. Raises ModelError."""
+    path = resolve_model_path(str(model))
+    if path.is_file():
+        embedding = GgufFile(path).tensors.get("token_embd.weight")
+        size = None if embedding is None else int(embedding.shape[1])
+    else:
+        size = getattr(read_transformers_config(path).get_text_config(), "vocab_size", None)
+    if size is None:
+        raise ModelError(f"{path}: it does not say how many tokens it knows")
+    return size
+
+
 def read_transformers_config(directory: Path) -> PretrainedConfig:
     """The config of a Hugging Face directory. Raises ModelError."""
     from transformers import AutoConfig

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -70,6 +72,17 @@ def coerce(field: str, value: object, kind: Any, allowed: str | None = None) -> 
     if isinstance(result, int) and result not in _INT64:
         raise invalid(field, value, f"{allowed}, in 64 bits")
     return result
+
+
+def unknown_name(what: str, name: object, allowed: Iterable[str], place: str = "") -> RequestError:
+    """The error for a name that is none of those allowed; it offers the nearest. `place`: what comes before
+    the name, such as `messages[0].`."""
+    shown = str(name)[:60].encode(errors="backslashreplace").decode()
+    near = difflib.get_close_matches(shown, allowed, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`? " if near else ""
+    return RequestError(
+        f"`{place}{shown}`: no such {what}; {hint}allowed: {', '.join(sorted(allowed)) or 'none'}"
+    )
 
 
 @cache

@@ -26,7 +26,8 @@ class Response(Struct, frozen=True):
     cumulative_logprob: list[float]
     """Of all tokens so far."""
     logprobs: list[str]
-    """JSON: per new token {token id: {"logprob", "rank", "decoded_token"}}; "null" if not asked for."""
+    """JSON: per new token {token id: {"logprob", "rank", "decoded_token"}}; "null" without `logprobs` in the
+    sampling parameters, or if not asked for."""
     num_input_tokens: int
     num_output_tokens: list[int]
     """New ones."""
@@ -90,12 +91,13 @@ class Postprocessor:
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
         reasons = [s.outcome.value if final and s.outcome else "None" for s in self._sequences]
         news = [sequence.take() for sequence in self._sequences]
+        shows_logprobs = request.output.logprobs and not request.output.null_logprobs
         return Response(
             text=[text for text, _, _ in news],
             finish_reason=reasons,
             token_ids=[token_ids for _, token_ids, _ in news],
             cumulative_logprob=[sequence.cumulative_logprob for sequence in self._sequences],
-            logprobs=[self._json(logprobs) if request.output.logprobs else "null" for _, _, logprobs in news],
+            logprobs=[self._json(logprobs) if shows_logprobs else "null" for _, _, logprobs in news],
             num_input_tokens=len(request.prompt_token_ids),
             num_output_tokens=[len(token_ids) for _, token_ids, _ in news],
             prompt_logprobs=None if prompt_logprobs is None else self._json(prompt_logprobs),
@@ -121,7 +123,9 @@ class _Sequence:
 
     def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
         sampling = request.sampling
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+        self._detokenizer = Detokenizer(
+            tokenizer, request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
+        )
         self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
         self._hidden_at_end = _hidden_at_end(tokenizer, request)
         self._min_tokens = sampling.min_tokens

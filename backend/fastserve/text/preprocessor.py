@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
 from fastserve.config import Config
 from fastserve.errors import RequestError, invalid
-from fastserve.text.coercion import coerce, decode_json, decode_text
+from fastserve.text.chat import CHAT_OPTIONS, parse_chat
+from fastserve.text.coercion import coerce, decode_json, decode_text, unknown_name
+from fastserve.text.guide_parameters import parse_guide
 from fastserve.text.guide_validator import GuideValidator
-from fastserve.text.sampling import SAMPLING_NAMES, is_sampling_name, parse_sampling, unknown_name
+from fastserve.text.sampling import SAMPLING_NAMES, is_sampling_name, parse_sampling
 from fastserve.text.tokenizer import Tokenizer
+from fastserve.text.vocabulary import Vocabulary
 from fastserve.types import OutputOptions, Request, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 MAX_BYTES_PER_TOKEN = 32
 """A prompt of more bytes than this for each token of the context is refused before it is tokenised."""
@@ -42,18 +48,35 @@ _INPUT_NAMES = frozenset([*_PROMPT_INPUTS, "sampling_parameters", *_OPTION_TYPES
 _TIMEOUT = Annotated[int, Meta(ge=0)]
 # Over HTTP `generate` the fields of the request itself come as parameters too.
 _REQUEST_FIELDS = ("id", "timeout")
-_PARAMETER_NAMES = frozenset(["sampling_parameters", *_OPTION_TYPES, *_REQUEST_FIELDS, *SAMPLING_NAMES])
+_PARAMETER_NAMES = frozenset(
+    ["sampling_parameters", *_OPTION_TYPES, *_REQUEST_FIELDS, *SAMPLING_NAMES, *CHAT_OPTIONS]
+)
+
+
+class ParsedRequest(NamedTuple):
+    """A request of which only the guide, if it has one, is still to be tried out."""
+
+    request: Request
+    guide_field: str
+    """What a client calls the guide; empty without one."""
 
 
 class Preprocessor:
     """Validates and tokenises requests. Threads may share one."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, max_model_len: int) -> None:
-        """`max_model_len`: tokens of prompt and answer together."""
+    def __init__(self, config: Config, tokenizer: Tokenizer, max_model_len: int, vocab_size: int) -> None:
+        """`max_model_len`: tokens of prompt and answer together. `vocab_size`: the model's, not the
+        tokenizer's; a tokenizer with more tokens than that is warned of here, once."""
         self._config = config
         self._tokenizer = tokenizer
+        self._vocabulary = Vocabulary(tokenizer.vocab_size, vocab_size)
         self._guides = GuideValidator(tokenizer)
         self._max_model_len = max_model_len
+        if self._vocabulary.mismatch:
+            logger.warning(
+                "%s: requests that hold one of those beyond are refused, and so is guided decoding",
+                self._vocabulary.mismatch,
+            )
 
     def build(
         self,
@@ -64,7 +87,34 @@ class Preprocessor:
         request_id: str = "",
         timeout_us: int = 0,
     ) -> Request:
-        """The request that these inputs and request parameters ask for.
+        """The request that these inputs and request parameters ask for; see `parse`.
+
+        Raises RequestError too for a guide that does not compile, for which it may wait seconds.
+        """
+        parsed = self.parse(inputs, parameters, now=now, request_id=request_id, timeout_us=timeout_us)
+        self.check_guide(parsed)
+        return parsed.request
+
+    def check_guide(self, parsed: ParsedRequest) -> None:
+        """Raises RequestError if the request has a guide that does not compile. It may wait seconds."""
+        guide = parsed.request.sampling.guide
+        if guide is not None:
+            self._guides.validate(guide, parsed.guide_field)
+
+    def close(self) -> None:
+        """Ends the process that tries out guides."""
+        self._guides.close()
+
+    def parse(
+        self,
+        inputs: Mapping[str, Any],
+        parameters: Mapping[str, Any],
+        *,
+        now: float,
+        request_id: str = "",
+        timeout_us: int = 0,
+    ) -> ParsedRequest:
+        """The request that these inputs and request parameters ask for; `check_guide` is yet to come.
 
         inputs: the input tensors that came, by name, as Python values (None: it did not come). Texts may be
         str or UTF-8 bytes; `messages` and `sampling_parameters` JSON or what it says, decoded;
@@ -79,25 +129,27 @@ class Preprocessor:
         _check_names(inputs, parameters)
         options = {name: _option(name, inputs, parameters) for name in _OPTION_TYPES}
         output = _output_options(options)
-        sampling = parse_sampling(
-            _sampling_values(inputs, parameters), self._tokenizer.vocab_size, self._guides
-        )
-        prompt, prompt_token_ids = self._prompt(inputs)
-        return Request(
+        values = _sampling_values(inputs, parameters)
+        chat_options = {name: values.pop(name) for name in CHAT_OPTIONS if name in values}
+        guide_field, guide = parse_guide(values, self._vocabulary)
+        sampling = msgspec.structs.replace(parse_sampling(values, self._vocabulary), guide=guide)
+        prompt, prompt_token_ids = self._prompt(inputs, chat_options)
+        request = Request(
             uid=uuid.uuid4().hex,
             request_id=_request_id(request_id, parameters),
             prompt=prompt,
             prompt_token_ids=prompt_token_ids,
             sampling=self._fitted(sampling, output, len(prompt_token_ids)),
-            output=output,
+            output=msgspec.structs.replace(output, null_logprobs=sampling.logprobs is None),
             priority=options["priority"] or 0,
             tenant=options["tenant"] or "",
             arrival=now,
             deadline=now + self._time_allowed(timeout_us or parameters.get("timeout") or 0),
             bad_words_token_ids=self._bad_words(sampling.bad_words),
         )
+        return ParsedRequest(request, guide_field)
 
-    def _prompt(self, inputs: Mapping[str, Any]) -> tuple[str, list[int]]:
+    def _prompt(self, inputs: Mapping[str, Any], chat_options: Mapping[str, Any]) -> tuple[str, list[int]]:
         """The prompt as text and as token ids, of 1 to max_model_len - 1 tokens."""
         given = [name for name in _PROMPT_INPUTS if name in inputs]
         if len(given) != 1:
@@ -106,12 +158,18 @@ class Preprocessor:
                 f"`text_input`: got {came}; allowed: exactly one of {', '.join(_PROMPT_INPUTS)}"
             )
         field = given[0]
+        if field != "messages":
+            for name, value in chat_options.items():
+                if value is not None:
+                    raise RequestError(f"`{name}`: got it beside `{field}`; allowed: only beside `messages`")
         if field == "prompt_token_ids":
             token_ids = self._given_token_ids(inputs[field])
             return self._tokenizer.decode(token_ids, skip_special_tokens=False), token_ids
-        text = self._text(field, inputs[field]) if field == "text_input" else self._chat(inputs[field])
+        value = inputs[field]
+        text = self._text(field, value) if field == "text_input" else self._chat(value, chat_options)
         token_ids = self._tokenizer.encode(text, special_tokens=field == "text_input")
         self._check_length(field, len(token_ids))
+        self._vocabulary.check(field, token_ids)
         return text, token_ids
 
     def _text(self, field: str, value: object) -> str:
@@ -123,30 +181,23 @@ class Preprocessor:
         self._check_size(field, len(text.encode()))
         return text
 
-    def _chat(self, value: object) -> str:
+    def _chat(self, value: object, options: Mapping[str, Any]) -> str:
         messages = decode_json(
             "messages", self._text("messages", value) if isinstance(value, str | bytes) else value
         )
-        allowed = "a JSON list of one or more objects, each with a `role` and a `content`"
-        if not isinstance(messages, list) or not messages:
-            raise invalid("messages", messages, allowed)
-        for message in messages:
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise invalid("messages", message, allowed)
-        return self._text("messages", self._tokenizer.render_chat(messages))
+        chat = parse_chat(messages, options, self._tokenizer.chat_template_names)
+        return self._text("messages", self._tokenizer.render_chat(chat))
 
     def _given_token_ids(self, value: Any) -> list[int]:
-        field, largest = "prompt_token_ids", self._tokenizer.vocab_size - 1
+        field = "prompt_token_ids"
         if hasattr(value, "tolist"):
             value = value.tolist()
-        allowed = f"a list of token ids from 0 to {largest}"
+        allowed = f"a list of {self._vocabulary.allowed}"
         if not isinstance(value, list | tuple):
             raise invalid(field, value, allowed)
         self._check_length(field, len(value))
         token_ids = coerce(field, value, list[int], allowed)
-        for token_id in token_ids:
-            if not 0 <= token_id <= largest:
-                raise invalid(field, token_id, allowed)
+        self._vocabulary.check(field, token_ids)
         return token_ids
 
     def _check_size(self, field: str, num_bytes: int) -> None:
@@ -165,20 +216,21 @@ class Preprocessor:
             )
 
     def _fitted(self, sampling: SamplingParams, output: OutputOptions, prompt_length: int) -> SamplingParams:
-        """The parameters, cut to what remains of the context, with the logprobs that the outputs need."""
+        """The parameters, cut to what remains of the context, with the logprobs that the sum needs."""
         max_tokens = min(sampling.max_tokens, self._max_model_len - prompt_length)
-        needs_logprobs = output.logprobs or output.cumulative_logprob
         return msgspec.structs.replace(
             sampling,
             max_tokens=max_tokens,
             min_tokens=min(sampling.min_tokens, max_tokens),
-            logprobs=0 if needs_logprobs and sampling.logprobs is None else sampling.logprobs,
+            logprobs=0 if output.cumulative_logprob and sampling.logprobs is None else sampling.logprobs,
         )
 
     def _bad_words(self, words: list[str]) -> list[list[int]]:
         """Each word's tokens at the beginning of a text and after a space."""
         spellings = [prefix + word.lstrip() for word in words for prefix in ("", " ")]
-        encoded = (self._tokenizer.encode(spelling, special_tokens=False) for spelling in spellings)
+        encoded = [self._tokenizer.encode(spelling, special_tokens=False) for spelling in spellings]
+        for token_ids in encoded:
+            self._vocabulary.check("bad_words", token_ids)
         return [list(ids) for ids in dict.fromkeys(map(tuple, encoded)) if ids]
 
     def _time_allowed(self, timeout: object) -> float:
@@ -218,8 +270,10 @@ def _output_options(options: Mapping[str, Any]) -> OutputOptions:
 
 
 def _sampling_values(inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Every sampling parameter that came, as it came."""
-    values = {name: value for name, value in parameters.items() if is_sampling_name(name)}
+    """Every sampling parameter and chat option that came, as it came."""
+    values = {
+        name: value for name, value in parameters.items() if is_sampling_name(name) or name in CHAT_OPTIONS
+    }
     stop = values.get("stop")
     if isinstance(stop, str) and stop.startswith("["):
         values["stop"] = _json_list(stop)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 import msgspec
 
 from fastserve.errors import RequestError, invalid
-from fastserve.text.coercion import coerce, decode_json, decode_text
-from fastserve.text.guide_validator import GuideValidator
-from fastserve.types import Guide, SamplingParams
+from fastserve.text.coercion import coerce, decode_text, unknown_name
+from fastserve.text.guide_parameters import GUIDE_NAMES
+from fastserve.text.vocabulary import Vocabulary
+from fastserve.types import SamplingParams
 
 UNLIMITED = 2**31 - 1
 """`max_tokens` as null: whatever the context holds."""
@@ -21,8 +21,7 @@ _TYPES = {
     for name, kind in get_type_hints(SamplingParams, include_extras=True).items()
     if name != "guide"
 }
-_GUIDE_NAMES = ("structured_outputs", "guided_decoding")
-SAMPLING_NAMES = frozenset(_TYPES) | frozenset(_GUIDE_NAMES)
+SAMPLING_NAMES = frozenset(_TYPES) | frozenset(GUIDE_NAMES)
 
 # What vLLM knows and FastServe does not do, with the values at which vLLM does not do it either.
 _NOT_SERVED: dict[str, tuple[bool | int | float | str, ...]] = {
@@ -47,19 +46,10 @@ _MAX_STRINGS = 64
 _MAX_STRING_LENGTH = 256
 _MAX_IDS = 1024
 _MAX_BIAS = 100.0
-_GUIDE_KINDS = ("json", "regex", "choice", "grammar", "json_object")
-_GUIDE_NOT_SERVED = (
-    "backend",
-    "disable_additional_properties",
-    "disable_any_whitespace",
-    "disable_fallback",
-    "structural_tag",
-    "whitespace_pattern",
-)
 
 
-def parse_sampling(values: Mapping[str, Any], vocab_size: int, guides: GuideValidator) -> SamplingParams:
-    """The parameters in `values`, each as itself or as a string; null is the default.
+def parse_sampling(values: Mapping[str, Any], vocabulary: Vocabulary) -> SamplingParams:
+    """The parameters in `values` but for a guide, each as itself or as a string; null is the default.
 
     As in vLLM, `max_tokens` as null becomes UNLIMITED, a seed of -1 none, and a temperature too small to
     divide by becomes 0. Raises RequestError, which names the parameter.
@@ -67,24 +57,15 @@ def parse_sampling(values: Mapping[str, Any], vocab_size: int, guides: GuideVali
     given = {name: value for name, value in values.items() if value is not None}
     for name in values:
         _check_name(name, given.get(name))
-    fields = {name: _parse(name, value, vocab_size) for name, value in given.items() if name in _TYPES}
+    fields = {name: _parse(name, value, vocabulary) for name, value in given.items() if name in _TYPES}
     if "max_tokens" in values and values["max_tokens"] is None:
         fields["max_tokens"] = UNLIMITED
-    params = SamplingParams(**fields, guide=_parse_guide(given, guides))
-    return _checked(params, vocab_size)
+    return _checked(SamplingParams(**fields), vocabulary)
 
 
 def is_sampling_name(name: str) -> bool:
     """Whether vLLM has a sampling parameter of that name, served here or not."""
     return name in SAMPLING_NAMES or name in _NOT_SERVED
-
-
-def unknown_name(what: str, name: object, allowed: Iterable[str]) -> RequestError:
-    """The error for a name that is none of those allowed; it offers the nearest."""
-    shown = str(name)[:60].encode(errors="backslashreplace").decode()
-    near = difflib.get_close_matches(shown, allowed, n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`? " if near else ""
-    return RequestError(f"`{shown}`: no such {what}; {hint}allowed: {', '.join(sorted(allowed))}")
 
 
 def _check_name(name: str, value: object) -> None:
@@ -112,15 +93,15 @@ def _json(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def _parse(name: str, value: object, vocab_size: int) -> Any:
+def _parse(name: str, value: object, vocabulary: Vocabulary) -> Any:
     if name == "stop":
         return _strings(name, [value] if isinstance(value, str | bytes) else value)
     if name == "bad_words":
         return _strings(name, value)
     if name == "stop_token_ids":
-        return _ids_below(name, value, vocab_size)
+        return _token_ids(name, value, vocabulary)
     if name == "logit_bias":
-        return _logit_bias(value, vocab_size)
+        return _logit_bias(value, vocabulary)
     return coerce(name, value, _TYPES[name])
 
 
@@ -136,32 +117,31 @@ def _strings(name: str, value: object) -> list[str]:
     return strings
 
 
-def _ids_below(name: str, value: object, vocab_size: int) -> list[int]:
-    allowed = f"at most {_MAX_IDS} token ids from 0 to {vocab_size - 1}"
+def _token_ids(name: str, value: object, vocabulary: Vocabulary) -> list[int]:
+    allowed = f"at most {_MAX_IDS} {vocabulary.allowed}"
     ids = coerce(name, value, list[int], allowed)
     if len(ids) > _MAX_IDS:
         raise invalid(name, ids, allowed)
-    for token_id in ids:
-        if not 0 <= token_id < vocab_size:
-            raise invalid(name, token_id, allowed)
+    vocabulary.check(name, ids)
     return ids
 
 
-def _logit_bias(value: object, vocab_size: int) -> dict[int, float]:
+def _logit_bias(value: object, vocabulary: Vocabulary) -> dict[int, float]:
     allowed = (
-        f"an object of at most {_MAX_IDS} members, from token ids (0 to {vocab_size - 1})"
-        f" to numbers from {-_MAX_BIAS:g} to {_MAX_BIAS:g}"
+        f"an object of at most {_MAX_IDS} members, from token ids to numbers"
+        f" from {-_MAX_BIAS:g} to {_MAX_BIAS:g}"
     )
     bias = coerce("logit_bias", value, dict[int, float], allowed)
     if len(bias) > _MAX_IDS:
         raise invalid("logit_bias", f"{len(bias)} members", allowed)
+    vocabulary.check("logit_bias", bias)
     for token_id, number in bias.items():
-        if not 0 <= token_id < vocab_size or not -_MAX_BIAS <= number <= _MAX_BIAS:
+        if not -_MAX_BIAS <= number <= _MAX_BIAS:
             raise invalid("logit_bias", {token_id: number}, allowed)
     return bias
 
 
-def _checked(params: SamplingParams, vocab_size: int) -> SamplingParams:
+def _checked(params: SamplingParams, vocabulary: Vocabulary) -> SamplingParams:
     """What concerns several parameters at once, and the values that mean another."""
     temperature = 0.0 if params.temperature < _GREEDY_BELOW else params.temperature
     if params.n > 1 and temperature == 0.0:
@@ -171,58 +151,6 @@ def _checked(params: SamplingParams, vocab_size: int) -> SamplingParams:
     return msgspec.structs.replace(
         params,
         temperature=temperature,
-        top_k=min(params.top_k, vocab_size),
+        top_k=min(params.top_k, vocabulary.size),
         seed=None if params.seed == -1 else params.seed,
     )
-
-
-def _parse_guide(values: Mapping[str, Any], guides: GuideValidator) -> Guide | None:
-    names = [name for name in _GUIDE_NAMES if name in values]
-    if not names:
-        return None
-    if len(names) > 1:
-        raise RequestError(f"`{names[0]}`: got `{names[1]}` beside it; allowed: one of them")
-    name = names[0]
-    given = decode_json(name, values[name])
-    if not isinstance(given, Mapping):
-        raise invalid(name, given, f"an object with one of {', '.join(_GUIDE_KINDS)}")
-    for key, value in given.items():
-        if key in _GUIDE_NOT_SERVED and value not in (None, False, ""):
-            raise invalid(f"{name}.{key}", value, "not given (FastServe does not do it)")
-        if key not in _GUIDE_NOT_SERVED and key not in _GUIDE_KINDS:
-            raise unknown_name(f"member of `{name}`", key, _GUIDE_KINDS)
-    kinds = [kind for kind in _GUIDE_KINDS if given.get(kind) not in (None, False)]
-    if len(kinds) != 1:
-        raise invalid(name, kinds, f"exactly one of {', '.join(_GUIDE_KINDS)}")
-    guide = _guide(f"{name}.{kinds[0]}", kinds[0], given[kinds[0]])
-    guides.validate(guide, f"{name}.{kinds[0]}")
-    return guide
-
-
-def _guide(field: str, kind: str, value: Any) -> Guide:
-    """The guide of one kind; its texts can be encoded, whether it compiles is not asked here."""
-    if kind == "json_object":
-        if coerce(field, value, bool) is not True:
-            raise invalid(field, value, "true")
-        return Guide(json='{"type": "object"}')
-    if kind == "json":
-        schema = decode_json(field, value)
-        if not isinstance(schema, Mapping):
-            raise invalid(field, schema, "a JSON schema: an object, or a string of one")
-        return Guide(json=_schema_text(field, schema))
-    if kind == "choice":
-        choices = coerce(field, value, list[str])
-        if not choices or not all(decode_text(field, choice) for choice in choices):
-            raise invalid(field, choices, "a list of one or more texts, none of them empty")
-        return Guide(choice=choices)
-    text = decode_text(field, value)
-    if not text:
-        raise invalid(field, text, "text that is not empty")
-    return Guide(regex=text) if kind == "regex" else Guide(grammar=text)
-
-
-def _schema_text(field: str, schema: Mapping[str, Any]) -> str:
-    try:
-        return msgspec.json.encode(schema).decode()
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise RequestError(f"`{field}`: got what is no JSON ({error}); allowed: a JSON schema") from error

@@ -4,6 +4,10 @@
 It holds back for ever, at quadratic cost, when a model emits bytes that are no UTF-8, and it cannot be
 flushed. The decoders here know the bytes of each token instead: each token costs the same, and the texts of
 all `push`es and of `flush`, joined, are exactly `backend.decode(ids)`.
+
+An answer is the continuation of its prompt: a first word has a space before it that many decoders drop at the
+beginning of a text. So a decoder may be told what came before by `follow`; what it gives then is what
+`backend.decode(before + ids)` has more than `backend.decode(before)`.
 """
 
 from __future__ import annotations
@@ -18,12 +22,22 @@ import msgspec
 
 from fastserve.config import ConfigError
 
+CONTEXT_TOKENS = 4
+"""So many tokens before decide how a text goes on: no character has more bytes."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE_TOKEN = re.compile(r"<0x([0-9a-fA-F]{2})>")
 
 
 class StreamDecoder(Protocol):
     """The text of one sequence of known token ids, as far as it is certain."""
+
+    def follow(self, token_ids: list[int]) -> None:
+        """Makes the sequence one that comes after these, the last CONTEXT_TOKENS of an earlier text, or all.
+
+        To be called before anything is pushed. A character that they begin and the sequence completes is the
+        sequence's. Bytes of theirs that become no character are not shown: the earlier text had U+FFFD there.
+        """
+        ...
 
     def push(self, token_id: int) -> str:
         """The text that has become certain with this token; may be empty."""
@@ -43,12 +57,24 @@ class ByteLevelDecoder:
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
         self._token_bytes = token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._follows_unfinished = False
+
+    def follow(self, token_ids: list[int]) -> None:
+        for token_id in token_ids:
+            self.push(token_id)
+        self._follows_unfinished = bool(self._utf8.getstate()[0])
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._token_bytes(token_id))
+        return self._show(self._utf8.decode(self._token_bytes(token_id)))
 
     def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
+        return self._show(self._utf8.decode(b"", final=True))
+
+    def _show(self, text: str) -> str:
+        if self._follows_unfinished and text:
+            self._follows_unfinished = False
+            return text.removeprefix(REPLACEMENT)
+        return text
 
 
 class ByteFallbackDecoder:
@@ -65,6 +91,18 @@ class ByteFallbackDecoder:
         self._stripped = stripped
         self._left_to_strip = max_stripped
         self._start_run()
+
+    def follow(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            return
+        self._left_to_strip = 0
+        for token_id in token_ids:
+            self.push(token_id)
+            if self._run_is_broken:  # by the rest of a character that began before these tokens
+                self._start_run()
+        unfinished = self._utf8.getstate()[0]
+        self._start_run()
+        self._utf8.decode(unfinished)
 
     def push(self, token_id: int) -> str:
         piece = self._token_piece(token_id)
@@ -94,11 +132,12 @@ class ByteFallbackDecoder:
 
     def _end_run(self) -> str:
         text = self._run_text
+        unfinished = self._utf8.getstate()[0]
         if self._run_is_broken:
             text = ""
-        elif self._utf8.getstate()[0]:  # bytes of a character that was never completed
+        elif unfinished:  # bytes of a character that was never completed
             text = REPLACEMENT * self._run_length
-        if self._run_length:
+        if self._run_length or unfinished:
             self._start_run()
         return text
 
@@ -119,6 +158,9 @@ class PieceDecoder:
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
         self._last: list[int] = []
+
+    def follow(self, token_ids: list[int]) -> None:
+        self._last = token_ids[-1:]
 
     def push(self, token_id: int) -> str:
         text = self._decode([*self._last, token_id])[len(self._decode(self._last)) :]

@@ -12,7 +12,11 @@ from typing import Any
 from fastserve.config import ConfigError
 from fastserve.errors import RequestError
 from fastserve.models.model_directory import eos_token_ids as model_eos_token_ids
+from fastserve.text.chat import Chat
+from fastserve.text.chat_template import TemplateNames, template_names
 from fastserve.text.stream_decoder import StreamDecoder, stream_decoder_factory
+
+_MAX_TEMPLATE_ERROR = 500
 
 
 def keep_torch_out() -> None:
@@ -67,7 +71,7 @@ class Tokenizer:
         self.eos_token_ids = model_eos_token_ids(directory) if eos_token_ids is None else eos_token_ids
         """Each ends an answer."""
         self.token_text = cache(self._token_text)
-        """What one token decodes to by itself (special tokens too)."""
+        """What one token adds to a text that has begun (special tokens too)."""
         self._new_stream_decoder = stream_decoder_factory(self.backend)
 
     @property
@@ -86,25 +90,42 @@ class Tokenizer:
         """The text of `token_ids`. Bytes that are no UTF-8 become U+FFFD; unknown ids are left out."""
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def render_chat(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt text of a chat, up to where the assistant's answer begins.
+    def chat_template_names(self, tools: list[Any] | None) -> TemplateNames:
+        """The names in the chat template that is taken for a chat with these tools.
 
-        Raises RequestError where the model has no chat template, or the template refuses the messages.
+        Raises RequestError where the model has no chat template.
         """
         if not self.has_chat_template:
             raise RequestError("`messages`: this model has no chat template; allowed: `text_input`")
         try:
+            source = self._tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:
+            raise RequestError(f"`messages`: the model has no chat template for them: {error}") from error
+        return template_names(source)
+
+    def render_chat(self, chat: Chat) -> str:
+        """The prompt text of a chat. Raises RequestError where the chat template refuses it."""
+        try:
             return str(
-                self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                self._tokenizer.apply_chat_template(
+                    chat.messages,
+                    tools=chat.tools,
+                    add_generation_prompt=chat.add_generation_prompt,
+                    continue_final_message=chat.continue_final_message,
+                    tokenize=False,
+                    **chat.variables,
+                )
             )
         except Exception as error:  # a template is a program of the model's author: it may raise anything
-            raise RequestError(
-                f"`messages`: the model's chat template refuses them: {type(error).__name__}: {error}"
-            ) from error
+            said = f"{type(error).__name__}: {error}"[:_MAX_TEMPLATE_ERROR]
+            raise RequestError(f"`messages`: the model's chat template refuses them: {said}") from error
 
     def new_stream_decoder(self) -> StreamDecoder:
         """An incremental decoder for one sequence of ids."""
         return self._new_stream_decoder()
 
     def _token_text(self, token_id: int) -> str:
-        return self.backend.decode([token_id], skip_special_tokens=False)
+        alone = self.backend.decode([token_id], skip_special_tokens=False)
+        twice = self.backend.decode([token_id, token_id], skip_special_tokens=False)
+        # Bytes of a token that only together with others are a character may form another one here.
+        return twice[len(alone) :] if twice.startswith(alone) else alone

@@ -1,0 +1,129 @@
+"""The step `preprocess`: what it answers, and that a guide which is tried out holds up nobody."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastserve.config import Config
+from fastserve.errors import RequestError
+from fastserve.text.preprocessor import Preprocessor
+from fastserve.types import Guide, Request, decode
+
+
+class Compiler:
+    """In place of the processes that try guides out: each guide waits until `release`."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+
+    def validate(self, guide: Guide, field: str) -> None:
+        assert self.release.wait(20)
+        if guide.regex == "(":
+            raise RequestError(f"`{field}`: it does not compile: unclosed group")
+        if guide.regex == "lost":
+            raise MemoryError("no room for it")
+
+    def close(self) -> None:
+        pass
+
+
+class FakeTokenizer:
+    """A token for each byte."""
+
+    vocab_size = 256
+    eos_token_ids: list[int] = []  # noqa: RUF012
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+
+@pytest.fixture
+def compiler() -> Compiler:
+    return Compiler()
+
+
+@pytest.fixture
+def step(pb_utils: Any, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    preprocess = importlib.import_module("fastserve.triton_server.preprocess")
+    tokenizer: Any = FakeTokenizer()
+    preprocessor: Any = Preprocessor(Config(), tokenizer, 64, 256)
+    preprocessor._guides = compiler
+    monkeypatch.setattr(preprocess, "_load_preprocessor", lambda: preprocessor)
+    step = preprocess.PreprocessStep()
+    step.initialize({})
+    yield step
+    compiler.release.set()
+    step.finalize()
+
+
+def request(pb_utils: Any, text: str, regex: str | None = None) -> Any:
+    parameters = {} if regex is None else {"structured_outputs": f'{{"regex": "{regex}"}}'}
+    tensor = pb_utils.Tensor("text_input", np.array([text.encode()], dtype=object))
+    return pb_utils.InferenceRequest(inputs=[tensor], parameters=parameters)
+
+
+def built(response: Any) -> Request:
+    return decode(response.output_tensors()[0].as_numpy()[0], Request)
+
+
+def test_plain_requests_are_answered_in_order_beside_guides_that_wait(
+    pb_utils: Any, step: Any, compiler: Compiler
+) -> None:
+    guided = [request(pb_utils, f"guided {index}", "a") for index in range(10)]
+    assert step.execute(guided) == [None] * 10
+    responses = step.execute([request(pb_utils, "first"), request(pb_utils, "second")])
+    assert [built(response).prompt for response in responses] == ["first", "second"]
+    assert not any(each.sender.is_final for each in guided)
+    compiler.release.set()
+    for index, each in enumerate(guided):
+        each.sender.wait()
+        [response] = each.sender.responses
+        assert built(response).prompt == f"guided {index}"
+        assert built(response).sampling.guide == Guide(regex="a")
+
+
+@pytest.mark.parametrize(
+    ("regex", "code", "sentence"),
+    [
+        ("(", "INVALID_ARG", "`structured_outputs.regex`: it does not compile"),
+        ("lost", "INTERNAL", "MemoryError"),
+    ],
+)
+def test_a_guide_that_fails_is_answered(
+    pb_utils: Any, step: Any, compiler: Compiler, regex: str, code: str, sentence: str
+) -> None:
+    compiler.release.set()
+    guided = request(pb_utils, "a", regex)
+    assert step.execute([guided]) == [None]
+    guided.sender.wait()
+    assert sentence in guided.sender.error.message()
+    assert guided.sender.error.code() == getattr(pb_utils.TritonError, code)
+
+
+def test_so_many_guides_wait_and_no_more(pb_utils: Any, step: Any, compiler: Compiler) -> None:
+    from fastserve.triton_server.preprocess import MAX_GUIDED_REQUESTS
+
+    waiting = [request(pb_utils, "a", "a") for _ in range(MAX_GUIDED_REQUESTS)]
+    assert step.execute(waiting) == [None] * MAX_GUIDED_REQUESTS
+    [refused] = step.execute([request(pb_utils, "a", "a")])
+    assert refused.error().code() == pb_utils.TritonError.UNAVAILABLE
+    assert "`structured_outputs.regex`" in refused.error().message()
+    compiler.release.set()
+    for each in waiting:
+        each.sender.wait()
+    accepted = request(pb_utils, "a", "a")
+    assert step.execute([accepted]) == [None]
+    accepted.sender.wait()
+    assert accepted.sender.error is None
+
+
+def test_what_is_refused_at_once_is_counted(pb_utils: Any, step: Any) -> None:
+    [response] = step.execute([request(pb_utils, "")])
+    assert response.error().code() == pb_utils.TritonError.INVALID_ARG
+    assert pb_utils.server.metric("fastserve_requests_total", outcome="rejected") == 1
