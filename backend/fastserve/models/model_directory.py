@@ -6,7 +6,6 @@ Imports no torch: a process that only tokenises uses it too.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastserve.cache_directory import cached
 from fastserve.models.gguf_file import GgufFile
 from fastserve.models.model_error import ModelError
 
@@ -60,7 +60,8 @@ def resolve_tokenizer_directory(model: str | Path) -> Path:
     path = resolve_model_path(str(model))
     if path.is_dir():
         return path
-    directory = _cache() / f"{GgufFile(path).header_digest()[:32]}-transformers-{version('transformers')}"
+    name = f"{GgufFile(path).header_digest()[:32]}-transformers-{version('transformers')}"
+    directory = cached(f"tokenizers/{name}")
     if not directory.is_dir():
         _convert_tokenizer(path, directory)
     return directory
@@ -144,11 +145,6 @@ def _as_list(value: int | list[int] | None) -> list[int]:
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastserve" / "tokenizers"
 
 
 def _convert_tokenizer(gguf: Path, directory: Path) -> None:

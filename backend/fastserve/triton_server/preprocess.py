@@ -15,6 +15,7 @@ from fastserve.models.model_directory import context_length
 from fastserve.text.preprocessor import Preprocessor
 from fastserve.triton_server.inputs import read_inputs, read_parameters
 from fastserve.triton_server.metrics import requests_total
+from fastserve.triton_server.stopping import refuse_if_stopping
 from fastserve.triton_server.tensors import error_response, message_tensor
 from fastserve.types import Outcome, Request
 
@@ -48,6 +49,7 @@ class PreprocessStep:
         return pb_utils.InferenceResponse(output_tensors=[message_tensor("request", request)])
 
     def _build(self, triton_request: Any) -> Request:
+        refuse_if_stopping()
         return self._preprocessor.build(
             read_inputs(triton_request),
             read_parameters(triton_request),
