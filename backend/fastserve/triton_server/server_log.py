@@ -54,7 +54,7 @@ class ServerLog:
         data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]
         self._position += len(whole)
-        if self._position >= self._longest_bytes:
+        if self._position >= self._longest_bytes and len(whole) == len(data):
             self._rotate()
         return whole.decode(errors="replace").splitlines()
 
