@@ -24,7 +24,7 @@ from fastserve.engine.loading import load_engine
 from fastserve.engine.worker import ToWorker, run_engine
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.model_files import load_tokenizer, locate
-from fastserve.models.model_directory import vocab_size
+from fastserve.models.model_directory import model_vocab_size
 from fastserve.text.postprocessor import Postprocessor, Response
 from fastserve.text.preprocessor import Preprocessor
 from fastserve.text.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ class Model:
         files = locate(config.model)
         engine = load_engine(config, files)
         tokenizer = load_tokenizer(files)
-        size = vocab_size(files.checkpoint)
+        size = model_vocab_size(files.checkpoint)
         return cls(engine, tokenizer, Preprocessor(config, tokenizer, engine.max_model_len, size))
 
     @overload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,15 @@ from fastserve.triton_server.installation import (
     server_installation,
     shared_libpython,
 )
+from fastserve.triton_server.run_directory import RunDirectory
 from fastserve.triton_server.start_error import StartError
+
+
+@pytest.fixture
+def run() -> Iterator[RunDirectory]:
+    directory = RunDirectory()
+    yield directory
+    directory.remove()
 
 
 def fake_server(root: Path, python: str) -> Path:
@@ -29,37 +38,41 @@ def fake_server(root: Path, python: str) -> Path:
     return program
 
 
-def test_a_server_on_the_path_is_used_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_on_the_path_is_used_first(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = fake_server(tmp_path, PYTHON)
     monkeypatch.setenv("PATH", str(program.parent))
-    found = server_installation(tmp_path / "links")
+    found = server_installation(run)
     assert found.executable == program
     assert found.directories == {"backend-directory": tmp_path / "backends"}
 
 
-def test_a_server_can_be_named(tmp_path: Path) -> None:
+def test_a_server_can_be_named(run: RunDirectory, tmp_path: Path) -> None:
     program = fake_server(tmp_path, PYTHON)
-    assert server_installation(tmp_path / "links", str(program)).executable == program
+    assert server_installation(run, str(program)).executable == program
     with pytest.raises(StartError, match="no program 'nowhere'"):
-        server_installation(tmp_path / "links", "nowhere")
+        server_installation(run, "nowhere")
 
 
-def test_a_server_for_another_python_is_refused(tmp_path: Path) -> None:
+def test_a_server_for_another_python_is_refused(run: RunDirectory, tmp_path: Path) -> None:
     program = fake_server(tmp_path, "3.99")
     with pytest.raises(StartError, match=r"runs Python 3\.99.*--tritonserver embedded"):
-        server_installation(tmp_path / "links", str(program))
+        server_installation(run, str(program))
 
 
-def test_a_server_without_a_python_backend_is_refused(tmp_path: Path) -> None:
+def test_a_server_without_a_python_backend_is_refused(run: RunDirectory, tmp_path: Path) -> None:
     program = fake_server(tmp_path, PYTHON)
     (tmp_path / "backends" / "python" / STUB).unlink()
     with pytest.raises(StartError, match="has no Python backend"):
-        server_installation(tmp_path / "links", str(program))
+        server_installation(run, str(program))
 
 
-def test_the_stubs_run_in_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stubs_run_in_this_environment(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONHOME", "/elsewhere")
-    environment = server_installation(tmp_path, str(fake_server(tmp_path, PYTHON))).environment()
+    environment = server_installation(run, str(fake_server(tmp_path, PYTHON))).environment(run)
     assert environment["PATH"].split(":")[0] == str(Path(sys.executable).parent)
     assert "PYTHONHOME" not in environment
 

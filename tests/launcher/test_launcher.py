@@ -164,8 +164,9 @@ def test_stopping_leaves_nothing(repository: Path) -> None:
         processes = [psutil.Process(server.process.pid), *server.process.stubs()]
         assert regions_of(processes)
     assert not any(is_alive(process) for process in processes)
-    assert not server.run_directory.exists()
+    assert not server.run_directory.path.exists()
     assert not regions_with(server)
+    assert "loading: echo" in server.log_path.read_text()
 
 
 def regions_of(processes: list[psutil.Process]) -> set[str]:
@@ -173,7 +174,7 @@ def regions_of(processes: list[psutil.Process]) -> set[str]:
 
 
 def regions_with(server: Server) -> list[Path]:
-    return list(SHARED_MEMORY.glob(f"{server._shared_memory_prefix}*"))
+    return list(SHARED_MEMORY.glob(f"{server.run_directory.region_prefix}*"))
 
 
 LAUNCHER = """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastserve.triton_server.server_log import ServerLog, worth_showing
+from fastserve.triton_server.server_log import LOGS_KEPT, ServerLog, new_log, worth_showing
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,35 @@ def test_a_line_is_given_once_and_only_when_it_is_whole(tmp_path: Path) -> None:
         file.write("o\nthree\n")
     assert log.new_lines() == ["two", "three"]
     assert log.last_lines(2) == ["two", "three"]
+
+
+def test_a_log_that_has_grown_long_goes_on_beside_what_it_held(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = ServerLog(path, longest_bytes=100)
+    with path.open("ab") as server:
+        server.write(b"x" * 99 + b"\nhalf a li")
+        server.flush()
+        assert log.new_lines() == ["x" * 99]
+        server.write(b"ne\n")
+        server.flush()
+        assert log.new_lines() == ["half a line"]
+        assert log.size() == 0
+        server.write(b"the next\n")
+        server.flush()
+    assert log.new_lines() == ["the next"]
+    assert (tmp_path / "log.1").read_bytes() == b"x" * 99 + b"\nhalf a line\n"
+
+
+def test_the_latest_logs_are_kept_and_those_in_use(tmp_path: Path) -> None:
+    in_use = ServerLog(tmp_path / "server-20200101-000000-first.log")
+    for number in range(2 * LOGS_KEPT):
+        (tmp_path / f"server-20210101-0000{number:02}-run.log").touch()
+    (tmp_path / "server-20210101-000000-run.log.1").touch()
+    log = new_log(tmp_path, "fastserve_run")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert len(left) == LOGS_KEPT + 1
+    assert left[0] == in_use.path.name
+    assert left[1:-1] == [
+        f"server-20210101-0000{number:02}-run.log" for number in range(LOGS_KEPT + 1, 2 * LOGS_KEPT)
+    ]
+    assert left[-1] == log.path.name

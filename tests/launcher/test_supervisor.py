@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -10,6 +11,7 @@ import psutil
 import pytest
 
 from fastserve.triton_server import supervisor as module
+from fastserve.triton_server.progress import Progress
 from fastserve.triton_server.server_log import ServerLog
 from fastserve.triton_server.server_process import ServerProcess
 from fastserve.triton_server.start_error import StartError
@@ -25,7 +27,10 @@ class Actor:
         self.gets_ready = gets_ready
         self.questions_left = dies_after
         self.at_ready = at_ready
+        self.at_question: Callable[[], None] | None = None
         self.terminated = self.killed = False
+        self.in_flight = 0
+        self.unloaded: list[str] = []
 
     def end(self) -> str | None:
         if self.terminated:
@@ -36,6 +41,8 @@ class Actor:
         return "tritonserver was ended by SIGSEGV" if self.questions_left < 0 else None
 
     def is_ready(self) -> bool:
+        if self.at_question:
+            self.at_question()
         if self.gets_ready and self.at_ready:
             self.at_ready()
         return self.gets_ready
@@ -43,11 +50,37 @@ class Actor:
     def stubs(self) -> dict[psutil.Process, str]:
         return {}
 
+    def work(self) -> tuple[float, int]:
+        return 0.0, 0
+
+    def requests_in_flight(self) -> float:
+        self.in_flight = max(0, self.in_flight - 1)
+        return self.in_flight
+
+    def unload(self, model: str) -> bool:
+        self.unloaded.append(model)
+        return True
+
+    def model_state(self, model: str) -> str:
+        return "UNAVAILABLE" if model in self.unloaded else "READY"
+
     def terminate(self) -> None:
         self.terminated = True
 
     def kill(self) -> None:
         self.killed = True
+
+
+class FakeClock:
+    """Time that passes whenever it is asked for."""
+
+    def __init__(self, seconds_per_look: float) -> None:
+        self.now = 0.0
+        self._seconds_per_look = seconds_per_look
+
+    def __call__(self) -> float:
+        self.now += self._seconds_per_look
+        return self.now
 
 
 class Play:
@@ -60,7 +93,15 @@ class Play:
         self.ready_seconds: list[float] = []
         self.restarts: list[Restart] = []
         self.shown: list[str] = []
-        self.supervisor = Supervisor(self.start, ServerLog(path), self, exit_timeout_seconds=5)
+        self.stopping_file = path.with_name("stopping")
+        self.supervisor = Supervisor(
+            self.start,
+            ServerLog(path),
+            self,
+            exit_timeout_seconds=5,
+            models=["fastserve", "fastserve_infer"],
+            stopping_file=self.stopping_file,
+        )
 
     def start(self) -> ServerProcess:
         self.played.append(self.actors.pop(0))
@@ -89,6 +130,80 @@ def test_it_stops_the_server_when_it_is_asked(tmp_path: Path) -> None:
     play.supervisor.run()
     assert actor.terminated
     assert actor.killed
+
+
+def test_a_server_that_has_requests_in_flight_is_told_to_leave_when_they_have_ended(tmp_path: Path) -> None:
+    actor = Actor(gets_ready=True, dies_after=None)
+    play = Play(tmp_path / "log", actor)
+    actor.in_flight = 20
+    actor.at_ready = play.supervisor.ask_stop
+    play.supervisor.run()
+    assert play.stopping_file.exists()
+    assert actor.in_flight == 0
+    assert actor.unloaded == ["fastserve_infer", "fastserve"]
+    assert actor.terminated
+    assert actor.killed
+    assert play.restarts == []
+
+
+def test_a_second_request_to_stop_waits_for_nothing(tmp_path: Path) -> None:
+    actor = Actor(gets_ready=True, dies_after=None)
+    play = Play(tmp_path / "log", actor)
+    actor.in_flight = 1_000_000
+
+    def ask_twice() -> None:
+        play.supervisor.ask_stop()
+        play.supervisor.ask_stop()
+
+    actor.at_ready = ask_twice
+    play.supervisor.run()
+    assert actor.in_flight > 0
+    assert actor.killed
+    assert not actor.terminated
+
+
+def test_what_dies_while_the_server_drains_ends_it(tmp_path: Path) -> None:
+    actor = Actor(gets_ready=True, dies_after=10)
+    play = Play(tmp_path / "log", actor)
+    actor.in_flight = 1_000_000
+    actor.at_ready = play.supervisor.ask_stop
+    play.supervisor.run()
+    assert any("SIGSEGV; what was in flight is lost" in line for line in play.shown)
+    assert len(play.played) == 1
+
+
+def test_a_server_that_is_not_ready_is_not_drained(tmp_path: Path) -> None:
+    actor = Actor(gets_ready=False, dies_after=None)
+    play = Play(tmp_path / "log", actor)
+    actor.at_question = play.supervisor.ask_stop
+    play.supervisor.run()
+    assert actor.killed
+    assert not play.stopping_file.exists()
+
+
+def test_a_start_without_progress_ends_with_the_name_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock(seconds_per_look=1.0)
+    monkeypatch.setattr(module, "Progress", partial(Progress, clock=clock))
+    play = Play(tmp_path / "log", Actor(gets_ready=False, dies_after=None))
+    with pytest.raises(StartError, match=rf"has done nothing for 60 s.*{tmp_path / 'log'}"):
+        play.supervisor.run()
+    assert clock.now < 70
+
+
+def test_a_start_that_computes_may_take_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(seconds_per_look=1.0)
+    monkeypatch.setattr(module, "Progress", partial(Progress, clock=clock))
+    actor = Actor(gets_ready=True, dies_after=None)
+    play = Play(tmp_path / "log", actor)
+    # A fiftieth of a core.
+    monkeypatch.setattr(actor, "work", lambda: (0.02 * clock.now, 0))
+    monkeypatch.setattr(actor, "is_ready", lambda: clock.now > 3600)
+    play.ready = lambda seconds: play.supervisor.ask_stop()  # type: ignore[method-assign]
+    play.supervisor.run()
+    assert clock.now > 3600
+    assert actor.terminated
 
 
 def test_a_server_that_dies_is_started_again(tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import cast
 
 import psutil
 import pytest
 
-from fastserve.triton_server.server_process import ServerProcess, is_alive
+from fastserve.triton_server import watch as module
+from fastserve.triton_server.progress import Progress
+from fastserve.triton_server.server_process import NO_ANSWER, ServerProcess, is_alive
 from fastserve.triton_server.watch import Watch
 
 
@@ -22,12 +25,18 @@ class FakeServer:
         self.state = "READY"
         self.successor: psutil.Process | None = None
         self.ended: str | None = None
+        self.computes = False
+        self.seconds = 0.0
 
     def end(self) -> str | None:
         return self.ended
 
     def stubs(self) -> dict[psutil.Process, str]:
         return {each: "engine" for each in (self.stub, self.successor) if each and is_alive(each)}
+
+    def work(self) -> tuple[float, int]:
+        self.seconds += self.computes
+        return self.seconds, 0
 
     def model_state(self, model: str) -> str:
         assert model == "engine"
@@ -48,14 +57,28 @@ def watched(child: subprocess.Popen[bytes]) -> tuple[FakeServer, Watch]:
     return server, watch
 
 
-@pytest.mark.parametrize("state", ["READY", ""])
-def test_a_stub_that_died_is_noticed_once(child: subprocess.Popen[bytes], state: str) -> None:
-    server, watch = watched(child)
-    server.state = state
+def test_a_stub_that_died_is_noticed_once(child: subprocess.Popen[bytes]) -> None:
+    _, watch = watched(child)
     child.kill()
     child.wait()
     assert watch.loss() == "the process of model `engine` ended"
     assert watch.loss() is None
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_a_server_that_gives_no_answer_is_slow_while_it_computes(
+    child: subprocess.Popen[bytes], computes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(10_000))
+    monkeypatch.setattr(module, "Progress", partial(Progress, clock=lambda: float(next(now))))
+    server, watch = watched(child)
+    server.computes, server.state = computes, NO_ANSWER
+    child.kill()
+    child.wait()
+    losses = [watch.loss() for _ in range(100)]
+    assert any(losses) is not computes
+    server.state = "READY"
+    assert watch.loss() == ("the process of model `engine` ended" if computes else None)
 
 
 @pytest.mark.parametrize("state", ["UNLOADING", "UNAVAILABLE"])

@@ -22,7 +22,6 @@ from fastserve.models.model_directory import (
     model_vocab_size,
     resolve_model_path,
     resolve_tokenizer_directory,
-    vocab_size,
 )
 from fastserve.models.model_error import ModelError
 from fastserve.models.safetensors_files import SINGLE
@@ -155,34 +154,6 @@ def test_context_length_of_a_directory(config: dict[str, Any], expected: int, tm
 
 def test_context_length_of_a_gguf_file(gguf_with_tokenizer: Path) -> None:
     assert context_length(gguf_with_tokenizer) == 16
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"model_type": "llama", "vocab_size": 77}, 77),
-        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": 55}}, 55),
-    ],
-)
-def test_vocabulary_of_a_directory(config: dict[str, Any], expected: int, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert vocab_size(tmp_path) == expected
-
-
-def test_vocabulary_of_a_gguf_file(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("token_embd.weight", np.zeros((33, 32), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert vocab_size(path) == 33
-
-
-def test_a_model_without_an_embedding_is_refused(gguf_with_tokenizer: Path) -> None:
-    with pytest.raises(ModelError, match="does not say how many tokens it knows"):
-        vocab_size(gguf_with_tokenizer)
 
 
 def test_a_model_that_states_no_length_is_refused(tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=options.exit_timeout_seconds,
         metavar="N",
-        help="for requests in flight when the server is stopped (default: %(default)s)",
+        help="for requests in flight when the server is stopped: new ones are refused meanwhile "
+        "(default: %(default)s)",
     )
     server.add_argument(
         "--log-verbose",
@@ -62,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=options.log_verbose,
         metavar="N",
         help="Triton server's level; above 0, its whole log is shown (default: %(default)s)",
+    )
+    server.add_argument(
+        "server_flags",
+        nargs="*",
+        metavar="-- FLAG",
+        help="what follows `--` is passed to tritonserver, such as --trace-config=mode=triton",
     )
     add_config_flags(parser)
 
@@ -75,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.ask_stop())
     print("Starting Triton server; Ctrl-C stops it, a second Ctrl-C at once", file=sys.stderr)
+    print(f"Its log: {server.log_path}", file=sys.stderr)
     seconds = server.wait_ready()
     command = f"curl -s {server.http_url}/v2/models/fastserve/generate -d '{EXAMPLE}'"
     print(f"FastServe is ready after {seconds:.1f} s. Try: {command}", flush=True)
@@ -98,4 +106,5 @@ def _options(arguments: argparse.Namespace) -> ServerOptions:
         tritonserver=arguments.tritonserver,
         log_verbose=arguments.log_verbose,
         exit_timeout_seconds=arguments.exit_timeout_secs,
+        server_flags=tuple(arguments.server_flags),
     )

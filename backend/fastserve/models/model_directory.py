@@ -6,7 +6,6 @@ Imports no torch: a process that only tokenises uses it too.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastserve.cache_directory import cached
 from fastserve.models.gguf_file import GgufFile
 from fastserve.models.gguf_rope import rope_parameters
 from fastserve.models.lfs_pointer import refuse_lfs_pointer
@@ -70,7 +70,7 @@ def resolve_tokenizer_directory(model: str | Path) -> Path:
         refuse_lfs_pointer(path / "tokenizer.json")
         return path
     made_by = f"{_CONVERSION}-transformers-{version('transformers')}"
-    directory = _cache() / f"{GgufFile(path).header_digest()[:32]}-{made_by}"
+    directory = cached(f"tokenizers/{GgufFile(path).header_digest()[:32]}-{made_by}")
     if not directory.is_dir():
         _convert_tokenizer(path, directory)
     return directory
@@ -159,19 +159,6 @@ def _rotary_length(length: int, rope: Mapping[str, Any]) -> int:
     return length
 
 
-def vocab_size(model: str | Path) -> int:
-    """Rows of the model's embedding: every token id that it can take is below. Raises ModelError."""
-    path = resolve_model_path(str(model))
-    if path.is_file():
-        embedding = GgufFile(path).tensors.get("token_embd.weight")
-        size = None if embedding is None else int(embedding.shape[1])
-    else:
-        size = getattr(read_transformers_config(path).get_text_config(), "vocab_size", None)
-    if size is None:
-        raise ModelError(f"{path}: it does not say how many tokens it knows")
-    return size
-
-
 def read_transformers_config(directory: Path) -> PretrainedConfig:
     """The config of a Hugging Face directory. Raises ModelError."""
     from transformers import AutoConfig
@@ -211,11 +198,6 @@ def _as_list(value: int | list[int] | None) -> list[int]:
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fastserve" / "tokenizers"
 
 
 def _convert_tokenizer(gguf: Path, directory: Path) -> None:

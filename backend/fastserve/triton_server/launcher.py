@@ -7,33 +7,37 @@ with Server(Config(), ServerOptions(ports=free_ports())) as server:
 
 from __future__ import annotations
 
-import shutil
+import os
 import sys
-import tempfile
 import threading
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import msgspec
 
+from fastserve.cache_directory import cache_directory
 from fastserve.config import Config
 from fastserve.triton_server.command_line import (
     SHARED_MEMORY_PER_MODEL,
     SHARED_MEMORY_REGIONS,
     ServerOptions,
+    check_server_flags,
     command_line,
     environment,
 )
-from fastserve.triton_server.downloads import cache_directory
 from fastserve.triton_server.installation import server_installation
-from fastserve.triton_server.repository import model_names, model_repository
-from fastserve.triton_server.server_log import ServerLog
-from fastserve.triton_server.server_process import ANY_ADDRESS, ServerProcess
-from fastserve.triton_server.start_checks import check_ports, check_shared_memory
+from fastserve.triton_server.plain_paths import plain_path
+from fastserve.triton_server.repository import compile_models, model_names, model_repository
+from fastserve.triton_server.run_directory import RunDirectory
+from fastserve.triton_server.server_log import new_log
+from fastserve.triton_server.server_process import ServerProcess
+from fastserve.triton_server.start_checks import check_ports, check_shared_memory, in_url, resolve
 from fastserve.triton_server.start_error import StartError
 from fastserve.triton_server.supervisor import Restart, Supervisor
+
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""An address that means "all" cannot be connected to everywhere; the loopback address can."""
 
 
 def echo(line: str) -> None:
@@ -67,31 +71,42 @@ class Server:
         options = self.options
         repository = options.model_repository or model_repository()
         models = model_names(repository)
-        check_ports(options.host, options.ports)
-        check_shared_memory(len(models) * SHARED_MEMORY_REGIONS * SHARED_MEMORY_PER_MODEL)
-        cache_directory().mkdir(parents=True, exist_ok=True)
-        self.run_directory = Path(tempfile.mkdtemp(prefix="run-", dir=cache_directory()))
+        check_server_flags(options.server_flags)
+        self._address = resolve(options.host)
+        check_ports(self._address, options.ports)
+        self.run_directory = RunDirectory()
         try:
-            self._prepare(repository)
-        except StartError:
-            shutil.rmtree(self.run_directory)
+            # After the run directory, whose making removes what dead runs hold of it.
+            check_shared_memory(len(models) * SHARED_MEMORY_REGIONS * SHARED_MEMORY_PER_MODEL)
+            self._prepare(repository, models)
+        except BaseException:
+            self.run_directory.remove()
             raise
         self._thread.start()
 
-    def _prepare(self, repository: Path) -> None:
-        installation = server_installation(self.run_directory, self.options.tritonserver)
-        config_file = self.run_directory / "config.json"
-        config_file.write_bytes(msgspec.json.encode(self.config))
-        self._environment = environment(installation, config_file)
-        self._shared_memory_prefix = f"fastserve_{uuid.uuid4().hex[:8]}_"
-        self._command = command_line(installation, self.options, repository, self._shared_memory_prefix)
-        self._log = ServerLog(self.run_directory / "server.log")
-        self._log.path.touch()
+    def _prepare(self, repository: Path, models: list[str]) -> None:
+        run = self.run_directory
+        installation = server_installation(run, self.options.tritonserver)
+        config_file, stopping_file = run.path / "config.json", run.path / "stopping"
+        model = self.config.model
+        if model and os.path.exists(model):
+            model = plain_path(run, "model", os.path.abspath(model))
+        config_file.write_bytes(msgspec.json.encode(msgspec.structs.replace(self.config, model=model)))
+        self._environment = environment(installation, run, config_file, stopping_file)
+        compile_models(repository)
+        link = run.link("models", repository)
+        self._command = command_line(installation, self.options, self._address, link, run.region_prefix)
+        try:
+            self._log = new_log(cache_directory() / "logs", run.path.name)
+        except OSError as error:
+            raise StartError(f"cannot write the server's log: {error}") from error
         self._supervisor = Supervisor(
             self._start_process,
             self._log,
             listener=self,
             exit_timeout_seconds=self.options.exit_timeout_seconds,
+            models=models,
+            stopping_file=stopping_file,
             show_all=self.options.log_verbose > 0,
         )
 
@@ -108,7 +123,7 @@ class Server:
             return self._ready_after
         if self._has_ended:
             raise StartError("the server was stopped before it was ready")
-        raise TimeoutError(f"the server was not ready after {timeout} s; its log: {self._log.path}")
+        raise TimeoutError(f"the server was not ready after {timeout} s; its log: {self.log_path}")
 
     def wait_restarts(self, count: int, timeout: float) -> None:
         """Waits until the server has been started anew `count` times.
@@ -123,7 +138,7 @@ class Server:
             raise TimeoutError(f"{len(self.restarts)} restarts after {timeout} s, {count} were expected")
 
     def ask_stop(self) -> None:
-        """Asks the server to finish what is in flight and to leave; asked again, it is killed.
+        """Has the server refuse new requests, finish those in flight and leave; asked again, it is killed.
 
         Returns at once, and may be called by a signal handler.
         """
@@ -151,16 +166,21 @@ class Server:
 
     @property
     def http_url(self) -> str:
-        return f"http://{self._host_to_call}:{self.options.ports.http}"
+        return f"http://{in_url(self._address_to_call)}:{self.options.ports.http}"
 
     @property
     def grpc_address(self) -> str:
         """Host and port, as `tritonclient.grpc` wants them."""
-        return f"{self._host_to_call}:{self.options.ports.grpc}"
+        return f"{in_url(self._address_to_call)}:{self.options.ports.grpc}"
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{self._host_to_call}:{self.options.ports.metrics}/metrics"
+        return f"http://{in_url(self._address_to_call)}:{self.options.ports.metrics}/metrics"
+
+    @property
+    def log_path(self) -> Path:
+        """Of the log of the server and its models; it stays there when the server has ended."""
+        return self._log.path
 
     @property
     def process(self) -> ServerProcess:
@@ -170,9 +190,8 @@ class Server:
         return self._process
 
     @property
-    def _host_to_call(self) -> str:
-        host = ANY_ADDRESS.get(self.options.host, self.options.host)
-        return f"[{host}]" if ":" in host else host
+    def _address_to_call(self) -> str:
+        return ANY_ADDRESS.get(self._address, self._address)
 
     # What the supervisor tells, in its thread.
 
@@ -195,16 +214,20 @@ class Server:
             self._supervisor.run()
         except Exception as error:  # handed over to whoever waits
             self._failure = error
-        else:
-            shutil.rmtree(self.run_directory)
         finally:
+            self.run_directory.remove()
             with self._changed:
                 self._has_ended = True
                 self._changed.notify_all()
 
     def _start_process(self) -> ServerProcess:
-        address = (self.options.host, self.options.ports.http)
+        ports, address = self.options.ports, self._address_to_call
         self._process = ServerProcess(
-            self._command, self._environment, self._log.path, address, self._shared_memory_prefix
+            self._command,
+            self._environment,
+            self._log.path,
+            (address, ports.http),
+            (address, ports.metrics),
+            self.run_directory.region_prefix,
         )
         return self._process

@@ -17,10 +17,11 @@ import triton_python_backend_utils as pb_utils
 from fastserve.config import read_config
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.model_files import load_tokenizer, locate
-from fastserve.models.model_directory import context_length, vocab_size
+from fastserve.models.model_directory import context_length, model_vocab_size
 from fastserve.text.preprocessor import ParsedRequest, Preprocessor
 from fastserve.triton_server.inputs import read_inputs, read_parameters
 from fastserve.triton_server.metrics import requests_total
+from fastserve.triton_server.stopping import refuse_if_stopping
 from fastserve.triton_server.tensors import FINAL, error_response, message_tensor
 from fastserve.types import Outcome
 
@@ -84,6 +85,7 @@ class PreprocessStep:
         return error_response(error)
 
     def _parse(self, triton_request: Any) -> ParsedRequest:
+        refuse_if_stopping()
         return self._preprocessor.parse(
             read_inputs(triton_request),
             read_parameters(triton_request),
@@ -104,7 +106,7 @@ def _load_preprocessor() -> Preprocessor:
         config,
         load_tokenizer(files),
         config.max_model_len or context_length(files.checkpoint),
-        vocab_size(files.checkpoint),
+        model_vocab_size(files.checkpoint),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 from pathlib import Path
 
 import fastserve
@@ -23,3 +24,13 @@ def model_names(repository: Path) -> list[str]:
     if not names:
         raise StartError(f"no model in {repository}: give --model-repository a directory of models")
     return names
+
+
+def compile_models(repository: Path) -> None:
+    """Compiles the models' Python files, which else their first import would do.
+
+    That writes into the repository, and the server takes a model whose folder has changed for a new one: it
+    would load `engine` a second time when `readiness` is loaded anew.
+    """
+    # Where it cannot be written there is no harm: the import cannot either.
+    compileall.compile_dir(repository, maxlevels=4, quiet=2)

@@ -17,16 +17,17 @@ import psutil
 
 from fastserve.triton_server import tether
 from fastserve.triton_server.installation import STUB
-from fastserve.triton_server.start_checks import SHARED_MEMORY
+from fastserve.triton_server.run_directory import remove_regions
 
 REQUEST_SECONDS = 2.0
-"""For the server to answer a question about its state."""
+"""For the server to answer a question about its state; it is asked again then."""
+NO_REPLY = (OSError, http.client.HTTPException)
 KILL_SECONDS = 10.0
 """For killed processes to be gone."""
 NO_ANSWER = ""
 """In place of the state of a model."""
-ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""An address that means "all" cannot be connected to everywhere; the loopback address can."""
+IN_FLIGHT = ("fastserve_requests_waiting", "fastserve_requests_running", "fastserve_requests_preempted")
+"""What the names of the gauges of requests begin with."""
 
 
 class ServerProcess:
@@ -38,11 +39,12 @@ class ServerProcess:
         environment: Mapping[str, str],
         log: Path,
         address: tuple[str, int],
+        metrics_address: tuple[str, int],
         prefix: str,
     ) -> None:
-        """Starts it. `address`: of its HTTP service; `prefix`: of its shared-memory regions."""
-        host, self._port = address
-        self._host = ANY_ADDRESS.get(host, host)
+        """Starts it. `address`: to call its HTTP service at; `prefix`: of its shared-memory regions."""
+        self._address = address
+        self._metrics_address = metrics_address
         self._prefix = prefix
         tethered = [sys.executable, "-I", tether.__file__, str(os.getpid()), *command]
         with log.open("ab") as output:
@@ -84,22 +86,53 @@ class ServerProcess:
         """Whether the server says that it and all its models are ready."""
         try:
             return self._request("GET", "/v2/health/ready")[0] == 200
-        except (OSError, http.client.HTTPException):
+        except NO_REPLY:
             return False
 
     def model_state(self, model: str) -> str:
         """READY, LOADING, UNLOADING, UNAVAILABLE or NO_ANSWER."""
         try:
             status, body = self._request("POST", "/v2/repository/index")
-        except (OSError, http.client.HTTPException):
+        except NO_REPLY:
             return NO_ANSWER
         models = json.loads(body) if status == 200 else []
         return next(
             (entry.get("state", "UNAVAILABLE") for entry in models if entry["name"] == model), NO_ANSWER
         )
 
+    def unload(self, model: str) -> bool | None:
+        """Unloads a model once the requests in it have ended; new ones are refused at once.
+
+        False: the server refuses that. None: it did not answer.
+        """
+        try:
+            return self._request("POST", f"/v2/repository/models/{model}/unload")[0] == 200
+        except NO_REPLY:
+            return None
+
+    def requests_in_flight(self) -> float | None:
+        """FastServe's gauges of requests that wait or run, together; None: the server did not answer."""
+        try:
+            page = self._request("GET", "/metrics", self._metrics_address)[1].decode()
+        except ConnectionRefusedError:
+            return 0.0  # a server without a metrics port does not say
+        except NO_REPLY:
+            return None
+        samples = (line.rpartition(" ") for line in page.splitlines() if line.startswith(IN_FLIGHT))
+        return sum(float(value) for _, _, value in samples)
+
+    def work(self) -> tuple[float, int]:
+        """Seconds of CPU and bytes read so far, of all processes of the group that live."""
+        seconds, read = 0.0, 0
+        for member in self._members():
+            with contextlib.suppress(psutil.Error):
+                times = member.cpu_times()
+                seconds += times.user + times.system
+                read += member.io_counters().read_chars
+        return seconds, read
+
     def terminate(self) -> None:
-        """Asks the server to finish the requests in flight and to leave."""
+        """Asks the server to leave."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGTERM)
 
@@ -113,8 +146,7 @@ class ServerProcess:
         # A worker may hold a GPU's memory until it is really gone, and the next server needs that.
         while any(is_alive(member) for member in members) and time.monotonic() < deadline:
             time.sleep(0.01)
-        for region in SHARED_MEMORY.glob(f"{self._prefix}*"):
-            region.unlink(missing_ok=True)
+        remove_regions(self._prefix)
 
     def _members(self) -> list[psutil.Process]:
         members = []
@@ -124,8 +156,8 @@ class ServerProcess:
                     members.append(process)
         return members
 
-    def _request(self, method: str, path: str) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=REQUEST_SECONDS)
+    def _request(self, method: str, path: str, address: tuple[str, int] | None = None) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(*(address or self._address), timeout=REQUEST_SECONDS)
         try:
             connection.request(method, path)
             response = connection.getresponse()

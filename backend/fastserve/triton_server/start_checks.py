@@ -35,27 +35,42 @@ def free_ports(host: str = "127.0.0.1") -> Ports:
             each.close()
 
 
-def check_ports(host: str, ports: Ports) -> None:
-    """Raises StartError when a port is taken or given twice; the sentence names its flag."""
+def resolve(host: str) -> str:
+    """The address of a host, IPv4 or IPv6, in numbers. Raises StartError when it has none."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise StartError(f"no address for {host}: {error.strerror}; give another with --host") from error
+
+
+def check_ports(address: str, ports: Ports) -> None:
+    """Raises StartError when a port is taken or given twice; the sentence names its flag.
+
+    `address` as `resolve` gives it.
+    """
     taken: dict[int, str] = {}
     for flag, port in ports.flags().items():
         if port in taken:
             raise StartError(f"{flag} and {taken[port]} are both {port}: give each its own port")
         taken[port] = flag
         try:
-            _bind_once(host, port)
+            _bind_once(address, port)
         except OSError as error:
             raise StartError(
-                f"cannot listen on {host}:{port}: {error.strerror}; give another port with {flag}"
+                f"cannot listen on {in_url(address)}:{port}: {error.strerror}; give another port with {flag}"
             ) from error
 
 
-def _bind_once(host: str, port: int) -> None:
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    with socket.socket(family) as probe:
+def in_url(address: str) -> str:
+    """An address as it stands before the port."""
+    return f"[{address}]" if ":" in address else address
+
+
+def _bind_once(address: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         # As the server does: a port whose last connection has just been closed is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
+        probe.bind((address, port))
 
 
 def check_shared_memory(needed: int) -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from fastserve.triton_server.drain import Drain
+from fastserve.triton_server.progress import STALL_SECONDS, Progress
 from fastserve.triton_server.server_log import ServerLog, worth_showing
 from fastserve.triton_server.server_process import ServerProcess
 from fastserve.triton_server.start_error import StartError
 from fastserve.triton_server.watch import Watch
 
 POLL_SECONDS = 0.1
-EXIT_GRACE_SECONDS = 5.0
-"""For the server to leave after its exit timeout, before it is killed."""
-START_LOSS_SECONDS = 5.0
-"""A stub that ends while models load makes the server leave by itself; it has so long to do it."""
+LEAVE_SECONDS = 1.2
+"""For a server that has nothing in flight to leave by itself, before it is killed."""
 SHORT_LIFE_SECONDS = 5.0
 """A server that dies so soon after it was ready is started again after a pause."""
 LONGEST_PAUSE_SECONDS = 16.0
@@ -56,19 +57,28 @@ class Supervisor:
         log: ServerLog,
         listener: Listener,
         exit_timeout_seconds: float,
+        models: Sequence[str],
+        stopping_file: Path,
         show_all: bool = False,
     ) -> None:
-        """`show_all`: every line of the log is shown, not only warnings and errors."""
+        """`models` and `stopping_file` are for the `Drain`, which has `exit_timeout_seconds`.
+
+        `show_all`: every line of the log is shown, not only warnings and errors.
+        """
         self._start = start
         self._log = log
         self._listener = listener
         self._exit_timeout_seconds = exit_timeout_seconds
+        self._models = models
+        self._stopping_file = stopping_file
         self._show_all = show_all
         self._stops_asked = 0
         self._has_been_ready = False
+        self._is_ready = False
+        """The server that runs now: one that is not has accepted nothing."""
 
     def ask_stop(self) -> None:
-        """Makes `run` stop the server and return; asked again, the server is killed."""
+        """Makes `run` drain the server, stop it and return; asked again, the server is killed."""
         # A plain number, no lock: a signal handler may call this in the middle of anything.
         self._stops_asked += 1
 
@@ -78,7 +88,7 @@ class Supervisor:
         since = time.monotonic()
         failed_starts = short_lives = 0
         while not self._stops_asked:
-            process = self._start()
+            process, self._is_ready = self._start(), False
             watch = Watch(process)
             next_loss = self._wait_until_ready(process, watch)
             if next_loss:
@@ -90,7 +100,7 @@ class Supervisor:
                 next_loss = self._wait_until_lost(watch)
                 short_lives = short_lives + 1 if time.monotonic() - ready_at < SHORT_LIFE_SECONDS else 0
             if next_loss is None:
-                self._stop(process)
+                self._stop(process, watch)
                 return
             loss, since = next_loss, time.monotonic()
             self._end_lost(process, loss, try_again=self._has_been_ready and failed_starts < STARTS_TRIED)
@@ -98,20 +108,18 @@ class Supervisor:
 
     def _wait_until_ready(self, process: ServerProcess, watch: Watch) -> str | None:
         """Returns None when the server is ready or shall stop, else what has died."""
-        stub_loss, deadline = "", 0.0
+        progress = Progress(process.work, self._log.size)
         while not self._stops_asked:
             self._show_log()
             loss = watch.loss()
-            end = process.end()
-            if end:
-                return end
-            if loss and not stub_loss:
-                stub_loss, deadline = loss, time.monotonic() + START_LOSS_SECONDS
-            if stub_loss and time.monotonic() > deadline:
-                return stub_loss
+            if loss:
+                return loss
             if process.is_ready():
+                self._is_ready = True
                 watch.search()
                 return None
+            if progress.seconds_without() > STALL_SECONDS:
+                return f"tritonserver does not get ready, and has done nothing for {STALL_SECONDS:.0f} s"
             time.sleep(POLL_SECONDS)
         return None
 
@@ -145,17 +153,45 @@ class Supervisor:
             )
         self._listener.show(f"FastServe: {loss}; starting the server anew")
 
-    def _stop(self, process: ServerProcess) -> None:
-        self._listener.show(
-            f"FastServe: stopping; requests in flight have {self._exit_timeout_seconds:.0f} s to finish"
-        )
-        process.terminate()
-        deadline = time.monotonic() + self._exit_timeout_seconds + EXIT_GRACE_SECONDS
-        while process.end() is None and self._stops_asked < 2 and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+    def _stop(self, process: ServerProcess, watch: Watch) -> None:
+        if self._is_ready:
+            self._listener.show(
+                f"FastServe: stopping; requests in flight have {self._exit_timeout_seconds:.0f} s to finish"
+            )
+            if self._drain(process, watch):
+                process.terminate()
+                self._wait_stop(lambda: process.end() is not None, LEAVE_SECONDS)
         # Also when it left by itself: nothing that it started may outlive it.
         process.kill()
         self._show_log()
+
+    def _drain(self, process: ServerProcess, watch: Watch) -> bool:
+        """Waits until nothing is in flight. False: the time is over, or what was in flight is lost."""
+        drain = Drain(process, self._models, self._stopping_file)
+        losses: list[str] = []
+
+        def is_over() -> bool:
+            self._show_log()
+            losses.extend(filter(None, [watch.loss()]))
+            return bool(losses) or drain.is_done()
+
+        is_in_time = self._wait_stop(is_over, self._exit_timeout_seconds)
+        if losses:
+            self._listener.show(f"FastServe: {losses[0]}; what was in flight is lost")
+        elif not is_in_time and self._stops_asked < 2:
+            self._listener.show(
+                f"FastServe: requests that had not finished after {self._exit_timeout_seconds:.0f} s are lost"
+            )
+        return is_in_time and not losses
+
+    def _wait_stop(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Whether the condition came true in time, and before a stop was asked for again."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self._stops_asked >= 2 or time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds

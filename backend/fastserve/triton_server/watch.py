@@ -9,10 +9,14 @@ import time
 
 import psutil
 
+from fastserve.triton_server.progress import Progress
 from fastserve.triton_server.server_process import NO_ANSWER, ServerProcess, is_alive
 
 SEARCH_SECONDS = 1.0
 """Between two looks for new stubs."""
+SILENCE_SECONDS = 10.0
+"""Without an answer and without progress, of a server that has lost a stub: while models load it may wait for
+that for ever."""
 
 
 class Watch:
@@ -22,6 +26,8 @@ class Watch:
         self._server = server
         self._stubs: dict[psutil.Process, str] = {}
         self._next_search = 0.0
+        self._silence: Progress | None = None
+        """What the server computes while it does not answer."""
 
     def search(self) -> None:
         """Looks for new stubs. One that dies before it is found here goes unnoticed."""
@@ -43,9 +49,16 @@ class Watch:
     def _model_is_lost(self, stub: psutil.Process, model: str) -> bool:
         # A stub also ends when somebody unloads its model, or loads it anew, and that is as it should be.
         state = self._server.model_state(model)
+        if state == NO_ANSWER and not self._is_stalled():
+            return False  # it loads models still, or the machine is slow: asked again at the next look
         if state == "LOADING":
-            return False  # asked again at the next look
+            return False  # as well
+        self._silence = None
         del self._stubs[stub]
         self.search()
         # Our models have one instance each: a stub that is there has taken the dead one's place.
         return state == NO_ANSWER or (state == "READY" and model not in self._stubs.values())
+
+    def _is_stalled(self) -> bool:
+        self._silence = self._silence or Progress(self._server.work, lambda: 0)
+        return self._silence.seconds_without() > SILENCE_SECONDS

@@ -2,3 +2,9 @@
 
 Import a module of this package only when a kernel is needed: numba takes half a second.
 """
+
+from pathlib import Path
+
+from fastserve_kernels.cpu_kernels.kernel_cache import choose_cache_directory
+
+choose_cache_directory(Path(__file__).parent)

@@ -1,0 +1,84 @@
+"""The command line of `tritonserver`: addresses, and flags that are passed through."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fastserve import cli
+from fastserve.commands import serve
+from fastserve.triton_server.command_line import (
+    SET_BY_FASTSERVE,
+    ServerOptions,
+    check_server_flags,
+    command_line,
+)
+from fastserve.triton_server.installation import Installation
+from fastserve.triton_server.start_error import StartError
+
+
+def words(address: str = "127.0.0.1", *server_flags: str) -> list[str]:
+    options = ServerOptions(server_flags=server_flags)
+    return command_line(Installation(Path("tritonserver"), {}), options, address, Path("models"), "prefix_")
+
+
+@pytest.mark.parametrize(
+    ("address", "http", "grpc"),
+    [("0.0.0.0", "0.0.0.0", "0.0.0.0"), ("::1", "ipv6:::1", "[::1]"), ("::", "ipv6:::", "[::]")],
+)
+def test_each_service_has_its_own_form_of_an_address(address: str, http: str, grpc: str) -> None:
+    line = words(address)
+    assert f"--http-address={http}" in line
+    assert f"--metrics-address={http}" in line
+    assert f"--grpc-address={grpc}" in line
+
+
+def test_every_flag_that_fastserve_sets_is_refused_by_name() -> None:
+    own = {word.removeprefix("--").partition("=")[0] for word in words()[1:]} - {"backend-config"}
+    assert own <= set(SET_BY_FASTSERVE)
+    for name in SET_BY_FASTSERVE:
+        for word in (f"--{name}", f"--{name}=1"):
+            with pytest.raises(StartError, match=f"--{name} of tritonserver is set by FastServe"):
+                check_server_flags(["--log-info=true", word])
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--http-port=1", "use --http-port before the `--`"),
+        ("--grpc-addr=::1", "--grpc-address of tritonserver .*: use --host before the `--`"),
+        ("--backend-config=python,shm-default-byte-size=1", "python,shm-.* is set by FastServe"),
+        ("echo", "got 'echo': flags of tritonserver"),
+    ],
+)
+def test_the_sentence_says_what_to_use_instead(flag: str, sentence: str) -> None:
+    with pytest.raises(StartError, match=sentence):
+        check_server_flags([flag])
+
+
+def test_other_flags_come_last() -> None:
+    flags = ("--trace-config", "level=TIMESTAMPS", "--log-info=false", "--backend-config=onnxruntime,x=1")
+    check_server_flags(flags)
+    assert words("127.0.0.1", *flags)[-4:] == list(flags)
+
+
+def test_what_follows_two_dashes_goes_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[ServerOptions] = []
+
+    def run(arguments: object) -> int:
+        options.append(serve._options(arguments))  # type: ignore[arg-type]
+        return 0
+
+    monkeypatch.setattr(serve, "run", run)
+    assert cli.main(["serve", "--http-port", "9000", "--", "--trace-config", "rate=1", "--log-info=0"]) == 0
+    assert cli.main(["serve", "--http-port", "9000"]) == 0
+    assert [each.server_flags for each in options] == [("--trace-config", "rate=1", "--log-info=0"), ()]
+    assert options[0].ports.http == 9000
+
+
+def test_the_help_shows_where_they_go(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    assert re.search(r"\[-- FLAG", capsys.readouterr().out)

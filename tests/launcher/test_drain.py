@@ -1,0 +1,93 @@
+"""A drain ends when nothing is in flight, not before, and refuses what is new."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastserve.errors import ErrorCode, RequestError
+from fastserve.triton_server.drain import Drain
+from fastserve.triton_server.stopping import STOPPING_VARIABLE, refuse_if_stopping
+
+ALL = ["engine", "fastserve", "fastserve_infer", "preprocess"]
+
+
+class FakeServer:
+    """A server whose gauges, states and answers are what the test says."""
+
+    def __init__(self) -> None:
+        self.in_flight: float | None = 0
+        self.answers: bool | None = True
+        self.states: dict[str, str] = {}
+        self.unloaded: list[str] = []
+
+    def requests_in_flight(self) -> float | None:
+        return self.in_flight
+
+    def unload(self, model: str) -> bool | None:
+        self.unloaded.append(model)
+        return self.answers
+
+    def model_state(self, model: str) -> str:
+        return self.states.get(model, "UNAVAILABLE")
+
+
+def test_new_requests_are_refused_from_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STOPPING_VARIABLE, str(tmp_path / "stopping"))
+    refuse_if_stopping()
+    Drain(FakeServer(), ALL, tmp_path / "stopping")
+    with pytest.raises(RequestError, match="the server is stopping") as error:
+        refuse_if_stopping()
+    assert error.value.code is ErrorCode.UNAVAILABLE
+
+
+def test_without_a_launcher_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(STOPPING_VARIABLE, raising=False)
+    refuse_if_stopping()
+
+
+@pytest.mark.parametrize("in_flight", [1.0, None])
+def test_nothing_is_unloaded_while_the_gauges_say_that_requests_run_or_say_nothing(
+    tmp_path: Path, in_flight: float | None
+) -> None:
+    server = FakeServer()
+    server.in_flight = in_flight
+    drain = Drain(server, ALL, tmp_path / "stopping")
+    assert not drain.is_done()
+    assert server.unloaded == []
+    server.in_flight = 0
+    assert drain.is_done()
+    assert server.unloaded == ["fastserve_infer", "fastserve"]
+
+
+@pytest.mark.parametrize("state", ["UNLOADING", "READY", ""])
+def test_a_model_that_is_not_unloaded_has_requests_in_flight(tmp_path: Path, state: str) -> None:
+    server = FakeServer()
+    server.states["fastserve"] = state
+    drain = Drain(server, ALL, tmp_path / "stopping")
+    assert not drain.is_done()
+    server.states["fastserve"] = "UNAVAILABLE"
+    assert drain.is_done()
+
+
+def test_a_server_that_does_not_answer_is_asked_again(tmp_path: Path) -> None:
+    server = FakeServer()
+    server.answers = None
+    drain = Drain(server, ALL, tmp_path / "stopping")
+    assert not drain.is_done()
+    server.answers = True
+    assert drain.is_done()
+
+
+def test_a_server_that_lets_nobody_unload_is_drained_by_its_gauges(tmp_path: Path) -> None:
+    server = FakeServer()
+    server.answers = False
+    server.states = dict.fromkeys(ALL, "READY")
+    assert Drain(server, ALL, tmp_path / "stopping").is_done()
+
+
+def test_all_models_of_another_repository_are_unloaded(tmp_path: Path) -> None:
+    server = FakeServer()
+    assert Drain(server, ["echo", "other"], tmp_path / "stopping").is_done()
+    assert server.unloaded == ["echo", "other"]
