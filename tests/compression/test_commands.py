@@ -14,7 +14,7 @@ import pytest
 from fastserve import cli
 from fastserve.commands import compress as compress_command
 from fastserve.compression.evaluation import evaluate
-from fastserve.compression.recipe import Recipe
+from fastserve.compression.recipe import Recipe, parse_recipe
 from fastserve.compression.report import Report
 from fastserve.compression.step import RecipeError
 from fastserve.compression.text import evaluation_text, token_windows
@@ -108,7 +108,7 @@ def test_compress_without_evaluation_reports_what_the_steps_did(
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     out = tmp_path / "small"
     words = ["compress", str(model), "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(out)]
-    assert cli.main([*words, "--device", "cpu", "--no-evaluate"]) == 0
+    assert cli.main([*words, "--device", "cpu", "--evaluate", "none"]) == 0
     report = msgspec.json.decode((out / "report.json").read_bytes(), type=Report)
     assert report.after.perplexity is None
     assert "3 x mlp.down_proj" in capsys.readouterr().out
@@ -140,6 +140,22 @@ def test_the_command_line_replaces_what_the_recipe_says() -> None:
     assert recipe.calibration.files == ("a", "b")
     assert recipe.evaluation.files == ("c",)
     assert recipe.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("extent", "said", "expected"),
+    [("quick", 0, 2048), ("quick", 512, 512), ("full", 9000, 9000), ("full", 0, 0)],
+)
+def test_a_quick_evaluation_takes_no_more_than_the_recipe_says(
+    extent: compress_command.Extent, said: int, expected: int
+) -> None:
+    recipe = parse_recipe({"steps": [{"step": "round"}], "evaluation": {"tokens": said}})
+    assert compress_command.evaluation_of(recipe, extent).tokens == expected
+
+
+def test_an_evaluation_is_quick_unless_another_is_asked_for() -> None:
+    assert parsed("--preset", "int8").evaluate == "quick"
+    assert parsed("--preset", "int8", "--evaluate", "full").evaluate == "full"
 
 
 @pytest.mark.parametrize("words", [("--samples", "0"), ("--seed", "-1")])

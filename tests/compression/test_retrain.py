@@ -145,7 +145,6 @@ def test_a_killed_run_ends_in_the_same_bytes(
     for name in files:
         assert (killed.directory / name).read_bytes() == (whole.directory / name).read_bytes()
     assert losses(killed) == losses(whole)
-    assert not list(killed.directory.glob("*.pt"))
 
 
 def test_codes_cannot_be_trained(source: SourceState, tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastserve.compression.sensitivity import Sensitivity, sensitivities
-from fastserve.compression.state import State, StateWriter, write_part
+from fastserve.compression.state import SCRATCH, State, StateWriter, write_part
 from fastserve.compression.step import Context
 
-FILE = "importance.safetensors"
+FILE = f"{SCRATCH}importance.safetensors"
 See = Callable[[int, dict[str, Sensitivity]], None]
 
 

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from fastserve import heap
 from fastserve.compression.calls import Calls
-from fastserve.compression.importance import FILE, Importance, measured
+from fastserve.compression.importance import Importance, measured
 from fastserve.compression.layer import Layer
 from fastserve.compression.linear_report import linear_report
 from fastserve.compression.skeleton import Skeleton
-from fastserve.compression.state import State, StateWriter, read_part, write_part
+from fastserve.compression.state import SCRATCH, State, StateWriter, read_part, write_part
 from fastserve.compression.step import Context, LayerStep
 from fastserve_kernels.formats import Dense, Weight
 
-HIDDEN = "hidden.safetensors"
+HIDDEN = f"{SCRATCH}hidden.safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,6 @@ def run_layers(step: LayerStep, before: State, after: StateWriter, context: Cont
         context.progress.advance(task)
     after.write_outer(before.outer())
     after.write_config(before.config)
-    (after.directory / HIDDEN).unlink()
-    (after.directory / FILE).unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -23,12 +23,12 @@ from fastserve.compression.layer import Layer
 from fastserve.compression.patterns import mask_of
 from fastserve.compression.quantizing_step import Bits
 from fastserve.compression.sensitivity import Sensitivity
-from fastserve.compression.state import State, StateWriter, read_part, write_part
+from fastserve.compression.state import SCRATCH, State, StateWriter, read_part, write_part
 from fastserve.compression.step import Context, RecipeError
 from fastserve_kernels.formats import IntRows
 from fastserve_kernels.int_rows import rows_by_width
 
-FILE = "bits.safetensors"
+FILE = f"{SCRATCH}bits.safetensors"
 RATIOS = (1.0, 0.9, 0.8, 0.7)
 """Of ranges, in an estimate: `grid.RATIOS` would take longer and change little."""
 BITS_OF_A_WIDTH = 8
@@ -96,7 +96,6 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         given = dict(read_part(after.directory / FILE))
         fields = {name: getattr(self, name) for name in Gptq.__struct_fields__ if name != "bits"}
         _Allocated(**fields, per=self.per, given=given).run(before, after, context)
-        (after.directory / FILE).unlink()
 
     def _costs_of(self, weight: Tensor, sensitivity: Sensitivity) -> Tensor:
         """Nats [N, W] that each width costs a row, or [1, W] the linear."""

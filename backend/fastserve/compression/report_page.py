@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from fastserve.atomic_write import write_bytes
 from fastserve.compression.linear_report import LinearReport
 from fastserve.compression.report import Report, StepReport, by_kind, whole_rows
 from fastserve.compression.svg_plot import Plot, Series, svg
@@ -40,7 +41,7 @@ svg .grid { stroke: var(--rule); }
 
 def write_page(report: Report, directory: Path) -> None:
     """Writes `report.html`."""
-    (directory / FILE).write_text(page(report), encoding="utf-8")
+    write_bytes(directory / FILE, page(report).encode())
 
 
 def page(report: Report) -> str:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastserve import heap
 from fastserve.compression.calls import Calls
 from fastserve.compression.skeleton import Skeleton
-from fastserve.compression.state import State, dense
+from fastserve.compression.state import State, dense, save_tensors
 
 LEAST = 1e-30
 """Added to |g|^2, so that a linear that nothing depends on has a gram too."""
@@ -51,7 +51,7 @@ def sensitivities(
     hidden, calls = skeleton.embed(outer["model.embed_tokens.weight"], token_ids)
     files = [scratch / f"states-{index:04d}.safetensors" for index in range(state.num_layers)]
     for index, file in enumerate(files):
-        save_file({"hidden": hidden}, file)
+        save_tensors({"hidden": hidden}, file, {})
         layer = Calls(skeleton.materialize(index, state.dense_layer(index)), calls[index])
         with torch.no_grad():
             for sequence in hidden.split(1):

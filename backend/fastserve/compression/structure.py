@@ -10,7 +10,6 @@ All layers get the same shape, for an ordinary config cannot say otherwise.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from typing import Annotated, ClassVar
 
@@ -34,12 +33,12 @@ from fastserve.compression.model_shape import (
     heads_per_kv_head,
     parameters,
 )
-from fastserve.compression.state import SavedState, State, StateWriter, read_notes
+from fastserve.compression.state import SCRATCH, SavedState, State, StateWriter, read_notes
 from fastserve.compression.step import Context, Kind, LayerStep, RecipeError, Step
 from fastserve.compression.structure_survey import Sizes, choose_shape, sizes_within, survey
 from fastserve_kernels.formats import Dense
 
-UNCUT = "uncut"
+UNCUT = f"{SCRATCH}uncut"
 """The directory, within the step's own, of the model with zeros for what is to leave."""
 
 
@@ -87,7 +86,6 @@ class Structure(Step, frozen=True, kw_only=True, tag="structure"):
             after.write_layer(index, cut(masked.layer(old), shape, before.config))
         after.write_outer(masked.outer())
         after.write_config(shape.config(before.config))
-        shutil.rmtree(uncut)
 
     def _candidates(self, config: PretrainedConfig) -> list[Sizes]:
         if self.parameters is not None:

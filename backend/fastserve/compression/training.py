@@ -9,7 +9,6 @@ on from its checkpoint.
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,9 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from fastserve.atomic_write import atomic_write
+from fastserve.compression.state import SCRATCH
+
 if TYPE_CHECKING:
     from fastserve.compression.training_step import TrainingStep
 
@@ -31,7 +33,7 @@ CHECKPOINT_SECONDS = 300
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_THRESHOLD = 32 << 20
 """Bytes; glibc refuses more."""
-CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
+CHECKPOINT, BEST = f"{SCRATCH}checkpoint.pt", f"{SCRATCH}best.pt"
 
 Loss = Callable[[Tensor], Tensor]
 """Maps windows [n, T] int64 to their mean loss."""
@@ -92,13 +94,9 @@ class Training:
             self._minutes = time.process_time() / 60 - started
             if time.monotonic() > self._saved + CHECKPOINT_SECONDS:
                 self._save_checkpoint()
+        self._save_checkpoint()
         self._load(torch.load(self._directory / BEST, weights_only=True))
         return self._points
-
-    def clear(self) -> None:
-        """Removes the checkpoints."""
-        for name in (CHECKPOINT, BEST):
-            (self._directory / name).unlink(missing_ok=True)
 
     def _done(self) -> float:
         """Share of the budget that is spent."""
@@ -202,7 +200,7 @@ def _shuffled(samples: int, seed: int, epoch: int) -> Tensor:
 
 
 def _save(path: Path, value: Any) -> None:
-    """Atomically."""
-    unfinished = path.with_suffix(".unfinished")
-    torch.save(value, unfinished)
-    os.replace(unfinished, path)
+    """Writes a file of torch's, whole or not at all. Raises WriteError."""
+    # Through a file of Python's: given a path, torch does not say why it could not write.
+    with atomic_write(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save(value, file)

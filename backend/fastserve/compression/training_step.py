@@ -92,7 +92,6 @@ class TrainingStep(Step, frozen=True, kw_only=True):
         curve = training.run(context.training, context.held_out, context.progress)
         after.note("losses", [asdict(point) for point in curve])
         write_trained(model.model, student, after)
-        training.clear()
 
 
 def frozen_model(state: State, device: torch.device) -> PreTrainedModel:
