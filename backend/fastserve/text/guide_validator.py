@@ -1,7 +1,7 @@
 """Trying guides out in a process that may die of it.
 
-Some grammars overflow the stack of llguidance's compiler, which ends the process, and others keep it busy
-for hours: no bound on the size of a grammar tells which. So a guide is compiled in a child process first,
+The compiler of llguidance 1.9 was seen to end its process over a guide, and to stay busy over one for hours;
+no bound on the size of a guide tells which. So a guide is compiled in a child process first,
 with less stack than others have and little time. What passes there, an engine may compile.
 """
 
