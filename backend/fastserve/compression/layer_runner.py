@@ -18,7 +18,7 @@ from fastserve.compression.calls import Calls
 from fastserve.compression.importance import Importance, measured
 from fastserve.compression.layer import Layer
 from fastserve.compression.linear_report import linear_report
-from fastserve.compression.skeleton import Skeleton
+from fastserve.compression.skeleton import EMBEDDING, Skeleton
 from fastserve.compression.state import SCRATCH, State, StateWriter, read_part, write_part
 from fastserve.compression.step import Context, LayerStep
 from fastserve_kernels.formats import Dense, Weight
@@ -76,7 +76,7 @@ def survey_layers(name: str, state: State, context: Context, importance: Importa
 
 
 def _embedding(state: State) -> Tensor:
-    weight = state.outer()["model.embed_tokens"]
+    weight = state.outer()[EMBEDDING]
     assert isinstance(weight, Weight)
     return weight.weight if isinstance(weight, Dense) else weight.dequantize()
 

@@ -22,7 +22,9 @@ class SourceState(State):
     """A GGUF file, whose blocks are dequantised, or a Hugging Face directory of dense weights."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ModelError if it cannot be read, RecipeError if its weights are quantised already."""
+        """Raises ModelError if it cannot be read, RecipeError if no step can take it: its weights are
+        quantised already, its architecture is another, or tensors are missing or of another shape.
+        """
         self.path = path
         self._checkpoint: Checkpoint
         if path.is_file():
@@ -32,6 +34,8 @@ class SourceState(State):
             self.config, self._checkpoint = read_transformers_config(path), SafetensorsCheckpoint(path)
         if getattr(self.config, "quantization_config", None) is not None:
             raise RecipeError(f"model: {path} is quantised already; allowed: a model with dense weights")
+        self.skeleton.check()
+        self._check_tensors()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,9 +67,24 @@ class SourceState(State):
                 parts[name] = tensor
         return parts
 
+    def _check_tensors(self) -> None:
+        skeleton, shapes = self.skeleton, self._checkpoint.shapes
+        tensors = skeleton.model.state_dict()
+        names = [
+            f"{skeleton.prefix}{index}.{name}"
+            for index in range(skeleton.num_layers)
+            for name in skeleton.tensors(index)
+        ]
+        for name in (*skeleton.outer_tensors(), *names):
+            wanted = tuple(tensors[name].shape)
+            if name not in shapes:
+                raise RecipeError(f"model: {self.path} has no tensor {name}; needed: one of shape {wanted}")
+            if tuple(shapes[name]) != wanted:
+                raise RecipeError(
+                    f"model: {self.path}: {name} has the shape {tuple(shapes[name])}; needed: {wanted}"
+                )
+
     def _read(self, name: str) -> Tensor:
-        if name not in self._checkpoint.shapes:
-            raise RecipeError(f"model: {self.path} has no tensor {name}")
         tensor = torch.empty(self._checkpoint.shapes[name], dtype=self.dtype)
         self._checkpoint.read(name, tensor)
         return tensor
