@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,30 @@ def test_compress_writes_a_checkpoint_and_its_report(model: Path, tmp_path: Path
     assert set(report.after.tokens_per_second) == {"1", "16"}
     assert len(report.steps[0].linears) == 3 * 7
     assert "Output error" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_result_that_will_be_larger_is_said_before_it_is_made(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["compress", str(model), "--device", "cpu", "--evaluate", "none", "--samples", "2"]
+    (tmp_path / "int4.yaml").write_text("steps: [{step: round, bits: 4}, {step: embedding, bits: 4}]")
+    (tmp_path / "low_rank.yaml").write_text("steps: [{step: low_rank, error: 0.5}]")
+    small = tmp_path / "small"
+    monkeypatch.setattr(compress_command, "compress", lambda *_: pytest.fail("nothing was said first"))
+    for recipe, said in (
+        ("int4", r"Size: 0\.\d MB before, about 0\.1 MB after \(-8\d%\)\n"),
+        (
+            "low_rank",
+            r"Size: 0\.\d MB before; how large the result will be, this recipe decides as it runs\n",
+        ),
+    ):
+        with pytest.raises(pytest.fail.Exception):
+            cli.main([*words, "--recipe", str(tmp_path / f"{recipe}.yaml"), "--out", str(small)])
+        assert re.match(said, capsys.readouterr().err)
+    monkeypatch.setattr(compress_command, "bytes_on_disk", lambda _: 30_000)
+    with pytest.raises(pytest.fail.Exception):
+        cli.main([*words, "--preset", "int8", "--out", str(small)])
+    assert "the result will be LARGER" in capsys.readouterr().err
 
 
 def test_compress_without_evaluation_reports_what_the_steps_did(

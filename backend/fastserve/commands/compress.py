@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from fastserve import heap
 from fastserve.atomic_write import WriteError
 from fastserve.compression.evaluation import Quality, evaluate
-from fastserve.compression.pipeline import compress
+from fastserve.compression.pipeline import checked, compress
 from fastserve.compression.recipe import PRESETS, Evaluation, Recipe, preset, read_recipe
 from fastserve.compression.report import (
     ModelFigures,
@@ -32,6 +33,7 @@ from fastserve.compression.report import (
     write_report,
 )
 from fastserve.compression.report_page import write_page
+from fastserve.compression.size_estimate import estimated_bytes
 from fastserve.compression.speed import bytes_per_token, measure_speeds
 from fastserve.compression.step import RecipeError
 from fastserve.compression.text import TextError, evaluation_windows
@@ -90,6 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
     files, out = locate(arguments.model), arguments.out
     device = choose_device(arguments.device)
+    source = checked(files, recipe, out)
+    print(_size_line(bytes_on_disk(files.checkpoint), estimated_bytes(recipe, source)), file=sys.stderr)
     with _progress() as progress:
         started = time.monotonic()
         with _advice("make room, and the same command goes on where it was"):
@@ -192,6 +196,17 @@ def _quality(
     kv_cache = choose_kv_cache("auto", locate(result), after)
     heap.trim()
     return evaluate(after, before, windows, progress, kv_cache)
+
+
+def _size_line(before: int, after: int | None) -> str:
+    """What is known of the result's size before it is made."""
+    line = f"Size: {before / 1e6:.1f} MB before"
+    if after is None:
+        return f"{line}; how large the result will be, this recipe decides as it runs"
+    line = f"{line}, about {after / 1e6:.1f} MB after ({after / before - 1:+.0%})"
+    if after <= before:
+        return line
+    return f"{line}: the result will be LARGER, for the model's weights have fewer bits than this recipe's"
 
 
 @contextmanager

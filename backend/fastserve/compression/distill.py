@@ -42,6 +42,9 @@ class Distill(TrainingStep, frozen=True, kw_only=True, tag="distill"):
                     f"{config.vocab_size}"
                 )
 
+    def config_after(self, config: PretrainedConfig) -> PretrainedConfig:
+        return self.student.config(config) if self.student else config
+
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         start = SmallerState(before, self.student) if self.student else before
         teacher = SourceState(Path(self.teacher)) if self.teacher else context.source

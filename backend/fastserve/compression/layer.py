@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastserve.compression.calls import Calls
 from fastserve.compression.importance import Counts
+from fastserve.compression.patterns import mask_of
 from fastserve_kernels.formats import W8A8, Weight
 
 Stage = tuple[str, ...]
@@ -61,6 +62,7 @@ class Layer:
         """Of full names: `model.layers.3.`"""
         self.module = calls.module
         self._part = part
+        self._before = {name: weight for name, weight in part.items() if isinstance(weight, Weight)}
         self._calls = calls
         self._hidden = hidden
         self._reference = reference
@@ -81,6 +83,10 @@ class Layer:
         found = self._part[name]
         assert isinstance(found, Weight), name
         return found
+
+    def is_pruned(self, name: str) -> bool:
+        """Whether a linear's weight leaves some out, or did before this step."""
+        return any(mask_of(weight) is not None for weight in (self.weight(name), self._before[name]))
 
     def dense(self, name: str) -> Tensor:
         """A linear's weight [N, K] float32 as it is now."""

@@ -61,6 +61,13 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
                 f"parameters, error: got {self.parameters} and {self.error}; allowed: one of the two"
             )
 
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
+        if self.parameters is None:
+            return None
+        rows, columns = weight.out_features, weight.in_features
+        rank = round(self.parameters * rows * columns / (rows + columns))
+        return LowRank(torch.zeros(rank, columns, dtype=dtype), torch.zeros(rows, rank, dtype=dtype))
+
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         self._survey(before, after, context)
         truncation = _Truncation(

@@ -34,6 +34,10 @@ class Magnitude(PruningStep, frozen=True, kw_only=True, tag="magnitude"):
     ] = "matrix"
     """`model`: all targeted linears together, so that some are pruned more than others."""
 
+    @property
+    def share(self) -> float | None:
+        return None if self.threshold is not None else self.sparsity or 0.5
+
     def check(self, config: PretrainedConfig) -> None:
         super().check(config)
         if self.sparsity is not None and self.threshold is not None:

@@ -25,7 +25,7 @@ from fastserve.compression.quantizing_step import Bits
 from fastserve.compression.sensitivity import Sensitivity
 from fastserve.compression.state import SCRATCH, State, StateWriter, read_part, write_part
 from fastserve.compression.step import Context, RecipeError
-from fastserve_kernels.formats import IntRows
+from fastserve_kernels.formats import IntRows, Weight
 from fastserve_kernels.int_rows import rows_by_width
 
 FILE = f"{SCRATCH}bits.safetensors"
@@ -78,6 +78,15 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         super().check(config)
         if not min(self.widths) <= self.bits <= max(self.widths):
             raise RecipeError(f"bits: got {self.bits}; allowed: what lies between the widths {self.widths}")
+
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        dense, widths = weight.dequantize().to(dtype), sorted(self.widths)
+        codes = float(self._sizes((1, dense.shape[1])))
+        bits = self.bits if self.per == "linear" else max(self.bits - BITS_OF_A_WIDTH / codes, widths[0])
+        low, high = max(w for w in widths if w <= bits), min(w for w in widths if w >= bits)
+        wide = 0 if low == high else round(len(dense) * (bits - low) / (high - low))
+        given = torch.tensor([high] * wide + [low] * (len(dense) - wide), dtype=torch.uint8)
+        return IntRows.pack(dense, given, self.group_size, self.symmetric)
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         costs: dict[str, Tensor] = {}

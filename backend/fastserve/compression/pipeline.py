@@ -48,10 +48,7 @@ def compress(
     anew. Raises RecipeError, TextError for calibration text that cannot be used, ModelError if the model
     cannot be read, and WriteError on a full disk, after which the same call goes on.
     """
-    if out.exists():
-        raise RecipeError(f"out: {out} exists already; name a directory that does not")
-    source = SourceState(files.checkpoint)
-    check_recipe(recipe, source.config)
+    source = checked(files, recipe, out)
     work = out.with_name(out.name + PARTIAL)
     _open_work(work, _digest(recipe, source), restart)
     text = calibration_windows(recipe.calibration, files.tokenizer, recipe.seed)
@@ -65,6 +62,16 @@ def compress(
     export(state, files.tokenizer, out)
     shutil.rmtree(work)
     return notes
+
+
+def checked(files: ModelFiles, recipe: Recipe, out: Path) -> SourceState:
+    """The model as it came. Raises RecipeError if the recipe cannot be followed with it, or `out` exists;
+    ModelError if it cannot be read."""
+    if out.exists():
+        raise RecipeError(f"out: {out} exists already; name a directory that does not")
+    source = SourceState(files.checkpoint)
+    check_recipe(recipe, source.config)
+    return source
 
 
 def _run(step: Step, directory: Path, before: State, context: Context) -> SavedState:

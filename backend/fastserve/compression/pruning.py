@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
+import torch
 from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -20,6 +21,7 @@ from fastserve.compression.patterns import (
 from fastserve.compression.reconstruction import reconstruct
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.step import Kind, LayerStep, RecipeError
+from fastserve_kernels.formats import Weight
 
 Sparsity = Annotated[float, Meta(gt=0, lt=1, description="share of the weights left out")]
 
@@ -31,6 +33,17 @@ class PruningStep(LayerStep, frozen=True, kw_only=True):
     leaves: ClassVar[Kind] = "sparse"
 
     pattern: PatternName = "unstructured"
+
+    @property
+    def share(self) -> float | None:
+        """Of the weights, that it leaves out; None: only the run can tell."""
+        raise NotImplementedError
+
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
+        if self.share is None:
+            return None
+        dense, pattern = weight.dequantize(), parse_pattern(self.pattern)
+        return pattern.pack(dense.to(dtype), pattern.choose(dense.abs(), self.share))
 
     def prune(self, weight: Tensor, moments: Moments, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """The weight [N, K] float32 after pruning, and a mask [N, K] bool, true where it is kept."""
@@ -67,6 +80,10 @@ class SparsityStep(PruningStep, frozen=True, kw_only=True):
     """A step that is told how many weights to leave out."""
 
     sparsity: Sparsity = 0.5
+
+    @property
+    def share(self) -> float:
+        return self.sparsity
 
     def check(self, config: PretrainedConfig) -> None:
         super().check(config)

@@ -91,6 +91,8 @@ def check_recipe(recipe: Recipe, config: PretrainedConfig) -> None:
                     f"{', '.join(sorted(step.takes))}. Put this step first, or give it other `targets`"
                 )
             kinds[name] = step.leaves or kinds[name]
+        config = step.config_after(config)
+        kinds = {name: kinds[name] for name in _linears(Skeleton.of(config))}
 
 
 _PHRASES = {"dense": "dense", "sparse": "sparse", "low rank": "of low rank", "codes": "quantised"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
@@ -17,6 +18,7 @@ from fastserve.compression.patterns import mask_of
 from fastserve.compression.quantizing_step import Bits, QuantizingStep
 from fastserve.compression.step import RecipeError
 from fastserve.compression.uniform import GroupSize, quantize
+from fastserve_kernels.formats import Weight
 
 Clip = Literal["none", "weights", "outputs"]
 DAMPING = 0.01
@@ -46,6 +48,11 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
             raise RecipeError(
                 f'clip: got "{self.clip}"; allowed: "none" with group_size "tensor" or zero_points "exact"'
             )
+
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        dense = weight.dequantize()
+        grid = msgspec.structs.replace(self, clip="none").grid(dense, dense, dtype)
+        return pack(grid, grid.nearest(dense), weight)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         for name in layer.in_order(names):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from fastserve_kernels.formats import Weight
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -51,6 +53,8 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """What the linears that it changes may be. None takes codes: that would undo the step that made them."""
     leaves: ClassVar[Kind | None] = None
     """What they are afterwards; None: what they were."""
+    changes_outer: ClassVar[bool] = False
+    """Whether it is the embedding and the head that it changes."""
 
     @property
     def name(self) -> str:
@@ -63,6 +67,15 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     def check(self, config: PretrainedConfig) -> None:
         """Raises RecipeError for what is impossible with a model of this config."""
+
+    def config_after(self, config: PretrainedConfig) -> PretrainedConfig:
+        """That of the model afterwards, of whose size the run may decide a little."""
+        return config
+
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
+        """A weight in the format in which this step leaves one like the given: its size is right, its values
+        are of no use. `dtype` is that of dense weights. None: what size it will be, only the run can tell."""
+        return weight
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         """Writes the next state, whole. What `after` already holds of an interrupted run is gone on from."""

@@ -75,6 +75,11 @@ class Structure(Step, frozen=True, kw_only=True, tag="structure"):
                 f"parameters: got {self.parameters}; allowed: more than 0, and less than what all layers have"
             )
 
+    def config_after(self, config: PretrainedConfig) -> PretrainedConfig:
+        # All candidates are of about the same size; the last one has all layers, if any has.
+        sizes = self._candidates(config)[-1]
+        return Shape(tuple(range(sizes.layers)), sizes.kv_heads, sizes.channels).config(config)
+
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         shape = self._shape(before, after, context)
         uncut = after.directory / UNCUT
