@@ -14,10 +14,10 @@ import pytest
 
 from fastserve import cli
 from fastserve.commands import compress as compress_command
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.evaluation import evaluate
 from fastserve.compression.recipe import Recipe, parse_recipe
 from fastserve.compression.report import Report
-from fastserve.compression.step import RecipeError
 from fastserve.compression.text import evaluation_text, token_windows
 from fastserve.models.loading import load_model
 

@@ -10,6 +10,7 @@ from tests.compression.conftest import RunStep
 from torch import Tensor
 
 from fastserve.compression.admm import Admm, admm_mask
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.gram import damped
 from fastserve.compression.linear_report import output_error
 from fastserve.compression.magnitude import Magnitude, quantile, weight_histogram
@@ -20,7 +21,6 @@ from fastserve.compression.round_to_nearest import Round
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.sparsegpt import SparseGpt, sparsegpt_mask
 from fastserve.compression.state import State
-from fastserve.compression.step import RecipeError
 from fastserve.compression.wanda import Wanda, wanda_mask
 from fastserve_kernels.formats import Bitmap, BlockSparse, Dense, Sparse24
 

@@ -9,8 +9,8 @@ import pytest
 from tests.compression.conftest import SIZES
 from transformers import AutoConfig, PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.recipe import PRESETS, check_recipe, parse_recipe, preset, read_recipe
-from fastserve.compression.step import RecipeError
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from tests.compression.conftest import make_context
 from transformers import LlamaConfig
 
 from fastserve.compression import training
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.objective import Objective
 from fastserve.compression.patterns import mask_of
 from fastserve.compression.retrain import Retrain
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import Part, SavedState, State, StateWriter
-from fastserve.compression.step import RecipeError
 from fastserve_kernels.formats import Bitmap, BlockSparse, Dense, Int4, LowRank, Sparse24, Weight
 
 Q, GATE, UP, DOWN = "self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"

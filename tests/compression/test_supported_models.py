@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tests.compression.conftest import RunStep, SaveTiny
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.gptq import Gptq
 from fastserve.compression.source_state import SourceState
-from fastserve.compression.step import RecipeError
 
 EXPERTS: dict[str, Any] = {
     "num_experts": 4,

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from fastserve import heap
 from fastserve.atomic_write import WriteError
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.evaluation import Quality, evaluate
 from fastserve.compression.pipeline import checked, compress
 from fastserve.compression.recipe import PRESETS, Evaluation, Recipe, preset, read_recipe
@@ -35,7 +36,6 @@ from fastserve.compression.report import (
 from fastserve.compression.report_page import write_page
 from fastserve.compression.size_estimate import estimated_bytes
 from fastserve.compression.speed import bytes_per_token, measure_speeds
-from fastserve.compression.step import RecipeError
 from fastserve.compression.text import TextError, evaluation_windows
 from fastserve.engine.kv_scales import choose_kv_cache
 from fastserve.engine.loading import choose_device

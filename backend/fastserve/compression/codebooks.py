@@ -65,6 +65,10 @@ class Codebook(QuantizingStep, frozen=True, kw_only=True, tag="codebook"):
     ] = "nf4"
     group_size: GroupSize = 64
 
+    @property
+    def measures(self) -> bool:
+        return self.codebook == "k-means" or self.bias_correction
+
     def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
         return NF4.pack(weight.dequantize(), self.group_size, scale_dtype=dtype)
 

@@ -14,10 +14,11 @@ from typing import Annotated
 from msgspec import Meta
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.smaller_state import SmallerState, StudentSizes
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import State, StateWriter
-from fastserve.compression.step import Context, RecipeError
+from fastserve.compression.step import Context
 from fastserve.compression.training_step import TrainingStep
 
 

@@ -8,10 +8,11 @@ import torch
 from msgspec import Meta
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.grid import Grid, search
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.state import State, StateWriter
-from fastserve.compression.step import Context, RecipeError, Step
+from fastserve.compression.step import Context, Step
 from fastserve_kernels.formats import Dense, Weight
 
 

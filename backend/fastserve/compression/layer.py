@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from fastserve.compression.calls import Calls
-from fastserve.compression.importance import Counts
 from fastserve.compression.patterns import mask_of
 from fastserve_kernels.formats import W8A8, Weight
 
@@ -38,6 +37,16 @@ class Moments:
     importance: float
     """What a token counts on average; 1 unless the step weighs tokens."""
     tokens: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the tokens and the outputs of a linear count (`importance`)."""
+
+    tokens: Tensor
+    """[samples, T] float32 |g|^2 of each token."""
+    rows: Tensor
+    """[N] float32 E[g_n^2] of its outputs."""
 
 
 class Layer:

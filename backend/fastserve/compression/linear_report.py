@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastserve.compression.layer import Layer
 from fastserve_kernels.formats import LowRank
-
-if TYPE_CHECKING:
-    from fastserve.compression.layer import Layer
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.columns import Regression
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.importance import measured
 from fastserve.compression.layer import Layer, Moments
-from fastserve.compression.layer_runner import run_layers
+from fastserve.compression.layer_step import LayerStep, run_layers
 from fastserve.compression.ranks import Options, ranks_for_error, ranks_for_size
 from fastserve.compression.sensitivity import Sensitivity
 from fastserve.compression.state import State, StateWriter, read_notes
-from fastserve.compression.step import Context, Kind, LayerStep, RecipeError
+from fastserve.compression.step import Context, Kind
 from fastserve_kernels.formats import Dense, LowRank, Weight
 
 LEAST = 1e-3

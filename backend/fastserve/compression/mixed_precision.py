@@ -15,6 +15,7 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.gptq import Gptq, quantize
 from fastserve.compression.gram import damped, inverse_factor
 from fastserve.compression.grid import search
@@ -24,7 +25,7 @@ from fastserve.compression.patterns import mask_of
 from fastserve.compression.quantizing_step import Bits
 from fastserve.compression.sensitivity import Sensitivity
 from fastserve.compression.state import SCRATCH, State, StateWriter, read_part, write_part
-from fastserve.compression.step import Context, RecipeError
+from fastserve.compression.step import Context
 from fastserve_kernels.formats import IntRows, Weight
 from fastserve_kernels.int_rows import rows_by_width
 

@@ -13,11 +13,12 @@ import torch
 from rich.progress import Progress
 
 from fastserve.atomic_write import explained, write_bytes
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.export import export
 from fastserve.compression.recipe import Recipe, check_recipe
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import SavedState, State, StateWriter
-from fastserve.compression.step import Context, RecipeError, Step
+from fastserve.compression.step import Context, Step
 from fastserve.compression.text import calibration_windows
 from fastserve.model_files import ModelFiles
 

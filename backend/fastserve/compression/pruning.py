@@ -9,8 +9,10 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.gram import damped, target
 from fastserve.compression.layer import Layer, Moments
+from fastserve.compression.layer_step import LayerStep
 from fastserve.compression.patterns import (
     ROWS,
     Pattern,
@@ -20,7 +22,7 @@ from fastserve.compression.patterns import (
 )
 from fastserve.compression.reconstruction import reconstruct
 from fastserve.compression.skeleton import Skeleton
-from fastserve.compression.step import Kind, LayerStep, RecipeError
+from fastserve.compression.step import Kind
 from fastserve_kernels.formats import Weight
 
 Sparsity = Annotated[float, Meta(gt=0, lt=1, description="share of the weights left out")]

@@ -11,8 +11,9 @@ import msgspec
 from msgspec import Meta, Struct
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.skeleton import Skeleton
-from fastserve.compression.step import Kind, RecipeError
+from fastserve.compression.step import Kind
 from fastserve.compression.steps import STEPS, AnyStep
 
 

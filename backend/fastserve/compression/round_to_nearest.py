@@ -10,13 +10,13 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.gptq import pack
 from fastserve.compression.gram import damped
 from fastserve.compression.grid import Grid, search
 from fastserve.compression.layer import Layer
 from fastserve.compression.patterns import mask_of
 from fastserve.compression.quantizing_step import Bits, QuantizingStep
-from fastserve.compression.step import RecipeError
 from fastserve.compression.uniform import GroupSize, quantize
 from fastserve_kernels.formats import Weight
 
@@ -41,6 +41,10 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
         Literal["whole", "exact"],
         Meta(description="whole numbers, as other loaders need them, or what the formula's x_min comes to"),
     ] = "whole"
+
+    @property
+    def measures(self) -> bool:
+        return self.clip == "outputs" or self.bias_correction
 
     def check(self, config: PretrainedConfig) -> None:
         super().check(config)

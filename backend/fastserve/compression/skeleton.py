@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from fastserve.compression.step import RecipeError
+from fastserve.compression.errors import RecipeError
 
 SUPPORTED = (
     "models whose decoder layers (`model.layers`) are made of linears and norms, between "

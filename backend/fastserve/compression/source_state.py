@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.state import State
-from fastserve.compression.step import RecipeError
 from fastserve.models.checkpoint import Checkpoint
 from fastserve.models.gguf_checkpoint import GgufCheckpoint, gguf_transformers_config
 from fastserve.models.gguf_file import GgufFile

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import msgspec
 import torch
+from rich.progress import Progress
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from fastserve.compression.state import State, StateWriter
 from fastserve_kernels.formats import Weight
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from fastserve.compression.layer import Layer
-    from fastserve.compression.state import State, StateWriter
-
 
 Kind = Literal["dense", "sparse", "low rank", "codes"]
 """What a linear is between two steps, roughly: `Dense`; `Sparse24`, `Bitmap` or `BlockSparse`; `LowRank`; any
 format of fewer bits."""
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be followed; the sentence names step and field, what came and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -79,33 +69,4 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         """Writes the next state, whole. What `after` already holds of an interrupted run is gone on from."""
-        raise NotImplementedError
-
-
-class LayerStep(Step, frozen=True, kw_only=True):
-    """A step that takes one decoder layer at a time, first to last.
-
-    The hidden states that reach a layer are those of the layers already compressed, so that a step can make
-    up for the errors made before it.
-    """
-
-    targets: tuple[str, ...] = ("*",)
-    """Which linears: patterns of full names as a shell has them, as in `model.layers.3.mlp.down_proj`."""
-
-    with_reference: ClassVar[bool] = False
-    """Whether `compress` looks at the hidden states of the model before this step too."""
-    weighs_tokens: ClassVar[bool] = False
-    """Whether a token counts by how much predictions depend on a linear's output for it (`importance`)."""
-
-    def selects(self, linear: str) -> bool:
-        """Whether the linear of this full name is among the targets."""
-        return any(fnmatchcase(linear, pattern) for pattern in self.targets)
-
-    def run(self, before: State, after: StateWriter, context: Context) -> None:
-        from fastserve.compression.layer_runner import run_layers
-
-        run_layers(self, before, after, context)
-
-    def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
-        """Replaces the weights of the linears of these local names (`mlp.down_proj`) of the layer."""
         raise NotImplementedError

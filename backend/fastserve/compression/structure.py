@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.columns import Regression, kept_units, unit_columns
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.importance import measured
 from fastserve.compression.layer import Layer
-from fastserve.compression.layer_runner import run_layers
+from fastserve.compression.layer_step import LayerStep, run_layers
 from fastserve.compression.model_shape import (
     BEFORE_MLP,
     DOWN,
@@ -34,7 +35,7 @@ from fastserve.compression.model_shape import (
     parameters,
 )
 from fastserve.compression.state import SCRATCH, SavedState, State, StateWriter, read_notes
-from fastserve.compression.step import Context, Kind, LayerStep, RecipeError, Step
+from fastserve.compression.step import Context, Kind, Step
 from fastserve.compression.structure_survey import Sizes, choose_shape, sizes_within, survey
 from fastserve_kernels.formats import Dense
 

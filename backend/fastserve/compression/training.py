@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -22,9 +22,7 @@ from torch import Tensor, nn
 
 from fastserve.atomic_write import atomic_write
 from fastserve.compression.state import SCRATCH
-
-if TYPE_CHECKING:
-    from fastserve.compression.training_step import TrainingStep
+from fastserve.compression.training_plan import TrainingPlan
 
 MICRO_TOKENS = 1024
 """Tokens that go through the model at once; the gradients of a larger batch are summed up."""
@@ -56,7 +54,7 @@ class Training:
 
     def __init__(
         self,
-        plan: TrainingStep,
+        plan: TrainingPlan,
         parameters: dict[str, nn.Parameter],
         loss: Loss,
         directory: Path,
