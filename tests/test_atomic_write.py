@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fastserve.atomic_write import WriteError, atomic_directory, atomic_write, explained, write_bytes
 
@@ -42,6 +44,14 @@ def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
         assert path.read_text() == "before"
     assert path.read_text() == "after"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    """So that a server that runs as another user can read a checkpoint."""
+    (tmp_path / "any").touch()
+    with atomic_write(tmp_path / "file") as unfinished:
+        save_file({"tensor": torch.zeros(1)}, unfinished)
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt(), OSError(errno.EIO, "broken")])

@@ -28,12 +28,17 @@ class WriteError(Exception):
 def atomic_write(path: Path, size: int | None = None) -> Iterator[Path]:
     """Gives a path beside `path` to write to; that file becomes `path` when the block ends.
 
-    `size` is how many bytes it will have, if that is known. Raises WriteError if the system refuses.
+    It has the permissions of any new file. `size` is how many bytes it will have, if that is known. Raises
+    WriteError if the system refuses.
     """
     unfinished = _unfinished(path)
     try:
         with explained(path, size):
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
             yield unfinished
+            # safetensors 0.8 makes files that nobody but their owner may read, the server's user included.
+            unfinished.chmod(mode)
             os.replace(unfinished, path)
     except BaseException:
         with suppress(OSError):

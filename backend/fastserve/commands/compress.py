@@ -47,7 +47,7 @@ Extent = Literal["full", "quick", "none"]
 """How much is evaluated."""
 QUICK_TOKENS = 2048
 """Four windows from all over the text, seconds where all of it takes minutes. The standard error of KL is 5 %
-then, and that of perplexity's change a tenth of it (SmolLM2, 4 bits; docs/compression.md)."""
+then (SmolLM2, 4 and 8 bits; docs/compression.md)."""
 ERRORS = (ModelError, RecipeError, TextError, WriteError)
 
 
