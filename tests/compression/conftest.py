@@ -85,7 +85,9 @@ def run_step(tmp_path: Path) -> RunStep:
     """Runs a step on a state and returns the next one; `name` is a directory's."""
 
     def run(step: Step, before: State, name: str = "after") -> SavedState:
-        step.run(before, StateWriter(tmp_path / name), make_context(before))
+        after = StateWriter(tmp_path / name)
+        step.run(before, after, make_context(before))
+        after.finish()
         return SavedState(tmp_path / name)
 
     return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,10 @@ import pytest
 
 from fastserve import cli
 from fastserve.commands import compress as compress_command
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.evaluation import evaluate
-from fastserve.compression.recipe import Recipe
+from fastserve.compression.recipe import Recipe, parse_recipe
 from fastserve.compression.report import Report
-from fastserve.compression.step import RecipeError
 from fastserve.compression.text import evaluation_text, token_windows
 from fastserve.models.loading import load_model
 
@@ -102,13 +103,37 @@ def test_compress_writes_a_checkpoint_and_its_report(model: Path, tmp_path: Path
     assert "Output error" in (out / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_result_that_will_be_larger_is_said_before_it_is_made(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["compress", str(model), "--device", "cpu", "--evaluate", "none", "--samples", "2"]
+    (tmp_path / "int4.yaml").write_text("steps: [{step: round, bits: 4}, {step: embedding, bits: 4}]")
+    (tmp_path / "low_rank.yaml").write_text("steps: [{step: low_rank, error: 0.5}]")
+    small = tmp_path / "small"
+    monkeypatch.setattr(compress_command, "compress", lambda *_: pytest.fail("nothing was said first"))
+    for recipe, said in (
+        ("int4", r"Size: 0\.\d MB before, about 0\.1 MB after \(-8\d%\)\n"),
+        (
+            "low_rank",
+            r"Size: 0\.\d MB before; how large the result will be, this recipe decides as it runs\n",
+        ),
+    ):
+        with pytest.raises(pytest.fail.Exception):
+            cli.main([*words, "--recipe", str(tmp_path / f"{recipe}.yaml"), "--out", str(small)])
+        assert re.match(said, capsys.readouterr().err)
+    monkeypatch.setattr(compress_command, "bytes_on_disk", lambda _: 30_000)
+    with pytest.raises(pytest.fail.Exception):
+        cli.main([*words, "--preset", "int8", "--out", str(small)])
+    assert "the result will be LARGER" in capsys.readouterr().err
+
+
 def test_compress_without_evaluation_reports_what_the_steps_did(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     out = tmp_path / "small"
     words = ["compress", str(model), "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(out)]
-    assert cli.main([*words, "--device", "cpu", "--no-evaluate"]) == 0
+    assert cli.main([*words, "--device", "cpu", "--evaluate", "none"]) == 0
     report = msgspec.json.decode((out / "report.json").read_bytes(), type=Report)
     assert report.after.perplexity is None
     assert "3 x mlp.down_proj" in capsys.readouterr().out
@@ -140,6 +165,22 @@ def test_the_command_line_replaces_what_the_recipe_says() -> None:
     assert recipe.calibration.files == ("a", "b")
     assert recipe.evaluation.files == ("c",)
     assert recipe.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("extent", "said", "expected"),
+    [("quick", 0, 2048), ("quick", 512, 512), ("full", 9000, 9000), ("full", 0, 0)],
+)
+def test_a_quick_evaluation_takes_no_more_than_the_recipe_says(
+    extent: compress_command.Extent, said: int, expected: int
+) -> None:
+    recipe = parse_recipe({"steps": [{"step": "round"}], "evaluation": {"tokens": said}})
+    assert compress_command.evaluation_of(recipe, extent).tokens == expected
+
+
+def test_an_evaluation_is_quick_unless_another_is_asked_for() -> None:
+    assert parsed("--preset", "int8").evaluate == "quick"
+    assert parsed("--preset", "int8", "--evaluate", "full").evaluate == "full"
 
 
 @pytest.mark.parametrize("words", [("--samples", "0"), ("--seed", "-1")])

@@ -9,12 +9,12 @@ import torch
 from tests.compression.conftest import RunStep, SaveTiny, make_context
 
 from fastserve.compression.distill import Distill
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.losses import LogitLoss
 from fastserve.compression.objective import FeatureWeights, Objective, paired_layers
 from fastserve.compression.smaller_state import SmallerState, StudentSizes, evenly
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import SavedState, State, StateWriter
-from fastserve.compression.step import RecipeError
 from fastserve.compression.training_attention import use_plain_attention
 from fastserve_kernels.formats import Bitmap
 

@@ -7,8 +7,8 @@ import torch
 from tests.compression.conftest import RunStep, SaveTiny
 
 from fastserve.compression.embedding import Embedding
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.source_state import SourceState
-from fastserve.compression.step import RecipeError
 from fastserve_kernels.formats import Int4, Int8
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from tests.compression.conftest import RunStep
 
-from fastserve.compression.importance import measured
+from fastserve.compression.importance import FILE, measured
 from fastserve.compression.layer import Layer
+from fastserve.compression.layer_step import LayerStep
 from fastserve.compression.sensitivity import Sensitivity
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import StateWriter
-from fastserve.compression.step import Context, LayerStep
+from fastserve.compression.step import Context
 
 NAMES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 
@@ -90,4 +91,4 @@ def test_it_is_measured_once(source: SourceState, context: Context, tmp_path: Pa
     for _ in range(2):
         measured(source, StateWriter(tmp_path / "step"), context, see)
     assert seen == [2, 1, 0]
-    assert [file.name for file in (tmp_path / "step").iterdir()] == ["importance.safetensors"]
+    assert [file.name for file in (tmp_path / "step").iterdir()] == [FILE]

@@ -10,9 +10,10 @@ from tests.compression.conftest import RunStep
 from torch import Tensor
 from transformers import DynamicCache
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.kv_cache import KVCacheScales
 from fastserve.compression.source_state import SourceState
-from fastserve.compression.step import Context, RecipeError
+from fastserve.compression.step import Context
 from fastserve.models.kv_cache import KV_CACHE_DTYPES, LARGEST
 from fastserve.models.kv_cache_scheme import SCHEME
 from fastserve.models.kv_rounding import rounded

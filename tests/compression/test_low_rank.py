@@ -13,11 +13,12 @@ from tests.compression.conftest import RunStep
 from torch import Tensor
 
 from fastserve.compression.columns import Regression
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.low_rank import LowRankStep, squared_singular_values, truncate
 from fastserve.compression.ranks import Options, ranks_for_error, ranks_for_size
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import SavedState
-from fastserve.compression.step import Context, RecipeError
+from fastserve.compression.step import Context
 from fastserve_kernels.formats import Dense, LowRank
 
 

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.compression.conftest import RunStep
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.gptq import Gptq
 from fastserve.compression.mixed_precision import MixedPrecision, allocate
 from fastserve.compression.sensitivity import sensitivities
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import SavedState
-from fastserve.compression.step import Context, RecipeError
+from fastserve.compression.step import Context
 from fastserve_kernels.compressed_tensors import bits_of
 from fastserve_kernels.formats import Int4, Int8, IntRows
 

@@ -10,16 +10,17 @@ from tests.compression.conftest import RunStep
 from torch import Tensor
 
 from fastserve.compression.admm import Admm, admm_mask
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.gram import damped
 from fastserve.compression.linear_report import output_error
 from fastserve.compression.magnitude import Magnitude, quantile, weight_histogram
 from fastserve.compression.patterns import ROWS, UNSTRUCTURED, Pattern, Tiles, TwoOfFour, mask_of
 from fastserve.compression.pruning import PruningStep
 from fastserve.compression.reconstruction import reconstruct
+from fastserve.compression.round_to_nearest import Round
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.sparsegpt import SparseGpt, sparsegpt_mask
 from fastserve.compression.state import State
-from fastserve.compression.step import RecipeError
 from fastserve.compression.wanda import Wanda, wanda_mask
 from fastserve_kernels.formats import Bitmap, BlockSparse, Dense, Sparse24
 
@@ -187,3 +188,18 @@ def test_what_cannot_be_is_refused_by_name(source: State, step: PruningStep, mes
 
 def test_a_block_only_has_to_divide_the_targets(source: SourceState) -> None:
     Wanda(pattern="block 128x16", targets=("*.mlp.up_proj",)).check(source.config)
+
+
+def test_sparsity_is_reported_where_weights_were_left_out_and_nowhere_else(
+    source: SourceState, run_step: RunStep
+) -> None:
+    """A code that stands for 0 is a value like others."""
+    pruned = run_step(Wanda(targets=("*.mlp.*",)), source, "pruned")
+    rounded = run_step(Round(bits=4, group_size=32), pruned, "rounded")
+    weight = rounded.linears(0)["self_attn.q_proj"].dequantize()
+    assert (weight == 0).any()
+    for linear in rounded.notes["layer 0"]:
+        if ".mlp." in linear["name"]:
+            assert linear["sparsity"] >= 0.5
+        else:
+            assert linear["sparsity"] is None

@@ -9,8 +9,8 @@ import pytest
 from tests.compression.conftest import SIZES
 from transformers import AutoConfig, PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.recipe import PRESETS, check_recipe, parse_recipe, preset, read_recipe
-from fastserve.compression.step import RecipeError
 
 
 @pytest.fixture
@@ -78,3 +78,14 @@ def test_what_is_impossible_with_the_model_is_refused(config: PretrainedConfig) 
     recipe = parse_recipe({"steps": [{"step": "gptq", "group_size": 128}]})
     with pytest.raises(RecipeError, match=r"steps\[0\] \(gptq\): group_size: got 128"):
         check_recipe(recipe, config)
+
+
+def test_a_step_is_checked_with_the_shape_that_those_before_it_leave(config: PretrainedConfig) -> None:
+    cut = {"step": "structure", "channels": 37, "layers": 1}
+    with pytest.raises(
+        RecipeError, match=r"steps\[1\] \(gptq\): group_size: got 32; .* the 91 columns of model"
+    ):
+        check_recipe(parse_recipe({"steps": [cut, {"step": "gptq", "group_size": 32}]}), config)
+    gone = {"step": "round", "group_size": None, "targets": ["model.layers.2.*"]}
+    with pytest.raises(RecipeError, match=r"steps\[1\] \(round\): targets: .* match no linear"):
+        check_recipe(parse_recipe({"steps": [cut, gone]}), config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -23,7 +24,7 @@ FINITE = st.floats(-1e9, 1e9, allow_subnormal=False).filter(lambda x: x == 0 or 
 
 def linear(layer: int, kind: str, rank: int | None = None) -> LinearReport:
     return LinearReport(
-        f"model.layers.{layer}.{kind}", "Int4", 4.25, 0.0, rank, 0.1 + layer, 0.02 * (layer + 1)
+        f"model.layers.{layer}.{kind}", "Int4", 4.25, None, rank, 0.1 + layer, 0.02 * (layer + 1)
     )
 
 
@@ -106,6 +107,17 @@ def test_ranks_are_plotted_for_the_linears_that_have_one() -> None:
     linears = [linear(0, "mlp.up_proj", 16), linear(0, "mlp.down_proj"), linear(1, "mlp.up_proj", 24)]
     (ranks,) = (plot for plot in plots(StepReport("low_rank", linears, [], {})) if plot.title == "Rank")
     assert ranks.series == [Series("mlp.up_proj", [(0, 16), (1, 24)])]
+
+
+def test_sparsity_is_plotted_for_the_linears_that_were_pruned() -> None:
+    pruned = [
+        dataclasses.replace(linear(i, "mlp.up_proj"), format="Bitmap", sparsity=0.1 + i) for i in range(2)
+    ]
+    found = [linear(i, "mlp.down_proj") for i in range(2)]
+    (plot,) = (
+        plot for plot in plots(StepReport("wanda", pruned + found, [], {})) if plot.title == "Sparsity"
+    )
+    assert plot.series == [Series("mlp.up_proj", [(0, 0.1), (1, 1.1)])]
 
 
 @given(FINITE, FINITE)

@@ -10,12 +10,12 @@ from tests.compression.conftest import make_context
 from transformers import LlamaConfig
 
 from fastserve.compression import training
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.objective import Objective
 from fastserve.compression.patterns import mask_of
 from fastserve.compression.retrain import Retrain
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import Part, SavedState, State, StateWriter
-from fastserve.compression.step import RecipeError
 from fastserve_kernels.formats import Bitmap, BlockSparse, Dense, Int4, LowRank, Sparse24, Weight
 
 Q, GATE, UP, DOWN = "self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
@@ -145,7 +145,6 @@ def test_a_killed_run_ends_in_the_same_bytes(
     for name in files:
         assert (killed.directory / name).read_bytes() == (whole.directory / name).read_bytes()
     assert losses(killed) == losses(whole)
-    assert not list(killed.directory.glob("*.pt"))
 
 
 def test_codes_cannot_be_trained(source: SourceState, tmp_path: Path) -> None:

@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 import torch
 from tests.compression.conftest import RunStep, SaveTiny
+from torch import Tensor
 
+from fastserve.compression import layer_step
 from fastserve.compression.bias_correction import corrected_bias
+from fastserve.compression.codebooks import Codebook
+from fastserve.compression.errors import RecipeError
+from fastserve.compression.layer import Layer
+from fastserve.compression.layer_step import LayerStep
+from fastserve.compression.magnitude import Magnitude
 from fastserve.compression.round_to_nearest import Round
 from fastserve.compression.source_state import SourceState
-from fastserve.compression.step import RecipeError
 from fastserve.compression.uniform import quantize
 from fastserve_kernels.formats import Int4, Int8
 
@@ -72,3 +78,30 @@ def test_biases_are_corrected_where_there_are_any(save_tiny: SaveTiny, run_step:
 def test_what_is_impossible_is_refused(source: SourceState, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Round(**fields).check(source.config)
+
+
+@pytest.mark.parametrize(
+    ("step", "sequences"),
+    [
+        (Round(group_size=32), 2),
+        (Codebook(group_size=32), 2),
+        (Magnitude(), 2),
+        (Round(group_size=32, clip="outputs"), 8),
+        (Codebook(group_size=32, codebook="k-means"), 8),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_step_that_measures_nothing_runs_little_text_through_the_layers(
+    source: SourceState, run_step: RunStep, monkeypatch: pytest.MonkeyPatch, step: LayerStep, sequences: int
+) -> None:
+    monkeypatch.setattr(layer_step, "REPORT_TOKENS", 64)
+    run, seen = Layer.run, []
+
+    def watched(layer: Layer, hidden: Tensor) -> Tensor:
+        seen.append(len(hidden))
+        return run(layer, hidden)
+
+    monkeypatch.setattr(Layer, "run", watched)
+    state = run_step(step, source)
+    assert max(seen) == sequences
+    assert state.notes["layer 2"][0]["output_error"] > 0

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from fastserve.compression.awq import Awq
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.round_to_nearest import Round
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import State
-from fastserve.compression.step import RecipeError
 from fastserve.compression.w8a8 import W8A8Step, candidates, round_rows
 from fastserve_kernels.formats import W8A8, Weight
 

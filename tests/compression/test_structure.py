@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from fastserve.compression import structure
 from fastserve.compression.columns import Regression
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.evaluation import WholeSequences
 from fastserve.compression.layer import Layer
 from fastserve.compression.model_shape import parameters
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import SavedState, dense
-from fastserve.compression.step import Context, RecipeError
+from fastserve.compression.step import Context
 from fastserve.compression.structure import Structure, regression
 from fastserve.compression.structure_survey import LayerCosts, Sizes, choose_shape, sizes_within, total_cost
 from fastserve.models.loading import load_model

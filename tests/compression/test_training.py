@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastserve.compression import training
 from fastserve.compression.retrain import Retrain
+from fastserve.compression.state import DONE, StateWriter
 from fastserve.compression.training import BEST, CHECKPOINT, Point, Training, window_order
 
 TEXT = torch.arange(20).view(10, 2)
@@ -150,11 +151,25 @@ def test_the_rate_rises_and_then_falls_to_nothing() -> None:
     assert plan.rate(1.0) == pytest.approx(0)
 
 
-def test_the_checkpoints_are_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+def test_what_was_trained_to_the_end_is_not_trained_again(tmp_path: Path) -> None:
+    """What comes after training may fail: to write the state takes room."""
+
+    def fail(_: Tensor) -> Tensor:
+        raise AssertionError("it trains again")
+
+    plan, vector = Retrain(steps=4), nn.Parameter(torch.ones(3))
+    curve = Training(plan, {"vector": vector}, lambda w: shrink(vector, w), tmp_path, 0).run(
+        TEXT, TEXT[:1], QUIET
+    )
+    fresh = nn.Parameter(torch.ones(3))
+    assert Training(plan, {"vector": fresh}, fail, tmp_path, 0).run(TEXT, TEXT[:1], QUIET) == curve
+    assert torch.equal(fresh, vector)
+
+
+def test_the_checkpoints_go_when_the_state_is_whole(tmp_path: Path) -> None:
     vector = nn.Parameter(torch.ones(3))
     run = Training(Retrain(steps=2), {"vector": vector}, lambda w: shrink(vector, w), tmp_path, seed=0)
     run.run(TEXT, TEXT[:1], QUIET)
     assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, BEST}
-    run.clear()
-    assert not list(tmp_path.iterdir())
+    StateWriter(tmp_path).finish()
+    assert [path.name for path in tmp_path.iterdir()] == [DONE]

@@ -22,7 +22,7 @@ def presets(soak: bool) -> tuple[str, ...]:
 def test_presets_are_served_and_say_what_they_say_in_process(soak: bool, tmp_path: Path) -> None:
     for preset in presets(soak):
         directory = tmp_path / preset
-        words = ["compress", "--preset", preset, "--out", str(directory), "--no-evaluate"]
+        words = ["compress", "--preset", preset, "--out", str(directory), "--evaluate", "none"]
         assert cli.main([*words, "--samples", "32" if soak else "2"]) == 0
         expected = Model.load(str(directory), kv_cache_bytes=1 << 26).predict(
             PROMPT, temperature=0, max_tokens=20

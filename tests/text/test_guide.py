@@ -7,7 +7,11 @@ import gc
 import signal
 import socket
 import sys
+<<<<<<< HEAD
 import threading
+=======
+from pathlib import Path
+>>>>>>> compress
 
 import psutil
 import pytest
@@ -100,12 +104,28 @@ def test_guides_that_do_not_compile(validator: GuideValidator, guide: Guide) -> 
     assert len(str(raised.value)) < 1000
 
 
+STAND_IN = """#!{python}
+import os, signal
+from fastserve.text import guide_validator
+
+class Compiler:
+    def __init__(self, *_, **__):
+        {what}
+
+guide_validator.LLMatcher = Compiler
+guide_validator.MAX_SECONDS = 0.05
+guide_validator._serve()
+"""
+"""Takes the place of the child's interpreter; no guide is needed that harms a compiler."""
+
+
 def chain(length: int) -> Guide:
-    """Rules that refer to each other, deeper than a compiler that recurses has stack for."""
+    """Rules that refer to each other."""
     rules = "\n".join(f'r{i}: "a" r{i + 1}' for i in range(length))
     return Guide(grammar=f'start: r0\n{rules}\nr{length}: "x"\n')
 
 
+<<<<<<< HEAD
 HEAVY = Guide(json='{"type": "integer", "multipleOf": 9999991}')
 
 
@@ -117,6 +137,20 @@ HEAVY = Guide(json='{"type": "integer", "multipleOf": 9999991}')
 def test_guides_that_would_kill_or_hang_the_process(validator: GuideValidator, guide: Guide) -> None:
     with pytest.raises(RequestError, match=r"^`guided_decoding`: .* too complex"):
         validator.validate(guide, "guided_decoding")
+=======
+@pytest.mark.parametrize("what", ["os.kill(os.getpid(), signal.SIGKILL)", "while True: pass"])
+def test_a_compiler_that_dies_or_does_not_end_costs_one_guide(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN.format(python=sys.executable, what=what))
+    stand_in.chmod(0o700)
+    validator = GuideValidator(tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(stand_in))
+        with pytest.raises(RequestError, match=r"^`guided_decoding`: .* too complex"):
+            validator.validate(Guide(regex="b"), "guided_decoding")
+>>>>>>> compress
     validator.validate(Guide(regex="a"), "guided_decoding")  # the next one is served
 
 

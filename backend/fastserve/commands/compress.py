@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import msgspec
 import torch
@@ -15,9 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from fastserve import heap
+from fastserve.atomic_write import WriteError
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.evaluation import Quality, evaluate
-from fastserve.compression.pipeline import compress
-from fastserve.compression.recipe import PRESETS, Recipe, preset, read_recipe
+from fastserve.compression.pipeline import checked, compress
+from fastserve.compression.recipe import PRESETS, Evaluation, Recipe, preset, read_recipe
 from fastserve.compression.report import (
     ModelFigures,
     Report,
@@ -29,8 +34,8 @@ from fastserve.compression.report import (
     write_report,
 )
 from fastserve.compression.report_page import write_page
+from fastserve.compression.size_estimate import estimated_bytes
 from fastserve.compression.speed import bytes_per_token, measure_speeds
-from fastserve.compression.step import RecipeError
 from fastserve.compression.text import TextError, evaluation_windows
 from fastserve.engine.kv_scales import choose_kv_cache
 from fastserve.engine.loading import choose_device
@@ -38,7 +43,12 @@ from fastserve.model_files import ModelFiles, locate
 from fastserve.models.loading import load_model
 from fastserve.models.model_error import ModelError
 
-ERRORS = (ModelError, RecipeError, TextError)
+Extent = Literal["full", "quick", "none"]
+"""How much is evaluated."""
+QUICK_TOKENS = 2048
+"""Four windows from all over the text, seconds where all of it takes minutes. The standard error of KL is 5 %
+then (SmolLM2, 4 and 8 bits; docs/compression.md)."""
+ERRORS = (ModelError, RecipeError, TextError, WriteError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--restart", action="store_true", help="begin anew, not where an interrupted run was stopped"
     )
     parser.add_argument(
-        "--no-evaluate", action="store_true", help="leave perplexity and tokens/s out of the report"
+        "--evaluate",
+        choices=get_args(Extent),
+        default="quick",
+        help=f"perplexity, KL and tokens/s in the report: on all the evaluation text of the recipe, on "
+        f"{QUICK_TOKENS} tokens of it, or not at all (default: %(default)s)",
     )
 
 
@@ -78,9 +92,12 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
     files, out = locate(arguments.model), arguments.out
     device = choose_device(arguments.device)
+    source = checked(files, recipe, out)
+    print(_size_line(bytes_on_disk(files.checkpoint), estimated_bytes(recipe, source)), file=sys.stderr)
     with _progress() as progress:
         started = time.monotonic()
-        notes = compress(files, recipe, out, device, progress, arguments.restart)
+        with _advice("make room, and the same command goes on where it was"):
+            notes = compress(files, recipe, out, device, progress, arguments.restart)
         report = Report(
             model=str(files.checkpoint),
             result=str(out),
@@ -96,10 +113,12 @@ def run(arguments: argparse.Namespace) -> int:
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             seconds=time.monotonic() - started,
         )
-        _write(report, out)
-        if not arguments.no_evaluate:
-            report = with_figures(report, recipe, files, device, progress)
+        with _advice(f"the checkpoint in {out} is whole and can be served, only its report is not there"):
             _write(report, out)
+            if arguments.evaluate != "none":
+                evaluation = evaluation_of(recipe, arguments.evaluate)
+                report = with_figures(report, evaluation, files, device, progress)
+                _write(report, out)
     console = Console()
     console.print(terminal_report(report))
     console.print(f"Wrote {out}, with report.json and report.html. Serve it: fastserve serve --model {out}")
@@ -126,12 +145,20 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         raise RecipeError(f"--samples, --seed: {error}") from error
 
 
+def evaluation_of(recipe: Recipe, extent: Extent) -> Evaluation:
+    """What the recipe says, or no more than QUICK_TOKENS of it."""
+    if extent == "full":
+        return recipe.evaluation
+    tokens = min(recipe.evaluation.tokens or QUICK_TOKENS, QUICK_TOKENS)
+    return msgspec.structs.replace(recipe.evaluation, tokens=tokens)
+
+
 def with_figures(
-    report: Report, recipe: Recipe, files: ModelFiles, device: torch.device, progress: Progress
+    report: Report, evaluation: Evaluation, files: ModelFiles, device: torch.device, progress: Progress
 ) -> Report:
     """The report with perplexity, the distance to the original, and tokens per second."""
     heap.trim()
-    quality = _quality(recipe, files, report.result, device, progress)
+    quality = _quality(evaluation, files, report.result, device, progress)
     heap.trim()
     speeds = measure_speeds({"before": report.model, "after": report.result}, files.tokenizer, progress)
     per_batch = {
@@ -158,10 +185,10 @@ def with_figures(
 
 
 def _quality(
-    recipe: Recipe, files: ModelFiles, result: str, device: torch.device, progress: Progress
+    evaluation: Evaluation, files: ModelFiles, result: str, device: torch.device, progress: Progress
 ) -> Quality:
     """Of the result, beside the original."""
-    windows = evaluation_windows(recipe.evaluation, files.tokenizer)
+    windows = evaluation_windows(evaluation, files.tokenizer)
     before, after = (
         load_model(path, "float32", device, one_layer_at_a_time=True)
         for path in (str(files.checkpoint), result)
@@ -169,6 +196,26 @@ def _quality(
     kv_cache = choose_kv_cache("auto", locate(result), after)
     heap.trim()
     return evaluate(after, before, windows, progress, kv_cache)
+
+
+def _size_line(before: int, after: int | None) -> str:
+    """What is known of the result's size before it is made."""
+    line = f"Size: {before / 1e6:.1f} MB before"
+    if after is None:
+        return f"{line}; how large the result will be, this recipe decides as it runs"
+    line = f"{line}, about {after / 1e6:.1f} MB after ({after / before - 1:+.0%})"
+    if after <= before:
+        return line
+    return f"{line}: the result will be LARGER, for the model's weights have fewer bits than this recipe's"
+
+
+@contextmanager
+def _advice(words: str) -> Iterator[None]:
+    """Adds to a WriteError what is left, and what to do."""
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(f"{error}; {words}") from error
 
 
 def _write(report: Report, out: Path) -> None:

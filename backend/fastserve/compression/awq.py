@@ -17,9 +17,10 @@ from transformers import PretrainedConfig
 
 from fastserve.compression.grid import Grid
 from fastserve.compression.layer import Layer
+from fastserve.compression.layer_step import LayerStep
 from fastserve.compression.quantizing_step import Bits, GroupSize, check_groups, targeted_linears
 from fastserve.compression.smoothing import check_model_type, shared, smooth, smoothable
-from fastserve.compression.step import Kind, LayerStep
+from fastserve.compression.step import Kind
 
 POWERS = tuple(step / 10 for step in range(1, 11))
 """That are tried."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastserve.compression.layer import Layer
 from fastserve.compression.quantizing_step import GroupSize, QuantizingStep
-from fastserve_kernels.formats import NF4, NORMAL_FLOAT_4
+from fastserve_kernels.formats import NF4, NORMAL_FLOAT_4, Weight
 from fastserve_kernels.weight import pack_pairs, spread, unpack_pairs
 
 TURNS = 20
@@ -64,6 +64,13 @@ class Codebook(QuantizingStep, frozen=True, kw_only=True, tag="codebook"):
         Literal["nf4", "k-means"], Meta(description="QLoRA's for normal weights, or one for each linear")
     ] = "nf4"
     group_size: GroupSize = 64
+
+    @property
+    def measures(self) -> bool:
+        return self.codebook == "k-means" or self.bias_correction
+
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        return NF4.pack(weight.dequantize(), self.group_size, scale_dtype=dtype)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         for name in layer.in_order(names):

@@ -14,10 +14,11 @@ from typing import Annotated
 from msgspec import Meta
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.smaller_state import SmallerState, StudentSizes
 from fastserve.compression.source_state import SourceState
 from fastserve.compression.state import State, StateWriter
-from fastserve.compression.step import Context, RecipeError
+from fastserve.compression.step import Context
 from fastserve.compression.training_step import TrainingStep
 
 
@@ -41,6 +42,9 @@ class Distill(TrainingStep, frozen=True, kw_only=True, tag="distill"):
                     f"teacher: {self.teacher} has a vocabulary of {vocabulary} tokens; allowed: the model's, "
                     f"{config.vocab_size}"
                 )
+
+    def config_after(self, config: PretrainedConfig) -> PretrainedConfig:
+        return self.student.config(config) if self.student else config
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         start = SmallerState(before, self.student) if self.student else before

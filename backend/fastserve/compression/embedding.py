@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
+import torch
 from msgspec import Meta
 from transformers import PretrainedConfig
 
-from fastserve.compression.grid import search
+from fastserve.compression.errors import RecipeError
+from fastserve.compression.grid import Grid, search
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.state import State, StateWriter
-from fastserve.compression.step import Context, RecipeError, Step
+from fastserve.compression.step import Context, Step
 from fastserve_kernels.formats import Dense, Weight
 
 
@@ -20,6 +22,8 @@ class Embedding(Step, frozen=True, kw_only=True, tag="embedding"):
     bits: Literal[4, 8] = 8
     group_size: Literal[32, 64, 128] = 64
     symmetric: Annotated[bool, Meta(description="no zero points")] = False
+
+    changes_outer: ClassVar[bool] = True
 
     def selects(self, linear: str) -> bool:
         return False
@@ -33,6 +37,11 @@ class Embedding(Step, frozen=True, kw_only=True, tag="embedding"):
                     f"group_size: got {self.group_size}; allowed: a divisor of the {columns} columns of "
                     f"{name}"
                 )
+
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        dense = weight.dequantize()
+        grid = Grid.whole_range(dense, self.bits, self.group_size, dtype, self.symmetric)
+        return grid.pack(grid.nearest(dense))
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         for index in range(before.num_layers):

@@ -12,19 +12,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from fastserve.atomic_write import atomic_directory, explained, write_bytes
 from fastserve.compression.encoders import CompressedTensorsEncoder, Encoder, OwnEncoder, expressible
-from fastserve.compression.state import State
+from fastserve.compression.state import State, save_tensors
 from fastserve.models.kv_cache_scheme import SCHEME
 from fastserve.models.safetensors_files import INDEX, SINGLE
 from fastserve_kernels.formats import Weight
 
 SHARD_BYTES = 4 << 30
 """A larger model is written as several files."""
-UNFINISHED = ".unfinished"
 GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -41,22 +40,21 @@ def export(state: State, tokenizer_directory: Path, out: Path) -> None:
     """Writes the directory `out`, which must not exist; it appears whole.
 
     `tokenizer_directory` has the files of the tokeniser, and perhaps a generation config.
+    Raises WriteError.
     """
-    unfinished = out.with_name(out.name + UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     suits = all(expressible(name, part) for name, part in _parts(state) if isinstance(part, Weight))
     encoder: Encoder = CompressedTensorsEncoder() if suits else OwnEncoder()
-    shards = _Shards(unfinished)
-    for name, part in _parts(state):
-        if isinstance(part, Weight):
-            shards.add({f"{name}.{local}": t for local, t in encoder.encode(name, part).items()})
-        else:
-            shards.add({name: part})
-    shards.finish()
-    _write_configs(state, encoder, unfinished)
-    _copy_tokenizer(tokenizer_directory, unfinished)
-    unfinished.rename(out)
+    with atomic_directory(out) as directory:
+        shards = _Shards(directory)
+        for name, part in _parts(state):
+            if isinstance(part, Weight):
+                shards.add({f"{name}.{local}": t for local, t in encoder.encode(name, part).items()})
+            else:
+                shards.add({name: part})
+        shards.finish()
+        with explained(out):
+            _write_configs(state, encoder, directory)
+            _copy_tokenizer(tokenizer_directory, directory)
 
 
 def _parts(state: State) -> Iterator[tuple[str, Tensor | Weight]]:
@@ -113,10 +111,10 @@ class _Shards:
             self._shard(index).rename(self._directory / name)
             weight_map |= dict.fromkeys(names, name)
         content = {"metadata": {"total_size": sum(self._sizes)}, "weight_map": weight_map}
-        (self._directory / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True))
+        write_bytes(self._directory / INDEX, json.dumps(content, indent=2, sort_keys=True).encode())
 
     def _write(self) -> None:
-        save_file(self._pending, self._shard(len(self._names)), {"format": "pt"})
+        save_tensors(self._pending, self._shard(len(self._names)), {"format": "pt"})
         self._names.append(sorted(self._pending))
         self._sizes.append(_size(self._pending))
         self._pending = {}

@@ -92,6 +92,11 @@ class Gptq(QuantizingStep, frozen=True, kw_only=True, tag="gptq"):
         float, Meta(ge=0, le=1, description="share of the error of earlier layers to make up for")
     ] = 0.5
 
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        dense = weight.dequantize()
+        grid = Grid.whole_range(dense, self.bits, self.group_size or dense.shape[1], dtype, self.symmetric)
+        return pack(grid, grid.nearest(dense), weight)
+
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         for name in layer.in_order(names):
             self.compress_linear(layer, name, self.bits)

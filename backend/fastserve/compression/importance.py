@@ -9,28 +9,18 @@ attends to it, so that v_proj must be exact there. GuidedQuant (Kim et al., arXi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
 
+from fastserve.compression.layer import Counts
 from fastserve.compression.sensitivity import Sensitivity, sensitivities
-from fastserve.compression.state import State, StateWriter, write_part
+from fastserve.compression.state import SCRATCH, State, StateWriter, write_part
 from fastserve.compression.step import Context
 
-FILE = "importance.safetensors"
+FILE = f"{SCRATCH}importance.safetensors"
 See = Callable[[int, dict[str, Sensitivity]], None]
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Of a linear."""
-
-    tokens: Tensor
-    """[samples, T] float32 |g|^2 of each token."""
-    rows: Tensor
-    """[N] float32 E[g_n^2] of its outputs."""
 
 
 class Importance:

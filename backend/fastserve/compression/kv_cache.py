@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.layer import Layer
+from fastserve.compression.layer_step import LayerStep
 from fastserve.compression.state import State, StateWriter
-from fastserve.compression.step import Context, Kind, LayerStep, RecipeError
+from fastserve.compression.step import Context, Kind
 from fastserve.models.kv_cache import KV_CACHE_DTYPES, LARGEST
 from fastserve.models.kv_cache_scheme import SCHEME, kv_cache_scheme
 from fastserve.models.kv_rounding import candidate_scales, least_error, squared_errors

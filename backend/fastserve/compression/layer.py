@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastserve.compression.calls import Calls
-from fastserve.compression.importance import Counts
+from fastserve.compression.patterns import mask_of
 from fastserve_kernels.formats import W8A8, Weight
 
 Stage = tuple[str, ...]
@@ -39,6 +39,16 @@ class Moments:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What the tokens and the outputs of a linear count (`importance`)."""
+
+    tokens: Tensor
+    """[samples, T] float32 |g|^2 of each token."""
+    rows: Tensor
+    """[N] float32 E[g_n^2] of its outputs."""
+
+
 class Layer:
     """A decoder layer in float32. Its linears compute with the weights that they were given last."""
 
@@ -61,6 +71,7 @@ class Layer:
         """Of full names: `model.layers.3.`"""
         self.module = calls.module
         self._part = part
+        self._before = {name: weight for name, weight in part.items() if isinstance(weight, Weight)}
         self._calls = calls
         self._hidden = hidden
         self._reference = reference
@@ -81,6 +92,10 @@ class Layer:
         found = self._part[name]
         assert isinstance(found, Weight), name
         return found
+
+    def is_pruned(self, name: str) -> bool:
+        """Whether a linear's weight leaves some out, or did before this step."""
+        return any(mask_of(weight) is not None for weight in (self.weight(name), self._before[name]))
 
     def dense(self, name: str) -> Tensor:
         """A linear's weight [N, K] float32 as it is now."""

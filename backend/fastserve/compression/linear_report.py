@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastserve.compression.layer import Layer
 from fastserve_kernels.formats import LowRank
-
-if TYPE_CHECKING:
-    from fastserve.compression.layer import Layer
 
 
 @dataclass(frozen=True)
@@ -23,8 +20,9 @@ class LinearReport:
     """As in `fastserve_kernels.formats`."""
     bits: float
     """Stored for each weight, scales and indices included."""
-    sparsity: float
-    """Share of the weights that are 0."""
+    sparsity: float | None
+    """Share of the weights that are 0; None if none was left out, in this step or before: a 0 is then a value
+    like others."""
     rank: int | None
     """Of `LowRank`."""
     weight_error: float | None
@@ -42,7 +40,7 @@ def linear_report(layer: Layer, name: str) -> LinearReport:
         name=f"{layer.prefix}{name}",
         format=type(weight).__name__,
         bits=weight.bits_per_weight,
-        sparsity=float((now == 0).float().mean()),
+        sparsity=float((now == 0).float().mean()) if layer.is_pruned(name) else None,
         rank=weight.down.shape[0] if isinstance(weight, LowRank) else None,
         weight_error=float((now - original).norm() / original.norm()) if same_shape else None,
         output_error=output_error(now - original, original, gram) if same_shape else None,

@@ -22,13 +22,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.columns import Regression
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.importance import measured
 from fastserve.compression.layer import Layer, Moments
-from fastserve.compression.layer_runner import run_layers
+from fastserve.compression.layer_step import LayerStep, run_layers
 from fastserve.compression.ranks import Options, ranks_for_error, ranks_for_size
 from fastserve.compression.sensitivity import Sensitivity
 from fastserve.compression.state import State, StateWriter, read_notes
-from fastserve.compression.step import Context, Kind, LayerStep, RecipeError
+from fastserve.compression.step import Context, Kind
 from fastserve_kernels.formats import Dense, LowRank, Weight
 
 LEAST = 1e-3
@@ -60,6 +61,13 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
             raise RecipeError(
                 f"parameters, error: got {self.parameters} and {self.error}; allowed: one of the two"
             )
+
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
+        if self.parameters is None:
+            return None
+        rows, columns = weight.out_features, weight.in_features
+        rank = round(self.parameters * rows * columns / (rows + columns))
+        return LowRank(torch.zeros(rank, columns, dtype=dtype), torch.zeros(rows, rank, dtype=dtype))
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         self._survey(before, after, context)

@@ -10,11 +10,12 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.layer import Moments
 from fastserve.compression.patterns import Pattern, Tiles, parse_pattern
 from fastserve.compression.pruning import PruningStep, Sparsity
 from fastserve.compression.state import State, StateWriter
-from fastserve.compression.step import Context, RecipeError
+from fastserve.compression.step import Context
 
 DROPPED_BITS = 10
 """Of a float32 in a histogram of magnitudes: a bin is as wide as 1/8192 of its numbers."""
@@ -33,6 +34,14 @@ class Magnitude(PruningStep, frozen=True, kw_only=True, tag="magnitude"):
         Literal["row", "matrix", "model"], Meta(description="what the sparsity is a share of")
     ] = "matrix"
     """`model`: all targeted linears together, so that some are pruned more than others."""
+
+    @property
+    def measures(self) -> bool:
+        return False
+
+    @property
+    def share(self) -> float | None:
+        return None if self.threshold is not None else self.sparsity or 0.5
 
     def check(self, config: PretrainedConfig) -> None:
         super().check(config)

@@ -15,6 +15,7 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.gptq import Gptq, quantize
 from fastserve.compression.gram import damped, inverse_factor
 from fastserve.compression.grid import search
@@ -23,12 +24,12 @@ from fastserve.compression.layer import Layer
 from fastserve.compression.patterns import mask_of
 from fastserve.compression.quantizing_step import Bits
 from fastserve.compression.sensitivity import Sensitivity
-from fastserve.compression.state import State, StateWriter, read_part, write_part
-from fastserve.compression.step import Context, RecipeError
-from fastserve_kernels.formats import IntRows
+from fastserve.compression.state import SCRATCH, State, StateWriter, read_part, write_part
+from fastserve.compression.step import Context
+from fastserve_kernels.formats import IntRows, Weight
 from fastserve_kernels.int_rows import rows_by_width
 
-FILE = "bits.safetensors"
+FILE = f"{SCRATCH}bits.safetensors"
 RATIOS = (1.0, 0.9, 0.8, 0.7)
 """Of ranges, in an estimate: `grid.RATIOS` would take longer and change little."""
 BITS_OF_A_WIDTH = 8
@@ -79,6 +80,15 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         if not min(self.widths) <= self.bits <= max(self.widths):
             raise RecipeError(f"bits: got {self.bits}; allowed: what lies between the widths {self.widths}")
 
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        dense, widths = weight.dequantize().to(dtype), sorted(self.widths)
+        codes = float(self._sizes((1, dense.shape[1])))
+        bits = self.bits if self.per == "linear" else max(self.bits - BITS_OF_A_WIDTH / codes, widths[0])
+        low, high = max(w for w in widths if w <= bits), min(w for w in widths if w >= bits)
+        wide = 0 if low == high else round(len(dense) * (bits - low) / (high - low))
+        given = torch.tensor([high] * wide + [low] * (len(dense) - wide), dtype=torch.uint8)
+        return IntRows.pack(dense, given, self.group_size, self.symmetric)
+
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         costs: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, int]] = {}
@@ -96,7 +106,6 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         given = dict(read_part(after.directory / FILE))
         fields = {name: getattr(self, name) for name in Gptq.__struct_fields__ if name != "bits"}
         _Allocated(**fields, per=self.per, given=given).run(before, after, context)
-        (after.directory / FILE).unlink()
 
     def _costs_of(self, weight: Tensor, sensitivity: Sensitivity) -> Tensor:
         """Nats [N, W] that each width costs a row, or [1, W] the linear."""

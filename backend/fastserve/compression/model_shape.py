@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.columns import unit_columns
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.skeleton import Skeleton
 from fastserve.compression.state import Part
-from fastserve.compression.step import RecipeError
 from fastserve_kernels.formats import Dense, Weight
 
 Q, K, V, O = (f"self_attn.{name}_proj" for name in "qkvo")  # noqa: E741 -- as the papers call it

@@ -12,17 +12,19 @@ import msgspec
 import torch
 from rich.progress import Progress
 
+from fastserve.atomic_write import explained, write_bytes
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.export import export
 from fastserve.compression.recipe import Recipe, check_recipe
 from fastserve.compression.source_state import SourceState
-from fastserve.compression.state import SavedState, State, StateWriter, write_atomically
-from fastserve.compression.step import Context, RecipeError, Step
+from fastserve.compression.state import SavedState, State, StateWriter
+from fastserve.compression.step import Context, Step
 from fastserve.compression.text import calibration_windows
 from fastserve.model_files import ModelFiles
 
 PARTIAL = ".partial"
 """Added to the name of the result's directory: where an unfinished run keeps its states."""
-RUN, DONE = "run.json", "done"
+RUN = "run.json"
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,10 @@ def compress(
     """Writes the compressed checkpoint to `out`, which must not exist yet, and returns what each step noted.
 
     An interrupted run of the same recipe on the same model is gone on from, layer by layer; `restart` begins
-    anew. Raises RecipeError, TextError for calibration text that cannot be used, and ModelError if the model
-    cannot be read.
+    anew. Raises RecipeError, TextError for calibration text that cannot be used, ModelError if the model
+    cannot be read, and WriteError on a full disk, after which the same call goes on.
     """
-    if out.exists():
-        raise RecipeError(f"out: {out} exists already; name a directory that does not")
-    source = SourceState(files.checkpoint)
-    check_recipe(recipe, source.config)
+    source = checked(files, recipe, out)
     work = out.with_name(out.name + PARTIAL)
     _open_work(work, _digest(recipe, source), restart)
     text = calibration_windows(recipe.calibration, files.tokenizer, recipe.seed)
@@ -66,12 +65,23 @@ def compress(
     return notes
 
 
+def checked(files: ModelFiles, recipe: Recipe, out: Path) -> SourceState:
+    """The model as it came. Raises RecipeError if the recipe cannot be followed with it, or `out` exists;
+    ModelError if it cannot be read."""
+    if out.exists():
+        raise RecipeError(f"out: {out} exists already; name a directory that does not")
+    source = SourceState(files.checkpoint)
+    check_recipe(recipe, source.config)
+    return source
+
+
 def _run(step: Step, directory: Path, before: State, context: Context) -> SavedState:
     """The state after a step, which is there already if an interrupted run came so far."""
-    if not (directory / DONE).is_file():
+    after = StateWriter(directory)
+    if not after.is_finished:
         torch.manual_seed(context.seed)
-        step.run(before, StateWriter(directory), context)
-        write_atomically(directory / DONE, b"")
+        step.run(before, after, context)
+        after.finish()
     return SavedState(directory)
 
 
@@ -86,8 +96,9 @@ def _open_work(work: Path, digest: str, restart: bool) -> None:
         shutil.rmtree(work, ignore_errors=True)
     if not (work / RUN).is_file():
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_atomically(work / RUN, msgspec.json.encode({"digest": digest}))
+        with explained(work):
+            work.mkdir(parents=True)
+        write_bytes(work / RUN, msgspec.json.encode({"digest": digest}))
     elif msgspec.json.decode((work / RUN).read_bytes())["digest"] != digest:
         raise RecipeError(
             f"out: {work} holds an unfinished run of another recipe or model; finish that, or begin anew "

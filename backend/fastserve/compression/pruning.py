@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
+import torch
 from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.gram import damped, target
 from fastserve.compression.layer import Layer, Moments
+from fastserve.compression.layer_step import LayerStep
 from fastserve.compression.patterns import (
     ROWS,
     Pattern,
@@ -19,7 +22,8 @@ from fastserve.compression.patterns import (
 )
 from fastserve.compression.reconstruction import reconstruct
 from fastserve.compression.skeleton import Skeleton
-from fastserve.compression.step import Kind, LayerStep, RecipeError
+from fastserve.compression.step import Kind
+from fastserve_kernels.formats import Weight
 
 Sparsity = Annotated[float, Meta(gt=0, lt=1, description="share of the weights left out")]
 
@@ -31,6 +35,17 @@ class PruningStep(LayerStep, frozen=True, kw_only=True):
     leaves: ClassVar[Kind] = "sparse"
 
     pattern: PatternName = "unstructured"
+
+    @property
+    def share(self) -> float | None:
+        """Of the weights, that it leaves out; None: only the run can tell."""
+        raise NotImplementedError
+
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
+        if self.share is None:
+            return None
+        dense, pattern = weight.dequantize(), parse_pattern(self.pattern)
+        return pattern.pack(dense.to(dtype), pattern.choose(dense.abs(), self.share))
 
     def prune(self, weight: Tensor, moments: Moments, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """The weight [N, K] float32 after pruning, and a mask [N, K] bool, true where it is kept."""
@@ -67,6 +82,10 @@ class SparsityStep(PruningStep, frozen=True, kw_only=True):
     """A step that is told how many weights to leave out."""
 
     sparsity: Sparsity = 0.5
+
+    @property
+    def share(self) -> float:
+        return self.sparsity
 
     def check(self, config: PretrainedConfig) -> None:
         super().check(config)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from fastserve.compression.bias_correction import corrected_bias
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.layer import Layer
+from fastserve.compression.layer_step import LayerStep
 from fastserve.compression.skeleton import Skeleton
-from fastserve.compression.step import Kind, LayerStep, RecipeError
+from fastserve.compression.step import Kind
 from fastserve_kernels.formats import Weight
 
 Bits = Annotated[int, Meta(ge=2, le=8, description="of a code")]

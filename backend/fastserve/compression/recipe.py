@@ -11,8 +11,9 @@ import msgspec
 from msgspec import Meta, Struct
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.skeleton import Skeleton
-from fastserve.compression.step import Kind, RecipeError
+from fastserve.compression.step import Kind
 from fastserve.compression.steps import STEPS, AnyStep
 
 
@@ -91,6 +92,8 @@ def check_recipe(recipe: Recipe, config: PretrainedConfig) -> None:
                     f"{', '.join(sorted(step.takes))}. Put this step first, or give it other `targets`"
                 )
             kinds[name] = step.leaves or kinds[name]
+        config = step.config_after(config)
+        kinds = {name: kinds[name] for name in _linears(Skeleton.of(config))}
 
 
 _PHRASES = {"dense": "dense", "sparse": "sparse", "low rank": "of low rank", "codes": "quantised"}

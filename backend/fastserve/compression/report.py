@@ -16,6 +16,7 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Column, Table
 
+from fastserve.atomic_write import write_bytes
 from fastserve.compression.linear_report import LinearReport
 from fastserve.compression.training import Point
 
@@ -122,7 +123,7 @@ def versions() -> dict[str, str]:
 def write_report(report: Report, directory: Path) -> None:
     """Writes `report.json`, which `msgspec.json.decode(..., type=Report)` reads back."""
     encoded = msgspec.json.format(msgspec.json.encode(report), indent=1)
-    (directory / FILE).write_bytes(encoded + b"\n")
+    write_bytes(directory / FILE, encoded + b"\n")
 
 
 def kind_of(name: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from fastserve.atomic_write import write_bytes
 from fastserve.compression.linear_report import LinearReport
 from fastserve.compression.report import Report, StepReport, by_kind, whole_rows
 from fastserve.compression.svg_plot import Plot, Series, svg
@@ -40,7 +41,7 @@ svg .grid { stroke: var(--rule); }
 
 def write_page(report: Report, directory: Path) -> None:
     """Writes `report.html`."""
-    (directory / FILE).write_text(page(report), encoding="utf-8")
+    write_bytes(directory / FILE, page(report).encode())
 
 
 def page(report: Report) -> str:
@@ -90,7 +91,7 @@ def plots(step: StepReport) -> list[Plot]:
         _by_layer(step.linears, "Output error", "relative, RMS", lambda linear: linear.output_error),
         _by_layer(step.linears, "Weight error", "relative, Frobenius", lambda linear: linear.weight_error),
         _by_layer(step.linears, "Bits per weight, scales included", "bits", lambda linear: linear.bits),
-        _by_layer(step.linears, "Sparsity", "share of zeros", lambda linear: linear.sparsity or None),
+        _by_layer(step.linears, "Sparsity", "share of zeros", lambda linear: linear.sparsity),
         _by_layer(step.linears, "Rank", "rank", lambda linear: linear.rank),
     ]
     return [plot for plot in (*by_layer, _curve(step.curve)) if plot is not None]
@@ -129,7 +130,7 @@ def _cells(linear: LinearReport) -> Sequence[str]:
         linear.name,
         linear.format,
         f"{linear.bits:.3f}",
-        f"{linear.sparsity:.2%}",
+        "" if linear.sparsity is None else f"{linear.sparsity:.2%}",
         "" if linear.rank is None else str(linear.rank),
         "" if linear.weight_error is None else f"{linear.weight_error:.5f}",
         "" if linear.output_error is None else f"{linear.output_error:.5f}",

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.gptq import pack
 from fastserve.compression.gram import damped
 from fastserve.compression.grid import Grid, search
 from fastserve.compression.layer import Layer
 from fastserve.compression.patterns import mask_of
 from fastserve.compression.quantizing_step import Bits, QuantizingStep
-from fastserve.compression.step import RecipeError
 from fastserve.compression.uniform import GroupSize, quantize
+from fastserve_kernels.formats import Weight
 
 Clip = Literal["none", "weights", "outputs"]
 DAMPING = 0.01
@@ -40,12 +42,21 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
         Meta(description="whole numbers, as other loaders need them, or what the formula's x_min comes to"),
     ] = "whole"
 
+    @property
+    def measures(self) -> bool:
+        return self.clip == "outputs" or self.bias_correction
+
     def check(self, config: PretrainedConfig) -> None:
         super().check(config)
         if self.clip != "none" and (self.group_size == "tensor" or self.zero_points == "exact"):
             raise RecipeError(
                 f'clip: got "{self.clip}"; allowed: "none" with group_size "tensor" or zero_points "exact"'
             )
+
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        dense = weight.dequantize()
+        grid = msgspec.structs.replace(self, clip="none").grid(dense, dense, dtype)
+        return pack(grid, grid.nearest(dense), weight)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         for name in layer.in_order(names):

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastserve import heap
 from fastserve.compression.calls import Calls
-from fastserve.compression.skeleton import Skeleton
-from fastserve.compression.state import State, dense
+from fastserve.compression.skeleton import EMBEDDING, HEAD, NORM, Skeleton
+from fastserve.compression.state import State, dense, save_tensors
 
 LEAST = 1e-30
 """Added to |g|^2, so that a linear that nothing depends on has a gram too."""
@@ -48,10 +48,10 @@ def sensitivities(
     """
     skeleton = Skeleton(state.config, device)
     outer = {name: tensor.to(device) for name, tensor in dense(state.outer()).items()}
-    hidden, calls = skeleton.embed(outer["model.embed_tokens.weight"], token_ids)
+    hidden, calls = skeleton.embed(outer[f"{EMBEDDING}.weight"], token_ids)
     files = [scratch / f"states-{index:04d}.safetensors" for index in range(state.num_layers)]
     for index, file in enumerate(files):
-        save_file({"hidden": hidden}, file)
+        save_tensors({"hidden": hidden}, file, {})
         layer = Calls(skeleton.materialize(index, state.dense_layer(index)), calls[index])
         with torch.no_grad():
             for sequence in hidden.split(1):
@@ -73,8 +73,9 @@ def _head_backward(skeleton: Skeleton, outer: dict[str, Tensor], hidden: Tensor,
     labels by them."""
     model = skeleton.model
     norm = copy.deepcopy(model.get_decoder().norm).to_empty(device=hidden.device)
-    norm.load_state_dict({"weight": outer["model.norm.weight"]})
-    head = outer.get("lm_head.weight", outer["model.embed_tokens.weight"])
+    prefix = f"{NORM}."
+    norm.load_state_dict({n.removeprefix(prefix): t for n, t in outer.items() if n.startswith(prefix)})
+    head = outer.get(f"{HEAD}.weight", outer[f"{EMBEDDING}.weight"])
     generator = torch.Generator(hidden.device).manual_seed(seed)
     for sequence in hidden:
         leaf = sequence.detach().requires_grad_()

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from fastserve.compression.step import RecipeError
+from fastserve.compression.errors import RecipeError
+
+SUPPORTED = (
+    "models whose decoder layers (`model.layers`) are made of linears and norms, between "
+    "`model.embed_tokens` and `model.norm`: Cohere, ERNIE 4.5, EXAONE 4, GLM, Granite, Llama, Ministral, "
+    "Mistral, Nemotron, OLMo 2, Phi-3, Qwen2, Qwen3, SmolLM3, StableLM, Starcoder2"
+)
+EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
 class Skeleton:
@@ -23,9 +30,7 @@ class Skeleton:
         decoder = self.model.get_decoder()
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList):
-            raise RecipeError(
-                f"model: {config.model_type} keeps its decoder layers otherwise than in `layers`"
-            )
+            raise _unsupported(config, "it keeps its decoder layers otherwise than in `layers`")
         self.layers = layers
         names = {module: name for name, module in self.model.named_modules()}
         self.prefix = f"{names[layers]}."
@@ -35,6 +40,23 @@ class Skeleton:
     def of(cls, config: PretrainedConfig) -> Skeleton:
         """On the CPU."""
         return cls(config, torch.device("cpu"))
+
+    def check(self) -> None:
+        """Raises RecipeError, before anything is computed, for an architecture that no step can take."""
+        others = sorted(
+            name for name in self.outer_tensors() if name.rpartition(".")[0] not in (EMBEDDING, NORM, HEAD)
+        )
+        if others:
+            raise _unsupported(self.config, f"it has {', '.join(others[:3])} outside its layers")
+        for index, layer in enumerate(self.layers):
+            linears = {f"{name}.weight" for name in self.linears(index)}
+            matrices = {name for name, parameter in layer.named_parameters() if parameter.dim() > 1}
+            left = sorted(matrices - linears, key=lambda name: ("experts" not in name, name))
+            if left:
+                what = "a mixture of experts" if "experts" in left[0] else "it"
+                raise _unsupported(
+                    self.config, f"{what} keeps {self.prefix}{index}.{left[0]}, which is no linear"
+                )
 
     @property
     def num_layers(self) -> int:
@@ -103,7 +125,10 @@ class _Recorder:
 
 def _without_weights(config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except ValueError as error:
+            raise _unsupported(config, "transformers has no causal language model of this type") from error
     decoder = model.get_decoder()
     rotary = getattr(decoder, "rotary_emb", None)
     if rotary is not None:
@@ -111,5 +136,11 @@ def _without_weights(config: PretrainedConfig, device: torch.device) -> PreTrain
         decoder.rotary_emb = type(rotary)(config=config).to(device)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if left:
-        raise RecipeError(f"model: {config.model_type} computes {', '.join(left)} as it is made")
+        raise _unsupported(config, f"it computes {', '.join(left)} as it is made")
     return model.eval()
+
+
+def _unsupported(config: PretrainedConfig, reason: str) -> RecipeError:
+    return RecipeError(
+        f"model: one of the type {config.model_type} cannot be compressed: {reason}; supported: {SUPPORTED}"
+    )

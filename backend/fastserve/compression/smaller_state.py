@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.columns import unit_columns
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.model_shape import (
     DOWN,
     GATE,
@@ -25,7 +26,6 @@ from fastserve.compression.model_shape import (
     heads_per_kv_head,
 )
 from fastserve.compression.state import Part, State
-from fastserve.compression.step import RecipeError
 from fastserve_kernels.formats import Dense, Weight
 
 Size = Annotated[int, Meta(ge=1)]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.layer import Layer, Stage
 from fastserve.compression.patterns import repack
-from fastserve.compression.step import RecipeError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Whose layers are built in this way."""

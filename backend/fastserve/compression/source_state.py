@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.state import State
-from fastserve.compression.step import RecipeError
 from fastserve.models.checkpoint import Checkpoint
 from fastserve.models.decoder_loading import has_own_head
 from fastserve.models.gguf_checkpoint import GgufCheckpoint, gguf_transformers_config
@@ -23,7 +23,9 @@ class SourceState(State):
     """A GGUF file, whose blocks are dequantised, or a Hugging Face directory of dense weights."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ModelError if it cannot be read, RecipeError if its weights are quantised already."""
+        """Raises ModelError if it cannot be read, RecipeError if no step can take it: its weights are
+        quantised already, its architecture is another, or tensors are missing or of another shape.
+        """
         self.path = path
         self._checkpoint: Checkpoint
         if path.is_file():
@@ -35,6 +37,8 @@ class SourceState(State):
             raise RecipeError(f"model: {path} is quantised already; allowed: a model with dense weights")
         if getattr(self.config, "tie_word_embeddings", False) and has_own_head(self._checkpoint, self.dtype):
             self.config.tie_word_embeddings = False
+        self.skeleton.check()
+        self._check_tensors()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,9 +70,24 @@ class SourceState(State):
                 parts[name] = tensor
         return parts
 
+    def _check_tensors(self) -> None:
+        skeleton, shapes = self.skeleton, self._checkpoint.shapes
+        tensors = skeleton.model.state_dict()
+        names = [
+            f"{skeleton.prefix}{index}.{name}"
+            for index in range(skeleton.num_layers)
+            for name in skeleton.tensors(index)
+        ]
+        for name in (*skeleton.outer_tensors(), *names):
+            wanted = tuple(tensors[name].shape)
+            if name not in shapes:
+                raise RecipeError(f"model: {self.path} has no tensor {name}; needed: one of shape {wanted}")
+            if tuple(shapes[name]) != wanted:
+                raise RecipeError(
+                    f"model: {self.path}: {name} has the shape {tuple(shapes[name])}; needed: {wanted}"
+                )
+
     def _read(self, name: str) -> Tensor:
-        if name not in self._checkpoint.shapes:
-            raise RecipeError(f"model: {self.path} has no tensor {name}")
         tensor = torch.empty(self._checkpoint.shapes[name], dtype=self.dtype)
         self._checkpoint.read(name, tensor)
         return tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -15,7 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
+from fastserve.atomic_write import atomic_write, explained, sync, write_bytes
 from fastserve.compression.skeleton import Skeleton
 from fastserve_kernels.formats import Weight
 from fastserve_kernels.weight_tensors import tensor_fields, weight_from_tensors, weight_tensors
@@ -23,7 +25,9 @@ from fastserve_kernels.weight_tensors import tensor_fields, weight_from_tensors,
 Part = Mapping[str, Tensor | Weight]
 """Of a model: matrices by the name of their module, other tensors by their own."""
 OUTER = "outer"
-NOTES = "notes.json"
+NOTES, DONE = "notes.json", "done"
+SCRATCH = "scratch-"
+"""How the names of files and directories begin that only an unfinished step needs."""
 
 
 class State(ABC):
@@ -115,7 +119,8 @@ class StateWriter:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
+        with explained(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         self._notes = read_notes(directory)
 
     def write_layer(self, index: int, layer: Part) -> None:
@@ -125,12 +130,24 @@ class StateWriter:
         write_part(self.directory / f"{OUTER}.safetensors", outer)
 
     def write_config(self, config: PretrainedConfig) -> None:
-        config.save_pretrained(self.directory)
+        write_bytes(self.directory / CONFIG_NAME, config.to_json_string().encode())
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.directory / DONE).is_file()
+
+    def finish(self) -> None:
+        """Says that the state is whole, which a loss of power does not change, and removes the scratch."""
+        with explained(self.directory):
+            sync(self.directory)
+        write_bytes(self.directory / DONE, b"")
+        for path in self.directory.glob(f"{SCRATCH}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def note(self, key: str, value: Any) -> None:
         """Keeps a fact for the report, as JSON has it; a key that is noted again has the new value."""
         self._notes[key] = value
-        write_atomically(self.directory / NOTES, json.dumps(self._notes).encode())
+        write_bytes(self.directory / NOTES, json.dumps(self._notes).encode())
 
 
 def write_part(path: Path, part: Part, **facts: str) -> None:
@@ -143,9 +160,13 @@ def write_part(path: Path, part: Part, **facts: str) -> None:
             tensors |= {f"{name}.{field}": tensor for field, tensor in fields.items()}
         else:
             tensors[name] = value.contiguous()
-    unfinished = path.with_suffix(".unfinished")
-    save_file(tensors, unfinished, {"weights": json.dumps(entries), **facts})
-    os.replace(unfinished, path)
+    save_tensors(tensors, path, {"weights": json.dumps(entries), **facts})
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all. Raises WriteError."""
+    with atomic_write(path, sum(tensor.nbytes for tensor in tensors.values())) as unfinished:
+        save_file(tensors, unfinished, metadata)
 
 
 def read_part(path: Path) -> dict[str, Tensor | Weight]:
@@ -165,12 +186,6 @@ def read_part(path: Path) -> dict[str, Tensor | Weight]:
 def read_notes(directory: Path) -> dict[str, Any]:
     path = directory / NOTES
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
 
 
 def _layer_file(index: int) -> str:

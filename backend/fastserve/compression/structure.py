@@ -10,7 +10,6 @@ All layers get the same shape, for an ordinary config cannot say otherwise.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from typing import Annotated, ClassVar
 
@@ -20,9 +19,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.columns import Regression, kept_units, unit_columns
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.importance import measured
 from fastserve.compression.layer import Layer
-from fastserve.compression.layer_runner import run_layers
+from fastserve.compression.layer_step import LayerStep, run_layers
 from fastserve.compression.model_shape import (
     BEFORE_MLP,
     DOWN,
@@ -34,12 +34,12 @@ from fastserve.compression.model_shape import (
     heads_per_kv_head,
     parameters,
 )
-from fastserve.compression.state import SavedState, State, StateWriter, read_notes
-from fastserve.compression.step import Context, Kind, LayerStep, RecipeError, Step
+from fastserve.compression.state import SCRATCH, SavedState, State, StateWriter, read_notes
+from fastserve.compression.step import Context, Kind, Step
 from fastserve.compression.structure_survey import Sizes, choose_shape, sizes_within, survey
 from fastserve_kernels.formats import Dense
 
-UNCUT = "uncut"
+UNCUT = f"{SCRATCH}uncut"
 """The directory, within the step's own, of the model with zeros for what is to leave."""
 
 
@@ -76,6 +76,11 @@ class Structure(Step, frozen=True, kw_only=True, tag="structure"):
                 f"parameters: got {self.parameters}; allowed: more than 0, and less than what all layers have"
             )
 
+    def config_after(self, config: PretrainedConfig) -> PretrainedConfig:
+        # All candidates are of about the same size; the last one has all layers, if any has.
+        sizes = self._candidates(config)[-1]
+        return Shape(tuple(range(sizes.layers)), sizes.kv_heads, sizes.channels).config(config)
+
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         shape = self._shape(before, after, context)
         uncut = after.directory / UNCUT
@@ -87,7 +92,6 @@ class Structure(Step, frozen=True, kw_only=True, tag="structure"):
             after.write_layer(index, cut(masked.layer(old), shape, before.config))
         after.write_outer(masked.outer())
         after.write_config(shape.config(before.config))
-        shutil.rmtree(uncut)
 
     def _candidates(self, config: PretrainedConfig) -> list[Sizes]:
         if self.parameters is not None:

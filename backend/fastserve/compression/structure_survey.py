@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from fastserve.compression.columns import Regression, removal
 from fastserve.compression.importance import Importance
 from fastserve.compression.layer import Layer
-from fastserve.compression.layer_runner import survey_layers
+from fastserve.compression.layer_step import survey_layers
 from fastserve.compression.model_shape import (
     DOWN,
     GATE,

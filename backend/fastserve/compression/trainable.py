@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.patterns import mask_of, repack
 from fastserve.compression.state import Part, State, StateWriter
-from fastserve.compression.step import RecipeError
 from fastserve_kernels.formats import Bitmap, BlockSparse, Dense, LowRank, Sparse24, Weight
 
 TRAINABLE = (Dense, Bitmap, BlockSparse, Sparse24, LowRank)

@@ -9,20 +9,20 @@ on from its checkpoint.
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from fastserve.compression.training_step import TrainingStep
+from fastserve.atomic_write import atomic_write
+from fastserve.compression.state import SCRATCH
+from fastserve.compression.training_plan import TrainingPlan
 
 MICRO_TOKENS = 1024
 """Tokens that go through the model at once; the gradients of a larger batch are summed up."""
@@ -31,7 +31,7 @@ CHECKPOINT_SECONDS = 300
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_THRESHOLD = 32 << 20
 """Bytes; glibc refuses more."""
-CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
+CHECKPOINT, BEST = f"{SCRATCH}checkpoint.pt", f"{SCRATCH}best.pt"
 
 Loss = Callable[[Tensor], Tensor]
 """Maps windows [n, T] int64 to their mean loss."""
@@ -54,7 +54,7 @@ class Training:
 
     def __init__(
         self,
-        plan: TrainingStep,
+        plan: TrainingPlan,
         parameters: dict[str, nn.Parameter],
         loss: Loss,
         directory: Path,
@@ -92,13 +92,9 @@ class Training:
             self._minutes = time.process_time() / 60 - started
             if time.monotonic() > self._saved + CHECKPOINT_SECONDS:
                 self._save_checkpoint()
+        self._save_checkpoint()
         self._load(torch.load(self._directory / BEST, weights_only=True))
         return self._points
-
-    def clear(self) -> None:
-        """Removes the checkpoints."""
-        for name in (CHECKPOINT, BEST):
-            (self._directory / name).unlink(missing_ok=True)
 
     def _done(self) -> float:
         """Share of the budget that is spent."""
@@ -202,7 +198,7 @@ def _shuffled(samples: int, seed: int, epoch: int) -> Tensor:
 
 
 def _save(path: Path, value: Any) -> None:
-    """Atomically."""
-    unfinished = path.with_suffix(".unfinished")
-    torch.save(value, unfinished)
-    os.replace(unfinished, path)
+    """Writes a file of torch's, whole or not at all. Raises WriteError."""
+    # Through a file of Python's: given a path, torch does not say why it could not write.
+    with atomic_write(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save(value, file)

@@ -1,4 +1,4 @@
-"""What steps that train have in common: the budget, the losses, the loop, the curve.
+"""What steps that train have in common: the losses, the loop, the curve.
 
 Hidden states and attention maps may be learnt from beside logits, as in TinyBERT (Jiao et al., arXiv
 1909.10351).
@@ -6,7 +6,6 @@ Hidden states and attention maps may be learnt from beside logits, as in TinyBER
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Annotated
 
@@ -14,28 +13,19 @@ import torch
 from msgspec import Meta
 from transformers import PretrainedConfig, PreTrainedModel
 
+from fastserve.compression.errors import RecipeError
 from fastserve.compression.losses import Divergence, LogitLoss
 from fastserve.compression.objective import FeatureWeights, Objective, compute_dtype
 from fastserve.compression.state import State, StateWriter
-from fastserve.compression.step import Context, RecipeError, Step
+from fastserve.compression.step import Context
 from fastserve.compression.trainable import trainable, write_trained
 from fastserve.compression.training import Training
+from fastserve.compression.training_plan import TrainingPlan
 
 
-class TrainingStep(Step, frozen=True, kw_only=True):
-    """A step that trains: for how long, how fast, towards what."""
+class TrainingStep(TrainingPlan, frozen=True, kw_only=True):
+    """A step that trains: by which plan, towards what."""
 
-    minutes: Annotated[float, Meta(gt=0, description="of processor time, of all cores together")] | None = (
-        None
-    )
-    steps: Annotated[int, Meta(ge=1, description="of the optimiser; in place of minutes")] | None = None
-    learning_rate: Annotated[float, Meta(gt=0, description="at its highest")] = 3e-4
-    warm_up: Annotated[float, Meta(ge=0, lt=1, description="share of the budget; then cosine to 0")] = 0.1
-    batch: Annotated[int, Meta(ge=1, description="windows of a step")] = 2
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
-    clip: Annotated[float, Meta(gt=0, description="largest norm of the gradient")] = 1.0
-    evaluations: Annotated[int, Meta(ge=1, description="on held-out text")] = 4
-    patience: Annotated[int, Meta(ge=1, description="evaluations without improvement before it ends")] = 3
     embeddings: Annotated[bool, Meta(description="whether embedding and head train too")] = False
     next_token: Annotated[float, Meta(ge=0, description="weight of the next token's loss")] = 0.5
     distillation: Annotated[float, Meta(ge=0, description="weight of the divergence from the teacher")] = 1.0
@@ -46,9 +36,7 @@ class TrainingStep(Step, frozen=True, kw_only=True):
     skew: Annotated[float, Meta(gt=0, lt=1, description="of the skewed divergences")] = 0.1
 
     def check(self, config: PretrainedConfig) -> None:
-        if (self.minutes is None) == (self.steps is None):
-            came = "neither" if self.steps is None else "both"
-            raise RecipeError(f"minutes, steps: got {came}; allowed: one of them, which is the budget")
+        super().check(config)
         if not any(self.weights_of_losses().values()):
             names = ", ".join(self.weights_of_losses())
             raise RecipeError(f"{names}: got 0 for each; allowed: at least one above 0")
@@ -57,12 +45,6 @@ class TrainingStep(Step, frozen=True, kw_only=True):
         """By the name of the field."""
         names = ("next_token", "distillation", "hidden_states", "attention")
         return {name: getattr(self, name) for name in names}
-
-    def rate(self, done: float) -> float:
-        """The learning rate when this share of the budget is spent: it rises from a tenth and falls to 0."""
-        if done < self.warm_up:
-            return self.learning_rate * (0.1 + 0.9 * done / self.warm_up)
-        return self.learning_rate * (1 + math.cos(math.pi * (done - self.warm_up) / (1 - self.warm_up))) / 2
 
     def train(
         self,
@@ -92,7 +74,6 @@ class TrainingStep(Step, frozen=True, kw_only=True):
         curve = training.run(context.training, context.held_out, context.progress)
         after.note("losses", [asdict(point) for point in curve])
         write_trained(model.model, student, after)
-        training.clear()
 
 
 def frozen_model(state: State, device: torch.device) -> PreTrainedModel:

@@ -21,7 +21,7 @@ from fastserve.compression.gram import damped
 from fastserve.compression.layer import Layer
 from fastserve.compression.quantizing_step import QuantizingStep
 from fastserve.compression.smoothing import check_model_type, shared, smooth, smoothable
-from fastserve_kernels.formats import W8A8, Int8
+from fastserve_kernels.formats import W8A8, Int8, Weight
 
 STRENGTHS = tuple(step / 10 for step in range(1, 10))
 """The a that are tried."""
@@ -60,6 +60,9 @@ class W8A8Step(QuantizingStep, frozen=True, kw_only=True, tag="w8a8"):
         super().check(config)
         if self.smoothing:
             check_model_type("smoothing", config)
+
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        return W8A8.pack(weight.dequantize())
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         for stage in layer.stages:

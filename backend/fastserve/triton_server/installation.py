@@ -126,7 +126,7 @@ def check_platform() -> None:
 
 
 def check_numpy() -> None:
-    """Raises StartError with numpy 2, which the embedded server's stub dies of at the first string tensor."""
+    """Raises StartError with numpy 2, which the embedded server's stub was not built for."""
     version = metadata.version("numpy")
     if int(version.split(".")[0]) >= 2:
         raise StartError(

@@ -3,7 +3,7 @@
 A Python model of 2.51 cannot say so itself. But a model that is being unloaded while a request of it is in
 flight counts as not ready. So an ensemble `readiness`, whose one step is `engine`, is unloaded while `engine`
 holds a request of it. It works where the operator, or our launcher, has set explicit model control
-(FASTSERVE_MODEL_CONTROL=explicit); elsewhere a failing call could kill the server, so none is made.
+(FASTSERVE_MODEL_CONTROL=explicit), and is done nowhere else.
 """
 
 from __future__ import annotations

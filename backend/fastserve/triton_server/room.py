@@ -46,7 +46,7 @@ class RoomTeller:
         self._thread.start()
 
     def open(self) -> None:
-        """Begins to send: the server is up. A request sent while our model is loading kills it (2.51)."""
+        """Begins to send: the server is up. Triton server 2.51 was seen to crash otherwise."""
         if not self._is_open:
             with self._changed:
                 self._is_open = True

@@ -1,4 +1,4 @@
-"""Takes the layers of a model through a step, one in memory at a time; an interrupted run is gone on from.
+"""Steps that take the layers of a model one at a time; an interrupted run is gone on from.
 
 After each layer two files are written: the layer, and the hidden states before the next one. To go on is to
 read the latter.
@@ -8,22 +8,58 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastserve import heap
 from fastserve.compression.calls import Calls
-from fastserve.compression.importance import FILE, Importance, measured
+from fastserve.compression.importance import Importance, measured
 from fastserve.compression.layer import Layer
 from fastserve.compression.linear_report import linear_report
-from fastserve.compression.skeleton import Skeleton
-from fastserve.compression.state import State, StateWriter, read_part, write_part
-from fastserve.compression.step import Context, LayerStep
+from fastserve.compression.skeleton import EMBEDDING, Skeleton
+from fastserve.compression.state import SCRATCH, State, StateWriter, read_part, write_part
+from fastserve.compression.step import Context, Step
 from fastserve_kernels.formats import Dense, Weight
 
-HIDDEN = "hidden.safetensors"
+REPORT_TOKENS = 4096
+"""That a step which measures nothing is reported by."""
+HIDDEN = f"{SCRATCH}hidden.safetensors"
+
+
+class LayerStep(Step, frozen=True, kw_only=True):
+    """A step that takes one decoder layer at a time, first to last.
+
+    The hidden states that reach a layer are those of the layers already compressed, so that a step can make
+    up for the errors made before it.
+    """
+
+    targets: tuple[str, ...] = ("*",)
+    """Which linears: patterns of full names as a shell has them, as in `model.layers.3.mlp.down_proj`."""
+
+    with_reference: ClassVar[bool] = False
+    """Whether `compress` looks at the hidden states of the model before this step too."""
+    weighs_tokens: ClassVar[bool] = False
+    """Whether a token counts by how much predictions depend on a linear's output for it (`importance`)."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether `compress` goes by what the calibration text looks like. If not, it is run through the
+        layers for the report alone, and little of it is enough."""
+        return True
+
+    def selects(self, linear: str) -> bool:
+        """Whether the linear of this full name is among the targets."""
+        return any(fnmatchcase(linear, pattern) for pattern in self.targets)
+
+    def run(self, before: State, after: StateWriter, context: Context) -> None:
+        run_layers(self, before, after, context)
+
+    def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        """Replaces the weights of the linears of these local names (`mlp.down_proj`) of the layer."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -40,7 +76,8 @@ def run_layers(step: LayerStep, before: State, after: StateWriter, context: Cont
     """Writes the state after a step whose `compress` takes a layer."""
     importance = measured(before, after, context) if step.weighs_tokens else None
     skeleton = Skeleton(before.config, context.device)
-    hidden, calls = skeleton.embed(_embedding(before), context.calibration)
+    windows = context.calibration if step.measures else _few(context.calibration)
+    hidden, calls = skeleton.embed(_embedding(before), windows)
     front = _read_front(after) or _Front(0, hidden, hidden.clone() if step.with_reference else None)
     del hidden
     task = context.progress.add_task(step.name, total=before.num_layers, completed=front.index)
@@ -59,8 +96,6 @@ def run_layers(step: LayerStep, before: State, after: StateWriter, context: Cont
         context.progress.advance(task)
     after.write_outer(before.outer())
     after.write_config(before.config)
-    (after.directory / HIDDEN).unlink()
-    (after.directory / FILE).unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -77,8 +112,14 @@ def survey_layers(name: str, state: State, context: Context, importance: Importa
         context.progress.advance(task)
 
 
+def _few(windows: Tensor) -> Tensor:
+    """About REPORT_TOKENS of windows [samples, T], from all over the text."""
+    count = max(1, REPORT_TOKENS // windows.shape[1])
+    return windows[:: max(1, len(windows) // count)][:count]
+
+
 def _embedding(state: State) -> Tensor:
-    weight = state.outer()["model.embed_tokens"]
+    weight = state.outer()[EMBEDDING]
     assert isinstance(weight, Weight)
     return weight.weight if isinstance(weight, Dense) else weight.dequantize()
 
