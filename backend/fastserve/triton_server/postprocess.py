@@ -73,8 +73,7 @@ class PostprocessStep:
             except Exception as error:
                 logger.exception("an output of request %s could not be answered", uid)
                 self._end(uid)
-                message = f"the answer could not be made or sent: {type(error).__name__}: {error}"
-                send_error(sender, RequestError(message, ErrorCode.INTERNAL))
+                send_error(sender, _named(error))
 
     def _answer(self, output: RequestOutput, sender: Any, is_cancelled: bool) -> None:
         """Sends the response to this output, if any. Raises RequestError for one that failed."""
@@ -165,6 +164,13 @@ class PostprocessStep:
         self._stops.put(None)
         self._teller.hurry()
         self._teller.join()
+
+
+def _named(error: Exception) -> RequestError:
+    """What a client is told of an answer that could not be made, or not be sent."""
+    if isinstance(error, pb_utils.TritonModelException):
+        return RequestError(f"the answer could not be sent: {error}", ErrorCode.UNAVAILABLE)
+    return RequestError(f"the answer could not be made: {type(error).__name__}: {error}", ErrorCode.INTERNAL)
 
 
 def _tell_health(problem: str | None) -> None:
