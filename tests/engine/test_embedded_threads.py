@@ -30,7 +30,9 @@ def tokenizer(default_model: ModelFiles) -> Tokenizer:
 @pytest.fixture
 def model(fake_engine: Any, tokenizer: Tokenizer) -> Model:
     engine = fake_engine(tokenizer.vocab_size, num_blocks=600)
-    return Model(engine, tokenizer, Preprocessor(Config(), tokenizer, engine.max_model_len))
+    return Model(
+        engine, tokenizer, Preprocessor(Config(), tokenizer, engine.max_model_len, tokenizer.vocab_size)
+    )
 
 
 @pytest.fixture

@@ -79,6 +79,7 @@ class PostprocessStep:
                 self._fail(uid, sender, error, is_forwarded)
             except Exception as error:
                 logger.exception("an output of request %s could not be answered", uid)
+<<<<<<< HEAD
                 message = f"the answer could not be made or sent: {type(error).__name__}: {error}"
                 self._fail(uid, sender, RequestError(message, ErrorCode.INTERNAL), is_forwarded)
 
@@ -97,6 +98,10 @@ class PostprocessStep:
             except Exception:
                 logger.exception("request %s could not be told that it failed", uid)
         send_error(sender, error)
+=======
+                self._end(uid)
+                send_error(sender, _named(error))
+>>>>>>> relay
 
     def _answer(self, output: RequestOutput, sender: Any, is_cancelled: bool) -> None:
         """Sends the response to this output, if any. Raises RequestError for one that failed."""
@@ -191,6 +196,13 @@ class PostprocessStep:
         self._stops.put(None)
         self._teller.hurry()
         self._teller.join()
+
+
+def _named(error: Exception) -> RequestError:
+    """What a client is told of an answer that could not be made, or not be sent."""
+    if isinstance(error, pb_utils.TritonModelException):
+        return RequestError(f"the answer could not be sent: {error}", ErrorCode.UNAVAILABLE)
+    return RequestError(f"the answer could not be made: {type(error).__name__}: {error}", ErrorCode.INTERNAL)
 
 
 def _tell_health(problem: str | None) -> None:
