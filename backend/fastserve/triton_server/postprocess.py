@@ -79,9 +79,7 @@ class PostprocessStep:
                 self._fail(uid, sender, error, is_forwarded)
             except Exception as error:
                 logger.exception("an output of request %s could not be answered", uid)
-<<<<<<< HEAD
-                message = f"the answer could not be made or sent: {type(error).__name__}: {error}"
-                self._fail(uid, sender, RequestError(message, ErrorCode.INTERNAL), is_forwarded)
+                self._fail(uid, sender, _named(error), is_forwarded)
 
     def _is_forwarded(self, output: RequestOutput) -> bool:
         conversation = self._conversations.get(output.uid)
@@ -98,10 +96,6 @@ class PostprocessStep:
             except Exception:
                 logger.exception("request %s could not be told that it failed", uid)
         send_error(sender, error)
-=======
-                self._end(uid)
-                send_error(sender, _named(error))
->>>>>>> relay
 
     def _answer(self, output: RequestOutput, sender: Any, is_cancelled: bool) -> None:
         """Sends the response to this output, if any. Raises RequestError for one that failed."""
