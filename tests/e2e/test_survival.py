@@ -208,6 +208,8 @@ def test_a_stop_loses_nothing_that_was_accepted(fresh_server: Any) -> None:
             with pytest.raises(FastServeError, match="the server is stopping") as refusal:
                 client.generate("Hello", temperature=0, max_tokens=1)
             assert refusal.value.code == "UNAVAILABLE"
-        fresh_server.launcher.join()
         assert [answer.result() for answer in answers] == [length] * 24
+        answered = time.monotonic()
+        fresh_server.launcher.join()
+        assert time.monotonic() - answered < 30, "with nothing in flight, the server does not leave"
     assert fresh_server.launcher.restarts == []

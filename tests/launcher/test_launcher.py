@@ -212,6 +212,7 @@ def test_the_server_goes_when_the_launcher_is_killed(repository: Path, tmp_path:
     assert until(lambda: not any(Path(region).exists() for region in regions), 5)
 
 
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
 def test_it_serves_on_ipv6_with_flags_of_the_operators(repository: Path) -> None:
     flags = ("--metrics-config=summary_latencies=true",)
     options = ServerOptions(
