@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,10 +77,17 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running(model: ModelFiles, **settings: Any) -> Iterator[RunningServer]:
+def running(
+    model: ModelFiles,
+    exit_timeout_seconds: int = 5,
+    model_repository: Path | None = None,
+    **settings: Any,
+) -> Iterator[RunningServer]:
     """A server of its own with these settings."""
     ports = Ports(*free_ports(3))
-    options = ServerOptions(ports=ports, exit_timeout_seconds=5)
+    options = ServerOptions(
+        ports=ports, exit_timeout_seconds=exit_timeout_seconds, model_repository=model_repository
+    )
     with Server(Config(model=str(model.checkpoint), **settings), options) as launcher:
         launcher.wait_ready(START_SECONDS)
         yield RunningServer(

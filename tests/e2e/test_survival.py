@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import psutil
 import pytest
 
+from fastserve.triton_server.repository import model_repository
 from fastserve_client import Client, FastServeError
 
 ENDLESS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 4000, "ignore_eos": True}
@@ -135,3 +140,76 @@ def test_a_bad_grammar_fails_its_request_only(own_server: Any) -> None:
             client.generate("x", structured_outputs={"regex": "(unclosed"})
         assert error.value.code == "INVALID_ARG"
         assert good.read().num_output_tokens == 40
+
+
+@pytest.fixture(scope="module")
+def fresh_server(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One that runs from a repository as a fresh clone has it. The last test stops it."""
+    repository = tmp_path_factory.mktemp("clone") / "model_repository"
+    shutil.copytree(model_repository(), repository, ignore=shutil.ignore_patterns("__pycache__"))
+    with launch(
+        exit_timeout_seconds=120, model_repository=repository, kv_cache_bytes=1 << 28, max_num_seqs=16
+    ) as server:
+        yield server
+
+
+def test_a_killed_worker_of_a_fresh_clone_leaves_one(fresh_server: Any) -> None:
+    seconds_until_served(fresh_server, 60)
+    lost = processes(fresh_server)["worker"]
+    os.kill(lost.pid, signal.SIGKILL)
+    seconds_until_served(fresh_server, 60)
+    deadline = time.monotonic() + 60
+    # The model of that name is loaded when the new worker is there, and what it needs is looked at then.
+    while fresh_server.launcher.log_path.read_text().count("successfully loaded 'readiness'") < 2:
+        assert time.monotonic() < deadline, "the server does not say that it is ready again"
+        time.sleep(0.02)
+    assert fresh_server.launcher.log_path.read_text().count('"loading: engine:1"') == 1
+    root = psutil.Process(fresh_server.launcher.process.pid)
+    workers = [child for child in root.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
+    assert len(workers) == 1
+
+
+def test_a_stop_loses_nothing_that_was_accepted(fresh_server: Any) -> None:
+    """8 gRPC streams and 8 HTTP streams run, 8 more requests wait: all get their whole answer."""
+    seconds_until_served(fresh_server, 60)
+    length = 150
+
+    def finish(stream: Any) -> int:
+        return stream.read().num_output_tokens
+
+    with ExitStack() as stack:
+        clients = {
+            "grpc": stack.enter_context(Client(fresh_server.grpc_url, "grpc", retries=0)),
+            "http": stack.enter_context(Client(fresh_server.http_url, "http", retries=0)),
+        }
+        threads = stack.enter_context(ThreadPoolExecutor(32))
+        answers = []
+        for client in clients.values():
+            for number in range(8):
+                stream = client.stream(f"Story {number}:", temperature=0, max_tokens=length, ignore_eos=True)
+                answers.append(threads.submit(finish, stream))
+        fresh_server.wait_for_metrics(lambda values: values["fastserve_requests_running"] == 16, 60)
+        for number in range(8):
+            client = clients["grpc" if number % 2 else "http"]
+            question = partial(client.generate, temperature=0, max_tokens=length, ignore_eos=True)
+            answers.append(
+                threads.submit(lambda ask, n: ask(f"Tale {n}:").num_output_tokens, question, number)
+            )
+        waiting = "fastserve_requests_waiting"
+        fresh_server.wait_for_metrics(
+            lambda values: sum(value for name, value in values.items() if name.startswith(waiting)) == 8, 60
+        )
+        fresh_server.launcher.ask_stop()
+        deadline = time.monotonic() + 30
+        while not (fresh_server.launcher.run_directory.path / "stopping").exists():
+            assert time.monotonic() < deadline, "the launcher does not stop the server"
+            time.sleep(0.02)
+        for client in clients.values():
+            with pytest.raises(FastServeError, match="the server is stopping") as refusal:
+                client.generate("Hello", temperature=0, max_tokens=1)
+            assert refusal.value.code == "UNAVAILABLE"
+        assert [answer.result() for answer in answers] == [length] * 24
+        answered = time.monotonic()
+        fresh_server.launcher.join()
+        assert time.monotonic() - answered < 30, "with nothing in flight, the server does not leave"
+    assert fresh_server.launcher.restarts == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import signal
@@ -19,14 +21,20 @@ import pytest
 
 from fastserve.config import Config
 from fastserve.triton_server.command_line import ServerOptions
+from fastserve.triton_server.downloads import server_files
+from fastserve.triton_server.installation import PYTHON
 from fastserve.triton_server.launcher import Server
+from fastserve.triton_server.run_directory import RunDirectory
 from fastserve.triton_server.server_process import is_alive
 from fastserve.triton_server.start_checks import SHARED_MEMORY, free_ports
 from fastserve.triton_server.start_error import StartError
+from fastserve_client import Client
 
 READY_SECONDS = 60
 RESTART_SECONDS = 40
 HANG_SECONDS = 10
+IDLE_STOP_SECONDS = 15
+"""A stop that is held up takes the exit timeout; one that is not, 2 s on a quiet machine."""
 CONFIG = """
 backend: "python"
 max_batch_size: 0
@@ -202,3 +210,119 @@ def test_the_server_goes_when_the_launcher_is_killed(repository: Path, tmp_path:
     assert len(processes) == 3
     assert until(lambda: not any(is_alive(process) for process in processes), 20)
     assert until(lambda: not any(Path(region).exists() for region in regions), 5)
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
+def test_it_serves_on_ipv6_with_flags_of_the_operators(repository: Path) -> None:
+    flags = ("--metrics-config=summary_latencies=true",)
+    options = ServerOptions(
+        host="::1", ports=free_ports("::1"), model_repository=repository, server_flags=flags
+    )
+    with Server(Config(), options) as server:
+        server.wait_ready(READY_SECONDS)
+        assert server.http_url == f"http://[::1]:{options.ports.http}"
+        assert said(server) == "hello"
+        with urllib.request.urlopen(server.metrics_url, timeout=5) as page:
+            assert b"nv_inference_request_summary_us" in page.read()
+        with Client(server.grpc_address, retries=0) as client:
+            assert client.is_ready()
+
+
+def test_open_connections_do_not_hold_up_a_stop(repository: Path) -> None:
+    options = ServerOptions(ports=free_ports(), model_repository=repository, exit_timeout_seconds=60)
+    with (
+        Server(Config(), options) as server,
+        Client(server.grpc_address, retries=0) as client,
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", options.ports.http)) as connection,
+    ):
+        server.wait_ready(READY_SECONDS)
+        assert client.is_ready()
+        connection.request("GET", "/v2/health/live")
+        assert connection.getresponse().read() == b""
+        start = time.monotonic()
+        server.stop()
+        assert time.monotonic() - start < IDLE_STOP_SECONDS
+
+
+def test_nothing_is_written_to_the_repository_once_the_server_has_seen_it(tmp_path: Path) -> None:
+    write_model(tmp_path, "echo", ECHO.format(stall=str(tmp_path / "stall")))
+
+    def entries() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.rglob("*"))}
+
+    with Server(Config(), ServerOptions(ports=free_ports(), model_repository=tmp_path)) as server:
+        before = entries()
+        server.wait_ready(READY_SECONDS)
+        assert said(server) == "hello"
+        assert entries() == before
+
+
+ODD = 'ödd dir\'s "q", a=b; $x & (c) 目'
+READER = """
+import os
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from fastserve.config import read_config
+
+class TritonPythonModel:
+    def execute(self, requests):
+        with open(read_config().model) as model, open(os.path.expanduser("~/file")) as file:
+            said = np.array([model.read() + file.read()], dtype=object)
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("said", said)]) for _ in requests]
+"""
+ODD_LAUNCHER = """
+import json, sys, urllib.request
+from pathlib import Path
+from fastserve.config import Config
+from fastserve.triton_server.command_line import ServerOptions
+from fastserve.triton_server.launcher import Server
+from fastserve.triton_server.start_checks import free_ports
+odd = Path(sys.argv[1])
+options = ServerOptions(ports=free_ports(), model_repository=odd / "models")
+with Server(Config(model=str(odd / "model.gguf")), options) as server:
+    server.wait_ready(90)
+    request = urllib.request.Request(f"{server.http_url}/v2/models/reader/generate", data=b'{"text": ""}')
+    print(sys.prefix, json.load(urllib.request.urlopen(request))["said"])
+"""
+
+
+def test_it_starts_from_any_path(tmp_path: Path) -> None:
+    odd = tmp_path / ODD
+    write_model(odd / "models", "reader", READER)
+    (odd / "model.gguf").write_text("weights and ")
+    (odd / "file").write_text("a file at home")
+    environment, packages = odd / "environment", Path("lib", f"python{PYTHON}", "site-packages")
+    (environment / packages).mkdir(parents=True)
+    (environment / "bin").mkdir()
+    (environment / "bin" / "python3").symlink_to(Path(sys.executable).resolve())
+    (environment / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).resolve().parent}\n")
+    modules = []
+    for number, entry in enumerate(path for path in sys.path if Path(path).is_dir()):
+        modules.append(odd / f"modules-{number}")
+        modules[-1].symlink_to(entry)
+    (environment / packages / "odd.pth").write_text("\n".join(map(str, modules)))
+    (odd / "fastserve").mkdir()
+    server = server_files()
+    (odd / "fastserve" / server.name).symlink_to(server)
+    python = environment / "bin" / "python3"
+    variables = os.environ | {"XDG_CACHE_HOME": str(odd), "HOME": str(odd), "LC_ALL": "C.UTF-8"}
+    finished = subprocess.run(
+        [python, "-c", ODD_LAUNCHER, odd], env=variables, capture_output=True, text=True, timeout=200
+    )
+    assert finished.stdout == f"{environment} weights and a file at home\n", finished.stderr
+
+
+def test_what_a_killed_launcher_left_is_removed_by_the_next_start(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LAUNCHER, str(repository)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        pids = launcher.stdout.readline().split()
+        (directory,) = (
+            Path(word).parent.parent.parent.parent
+            for word in psutil.Process(int(pids[0])).cmdline()
+            if word.endswith("/server/bin/tritonserver")
+        )
+        launcher.kill()
+    assert directory.exists()
+    RunDirectory().remove()
+    assert list(SHARED_MEMORY.glob(f"{directory.name}*")) == []

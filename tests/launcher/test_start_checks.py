@@ -11,6 +11,7 @@ from fastserve.triton_server.start_checks import (
     check_ports,
     check_shared_memory,
     free_ports,
+    resolve,
 )
 from fastserve.triton_server.start_error import StartError
 
@@ -48,3 +49,15 @@ def test_shared_memory_says_how_much_is_needed() -> None:
     check_shared_memory(0)
     with pytest.raises(StartError, match=f"needs {1 << 30} MiB there.*--shm-size"):
         check_shared_memory(1 << 50)
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("0.0.0.0", "0.0.0.0")]
+)
+def test_a_host_becomes_an_address(host: str, address: str) -> None:
+    assert resolve(host) == address
+
+
+def test_a_host_without_an_address_is_refused() -> None:
+    with pytest.raises(StartError, match=r"no address for nowhere\.invalid.*--host"):
+        resolve("nowhere.invalid")

@@ -19,7 +19,7 @@ from fastserve.triton_server import tether
 from fastserve.triton_server.installation import STUB
 from fastserve.triton_server.run_directory import remove_regions
 
-REQUEST_SECONDS = 2.0
+REQUEST_SECONDS = 5.0
 """For the server to answer a question about its state; it is asked again then."""
 NO_REPLY = (OSError, http.client.HTTPException)
 KILL_SECONDS = 10.0
@@ -118,8 +118,7 @@ class ServerProcess:
             return 0.0  # a server without a metrics port does not say
         except NO_REPLY:
             return None
-        samples = (line.rpartition(" ") for line in page.splitlines() if line.startswith(IN_FLIGHT))
-        return sum(float(value) for _, _, value in samples)
+        return requests_in_flight(page)
 
     def work(self) -> tuple[float, int]:
         """Seconds of CPU and bytes read so far, of all processes of the group that live."""
@@ -164,6 +163,12 @@ class ServerProcess:
             return response.status, response.read()
         finally:
             connection.close()
+
+
+def requests_in_flight(page: str) -> float:
+    """The sum of FastServe's gauges of requests in a page of metrics; 0 where there is none."""
+    samples = (line.rpartition(" ") for line in page.splitlines() if line.startswith(IN_FLIGHT))
+    return sum(float(value) for _, _, value in samples)
 
 
 def is_alive(process: psutil.Process) -> bool:

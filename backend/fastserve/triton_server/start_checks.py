@@ -25,9 +25,9 @@ class Ports:
         return {"--http-port": self.http, "--grpc-port": self.grpc, "--metrics-port": self.metrics}
 
 
-def free_ports(host: str = "127.0.0.1") -> Ports:
+def free_ports(address: str = "127.0.0.1") -> Ports:
     """Three ports that nobody listens on now."""
-    sockets = [socket.create_server((host, 0)) for _ in range(3)]
+    sockets = [socket.create_server((address, 0), family=_family(address)) for _ in range(3)]
     try:
         return Ports(*(each.getsockname()[1] for each in sockets))
     finally:
@@ -66,8 +66,12 @@ def in_url(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
 def _bind_once(address: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+    with socket.socket(_family(address)) as probe:
         # As the server does: a port whose last connection has just been closed is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((address, port))
