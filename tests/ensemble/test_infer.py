@@ -248,6 +248,27 @@ def test_a_client_that_has_cancelled_stops_its_own_request_only(pb_utils: Any, s
     assert fastserve.cancels[0] in [inner.request_id() for inner in fastserve.asked]
 
 
+def test_a_cancelled_client_is_not_forgotten_when_the_engine_cannot_be_told(
+    pb_utils: Any, start: Any
+) -> None:
+    fastserve = FastServe(pb_utils)
+    failures = [pb_utils.TritonModelException("no shared memory is left")]
+
+    def answer(request: Any) -> Any:
+        if request.model_name() == "engine" and failures:
+            raise failures.pop()
+        return fastserve.answer(request)
+
+    pb_utils.server.answer = answer
+    request = ask(pb_utils, start())
+    request.cancelled = True
+    fastserve.wait(lambda: bool(fastserve.cancels))
+    assert fastserve.cancels == [fastserve.asked[0].request_id()]
+    assert not failures
+    fastserve.go_on.set()
+    request.sender.wait()
+
+
 def test_cancel_by_id_stops_what_came_through_this_model_and_any_other(pb_utils: Any, start: Any) -> None:
     from fastserve.triton_server.tensors import strings
 

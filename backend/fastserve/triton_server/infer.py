@@ -33,7 +33,7 @@ from fastserve.triton_server.tensors import (
     strings,
     text_of,
 )
-from fastserve.types import CancelById, Outcome
+from fastserve.types import CancelById, Health, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,8 @@ class InferStep:
         self._requests_total = requests_total()
         self._stopping = threading.Event()
         self._cancels: queue.SimpleQueue[tuple[list[str], Any] | None] = queue.SimpleQueue()
-        self._canceller = ServiceThread("cancels", self._cancel_next)
-        self._watcher = ServiceThread("cancelled-clients", self._watch_clients)
+        self._canceller = ServiceThread("cancels", self._cancel_next, on_health=_tell_health)
+        self._watcher = ServiceThread("cancelled-clients", self._watch_clients, on_health=_tell_health)
         self._canceller.start()
         self._watcher.start()
 
@@ -166,7 +166,9 @@ class InferStep:
             for request_id in request_ids:
                 call("engine", [message_tensor("cancel", CancelById(request_id, time.monotonic()))])
         except RequestError as error:
-            logger.error("the engine was not told to stop a request: %s", error)
+            if sender is None:
+                self._cancels.put(cancel)  # nobody else asks for it again; this thread pauses after the error
+                raise
             response = error_response(error)
         if sender is not None:
             _send(sender, response)
@@ -187,9 +189,14 @@ class InferStep:
 
     def finalize(self) -> None:
         self._stopping.set()
-        self._watcher.join()
         self._cancels.put(None)
-        self._canceller.join()
+        for thread in (self._watcher, self._canceller):
+            thread.hurry()
+            thread.join()
+
+
+def _tell_health(problem: str | None) -> None:
+    call("engine", [message_tensor("hold", Health("fastserve_infer", problem))])
 
 
 def _check_stream(forwarded: _Forwarded) -> None:
