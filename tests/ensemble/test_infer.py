@@ -204,6 +204,16 @@ def test_an_answer_that_is_lost_fails_when_its_time_is_over(
 
 
 @pytest.mark.usefixtures("short_shared_memory")
+def test_an_error_travels_with_the_final_flag(pb_utils: Any, start: Any) -> None:
+    """A gRPC client of 2.51 takes an error without it for an answer without outputs."""
+    sent: list[tuple[bool, int]] = []
+    request = pb_utils.InferenceRequest(parameters={"stream": True})
+    request.sender.fail = lambda response, flags: sent.append((response.has_error(), flags))
+    start().execute([request])
+    assert sent == [(True, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)]
+
+
+@pytest.mark.usefixtures("short_shared_memory")
 def test_a_response_that_cannot_be_sent_becomes_an_error(pb_utils: Any, start: Any) -> None:
     def full(response: Any, flags: int) -> None:
         if response is not None and not response.has_error():

@@ -21,12 +21,13 @@ from fastserve.config import read_config
 from fastserve.errors import ErrorCode, RequestError, invalid, read_error
 from fastserve.service_thread import ServiceThread
 from fastserve.text.coercion import coerce
-from fastserve.triton_server.final_response import send_error, send_final
+from fastserve.triton_server.final_response import send_final
 from fastserve.triton_server.inputs import read_parameters
 from fastserve.triton_server.metrics import requests_total
 from fastserve.triton_server.secret import forwarded_id
 from fastserve.triton_server.tensors import (
     FAILED,
+    FINAL,
     call,
     error_response,
     message_tensor,
@@ -264,7 +265,16 @@ def _inner_error(message: str) -> RequestError:
 def _send(sender: Any, response: pb_utils.InferenceResponse) -> None:
     """Sends the one response, or else what went wrong with it, which is smaller."""
     try:
-        send_final(sender, response)
-    except Exception as error:
+        if response.has_error():
+            sender.send(
+                response, flags=FINAL
+            )  # without the flag, gRPC answers with no error and no output (2.51)
+        else:
+            send_final(sender, response)
+    except Exception as failure:
         logger.exception("a response could not be sent")
-        send_error(sender, RequestError(f"the answer could not be sent: {error}", ErrorCode.UNAVAILABLE))
+        error = RequestError(f"the answer could not be sent: {failure}", ErrorCode.UNAVAILABLE)
+        try:
+            sender.send(error_response(error), flags=FINAL)
+        except Exception:
+            logger.exception("nor could its error")
