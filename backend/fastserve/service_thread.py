@@ -39,6 +39,9 @@ class ServiceThread:
         self._on_failure = on_failure
         self._on_health = on_health
         self._failures = 0
+        """In a row."""
+        self._is_unwell = False
+        """As was reported."""
         self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -74,8 +77,9 @@ class ServiceThread:
             logger.exception("the thread `%s` failed and goes on", self._name)
             self._failed(error)
             return True
-        if self._failures:
-            self._recovered()
+        self._failures = 0
+        if self._is_unwell:
+            self._is_unwell = not self._report(None)
         return goes_on
 
     def _failed(self, error: Exception) -> None:
@@ -84,18 +88,16 @@ class ServiceThread:
             self._on_failure(error)
         except Exception:
             logger.exception("the thread `%s` could not fail its requests", self._name)
-        if self._failures == FAILURES_TO_BE_UNWELL:
-            self._report(f"the thread `{self._name}` keeps failing: {type(error).__name__}: {error}")
+        if self._failures >= FAILURES_TO_BE_UNWELL and not self._is_unwell:
+            problem = f"the thread `{self._name}` keeps failing: {type(error).__name__}: {error}"
+            self._is_unwell = self._report(problem)
         self._hurry.wait(min(1.0, 0.01 * 2 ** min(self._failures - 1, 10)) * MAX_PAUSE_SECONDS)
 
-    def _recovered(self) -> None:
-        was_unwell = self._failures >= FAILURES_TO_BE_UNWELL
-        self._failures = 0
-        if was_unwell:
-            self._report(None)
-
-    def _report(self, problem: str | None) -> None:
+    def _report(self, problem: str | None) -> bool:
+        """Whether it could be said; if not, it is said after the next piece."""
         try:
             self._on_health(problem)
         except Exception:
             logger.exception("the thread `%s` could not say how it is", self._name)
+            return False
+        return True

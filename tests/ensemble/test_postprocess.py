@@ -143,7 +143,7 @@ def test_a_message_that_cannot_be_read_fails_alone(postprocess: Postprocess) -> 
     empty = postprocess.pb_utils.InferenceRequest()
     good = postprocess.message(first(a_request("a"), hello))
     postprocess.step.execute([bad, empty, good])
-    assert "could not be made or sent" in bad.sender.error.message()
+    assert "could not be made: DecodeError" in bad.sender.error.message()
     assert "`output`" in empty.sender.error.message()
     assert (bad.sender.is_final, empty.sender.is_final, text(good.sender)) == (True, True, "Hello")
 
@@ -154,7 +154,8 @@ def test_a_response_that_cannot_be_sent_fails_its_request_and_stops_it(postproce
     batch = [postprocess.message(first(a_request(uid), hello)) for uid in ("a", "b")]
     batch[0].sender.fail = fail_first(postprocess.pb_utils.TritonModelException("no shared memory"))
     postprocess.step.execute(batch)
-    assert "no shared memory" in batch[0].sender.error.message()
+    expected = "UNAVAILABLE: the answer could not be sent: no shared memory"
+    assert batch[0].sender.error.message() == expected
     assert (batch[0].sender.is_final, text(batch[1].sender)) == (True, "Hello")
     assert postprocess.stops(1) == [Cancel("a", Outcome.CANCELLED)]
     dropped, goes_on = postprocess.outputs(last("a", world), last("b", world))

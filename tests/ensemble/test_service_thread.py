@@ -60,6 +60,7 @@ def test_a_failure_is_told_and_the_next_piece_is_done(service: Service) -> None:
 
 
 def test_one_that_keeps_failing_says_so_once_and_that_it_works_again(service: Service) -> None:
+    service.thread.hurry()
     for _ in range(FAILURES_TO_BE_UNWELL + 2):
         service.fail(ValueError("no shared memory"))
     problem = service.health.get(timeout=WAIT_SECONDS)
@@ -67,6 +68,31 @@ def test_one_that_keeps_failing_says_so_once_and_that_it_works_again(service: Se
     service.do("next")
     assert service.health.get(timeout=WAIT_SECONDS) is None
     assert len(service.failures) == FAILURES_TO_BE_UNWELL + 2
+
+
+def test_what_could_not_be_said_is_said_again() -> None:
+    said: list[str | None] = []
+    refusals = [RuntimeError("no shared memory")] * 2
+
+    def say(problem: str | None) -> None:
+        said.append(problem)
+        if len(said) in (1, 3):
+            raise refusals.pop()
+
+    failures = [ValueError("broken")] * (FAILURES_TO_BE_UNWELL + 1)
+    answers = [False, True]
+
+    def work() -> bool:
+        if failures:
+            raise failures.pop()
+        return answers.pop()
+
+    thread = ServiceThread("service", work, on_health=say)
+    thread.hurry()
+    thread.start()
+    thread.join(WAIT_SECONDS)
+    problem = "the thread `service` keeps failing: ValueError: broken"
+    assert said == [problem, problem, None, None]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

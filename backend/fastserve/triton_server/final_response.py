@@ -34,7 +34,8 @@ def send_final(sender: Any, response: Any = None) -> None:
 def send_error(sender: Any, error: RequestError) -> None:
     """Ends a request with an error, or at least ends it. Never raises: there is nobody else to tell."""
     try:
-        sender.send(error_response(error))
+        send_final(sender, error_response(error))
+        return
     except Exception as failure:
         logger.error("a request could not be told that it failed (%s): %s", error, failure)
     try:

@@ -79,8 +79,7 @@ class PostprocessStep:
                 self._fail(uid, sender, error, is_forwarded)
             except Exception as error:
                 logger.exception("an output of request %s could not be answered", uid)
-                message = f"the answer could not be made or sent: {type(error).__name__}: {error}"
-                self._fail(uid, sender, RequestError(message, ErrorCode.INTERNAL), is_forwarded)
+                self._fail(uid, sender, _named(error), is_forwarded)
 
     def _is_forwarded(self, output: RequestOutput) -> bool:
         conversation = self._conversations.get(output.uid)
@@ -191,6 +190,13 @@ class PostprocessStep:
         self._stops.put(None)
         self._teller.hurry()
         self._teller.join()
+
+
+def _named(error: Exception) -> RequestError:
+    """What a client is told of an answer that could not be made, or not be sent."""
+    if isinstance(error, pb_utils.TritonModelException):
+        return RequestError(f"the answer could not be sent: {error}", ErrorCode.UNAVAILABLE)
+    return RequestError(f"the answer could not be made: {type(error).__name__}: {error}", ErrorCode.INTERNAL)
 
 
 def _tell_health(problem: str | None) -> None:
