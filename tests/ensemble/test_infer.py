@@ -204,6 +204,16 @@ def test_an_answer_that_is_lost_fails_when_its_time_is_over(
 
 
 @pytest.mark.usefixtures("short_shared_memory")
+def test_an_error_travels_with_the_final_flag(pb_utils: Any, start: Any) -> None:
+    """A gRPC client of 2.51 takes an error without it for an answer without outputs."""
+    sent: list[tuple[bool, int]] = []
+    request = pb_utils.InferenceRequest(parameters={"stream": True})
+    request.sender.fail = lambda response, flags: sent.append((response.has_error(), flags))
+    start().execute([request])
+    assert sent == [(True, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)]
+
+
+@pytest.mark.usefixtures("short_shared_memory")
 def test_a_response_that_cannot_be_sent_becomes_an_error(pb_utils: Any, start: Any) -> None:
     def full(response: Any, flags: int) -> None:
         if response is not None and not response.has_error():
@@ -246,6 +256,27 @@ def test_a_client_that_has_cancelled_stops_its_own_request_only(pb_utils: Any, s
         request.sender.wait()
     assert len(fastserve.cancels) == 1
     assert fastserve.cancels[0] in [inner.request_id() for inner in fastserve.asked]
+
+
+def test_a_cancelled_client_is_not_forgotten_when_the_engine_cannot_be_told(
+    pb_utils: Any, start: Any
+) -> None:
+    fastserve = FastServe(pb_utils)
+    failures = [pb_utils.TritonModelException("no shared memory is left")]
+
+    def answer(request: Any) -> Any:
+        if request.model_name() == "engine" and failures:
+            raise failures.pop()
+        return fastserve.answer(request)
+
+    pb_utils.server.answer = answer
+    request = ask(pb_utils, start())
+    request.cancelled = True
+    fastserve.wait(lambda: bool(fastserve.cancels))
+    assert fastserve.cancels == [fastserve.asked[0].request_id()]
+    assert not failures
+    fastserve.go_on.set()
+    request.sender.wait()
 
 
 def test_cancel_by_id_stops_what_came_through_this_model_and_any_other(pb_utils: Any, start: Any) -> None:

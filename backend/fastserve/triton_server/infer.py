@@ -21,19 +21,20 @@ from fastserve.config import read_config
 from fastserve.errors import ErrorCode, RequestError, invalid, read_error
 from fastserve.service_thread import ServiceThread
 from fastserve.text.coercion import coerce
-from fastserve.triton_server.final_response import send_error, send_final
+from fastserve.triton_server.final_response import send_final
 from fastserve.triton_server.inputs import read_parameters
 from fastserve.triton_server.metrics import requests_total
 from fastserve.triton_server.secret import forwarded_id
 from fastserve.triton_server.tensors import (
     FAILED,
+    FINAL,
     call,
     error_response,
     message_tensor,
     strings,
     text_of,
 )
-from fastserve.types import CancelById, Outcome
+from fastserve.types import CancelById, Health, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,8 @@ class InferStep:
         self._requests_total = requests_total()
         self._stopping = threading.Event()
         self._cancels: queue.SimpleQueue[tuple[list[str], Any] | None] = queue.SimpleQueue()
-        self._canceller = ServiceThread("cancels", self._cancel_next)
-        self._watcher = ServiceThread("cancelled-clients", self._watch_clients)
+        self._canceller = ServiceThread("cancels", self._cancel_next, on_health=_tell_health)
+        self._watcher = ServiceThread("cancelled-clients", self._watch_clients, on_health=_tell_health)
         self._canceller.start()
         self._watcher.start()
 
@@ -166,7 +167,9 @@ class InferStep:
             for request_id in request_ids:
                 call("engine", [message_tensor("cancel", CancelById(request_id, time.monotonic()))])
         except RequestError as error:
-            logger.error("the engine was not told to stop a request: %s", error)
+            if sender is None:
+                self._cancels.put(cancel)  # nobody else asks for it again; this thread pauses after the error
+                raise
             response = error_response(error)
         if sender is not None:
             _send(sender, response)
@@ -187,9 +190,14 @@ class InferStep:
 
     def finalize(self) -> None:
         self._stopping.set()
-        self._watcher.join()
         self._cancels.put(None)
-        self._canceller.join()
+        for thread in (self._watcher, self._canceller):
+            thread.hurry()
+            thread.join()
+
+
+def _tell_health(problem: str | None) -> None:
+    call("engine", [message_tensor("hold", Health("fastserve_infer", problem))])
 
 
 def _check_stream(forwarded: _Forwarded) -> None:
@@ -257,7 +265,16 @@ def _inner_error(message: str) -> RequestError:
 def _send(sender: Any, response: pb_utils.InferenceResponse) -> None:
     """Sends the one response, or else what went wrong with it, which is smaller."""
     try:
-        send_final(sender, response)
-    except Exception as error:
+        if response.has_error():
+            sender.send(
+                response, flags=FINAL
+            )  # without the flag, gRPC answers with no error and no output (2.51)
+        else:
+            send_final(sender, response)
+    except Exception as failure:
         logger.exception("a response could not be sent")
-        send_error(sender, RequestError(f"the answer could not be sent: {error}", ErrorCode.UNAVAILABLE))
+        error = RequestError(f"the answer could not be sent: {failure}", ErrorCode.UNAVAILABLE)
+        try:
+            sender.send(error_response(error), flags=FINAL)
+        except Exception:
+            logger.exception("nor could its error")

@@ -1,0 +1,77 @@
+"""A forwarded request on its way: told at once that it waits, and of its failure as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fastserve.model_files import ModelFiles
+from fastserve.triton_server.secret import forwarded_id
+from fastserve.types import (
+    Failure,
+    Outcome,
+    OutputOptions,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    SequenceOutput,
+)
+
+FAILURE = SequenceOutput("uid", outcome=Outcome.TIMEOUT, failure=Failure("UNAVAILABLE", "no room"))
+
+
+def a_request(request_id: str) -> Request:
+    return Request("uid", request_id, "", [1], SamplingParams(), OutputOptions(), 0, "", 0.0, None)
+
+
+@pytest.fixture
+def postprocess(pb_utils: Any, monkeypatch: pytest.MonkeyPatch, default_model: ModelFiles) -> Iterator[Any]:
+    from fastserve.triton_server import postprocess as module
+
+    monkeypatch.setattr(module, "locate", lambda model: default_model)
+    step = module.PostprocessStep()
+    step.initialize({})
+    yield step
+    step.finalize()
+
+
+def answer_to(pb_utils: Any, step: Any, output: RequestOutput) -> Any:
+    from fastserve.triton_server.tensors import message_tensor
+
+    request = pb_utils.InferenceRequest(inputs=[message_tensor("output", output)])
+    step.execute([request])
+    assert request.sender.is_final
+    return request.sender
+
+
+def test_postprocess_answers_that_it_waits_with_no_text(pb_utils: Any, postprocess: Any) -> None:
+    sender = answer_to(pb_utils, postprocess, RequestOutput("uid", []))
+    assert [array.tolist() for array in sender.outputs("text_output")] == [[b""]]
+
+
+def test_a_failure_is_data_to_the_model_that_forwards_and_an_error_to_others(
+    pb_utils: Any, postprocess: Any
+) -> None:
+    own = RequestOutput("uid", [FAILURE], a_request("mine"), final=True)
+    assert answer_to(pb_utils, postprocess, own).error.message() == "UNAVAILABLE: no room"
+    forwarded = RequestOutput("uid", [FAILURE], a_request(forwarded_id()), final=True)
+    sender = answer_to(pb_utils, postprocess, forwarded)
+    assert sender.error is None
+    assert sender.outputs("text_output")[0].tolist() == [b"UNAVAILABLE: no room"]
+    assert sender.outputs("finish_reason")[0].tolist() == [b"error"]
+    assert pb_utils.server.metric("fastserve_requests_total", outcome="timeout") == 2
+
+
+def test_a_fault_of_ours_is_data_too(
+    pb_utils: Any, postprocess: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise ValueError("unforeseen")
+
+    monkeypatch.setattr(postprocess, "_push", broken)
+    output = RequestOutput("uid", [SequenceOutput("uid", token_ids=[1])], a_request(forwarded_id()))
+    sender = answer_to(pb_utils, postprocess, output)
+    assert sender.error is None
+    assert sender.outputs("text_output")[0][0].startswith(b"INTERNAL: ")
