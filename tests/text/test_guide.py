@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -100,24 +101,43 @@ def test_guides_that_do_not_compile(validator: GuideValidator, guide: Guide) -> 
     assert len(str(raised.value)) < 1000
 
 
-def chain(length: int) -> Guide:
-    """Rules that refer to each other, deeper than a compiler that recurses has stack for."""
-    rules = "\n".join(f'r{i}: "a" r{i + 1}' for i in range(length))
-    return Guide(grammar=f'start: r0\n{rules}\nr{length}: "x"\n')
+STAND_IN = """#!{python}
+import os, signal, socket, sys
+from fastserve.text import guide_validator
+
+class Compiler:
+    def __init__(self, *_, **__):
+        {what}
+
+guide_validator.LLMatcher = Compiler
+guide_validator.MAX_CPU_SECONDS = {seconds}
+guide_validator._serve(socket.socket(fileno=int(sys.argv[-1])))
+"""
+"""Takes the place of the child's interpreter; no guide is needed that harms a compiler."""
+DIES = "os.kill(os.getpid(), signal.SIGKILL)"
+DOES_NOT_END = "while True: pass"
 
 
-HEAVY = Guide(json='{"type": "integer", "multipleOf": 9999991}')
+def stand_in(directory: Path, what: str, seconds: float) -> str:
+    """The path of an interpreter whose compiler does `what`, and has so much processor time."""
+    path = directory / "python"
+    path.write_text(STAND_IN.format(python=sys.executable, what=what, seconds=seconds))
+    path.chmod(0o700)
+    return str(path)
 
 
-@pytest.mark.parametrize(
-    "guide",
-    [chain(9000), HEAVY],
-    ids=["overflows_the_stack", "takes_hours"],
-)
-def test_guides_that_would_kill_or_hang_the_process(validator: GuideValidator, guide: Guide) -> None:
-    with pytest.raises(RequestError, match=r"^`guided_decoding`: .* too complex"):
-        validator.validate(guide, "guided_decoding")
-    validator.validate(Guide(regex="a"), "guided_decoding")  # the next one is served
+@pytest.mark.parametrize("what", [DIES, DOES_NOT_END])
+def test_a_compiler_that_dies_or_does_not_end_costs_one_guide(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    validator = GuideValidator(tokenizer)
+    monkeypatch.setattr(sys, "executable", stand_in(tmp_path, what, 0.05))
+    for guide in (Guide(regex="a"), Guide(regex="b")):
+        with pytest.raises(RequestError, match=r"^`guided_decoding`: .* too complex"):
+            validator.validate(guide, "guided_decoding")
+    child = validator._child
+    assert child is not None
+    assert not child.has_ended  # only what was forked for the guide ended
 
 
 def test_a_guide_that_is_being_tried_out_holds_up_no_other(validator: GuideValidator) -> None:
@@ -131,18 +151,20 @@ def test_a_guide_that_is_being_tried_out_holds_up_no_other(validator: GuideValid
         validator.validate(Guide(regex="abc"), "guided_decoding")
 
 
-def test_a_heavy_guide_gives_way_to_the_engine(validator: GuideValidator) -> None:
-    validator.validate(Guide(regex="a"), "guided_decoding")
-    child = validator._child
-    assert child is not None
+def test_a_long_guide_gives_way_to_the_engine(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", stand_in(tmp_path, DOES_NOT_END, 0.5))
+    child = guide_validator._Child(tokenizer)
     parent = psutil.Process(child._process.pid)
-    heavy = threading.Thread(target=child.compile, args=[grammar_of(HEAVY)])
-    heavy.start()
+    compiling = threading.Thread(target=child.compile, args=[""])
+    compiling.start()
     priorities = set()
-    while heavy.is_alive():
+    while compiling.is_alive():
         for process in parent.children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 priorities.add(process.nice())
+    child.end()
     assert max(priorities) - min(priorities) == 10
 
 
@@ -177,6 +199,12 @@ def test_a_child_that_is_lost_is_started_anew(
             validator.validate(Guide(regex="abcde"), "guided_decoding")
     assert raised.value.code is ErrorCode.UNAVAILABLE
     validator.validate(Guide(regex="abcde"), "guided_decoding")
+
+
+def chain(length: int) -> Guide:
+    """Rules that refer to each other."""
+    rules = "\n".join(f'r{i}: "a" r{i + 1}' for i in range(length))
+    return Guide(grammar=f'start: r0\n{rules}\nr{length}: "x"\n')
 
 
 def test_guides_of_honest_depth_pass(validator: GuideValidator) -> None:
