@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -111,41 +110,34 @@ class Compiler:
         {what}
 
 guide_validator.LLMatcher = Compiler
-guide_validator.MAX_CPU_SECONDS = 0.3
+guide_validator.MAX_CPU_SECONDS = {seconds}
 guide_validator._serve(socket.socket(fileno=int(sys.argv[-1])))
 """
 """Takes the place of the child's interpreter; no guide is needed that harms a compiler."""
-DIES, NEVER_ENDS = "os.kill(os.getpid(), signal.SIGKILL)", "while True: pass"
+DIES = "os.kill(os.getpid(), signal.SIGKILL)"
+DOES_NOT_END = "while True: pass"
 
 
-@pytest.fixture
-def stand_in_validator(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Iterator[GuideValidator]:
-    """A validator whose compiler does what the test says with every guide."""
-    stand_in = tmp_path / "python"
-    stand_in.write_text(STAND_IN.format(python=sys.executable, what=request.param))
-    stand_in.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(stand_in))
+def stand_in(directory: Path, what: str, seconds: float) -> str:
+    """The path of an interpreter whose compiler does `what`, and has so much processor time."""
+    path = directory / "python"
+    path.write_text(STAND_IN.format(python=sys.executable, what=what, seconds=seconds))
+    path.chmod(0o700)
+    return str(path)
+
+
+@pytest.mark.parametrize("what", [DIES, DOES_NOT_END])
+def test_a_compiler_that_dies_or_does_not_end_costs_one_guide(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     validator = GuideValidator(tokenizer)
-    yield validator
-    validator.close()
-
-
-def chain(length: int) -> Guide:
-    """Rules that refer to each other."""
-    rules = "\n".join(f'r{i}: "a" r{i + 1}' for i in range(length))
-    return Guide(grammar=f'start: r0\n{rules}\nr{length}: "x"\n')
-
-
-@pytest.mark.parametrize("stand_in_validator", [DIES, NEVER_ENDS], indirect=True)
-def test_a_compiler_that_dies_or_does_not_end_costs_one_guide(stand_in_validator: GuideValidator) -> None:
+    monkeypatch.setattr(sys, "executable", stand_in(tmp_path, what, 0.05))
     for guide in (Guide(regex="a"), Guide(regex="b")):
         with pytest.raises(RequestError, match=r"^`guided_decoding`: .* too complex"):
-            stand_in_validator.validate(guide, "guided_decoding")
-    child = stand_in_validator._child
+            validator.validate(guide, "guided_decoding")
+    child = validator._child
     assert child is not None
-    assert not child.has_ended
+    assert not child.has_ended  # only what was forked for the guide ended
 
 
 def test_a_guide_that_is_being_tried_out_holds_up_no_other(validator: GuideValidator) -> None:
@@ -159,20 +151,20 @@ def test_a_guide_that_is_being_tried_out_holds_up_no_other(validator: GuideValid
         validator.validate(Guide(regex="abc"), "guided_decoding")
 
 
-@pytest.mark.parametrize("stand_in_validator", [NEVER_ENDS], indirect=True)
-def test_a_heavy_guide_gives_way_to_the_engine(stand_in_validator: GuideValidator) -> None:
-    with pytest.raises(RequestError, match="too complex"):
-        stand_in_validator.validate(Guide(regex="a"), "guided_decoding")
-    child = stand_in_validator._child
-    assert child is not None
+def test_a_long_guide_gives_way_to_the_engine(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", stand_in(tmp_path, DOES_NOT_END, 0.5))
+    child = guide_validator._Child(tokenizer)
     parent = psutil.Process(child._process.pid)
-    heavy = threading.Thread(target=child.compile, args=["any grammar"])
-    heavy.start()
+    compiling = threading.Thread(target=child.compile, args=[""])
+    compiling.start()
     priorities = set()
-    while heavy.is_alive():
+    while compiling.is_alive():
         for process in parent.children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 priorities.add(process.nice())
+    child.end()
     assert max(priorities) - min(priorities) == 10
 
 
@@ -207,6 +199,12 @@ def test_a_child_that_is_lost_is_started_anew(
             validator.validate(Guide(regex="abcde"), "guided_decoding")
     assert raised.value.code is ErrorCode.UNAVAILABLE
     validator.validate(Guide(regex="abcde"), "guided_decoding")
+
+
+def chain(length: int) -> Guide:
+    """Rules that refer to each other."""
+    rules = "\n".join(f'r{i}: "a" r{i + 1}' for i in range(length))
+    return Guide(grammar=f'start: r0\n{rules}\nr{length}: "x"\n')
 
 
 def test_guides_of_honest_depth_pass(validator: GuideValidator) -> None:

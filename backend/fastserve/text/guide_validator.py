@@ -1,7 +1,7 @@
 """Trying guides out in processes that may die of it.
 
-llguidance 1.9's compiler was seen to end its process over a guide, and to stay busy over one for hours; no
-bound on the size of a guide tells which. So a guide is compiled in a process of its own first, with less
+The compiler of llguidance 1.9 was seen to end its process over a guide, and to stay busy over one for hours;
+no bound on the size of a guide tells which. So a guide is compiled in a process of its own first, with less
 stack than others have and little time. What passes there, an engine may compile.
 
 One child process holds the tokenizer and is forked for each guide, which takes milliseconds: guides are tried
