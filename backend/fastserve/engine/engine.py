@@ -243,15 +243,15 @@ class Engine:
         first_row = 0
         finite = _are_finite(hidden)
         for place, item in enumerate(items):
-            rows = slice(first_row, first_row + item.num_tokens)
-            first_row = rows.stop
-            if not all(finite[rows]):
-                position = item.sequence.num_computed_tokens + finite[rows].index(False)
+            last_row = first_row + item.num_tokens
+            if False in finite[first_row:last_row]:
+                position = item.sequence.num_computed_tokens + finite[first_row:last_row].index(False)
                 sampled[place] = SampledToken(-1, [], _not_finite(position))
-                continue
-            error = self._collect_prompt_logprobs(item, hidden[rows])
-            if error is not None:
-                sampled[place] = SampledToken(-1, [], error)
+            elif (collected := self._generation(item.sequence).prompt_logprobs) is not None:
+                error = self._extend_prompt_logprobs(item, collected, hidden[first_row:last_row])
+                if error is not None:
+                    sampled[place] = SampledToken(-1, [], error)
+            first_row = last_row
         places = [i for i, item in enumerate(items) if item.is_last_chunk and sampled[i] is None]
         if places:
             last = metadata.last_token_index[torch.tensor(places, device=hidden.device)]
@@ -268,16 +268,15 @@ class Engine:
     def _generation(self, sequence: Sequence) -> _Generation:
         return self._active[sequence.request.uid].generations[sequence.index][1]
 
-    def _collect_prompt_logprobs(self, item: ScheduledSequence, hidden: torch.Tensor) -> RequestError | None:
-        """Adds those of the chunk `hidden` [item.num_tokens, hidden size], where the request asks for them.
+    def _extend_prompt_logprobs(
+        self, item: ScheduledSequence, collected: list[list[TokenLogprob]], hidden: torch.Tensor
+    ) -> RequestError | None:
+        """Adds those of the chunk `hidden` [item.num_tokens, hidden size].
 
         The row of a position tells of the token after it. What is computed again, after a preemption or in a
         step that raised, is there already. Returns an error if the model's numbers are not finite.
         """
         sequence = item.sequence
-        collected = self._generation(sequence).prompt_logprobs
-        if collected is None:
-            return None
         start = sequence.num_computed_tokens
         first = max(start, len(collected) - 1)
         last = min(start + item.num_tokens, sequence.num_prompt_tokens - 1)
