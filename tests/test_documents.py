@@ -41,3 +41,17 @@ def test_nothing_is_unpickled_and_no_code_of_a_model_is_run() -> None:
         assert not re.search(r"trust_remote_code=(?!False)|\bimport (?:pickle|dill|joblib)\b", text), path
         for call in re.findall(r"torch\.load\(.*?\)\)?", text):
             assert "weights_only=True" in call, path
+
+
+def test_findings_have_their_form() -> None:
+    findings = sorted((PROJECT / "findings").glob("*.sh"))
+    assert findings
+    for path in findings:
+        text = path.read_text()
+        assert text.startswith("#!/bin/sh\n# "), path
+        assert len(text.splitlines()) <= 60, path
+        assert "set -eu\nwork=$(mktemp -d)\ntrap 'rm -rf \"$work\"' EXIT\n" in text, path
+        assert not re.search(r"\bfastserve\w* (?:import|==)|import fastserve", text), path
+        installed = re.findall(r"^.*pip.* install .*", text.replace("\\\n", ""), re.MULTILINE)
+        assert installed, path
+        assert all("==" in line for line in installed), path

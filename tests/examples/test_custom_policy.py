@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve import Model, ModelServer
+from fastserve import Model, ModelServer, cli
 from fastserve.config import Config
 from fastserve.errors import RequestError
 from fastserve.scheduling.policies import make_policy
@@ -37,6 +37,13 @@ def test_it_prints_the_order_of_each_policy() -> None:
     assert list(orders) == ["fcfs", "priority_age", "earliest_deadline_first"]
     assert orders["earliest_deadline_first"] == "chat, form, second form, batch job, late chat"
     assert len(set(orders.values())) == 3
+
+
+def test_serve_refuses_what_it_cannot_load_before_it_starts_anything(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["serve", "--policy", f"{tmp_path}/none.py:make"]) == 1
+    assert f"policy: got '{tmp_path}/none.py:make', which cannot be loaded" in capsys.readouterr().err
 
 
 def test_the_engine_preempts_by_it(model: Model) -> None:
