@@ -138,7 +138,7 @@ def test_the_error_of_the_conversion_reaches_the_operator(
         ({"add_space_prefix": True}, " a", ["<s>", "▁", "▁a"], " a"),
         ({"add_space_prefix": False}, "ab", ["<s>", "a", "b"], "ab"),
         ({"add_space_prefix": False}, " ab", ["<s>", "▁a", "b"], " ab"),
-        ({"add_bos_token": False}, "a", ["▁a"], "a"),
+        ({"add_bos_token": False, "add_eos_token": True}, "a", ["▁a", "</s>"], "a"),
     ],
 )
 def test_the_space_before_a_text_is_as_the_file_says(
@@ -161,6 +161,6 @@ def test_the_space_before_a_text_is_as_the_file_says(
 
 
 def test_the_default_model_cuts_digits_from_the_spaces_before_them(tokenizer_directory: Path) -> None:
-    """SmolLM2's own tokenizer does: "x  1" is x, two spaces and 1."""
+    """As llama.cpp does for it; transformers' conversion makes two tokens of two spaces before a digit."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
     assert tokenizer.tokenize("x  12") == ["x", "ĠĠ", "1", "2"]
