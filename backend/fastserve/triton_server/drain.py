@@ -20,7 +20,7 @@ ENTRANCES = ("fastserve_infer", "fastserve")
 UNLOADED = "UNAVAILABLE"
 QUIET_SECONDS = 1.5
 QUIET_CPU = 0.05
-"""Of one core: what the server takes to answer us, and a tenth of what reading a prompt takes on a busy machine."""
+"""Of one core: the server takes less to answer us, and more to read a prompt, on a busy machine too."""
 
 
 class DrainedServer(Protocol):
