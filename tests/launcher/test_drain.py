@@ -21,6 +21,7 @@ class FakeServer:
         self.answers: bool | None = True
         self.states: dict[str, str] = {}
         self.unloaded: list[str] = []
+        self.seconds = 0.0
 
     def requests_in_flight(self) -> float | None:
         return self.in_flight
@@ -28,6 +29,9 @@ class FakeServer:
     def unload(self, model: str) -> bool | None:
         self.unloaded.append(model)
         return self.answers
+
+    def work(self) -> tuple[float, int]:
+        return self.seconds, 0
 
     def model_state(self, model: str) -> str:
         return self.states.get(model, "UNAVAILABLE")
@@ -91,3 +95,48 @@ def test_all_models_of_another_repository_are_unloaded(tmp_path: Path) -> None:
     server = FakeServer()
     assert Drain(server, ["echo", "other"], tmp_path / "stopping").is_done()
     assert server.unloaded == ["echo", "other"]
+
+
+class Hour:
+    """Looks at a drain ten times a second."""
+
+    def __init__(self, server: FakeServer, path: Path, cpu: float) -> None:
+        """`cpu`: seconds that the server computes in a second."""
+        self.now = 0.0
+        self._server = server
+        self._cpu = cpu
+        self._drain = Drain(server, ALL, path, clock=lambda: self.now)
+
+    def is_done_within(self, seconds: float) -> bool:
+        for _ in range(int(10 * seconds)):
+            self.now += 0.1
+            self._server.seconds = self._cpu * self.now
+            if self._drain.is_done():
+                return True
+        return False
+
+
+def test_a_request_that_is_counted_for_ever_does_not_hold_up_a_server_that_computes_nothing(
+    tmp_path: Path,
+) -> None:
+    server = FakeServer()
+    server.states["fastserve"] = "UNLOADING"
+    assert Hour(server, tmp_path / "stopping", cpu=0.02).is_done_within(2.0)
+
+
+def test_a_server_that_computes_may_read_a_prompt_that_no_gauge_shows_yet(tmp_path: Path) -> None:
+    server = FakeServer()
+    server.states["fastserve"] = "UNLOADING"
+    hour = Hour(server, tmp_path / "stopping", cpu=0.2)
+    assert not hour.is_done_within(60)
+    server.states.clear()
+    assert hour.is_done_within(1)
+
+
+def test_gauges_that_rise_again_are_believed(tmp_path: Path) -> None:
+    server = FakeServer()
+    server.states["fastserve"] = "UNLOADING"
+    hour = Hour(server, tmp_path / "stopping", cpu=0.0)
+    assert not hour.is_done_within(1)
+    server.in_flight = 1
+    assert not hour.is_done_within(60)
