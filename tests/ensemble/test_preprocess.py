@@ -13,7 +13,7 @@ import pytest
 from fastserve.config import Config
 from fastserve.errors import RequestError
 from fastserve.text.preprocessor import Preprocessor
-from fastserve.types import Guide, Request, decode
+from fastserve.types import Guide, Request
 
 
 class Compiler:
@@ -69,7 +69,9 @@ def request(pb_utils: Any, text: str, regex: str | None = None) -> Any:
 
 
 def built(response: Any) -> Request:
-    return decode(response.output_tensors()[0].as_numpy()[0], Request)
+    from fastserve.triton_server.tensors import read_message  # the fake server must be in place first
+
+    return read_message("request", response.output_tensors()[0].as_numpy()[0], Request)
 
 
 def test_plain_requests_are_answered_in_order_beside_guides_that_wait(
