@@ -19,7 +19,7 @@ DOCUMENTS = [
 PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:md|toml))`")
 """A file or folder in code quotes."""
 ROOTS = (".", "docs", "backend", "backend/fastserve", "kernels", "kernels/fastserve_kernels", "client")
-MADE = {"load_tests/report.html", "build/", "dist/"}
+MADE = {"logs/", "load_tests/report.html", "build/", "dist/"}
 """Those that a command leaves."""
 
 
