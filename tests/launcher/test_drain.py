@@ -140,3 +140,13 @@ def test_gauges_that_rise_again_are_believed(tmp_path: Path) -> None:
     assert not hour.is_done_within(1)
     server.in_flight = 1
     assert not hour.is_done_within(60)
+
+
+def test_models_without_gauges_may_wait_without_computing(tmp_path: Path) -> None:
+    server = FakeServer()
+    server.states["echo"] = "UNLOADING"
+    now = [0.0]
+    drain = Drain(server, ["echo"], tmp_path / "stopping", clock=lambda: now[0])
+    for _ in range(100):
+        now[0] += 1.0
+        assert not drain.is_done()

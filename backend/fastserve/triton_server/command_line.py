@@ -35,6 +35,7 @@ SET_BY_FASTSERVE = {
     "cache-directory": "name another server with --tritonserver before the `--`",
     "log-file": "the log's path is printed at the start",
     "allow-http": "FastServe asks the server's state over HTTP",
+    "allow-metrics": "its gauges say when nothing is in flight",
     "model-control-mode": "it must be explicit",
     "load-model": "all models are loaded",
     "disable-auto-complete-config": "the models' configurations are complete",

@@ -52,7 +52,9 @@ class Drain:
         """`models`: all of the repository; one that is not FastServe's is taken for what clients call."""
         self._server = server
         self._clock = clock
-        self._to_unload = [name for name in ENTRANCES if name in models] or list(models)
+        entrances = [name for name in ENTRANCES if name in models]
+        self._to_unload = entrances or list(models)
+        self._has_gauges = bool(entrances)
         self._to_end: list[str] = []
         self._has_run_empty = False
         self._quiet_from: tuple[float, float] | None = None
@@ -72,7 +74,7 @@ class Drain:
             if unloads:
                 self._to_end.append(model)
         self._to_end = [name for name in self._to_end if self._server.model_state(name) != UNLOADED]
-        return not self._to_end or self._is_quiet()
+        return not self._to_end or (self._has_gauges and self._is_quiet())
 
     def _is_quiet(self) -> bool:
         now = self._clock()
