@@ -165,3 +165,5 @@ def test_no_request_hangs_while_shared_memory_is_full_and_all_is_well_after(
     with Client(small_server.grpc_url, retries=0) as client:
         answer = client.generate("Hello", temperature=0, max_tokens=4, timeout=30)
     assert answer.num_output_tokens == 4
+    small_server.process.terminate()
+    small_server.process.wait(15)  # half of what it would wait for a request that it believes to be in flight
