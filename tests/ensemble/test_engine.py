@@ -17,6 +17,7 @@ from fastserve.types import (
     Cancel,
     CancelById,
     EngineStats,
+    Failure,
     Health,
     Outcome,
     OutputOptions,
@@ -147,8 +148,19 @@ def test_all_tokens_before_a_failure_arrive_since_it_travels_as_data_behind_them
     engine.worker.step(SequenceOutput("a", token_ids=[2]))  # within the interval: it is still here
     engine.worker.on_death("ended (code -9)")
     assert (token_ids(sender), sender.is_final, sender.error) == ([1, 2], True, None)
+    assert [len(output.outputs) for output in outputs(sender)] == [1, 1, 1]  # it has none for company
     assert failure(sender).code == "UNAVAILABLE"
     assert "the engine's worker ended (code -9)" in failure(sender).message
+
+
+def test_tokens_that_wait_go_before_a_failure_that_the_worker_tells(engine: Engine) -> None:
+    (sender,) = engine.requests(a_request("a"))
+    engine.worker.step(SequenceOutput("a", token_ids=[1]))
+    engine.worker.step(SequenceOutput("a", token_ids=[2]))
+    late = Failure("CANCELLED", "the request's time was over before it was finished")
+    engine.worker.step(SequenceOutput("a", outcome=Outcome.TIMEOUT, failure=late))
+    assert [each.final for each in outputs(sender)] == [False, False, True]
+    assert (token_ids(sender), failure(sender)) == ([1, 2], late)
 
 
 # --- failures hurt their own request
@@ -209,12 +221,12 @@ def test_metrics_that_fail_hurt_nobody(engine: Engine) -> None:
 @pytest.mark.usefixtures("short_shared_memory")
 @pytest.mark.parametrize("seed", range(20))
 def test_every_request_ends_whatever_fails(engine: Engine, seed: int) -> None:
-    """Responses, metrics and workers fail at random, but no flag that travels alone."""
+    """Responses, metrics and workers fail at random, but no error and no flag that travels alone."""
     rng = random.Random(seed)
     error = engine.pb_utils.TritonModelException("no shared memory")
 
     def fail(response: Any, flags: int) -> None:
-        if response is not None and rng.random() < 0.2:
+        if response is not None and not response.has_error() and rng.random() < 0.2:
             raise error
 
     senders: dict[str, Any] = {}

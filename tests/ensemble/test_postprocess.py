@@ -112,26 +112,18 @@ def test_tokens_become_text(postprocess: Postprocess) -> None:
     assert all(sender.is_final for sender in senders)
 
 
-def test_all_tokens_before_a_failure_arrive_also_those_of_the_same_output(postprocess: Postprocess) -> None:
-    """The engine joins outputs: the failure comes with tokens that no response has told yet."""
+def test_all_tokens_before_a_failure_arrive_since_each_output_has_one_answer(
+    postprocess: Postprocess,
+) -> None:
     hello, world = words(postprocess, "Hello world")
-    request = a_request("a")
     failure = SequenceOutput("a", outcome=Outcome.ERROR, failure=LOST)
-    output = RequestOutput("a", [SequenceOutput("a", token_ids=[hello, world]), failure], request, final=True)
-    (sender,) = postprocess.outputs(output)
-    assert [each.has_error() for each in sender.responses] == [False, True]
-    assert (text(sender), sender.is_final) == ("Hello world", True)
-    assert sender.error.message() == "UNAVAILABLE: the engine's worker ended"
+    tokens, error = postprocess.outputs(
+        first(a_request("a"), hello, world), RequestOutput("a", [failure], final=True)
+    )
+    assert (text(tokens), tokens.is_final, tokens.error) == ("Hello world", True, None)
+    assert (error.error.message(), error.is_final) == ("UNAVAILABLE: the engine's worker ended", True)
+    assert len(error.responses) == 1
     assert postprocess.pb_utils.server.metric("fastserve_requests_total", outcome="error") == 1
-
-
-def test_a_failure_of_an_unstreamed_request_comes_alone(postprocess: Postprocess) -> None:
-    (hello,) = words(postprocess, "Hello")
-    failure = SequenceOutput("a", outcome=Outcome.ERROR, failure=LOST)
-    tokens = SequenceOutput("a", token_ids=[hello])
-    request = a_request("a", stream=False)
-    (sender,) = postprocess.outputs(RequestOutput("a", [tokens, failure], request, final=True))
-    assert [each.has_error() for each in sender.responses] == [True]
 
 
 def test_a_message_that_cannot_be_read_fails_alone(postprocess: Postprocess) -> None:

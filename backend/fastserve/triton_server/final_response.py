@@ -1,7 +1,8 @@
 """The last response to a request: as long as it is not sent, the client waits.
 
 A response whose final flag was to travel with it and that could not be sent leaves a sender that takes no
-more (2.51), so while shared memory is short the flag travels alone, after the response.
+more (2.51), so while shared memory is short the flag travels alone, after the response. An error, which is
+small, always carries its flag: one that came before left the server waiting, at its exit, for a request.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def send_final(sender: Any, response: Any = None) -> None:
 def send_error(sender: Any, error: RequestError) -> None:
     """Ends a request with an error, or at least ends it. Never raises: there is nobody else to tell."""
     try:
-        send_final(sender, error_response(error))
+        sender.send(error_response(error), flags=FINAL)
         return
     except Exception as failure:
         logger.error("a request could not be told that it failed (%s): %s", error, failure)

@@ -115,14 +115,7 @@ class PostprocessStep:
         if output.final:
             self._observe_end(conversation, output, now)
             del self._conversations[output.uid]
-        tokens, failure = _apart(output)
-        response = self._push(conversation, tokens)
-        if failure is None:
-            send_final(sender, response)
-            return
-        if response is not None:
-            sender.send(response)
-        conversation.postprocessor.push(failure)
+        send_final(sender, self._push(conversation, output))
 
     def _push(self, conversation: _Conversation, output: RequestOutput) -> pb_utils.InferenceResponse | None:
         response = conversation.postprocessor.push(output)
@@ -201,15 +194,6 @@ def _named(error: Exception) -> RequestError:
 
 def _tell_health(problem: str | None) -> None:
     call("engine", [message_tensor("hold", Health("postprocess", problem))])
-
-
-def _apart(output: RequestOutput) -> tuple[RequestOutput, RequestOutput | None]:
-    """The tokens, and the failure that has come behind them, which must not take their place."""
-    for position, each in enumerate(output.outputs):
-        if each.outcome not in (None, Outcome.STOP, Outcome.LENGTH):
-            tokens = RequestOutput(output.uid, output.outputs[:position], output.request)
-            return tokens, RequestOutput(output.uid, output.outputs[position:], final=output.final)
-    return output, None
 
 
 def _tensors(response: Response, asked: OutputOptions) -> list[pb_utils.Tensor]:

@@ -49,15 +49,26 @@ class Relay:
         return self.last_sent is None or self.is_final or now - self.last_sent >= interval
 
     def send(self, now: float) -> None:
-        """Sends what is pending. Raises what the sender does when there is no shared memory for it."""
+        """Sends what is pending. Raises what the sender does when there is no shared memory for it.
+
+        A failure goes after the tokens before it, in an output of its own: `postprocess` answers it with an
+        error and nothing else.
+        """
+        failed = next((i for i, each in enumerate(self.pending) if each.failure is not None), 0)
+        if failed:
+            tokens, self.pending = self.pending[:failed], self.pending[failed:]
+            self._send(tokens, False, now)
+        self._send(self.pending, self.is_final, now)
+        self.pending = []
+
+    def _send(self, outputs: list[SequenceOutput], final: bool, now: float) -> None:
         request = self.request if self.last_sent is None else None
-        output = RequestOutput(self.request.uid, self.pending, request, self.is_final)
+        output = RequestOutput(self.request.uid, outputs, request, final)
         response = pb_utils.InferenceResponse(output_tensors=[message_tensor("output", output)])
-        if self.is_final:
+        if final:
             send_final(self.sender, response)
         else:
             self.sender.send(response)
-        self.pending = []
         self.last_sent = now
 
     def fail(self, outcome: Outcome, failure: Failure) -> None:
