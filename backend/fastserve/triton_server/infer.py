@@ -21,7 +21,7 @@ from fastserve.config import read_config
 from fastserve.errors import ErrorCode, RequestError, invalid, read_error
 from fastserve.service_thread import ServiceThread
 from fastserve.text.coercion import coerce
-from fastserve.triton_server.final_response import send_final
+from fastserve.triton_server.final_response import send_error, send_final
 from fastserve.triton_server.inputs import read_parameters
 from fastserve.triton_server.metrics import requests_total
 from fastserve.triton_server.secret import forwarded_id
@@ -273,8 +273,4 @@ def _send(sender: Any, response: pb_utils.InferenceResponse) -> None:
             send_final(sender, response)
     except Exception as failure:
         logger.exception("a response could not be sent")
-        error = RequestError(f"the answer could not be sent: {failure}", ErrorCode.UNAVAILABLE)
-        try:
-            sender.send(error_response(error), flags=FINAL)
-        except Exception:
-            logger.exception("nor could its error")
+        send_error(sender, RequestError(f"the answer could not be sent: {failure}", ErrorCode.UNAVAILABLE))
