@@ -56,7 +56,7 @@ class _Batch(NamedTuple):
 
     hidden: Tensor
     """[T, hidden]."""
-    addend: Tensor | None
+    residual: Tensor | None
     """To be added to `hidden`, in one operator with the norm that follows; None: nothing."""
     rotation: tuple[Tensor, Tensor]
     meta: AttentionMetadata
@@ -115,13 +115,13 @@ class Decoder:
         attended = layer.output(self._attention(layer, normed, batch.rotation, batch.meta, kv_cache))
         normed, hidden = ops.add_rms_norm(attended, hidden, layer.mlp_norm, self.config.norm_eps)
         transformed = layer.down(ops.swiglu(layer.gate_up(normed)))
-        return batch._replace(hidden=hidden, addend=transformed)
+        return batch._replace(hidden=hidden, residual=transformed)
 
     def _norm(self, batch: _Batch, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden states normed, and as they are."""
-        if batch.addend is None:
+        if batch.residual is None:
             return ops.rms_norm(batch.hidden, weight, self.config.norm_eps), batch.hidden
-        return ops.add_rms_norm(batch.addend, batch.hidden, weight, self.config.norm_eps)
+        return ops.add_rms_norm(batch.residual, batch.hidden, weight, self.config.norm_eps)
 
     def _attention(
         self,
