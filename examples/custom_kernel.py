@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastserve_kernels import ops
-from fastserve_kernels.prepared import prepare
+from fastserve_kernels.formats.prepared import prepare
+from fastserve_kernels.formats.weight import FLOATS, Weight, check_even, check_tensor, check_weight
 from fastserve_kernels.registration import register_format
-from fastserve_kernels.weight import FLOATS, Weight, check_even, check_tensor, check_weight
 
 CODES_PER_BYTE = 4
 BLOCK_M, BLOCK_N, BLOCK_K = 16, 64, 64

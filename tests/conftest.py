@@ -11,7 +11,7 @@ import pytest
 # On a machine with a GPU, TRITON_INTERPRET=0 has the tests compile them.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastserve.model_files import ModelFiles, locate
+from fastserve.checkpoints.model_files import ModelFiles, locate
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

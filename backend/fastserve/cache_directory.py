@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fastserve.triton_server.start_error import StartError
+from fastserve.start_error import StartError
 
 
 def cache_directory() -> Path:

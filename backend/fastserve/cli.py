@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from fastserve import __version__
 from fastserve.config import ConfigError
-from fastserve.triton_server.start_error import StartError
+from fastserve.start_error import StartError
 
 COMMANDS = {
     "serve": "serve a model through Triton server",

@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, overload
 
+from fastserve.checkpoints.model_directory import model_vocab_size
+from fastserve.checkpoints.model_files import load_tokenizer, locate
 from fastserve.config import Config
 from fastserve.engine.engine import Engine
-from fastserve.engine.loading import load_engine
+from fastserve.engine.engine_loader import load_engine
 from fastserve.engine.worker import ToWorker, run_engine
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.model_files import load_tokenizer, locate
-from fastserve.models.model_directory import model_vocab_size
-from fastserve.text.postprocessor import Postprocessor, Response
-from fastserve.text.preprocessor import Preprocessor
+from fastserve.text.input_processor import Preprocessor
+from fastserve.text.output_processor import Postprocessor, Response
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.types import Add, Cancel, Outcome, Request, RequestOutput, SequenceOutput, Shutdown, StepOutput
 

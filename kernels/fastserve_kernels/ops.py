@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastserve_kernels import reference
 from fastserve_kernels.attention_metadata import AttentionMetadata
+from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.implementations import (
     CPU_MODULES,
     GPU_MODULES,
@@ -21,7 +22,6 @@ from fastserve_kernels.implementations import (
     gpu_module,
     imported_at_first_call,
 )
-from fastserve_kernels.prepared import Prepared
 
 _library = torch.library.Library("fastserve", "DEF")
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels import ops
-from fastserve_kernels.prepared import ARRANGEMENTS, Prepared
-from fastserve_kernels.weight import Weight
-from fastserve_kernels.weight_tensors import FORMATS
+from fastserve_kernels.formats.prepared import ARRANGEMENTS, Prepared
+from fastserve_kernels.formats.weight import Weight
+from fastserve_kernels.formats.weight_io import FORMATS
 
 Arrange = Callable[[Weight, torch.dtype], Prepared]
 """`prepare` for one format: the weight is on its device already, the dtype is that of the activations."""

@@ -12,8 +12,8 @@ from rich.progress import Progress
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from fastserve.compression.source_state import SourceState
-from fastserve.compression.state import SavedState, State, StateWriter
+from fastserve.compression.state.model_state import SavedState, State, StateWriter
+from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context, Step
 
 SIZES: dict[str, Any] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from tests.compression.conftest import RunStep
 
-from fastserve.compression.codebooks import Codebook, k_means
-from fastserve.compression.source_state import SourceState
+from fastserve.compression.quantization.codebooks import Codebook, k_means
+from fastserve.compression.state.source_state import SourceState
 from fastserve_kernels.formats import NF4, NORMAL_FLOAT_4
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve.compression.columns import Regression, removal, unit_columns
+from fastserve.compression.quantization.columns import Regression, removal, unit_columns
 
 
 def inputs(tokens: int = 400, width: int = 8) -> Tensor:

@@ -15,11 +15,11 @@ import pytest
 from fastserve import cli
 from fastserve.commands import compress as compress_command
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.evaluation import evaluate
 from fastserve.compression.recipe import Recipe, parse_recipe
-from fastserve.compression.report import Report
-from fastserve.compression.text import evaluation_text, token_windows
-from fastserve.models.loading import load_model
+from fastserve.compression.report.report import Report
+from fastserve.corpus.windows import evaluation_text, token_windows
+from fastserve.evaluation.evaluation import evaluate
+from fastserve.models.model_loader import load_model
 
 RECIPE = """
 steps: [{step: gptq, bits: 8, group_size: 32}]
@@ -83,7 +83,7 @@ def test_tasks_without_lm_eval_are_refused_with_the_way_to_get_it(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "fastserve.compression.lm_eval_tasks", raising=False)
+    monkeypatch.delitem(sys.modules, "fastserve.evaluation.lm_eval_tasks", raising=False)
     assert cli.main(["evaluate", str(model), "--tasks", "hellaswag"]) == 1
     assert "--tasks: needs lm-eval (pip install 'fastserve[eval]')" in capsys.readouterr().err
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from tests.compression.conftest import RunStep, SaveTiny, make_context
 
-from fastserve.compression.distill import Distill
+from fastserve.compression.calibration.objective import FeatureWeights, Objective, paired_layers
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.losses import LogitLoss
-from fastserve.compression.objective import FeatureWeights, Objective, paired_layers
-from fastserve.compression.smaller_state import SmallerState, StudentSizes, evenly
-from fastserve.compression.source_state import SourceState
-from fastserve.compression.state import SavedState, State, StateWriter
-from fastserve.compression.training_attention import use_plain_attention
+from fastserve.compression.pruning.smaller_state import SmallerState, StudentSizes, evenly
+from fastserve.compression.state.model_state import SavedState, State, StateWriter
+from fastserve.compression.state.source_state import SourceState
+from fastserve.compression.training.distill import Distill
+from fastserve.compression.training.losses import LogitLoss
+from fastserve.compression.training.training_attention import use_plain_attention
 from fastserve_kernels.formats import Bitmap
 
 SMALL = StudentSizes(num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, hidden_size=32)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tests.compression.conftest import RunStep, SaveTiny
 
-from fastserve.compression.embedding import Embedding
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.source_state import SourceState
+from fastserve.compression.quantization.embedding import Embedding
+from fastserve.compression.state.source_state import SourceState
 from fastserve_kernels.formats import Int4, Int8
 
 

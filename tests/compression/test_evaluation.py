@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-import fastserve.compression.evaluation as evaluation
-from fastserve.compression.evaluation import evaluate
+import fastserve.evaluation.evaluation as evaluation
+from fastserve.evaluation.evaluation import evaluate
 from fastserve.models.decoder import Decoder
-from fastserve.models.loading import load_model
+from fastserve.models.model_loader import load_model
 
 SaveTiny = Callable[..., Path]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
-from fastserve.compression import export as exporting
-from fastserve.compression.export import export
-from fastserve.compression.state import SavedState, State, StateWriter
+from fastserve.compression.state import export as exporting
+from fastserve.compression.state.export import export
+from fastserve.compression.state.model_state import SavedState, State, StateWriter
 from fastserve.models.kv_cache import make_kv_caches
-from fastserve.models.loading import load_model
+from fastserve.models.model_loader import load_model
 from fastserve_kernels.attention_metadata import AttentionMetadata
 from fastserve_kernels.formats import (
     FP8,
@@ -160,7 +160,7 @@ def test_2_of_4_is_2_of_4_again(write: Callable) -> None:
     _, directory = write(lambda _, __, w: Sparse24.pack(w))
     names = json.loads((directory / "config.json").read_text())["fastserve_two_of_four"]
     assert len(names) == 21
-    from fastserve.models.layouts import open_checkpoint
+    from fastserve.checkpoints.layouts import open_checkpoint
 
     checkpoint = open_checkpoint(directory, AutoConfig.from_pretrained(directory))
     assert all(isinstance(checkpoint.read_packed(f"{name}.weight", exact=True), Sparse24) for name in names)

@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 
 from fastserve import cli
 from fastserve.atomic_write import WriteError
-from fastserve.compression import export, state, training
+from fastserve.compression.state import export
+from fastserve.compression.state import model_state as state
+from fastserve.compression.training import trainer as training
 
 RECIPE = """
 steps: [{step: gptq, bits: 4, group_size: 32, targets: ["*.mlp.*"]}]

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastserve.compression.grid import Grid, search
-from fastserve_kernels.compressed_tensors import bits_of
+from fastserve.compression.quantization.grid import Grid, search
 from fastserve_kernels.formats import Int4, Int8
+from fastserve_kernels.formats.compressed_tensors import bits_of
 
 BITS = st.integers(2, 8)
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tests.compression.conftest import RunStep
 
-from fastserve.compression.importance import FILE, measured
-from fastserve.compression.layer import Layer
-from fastserve.compression.layer_step import LayerStep
-from fastserve.compression.sensitivity import Sensitivity
-from fastserve.compression.source_state import SourceState
-from fastserve.compression.state import StateWriter
+from fastserve.compression.calibration.importance import FILE, measured
+from fastserve.compression.calibration.layer import Layer
+from fastserve.compression.calibration.layer_step import LayerStep
+from fastserve.compression.calibration.sensitivity import Sensitivity
+from fastserve.compression.state.model_state import StateWriter
+from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context
 
 NAMES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")

@@ -10,12 +10,12 @@ from tests.compression.conftest import RunStep
 from torch import Tensor
 from transformers import DynamicCache
 
+from fastserve.checkpoints.kv_cache_scheme import SCHEME
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.kv_cache import KVCacheScales
-from fastserve.compression.source_state import SourceState
+from fastserve.compression.quantization.kv_cache_step import KVCacheScales
+from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context
 from fastserve.models.kv_cache import KV_CACHE_DTYPES, LARGEST
-from fastserve.models.kv_cache_scheme import SCHEME
 from fastserve.models.kv_rounding import rounded
 
 
@@ -48,7 +48,7 @@ def test_max_gives_the_largest_magnitude_the_largest_number(
 def test_least_squares_is_no_worse_than_the_largest_magnitude(
     source: SourceState, context: Context, run_step: RunStep, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastserve.compression.kv_cache.ERRORS_OF_EVERY", 1)
+    monkeypatch.setattr("fastserve.compression.quantization.kv_cache_step.ERRORS_OF_EVERY", 1)
     errors = {}
     for scales in ("max", "mse"):
         after = run_step(KVCacheScales(dtype=dtype, scales=scales), source, scales)

@@ -10,11 +10,11 @@ import torch
 from tests.compression.conftest import RunStep, SaveTiny
 from torch import Tensor
 
+from fastserve.compression.calibration.layer import Layer
+from fastserve.compression.calibration.layer_step import LayerStep
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.layer import Layer
-from fastserve.compression.layer_step import LayerStep
-from fastserve.compression.source_state import SourceState
-from fastserve.compression.state import SavedState, read_part, write_part
+from fastserve.compression.state.model_state import SavedState, read_part, write_part
+from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context
 from fastserve_kernels.formats import W8A8, Bitmap, BlockSparse, Dense, Int4, Int8, LowRank, Sparse24, Weight
 

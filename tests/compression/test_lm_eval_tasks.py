@@ -12,9 +12,9 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from fastserve.compression.lm_eval_tasks import EvaluatedModel, run_tasks
 from fastserve.embedded import Model
-from fastserve.models.loading import load_model
+from fastserve.evaluation.lm_eval_tasks import EvaluatedModel, run_tasks
+from fastserve.models.model_loader import load_model
 from fastserve.text.tokenizer import Tokenizer
 
 SaveTiny = Callable[..., Path]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, linear
 
-from fastserve.compression import losses
-from fastserve.compression.losses import (
+from fastserve.compression.training import losses
+from fastserve.compression.training.losses import (
     Divergence,
     LogitLoss,
     attention_loss,

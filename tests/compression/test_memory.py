@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastserve.compression.source_state import SourceState
-from fastserve.model_files import ModelFiles
+from fastserve.checkpoints.model_files import ModelFiles
+from fastserve.compression.state.source_state import SourceState
 
 COMMAND = """
 import sys

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.compression.conftest import RunStep
 
+from fastserve.compression.calibration.sensitivity import sensitivities
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.gptq import Gptq
-from fastserve.compression.mixed_precision import MixedPrecision, allocate
-from fastserve.compression.sensitivity import sensitivities
-from fastserve.compression.source_state import SourceState
-from fastserve.compression.state import SavedState
+from fastserve.compression.quantization.gptq import Gptq
+from fastserve.compression.quantization.mixed_precision import MixedPrecision, allocate
+from fastserve.compression.state.model_state import SavedState
+from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context
-from fastserve_kernels.compressed_tensors import bits_of
 from fastserve_kernels.formats import Int4, Int8, IntRows
+from fastserve_kernels.formats.compressed_tensors import bits_of
 
 WIDTHS = (2, 3, 4, 6)
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastserve.compression.gram import damped
-from fastserve.compression.patterns import UNSTRUCTURED, Pattern, TwoOfFour
-from fastserve.compression.reconstruction import reconstruct
+from fastserve.compression.calibration.hessian import damped
+from fastserve.compression.pruning.patterns import UNSTRUCTURED, Pattern, TwoOfFour
+from fastserve.compression.pruning.reconstruction import reconstruct
 
 
 def problem(seed: int, rows: int = 12, columns: int = 32, tokens: int = 40) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from fastserve.compression.linear_report import LinearReport
 from fastserve.compression.pipeline import StepNotes
-from fastserve.compression.report import (
+from fastserve.compression.report.linear_report import LinearReport
+from fastserve.compression.report.report import (
     ModelFigures,
     Report,
     by_kind,
@@ -24,7 +24,7 @@ from fastserve.compression.report import (
     whole_rows,
     write_report,
 )
-from fastserve.compression.training import Point
+from fastserve.compression.training.trainer import Point
 
 
 def test_the_linears_of_all_layers_come_in_the_order_of_the_layers() -> None:

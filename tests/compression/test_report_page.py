@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.compression.linear_report import LinearReport
-from fastserve.compression.report import ModelFigures, Report, StepReport
-from fastserve.compression.report_page import page, plots, write_page
-from fastserve.compression.svg_plot import Plot, Series, svg, ticks
-from fastserve.compression.training import Point
+from fastserve.compression.report.linear_report import LinearReport
+from fastserve.compression.report.report import ModelFigures, Report, StepReport
+from fastserve.compression.report.report_page import page, plots, write_page
+from fastserve.compression.report.svg_plot import Plot, Series, svg, ticks
+from fastserve.compression.training.trainer import Point
 
 FINITE = st.floats(-1e9, 1e9, allow_subnormal=False).filter(lambda x: x == 0 or abs(x) > 1e-9)
 

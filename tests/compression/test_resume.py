@@ -15,9 +15,9 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from fastserve.checkpoints.model_files import locate
 from fastserve.compression.pipeline import PARTIAL, compress
 from fastserve.compression.recipe import parse_recipe
-from fastserve.model_files import locate
 
 RECIPE = {
     "steps": [

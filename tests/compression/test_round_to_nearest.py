@@ -9,16 +9,16 @@ import torch
 from tests.compression.conftest import RunStep, SaveTiny
 from torch import Tensor
 
-from fastserve.compression import layer_step
-from fastserve.compression.bias_correction import corrected_bias
-from fastserve.compression.codebooks import Codebook
+from fastserve.compression.calibration import layer_step
+from fastserve.compression.calibration.layer import Layer
+from fastserve.compression.calibration.layer_step import LayerStep
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.layer import Layer
-from fastserve.compression.layer_step import LayerStep
-from fastserve.compression.magnitude import Magnitude
-from fastserve.compression.round_to_nearest import Round
-from fastserve.compression.source_state import SourceState
-from fastserve.compression.uniform import quantize
+from fastserve.compression.pruning.magnitude import Magnitude
+from fastserve.compression.quantization.bias_correction import corrected_bias
+from fastserve.compression.quantization.codebooks import Codebook
+from fastserve.compression.quantization.round_to_nearest import Round
+from fastserve.compression.quantization.uniform import quantize
+from fastserve.compression.state.source_state import SourceState
 from fastserve_kernels.formats import Int4, Int8
 
 

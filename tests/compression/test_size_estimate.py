@@ -11,12 +11,12 @@ import torch
 from rich.progress import Progress
 from tests.compression.conftest import SaveTiny
 
+from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.compression.pipeline import compress
 from fastserve.compression.recipe import parse_recipe
-from fastserve.compression.report import bytes_on_disk
-from fastserve.compression.size_estimate import estimated_bytes
-from fastserve.compression.source_state import SourceState
-from fastserve.model_files import ModelFiles
+from fastserve.compression.report.report import bytes_on_disk
+from fastserve.compression.report.size_estimate import estimated_bytes
+from fastserve.compression.state.source_state import SourceState
 
 STEPS: dict[str, list[dict[str, Any]]] = {
     "int4": [{"step": "gptq"}],

@@ -8,12 +8,12 @@ from tests.compression.conftest import RunStep, SaveTiny
 from torch import Tensor
 from transformers import AutoConfig
 
-from fastserve.compression.awq import Awq
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.round_to_nearest import Round
-from fastserve.compression.source_state import SourceState
-from fastserve.compression.state import State
-from fastserve.compression.w8a8 import W8A8Step, candidates, round_rows
+from fastserve.compression.quantization.awq import Awq
+from fastserve.compression.quantization.round_to_nearest import Round
+from fastserve.compression.quantization.w8a8 import W8A8Step, candidates, round_rows
+from fastserve.compression.state.model_state import State
+from fastserve.compression.state.source_state import SourceState
 from fastserve_kernels.formats import W8A8, Weight
 
 TOKENS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(7))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastserve.compression.source_state import SourceState
+from fastserve.compression.state.source_state import SourceState
 from fastserve_kernels.formats import Dense
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
-from fastserve.compression.speed import bytes_per_token, measure_speeds
-from fastserve.models.loading import load_model
+from fastserve.compression.report.speed import bytes_per_token, measure_speeds
+from fastserve.models.model_loader import load_model
 
 SaveTiny = Callable[..., Path]
 

@@ -10,18 +10,24 @@ import torch
 from tests.compression.conftest import RunStep, SaveTiny, make_context
 from transformers import AutoModelForCausalLM
 
-from fastserve.compression import structure
-from fastserve.compression.columns import Regression
+from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.evaluation import WholeSequences
-from fastserve.compression.layer import Layer
-from fastserve.compression.model_shape import parameters
-from fastserve.compression.source_state import SourceState
-from fastserve.compression.state import SavedState, dense
+from fastserve.compression.pruning import structure
+from fastserve.compression.pruning.model_shape import parameters
+from fastserve.compression.pruning.structure import Structure, regression
+from fastserve.compression.pruning.structure_survey import (
+    LayerCosts,
+    Sizes,
+    choose_shape,
+    sizes_within,
+    total_cost,
+)
+from fastserve.compression.quantization.columns import Regression
+from fastserve.compression.state.model_state import SavedState, dense
+from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context
-from fastserve.compression.structure import Structure, regression
-from fastserve.compression.structure_survey import LayerCosts, Sizes, choose_shape, sizes_within, total_cost
-from fastserve.models.loading import load_model
+from fastserve.evaluation.evaluation import WholeSequences
+from fastserve.models.model_loader import load_model
 
 
 def change(state: SavedState, context: Context) -> float:

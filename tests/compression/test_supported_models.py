@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tests.compression.conftest import RunStep, SaveTiny
 
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.gptq import Gptq
-from fastserve.compression.source_state import SourceState
+from fastserve.compression.quantization.gptq import Gptq
+from fastserve.compression.state.source_state import SourceState
 
 EXPERTS: dict[str, Any] = {
     "num_experts": 4,

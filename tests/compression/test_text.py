@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from fastserve.compression.recipe import Calibration, Evaluation
-from fastserve.compression.text import (
+from fastserve.corpus.windows import (
     TextError,
     calibration_text,
     calibration_windows,
@@ -48,7 +48,7 @@ def test_no_paragraph_is_both_in_the_calibration_and_in_the_evaluation_text() ->
 
 
 def test_the_readme_of_the_texts_names_every_file_and_every_licence_file() -> None:
-    corpus = resources.files("fastserve.compression") / "corpus"
+    corpus = resources.files("fastserve.corpus") / "texts"
     readme = (corpus / "README.md").read_text(encoding="utf-8")
     for folder in ("calibration", "evaluation", "licenses"):
         for file in (corpus / folder).iterdir():

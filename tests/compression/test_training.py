@@ -10,10 +10,10 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from fastserve.compression import training
-from fastserve.compression.retrain import Retrain
-from fastserve.compression.state import DONE, StateWriter
-from fastserve.compression.training import BEST, CHECKPOINT, Point, Training, window_order
+from fastserve.compression.state.model_state import DONE, StateWriter
+from fastserve.compression.training import trainer as training
+from fastserve.compression.training.retrain import Retrain
+from fastserve.compression.training.trainer import BEST, CHECKPOINT, Point, Training, window_order
 
 TEXT = torch.arange(20).view(10, 2)
 QUIET = Progress(disable=True)

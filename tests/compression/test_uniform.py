@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from torch import Tensor
 
-from fastserve.compression.uniform import GroupSize, Uniform, quantize
+from fastserve.compression.quantization.uniform import GroupSize, Uniform, quantize
 
 GROUP_SIZES: list[GroupSize] = [32, 64, None, "tensor"]
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
-from fastserve.model_files import ModelFiles
-from fastserve.triton_server.command_line import ServerOptions
-from fastserve.triton_server.launcher import Server
-from fastserve.triton_server.start_checks import Ports
+from fastserve.launcher.command_line import ServerOptions
+from fastserve.launcher.launcher import Server
+from fastserve.launcher.start_checks import Ports
 
 START_SECONDS = 120
 MODEL_LABEL = re.compile(r'model="fastserve",?|,model="fastserve"(?=})')

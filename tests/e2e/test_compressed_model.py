@@ -7,8 +7,8 @@ from pathlib import Path
 from tests.e2e.conftest import running
 
 from fastserve import Model, cli
+from fastserve.checkpoints.model_files import locate
 from fastserve.compression.recipe import PRESETS
-from fastserve.model_files import locate
 from fastserve_client import Client
 
 PROMPT = "The capital of France is"

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from fastserve.model_files import ModelFiles
+from fastserve.checkpoints.model_files import ModelFiles
 from fastserve_client import Client, FastServeError
 
 SIZE = 64 << 20

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fastserve.triton_server.repository import model_repository
+from fastserve.launcher.repository import model_repository
 from fastserve_client import Client, FastServeError
 
 ENDLESS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 4000, "ignore_eos": True}

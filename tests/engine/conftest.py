@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
 from fastserve.engine.engine import Engine
+from fastserve.engine.engine_loader import load_engine
 from fastserve.engine.guides import GuideCompiler
-from fastserve.engine.loading import load_engine
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import Sampler
-from fastserve.model_files import ModelFiles
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
 from fastserve.scheduling.policies import PriorityAge

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from fastserve import Model, ModelServer
+from fastserve.checkpoints.model_files import ModelFiles, load_tokenizer
 from fastserve.config import Config
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.model_files import ModelFiles, load_tokenizer
-from fastserve.text.preprocessor import Preprocessor
+from fastserve.text.input_processor import Preprocessor
 from fastserve.text.tokenizer import Tokenizer
 
 SECONDS = 20.0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 NAME = "triton_python_backend_utils"
-STEPS = "fastserve.triton_server."
+STEPS = "fastserve.ensemble."
 
 
 @pytest.fixture
@@ -39,6 +39,6 @@ def pb_utils() -> Iterator[Any]:
 @pytest.fixture
 def short_shared_memory(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is free in `/dev/shm`, the steps find it little."""
-    from fastserve.triton_server import final_response
+    from fastserve.ensemble import final_response
 
     monkeypatch.setattr(final_response, "SHORT_BYTES", 1 << 62)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
-from fastserve.model_files import ModelFiles
 from fastserve.types import EngineStats, Outcome, Request, SequenceOutput, Shutdown, StepOutput
 
 LARGE_ANSWER = 60_000

@@ -8,8 +8,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from fastserve.text import preprocessor
-from fastserve.triton_server.repository import model_names, model_repository
+from fastserve.launcher.repository import model_names, model_repository
+from fastserve.text import input_processor as preprocessor
 from fastserve_client.request import generation_request
 
 
@@ -38,14 +38,14 @@ def outputs_of(model: str) -> dict[str, tuple[int, list[int]]]:
     ],
 )
 def test_the_inputs_of_the_api_are_declared_alike(pb_utils: Any, model: str, own: dict[str, Any]) -> None:
-    from fastserve.triton_server.inputs import API_INPUTS, MANY
+    from fastserve.ensemble.inputs import API_INPUTS, MANY
 
     declared = {name: (kind, [-1 if name in MANY else 1], True) for name, kind in API_INPUTS.items()}
     assert inputs_of(model) == declared | own
 
 
 def test_the_code_that_reads_them_and_the_client_know_no_others(pb_utils: Any) -> None:
-    from fastserve.triton_server.inputs import API_INPUTS
+    from fastserve.ensemble.inputs import API_INPUTS
 
     assert set(API_INPUTS) == preprocessor._INPUT_NAMES
     sent = [

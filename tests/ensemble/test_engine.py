@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastserve.model_files import ModelFiles
+from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.types import (
     Add,
     Cancel,
@@ -70,7 +70,7 @@ class Engine:
         return FakeWorker.started[-1]
 
     def message(self, name: str, message: Any) -> Any:
-        from fastserve.triton_server.tensors import message_tensor
+        from fastserve.ensemble.tensors import message_tensor
 
         return self.pb_utils.InferenceRequest(inputs=[message_tensor(name, message)])
 
@@ -88,7 +88,7 @@ class Engine:
 
 @pytest.fixture
 def engine(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    from fastserve.triton_server import engine as module
+    from fastserve.ensemble import engine_relay as module
 
     FakeWorker.started = []
     monkeypatch.setattr(FakeWorker, "is_broken", False)
@@ -108,7 +108,7 @@ def a_request(uid: str, request_id: str = "", arrival: float = 10.0, n: int = 1)
 
 
 def outputs(sender: Any) -> list[RequestOutput]:
-    from fastserve.triton_server.tensors import read_message
+    from fastserve.ensemble.tensors import read_message
 
     return [read_message("output", array[0], RequestOutput) for array in sender.outputs("output")]
 
@@ -167,8 +167,8 @@ def test_tokens_that_wait_go_before_a_failure_that_the_worker_tells(engine: Engi
 
 
 def test_a_message_that_cannot_be_read_fails_alone(engine: Engine) -> None:
-    from fastserve.triton_server.secret import seal
-    from fastserve.triton_server.tensors import strings
+    from fastserve.ensemble.secret import seal
+    from fastserve.ensemble.tensors import strings
 
     bad = engine.pb_utils.InferenceRequest(inputs=[strings("released", [seal("released", b"\xc1")])])
     empty = engine.pb_utils.InferenceRequest()
@@ -262,7 +262,7 @@ def test_what_a_dead_worker_had_fails_and_what_came_since_is_served_by_the_next(
             senders.extend(engine.requests(a_request("meanwhile")))
             FakeWorker.start(self)
 
-    from fastserve.triton_server import engine as module
+    from fastserve.ensemble import engine_relay as module
 
     monkeypatch.setattr(module, "Worker", Slow)
     (before,) = engine.requests(a_request("before"))
@@ -289,7 +289,7 @@ def test_requests_that_wait_for_a_worker_fail_when_it_cannot_start(
             else:
                 FakeWorker.start(self)
 
-    from fastserve.triton_server import engine as module
+    from fastserve.ensemble import engine_relay as module
 
     monkeypatch.setattr(module, "Worker", Broken)
     engine.worker.on_death("ended (code -9)")
@@ -309,7 +309,7 @@ def test_the_server_is_not_ready_while_there_is_no_worker(
             lost.set()
             FakeWorker.start(self)
 
-    from fastserve.triton_server import engine as module
+    from fastserve.ensemble import engine_relay as module
 
     monkeypatch.setattr(module, "Worker", Slow)
     server.answer = hold_in(engine)
@@ -342,7 +342,7 @@ def test_the_server_is_not_ready_while_a_thread_of_another_step_is_gone(engine: 
 def test_a_request_to_hold_that_does_not_come_is_sent_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastserve.triton_server import readiness as module
+    from fastserve.ensemble import readiness as module
 
     monkeypatch.setattr(module, "HOLD_SECONDS", 0.05)
     failures = [engine.pb_utils.TritonModelException("no shared memory"), ValueError("broken")]
@@ -361,7 +361,7 @@ def test_a_request_to_hold_that_does_not_come_is_sent_again(
 
 
 def test_a_first_worker_that_cannot_start_is_said_so(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastserve.triton_server import engine as module
+    from fastserve.ensemble import engine_relay as module
 
     monkeypatch.setattr(FakeWorker, "is_broken", True)
     step = module.EngineStep()
@@ -377,7 +377,7 @@ def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
     import fake_engine
 
     from fastserve.engine.worker import Worker
-    from fastserve.triton_server import engine as module
+    from fastserve.ensemble import engine_relay as module
 
     monkeypatch.setattr(module, "Worker", partial(Worker, load=fake_engine.load_small))
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
@@ -436,7 +436,7 @@ def test_a_cancel_without_a_worker_ends_those_that_wait_for_one(
             engine.execute("cancel", CancelById("mine", 11.0))
             FakeWorker.start(self)
 
-    from fastserve.triton_server import engine as module
+    from fastserve.ensemble import engine_relay as module
 
     monkeypatch.setattr(module, "Worker", Slow)
     engine.worker.on_death("ended (code -9)")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fastserve.model_files import ModelFiles
-from fastserve.triton_server.secret import forwarded_id
+from fastserve.checkpoints.model_files import ModelFiles
+from fastserve.ensemble.secret import forwarded_id
 from fastserve.types import (
     Failure,
     Outcome,
@@ -28,7 +28,7 @@ def a_request(request_id: str) -> Request:
 
 @pytest.fixture
 def postprocess(pb_utils: Any, monkeypatch: pytest.MonkeyPatch, default_model: ModelFiles) -> Iterator[Any]:
-    from fastserve.triton_server import postprocess as module
+    from fastserve.ensemble import postprocess as module
 
     monkeypatch.setattr(module, "locate", lambda model: default_model)
     step = module.PostprocessStep()
@@ -38,7 +38,7 @@ def postprocess(pb_utils: Any, monkeypatch: pytest.MonkeyPatch, default_model: M
 
 
 def answer_to(pb_utils: Any, step: Any, output: RequestOutput) -> Any:
-    from fastserve.triton_server.tensors import message_tensor
+    from fastserve.ensemble.tensors import message_tensor
 
     request = pb_utils.InferenceRequest(inputs=[message_tensor("output", output)])
     step.execute([request])

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from fastserve.model_files import ModelFiles, load_tokenizer
+from fastserve.checkpoints.model_files import ModelFiles, load_tokenizer
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.types import (
     Cancel,
@@ -32,7 +32,7 @@ class Postprocess:
         self.pb_utils, self.step = pb_utils, step
 
     def message(self, output: RequestOutput) -> Any:
-        from fastserve.triton_server.tensors import message_tensor
+        from fastserve.ensemble.tensors import message_tensor
 
         return self.pb_utils.InferenceRequest(inputs=[message_tensor("output", output)])
 
@@ -44,7 +44,7 @@ class Postprocess:
 
     def stops(self, count: int) -> list[Cancel]:
         """Those that the engine was told, when there are so many."""
-        from fastserve.triton_server.tensors import message_of
+        from fastserve.ensemble.tensors import message_of
 
         server = self.pb_utils.server
         server.wait(lambda each: len(each.requests) >= count)
@@ -60,7 +60,7 @@ def tokenizer(default_model: ModelFiles) -> Tokenizer:
 def postprocess(
     pb_utils: Any, monkeypatch: pytest.MonkeyPatch, default_model: ModelFiles, tokenizer: Tokenizer
 ) -> Iterator[Postprocess]:
-    from fastserve.triton_server import postprocess as module
+    from fastserve.ensemble import postprocess as module
 
     monkeypatch.setattr(module, "locate", lambda model: default_model)
     monkeypatch.setattr(module, "load_tokenizer", lambda files: tokenizer)
@@ -127,8 +127,8 @@ def test_all_tokens_before_a_failure_arrive_since_each_output_has_one_answer(
 
 
 def test_a_message_that_cannot_be_read_fails_alone(postprocess: Postprocess) -> None:
-    from fastserve.triton_server.secret import seal
-    from fastserve.triton_server.tensors import strings
+    from fastserve.ensemble.secret import seal
+    from fastserve.ensemble.tensors import strings
 
     (hello,) = words(postprocess, "Hello")
     bad = postprocess.pb_utils.InferenceRequest(inputs=[strings("output", [seal("output", b"\xc1")])])
@@ -185,7 +185,7 @@ def test_a_stop_that_could_not_be_told_is_told_again(postprocess: Postprocess) -
 
 
 def test_an_engine_that_can_never_be_told_makes_the_server_unready(postprocess: Postprocess) -> None:
-    from fastserve.triton_server.tensors import message_of
+    from fastserve.ensemble.tensors import message_of
 
     told: list[Health] = []
 

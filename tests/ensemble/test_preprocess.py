@@ -12,7 +12,7 @@ import pytest
 
 from fastserve.config import Config
 from fastserve.errors import RequestError
-from fastserve.text.preprocessor import Preprocessor
+from fastserve.text.input_processor import Preprocessor
 from fastserve.types import Guide, Request
 
 
@@ -50,7 +50,7 @@ def compiler() -> Compiler:
 
 @pytest.fixture
 def step(pb_utils: Any, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    preprocess = importlib.import_module("fastserve.triton_server.preprocess")
+    preprocess = importlib.import_module("fastserve.ensemble.preprocess")
     tokenizer: Any = FakeTokenizer()
     preprocessor: Any = Preprocessor(Config(), tokenizer, 64, 256)
     preprocessor._guides = compiler
@@ -69,7 +69,7 @@ def request(pb_utils: Any, text: str, regex: str | None = None) -> Any:
 
 
 def built(response: Any) -> Request:
-    from fastserve.triton_server.tensors import read_message  # the fake server must be in place first
+    from fastserve.ensemble.tensors import read_message  # the fake server must be in place first
 
     return read_message("request", response.output_tensors()[0].as_numpy()[0], Request)
 
@@ -109,7 +109,7 @@ def test_a_guide_that_fails_is_answered(
 
 
 def test_so_many_guides_wait_and_no_more(pb_utils: Any, step: Any, compiler: Compiler) -> None:
-    from fastserve.triton_server.preprocess import MAX_GUIDED_REQUESTS
+    from fastserve.ensemble.preprocess import MAX_GUIDED_REQUESTS
 
     waiting = [request(pb_utils, "a", "a") for _ in range(MAX_GUIDED_REQUESTS)]
     assert step.execute(waiting) == [None] * MAX_GUIDED_REQUESTS

@@ -15,7 +15,7 @@ FIRST = ("a", 1, 2, 3, None, 2048)
 
 @pytest.fixture
 def room(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from fastserve.triton_server import room as module
+    from fastserve.ensemble import capacity_publisher as module
 
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
     teller = module.RoomTeller(problems.append)
@@ -29,7 +29,7 @@ problems: list[str | None] = []
 
 def rooms(pb_utils: Any, count: int) -> list[Room]:
     """Those that the scheduler was told, when there are so many."""
-    from fastserve.triton_server.tensors import message_of
+    from fastserve.ensemble.tensors import message_of
 
     pb_utils.server.wait(lambda each: len(each.requests) >= count)
     assert {request.model_name() for request in pb_utils.server.requests} == {"scheduler"}
@@ -37,7 +37,7 @@ def rooms(pb_utils: Any, count: int) -> list[Room]:
 
 
 def tell(room: Any, *numbers: Any) -> None:
-    from fastserve.triton_server.room import Numbers
+    from fastserve.ensemble.capacity_publisher import Numbers
 
     room.tell(Numbers(*numbers))
 
@@ -100,7 +100,7 @@ def test_one_that_can_never_tell_says_so(room: Any, pb_utils: Any) -> None:
 def test_what_has_not_changed_is_repeated_with_a_newer_time(
     room: Any, pb_utils: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastserve.triton_server import room as module
+    from fastserve.ensemble import capacity_publisher as module
 
     monkeypatch.setattr(module, "REPEAT_SECONDS", 0.02)
     room.open()

@@ -20,7 +20,7 @@ class Scheduler:
         self._serial = 0
 
     def message(self, name: str, message: Any) -> Any:
-        from fastserve.triton_server.tensors import message_tensor
+        from fastserve.ensemble.tensors import message_tensor
 
         return self.pb_utils.InferenceRequest(inputs=[message_tensor(name, message)])
 
@@ -46,7 +46,7 @@ class Scheduler:
 @pytest.fixture
 def make_scheduler(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scheduler]]:
     """A step with settings of its own."""
-    from fastserve.triton_server import scheduler as module
+    from fastserve.ensemble import scheduler as module
 
     steps = []
 
@@ -83,7 +83,7 @@ def a_request(uid: str, priority: int = 0, num_tokens: int = 1, deadline: float 
 
 
 def released(sender: Any) -> list[str]:
-    from fastserve.triton_server.tensors import read_message
+    from fastserve.ensemble.tensors import read_message
 
     return [read_message("released", array[0], Request).uid for array in sender.outputs("released")]
 
@@ -106,8 +106,8 @@ def test_one_goes_at_first_and_the_rest_when_there_is_room(scheduler: Scheduler)
 
 
 def test_a_message_that_cannot_be_read_fails_alone(scheduler: Scheduler) -> None:
-    from fastserve.triton_server.secret import seal
-    from fastserve.triton_server.tensors import strings
+    from fastserve.ensemble.secret import seal
+    from fastserve.ensemble.tensors import strings
 
     bad = scheduler.pb_utils.InferenceRequest(inputs=[strings("request", [seal("request", b"\xc1")])])
     good = scheduler.message("request", a_request("a"))
@@ -186,7 +186,7 @@ def test_a_clock_that_cannot_go_on_makes_the_server_unready(
 
 
 def health(request: Any) -> Any:
-    from fastserve.triton_server.tensors import message_of
+    from fastserve.ensemble.tensors import message_of
 
     assert request.model_name() == "engine"
     return message_of(request, "hold", Health)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from fastserve.ensemble import secret
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.triton_server import secret
 from fastserve.types import Accepted, Cancel, CancelById, Hold, Outcome, RequestOutput, Room, encode
 
 ROOM = Room(incarnation="x", serial=10**9, received=0, arrived=0, free_slots=10**6, lowest_key=None, time=0.0)
@@ -60,7 +60,7 @@ def test_a_file_that_others_could_read_is_not_used(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("name", UNSIGNED)
 def test_an_unsealed_message_is_refused_by_name(pb_utils: Any, name: str) -> None:
-    from fastserve.triton_server.tensors import message_of, strings
+    from fastserve.ensemble.tensors import message_of, strings
 
     for data in (encode(UNSIGNED[name]), b"", secret.seal("other", encode(UNSIGNED[name]))):
         request = pb_utils.InferenceRequest(inputs=[strings(name, [data])])
@@ -87,8 +87,8 @@ def test_only_this_server_makes_the_ids_of_forwarded_requests() -> None:
 
 
 def test_the_scheduler_refuses_an_imitation_and_serves_what_came_with_it(pb_utils: Any) -> None:
-    from fastserve.triton_server.scheduler import SchedulerStep
-    from fastserve.triton_server.tensors import message_tensor, read_message, strings
+    from fastserve.ensemble.scheduler import SchedulerStep
+    from fastserve.ensemble.tensors import message_tensor, read_message, strings
     from fastserve.types import OutputOptions, Request, SamplingParams
 
     real = Request("uid", "id", "", [1], SamplingParams(), OutputOptions(), 0, "", 0.0, None)
@@ -112,8 +112,8 @@ def test_the_scheduler_refuses_an_imitation_and_serves_what_came_with_it(pb_util
 def test_a_forwarded_request_is_accepted_at_once_and_fails_in_the_queue_as_data(
     pb_utils: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastserve.triton_server.scheduler import SchedulerStep
-    from fastserve.triton_server.tensors import message_tensor, read_message
+    from fastserve.ensemble.scheduler import SchedulerStep
+    from fastserve.ensemble.tensors import message_tensor, read_message
     from fastserve.types import OutputOptions, Refused, Released, Request, SamplingParams
 
     (tmp_path / "config.json").write_text('{"max_queue_seconds": 0.01}')

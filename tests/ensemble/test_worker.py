@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
 from fastserve.engine.worker import FromWorker, Worker
-from fastserve.model_files import ModelFiles
 from fastserve.types import Add, OutputOptions, Ready, Request, SamplingParams, StepOutput
 
 WAIT_SECONDS = 20.0

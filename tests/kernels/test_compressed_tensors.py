@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastserve_kernels.code_words import pack_codes, unpack_codes
-from fastserve_kernels.compressed_tensors import (
+from fastserve_kernels.formats import FP8, NF4, W8A8, Bitmap, Int4, Int8, Sparse24, Weight
+from fastserve_kernels.formats.bitpacking import pack_codes, unpack_codes
+from fastserve_kernels.formats.compressed_tensors import (
     CompressedTensors,
     bits_of,
     from_compressed_tensors,
     to_compressed_tensors,
 )
-from fastserve_kernels.formats import FP8, NF4, W8A8, Bitmap, Int4, Int8, Sparse24, Weight
-from fastserve_kernels.quantised import round_to_integers
-from fastserve_kernels.weight import pack_pairs
+from fastserve_kernels.formats.quantized import round_to_integers
+from fastserve_kernels.formats.weight import pack_pairs
 
 
 def rounded(bits: int, symmetric: bool) -> Callable[[Tensor], Weight]:

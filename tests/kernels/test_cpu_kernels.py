@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve_kernels import cpu, ops
+from fastserve_kernels import ops
+from fastserve_kernels.cpu import operators as cpu
 
 pytestmark = pytest.mark.usefixtures("poison")
 

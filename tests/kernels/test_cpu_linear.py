@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve_kernels import cpu_linear, ops, reference
-from fastserve_kernels.cpu_kernels import features
+from fastserve_kernels import ops, reference
+from fastserve_kernels.cpu import linear_preparation as cpu_linear
+from fastserve_kernels.cpu.kernels import features
 from fastserve_kernels.formats import (
     FP8,
     NF4,
@@ -26,7 +27,7 @@ from fastserve_kernels.formats import (
     Sparse24Int4,
     Weight,
 )
-from fastserve_kernels.prepared import prepare
+from fastserve_kernels.formats.prepared import prepare
 
 pytestmark = pytest.mark.usefixtures("poison")
 native = pytest.mark.skipif(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastserve_kernels.cpu_kernels import kernel_cache
-from fastserve_kernels.cpu_kernels.kernel_cache import CACHE_VARIABLE, choose_cache_directory
+from fastserve_kernels.cpu.kernels import kernel_cache
+from fastserve_kernels.cpu.kernels.kernel_cache import CACHE_VARIABLE, choose_cache_directory
 
 
 @pytest.fixture(autouse=True)

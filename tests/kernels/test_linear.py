@@ -24,7 +24,7 @@ from fastserve_kernels.formats import (
     Sparse24Int4,
     Weight,
 )
-from fastserve_kernels.prepared import Prepared, prepare
+from fastserve_kernels.formats.prepared import Prepared, prepare
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastserve_kernels.cpu_kernels.pages import CHUNK, LINE, in_huge_pages
+from fastserve_kernels.cpu.kernels.pages import CHUNK, LINE, in_huge_pages
 
 
 def test_a_copy_has_the_values_the_shape_and_the_dtype_and_begins_a_line() -> None:

@@ -29,7 +29,7 @@ from fastserve_kernels.formats import (
     Sparse24Int4,
     Weight,
 )
-from fastserve_kernels.prepared import prepare
+from fastserve_kernels.formats.prepared import prepare
 
 OPS = torch.ops.fastserve
 MOST_IMPORT_SECONDS = 0.05

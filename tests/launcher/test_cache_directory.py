@@ -12,7 +12,7 @@ import pytest
 
 from fastserve import cache_directory as module
 from fastserve.cache_directory import cache_directory, cached
-from fastserve.triton_server.start_error import StartError
+from fastserve.start_error import StartError
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 
 from fastserve import cli
 from fastserve.config import ConfigError
-from fastserve.triton_server.start_error import StartError
+from fastserve.start_error import StartError
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,14 +9,14 @@ import pytest
 
 from fastserve import cli
 from fastserve.commands import serve
-from fastserve.triton_server.command_line import (
+from fastserve.launcher.command_line import (
     SET_BY_FASTSERVE,
     ServerOptions,
     check_server_flags,
     command_line,
 )
-from fastserve.triton_server.installation import Installation
-from fastserve.triton_server.start_error import StartError
+from fastserve.launcher.installation import Installation
+from fastserve.start_error import StartError
 
 
 def words(address: str = "127.0.0.1", *server_flags: str) -> list[str]:

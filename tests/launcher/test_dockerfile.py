@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from fastserve import cli
-from fastserve.triton_server.installation import GLIBC_NEEDED
-from fastserve.triton_server.start_checks import Ports
+from fastserve.launcher.installation import GLIBC_NEEDED
+from fastserve.launcher.start_checks import Ports
 
 PROJECT = Path(__file__).parents[2]
 DEBIAN_GLIBC = {"bullseye": (2, 31), "bookworm": (2, 36), "trixie": (2, 41)}

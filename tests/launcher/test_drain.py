@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.triton_server.drain import Drain
-from fastserve.triton_server.stopping import STOPPING_VARIABLE, refuse_if_stopping
+from fastserve.launcher.drain import Drain
+from fastserve.stopping import STOPPING_VARIABLE, refuse_if_stopping
 
 ALL = ["engine", "fastserve", "fastserve_infer", "preprocess"]
 

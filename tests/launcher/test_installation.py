@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastserve.triton_server import installation
-from fastserve.triton_server.installation import (
+from fastserve.launcher import installation
+from fastserve.launcher.installation import (
     PYTHON,
     STUB,
     check_numpy,
@@ -17,8 +17,8 @@ from fastserve.triton_server.installation import (
     server_installation,
     shared_libpython,
 )
-from fastserve.triton_server.run_directory import RunDirectory
-from fastserve.triton_server.start_error import StartError
+from fastserve.launcher.run_directory import RunDirectory
+from fastserve.start_error import StartError
 
 
 @pytest.fixture

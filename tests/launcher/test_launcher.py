@@ -19,15 +19,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fastserve.assets import server_files
 from fastserve.config import Config
-from fastserve.triton_server.command_line import ServerOptions
-from fastserve.triton_server.downloads import server_files
-from fastserve.triton_server.installation import PYTHON
-from fastserve.triton_server.launcher import Server
-from fastserve.triton_server.run_directory import RunDirectory
-from fastserve.triton_server.server_process import is_alive
-from fastserve.triton_server.start_checks import SHARED_MEMORY, free_ports
-from fastserve.triton_server.start_error import StartError
+from fastserve.launcher.command_line import ServerOptions
+from fastserve.launcher.installation import PYTHON
+from fastserve.launcher.launcher import Server
+from fastserve.launcher.run_directory import RunDirectory
+from fastserve.launcher.server_process import is_alive
+from fastserve.launcher.start_checks import SHARED_MEMORY, free_ports
+from fastserve.start_error import StartError
 from fastserve_client import Client
 
 READY_SECONDS = 60
@@ -189,9 +189,9 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from fastserve.config import Config
-from fastserve.triton_server.command_line import ServerOptions
-from fastserve.triton_server.launcher import Server
-from fastserve.triton_server.start_checks import free_ports
+from fastserve.launcher.command_line import ServerOptions
+from fastserve.launcher.launcher import Server
+from fastserve.launcher.start_checks import free_ports
 server = Server(Config(), ServerOptions(ports=free_ports(), model_repository=Path(sys.argv[1])))
 server.start()
 server.wait_ready(60)
@@ -274,9 +274,9 @@ ODD_LAUNCHER = """
 import json, sys, urllib.request
 from pathlib import Path
 from fastserve.config import Config
-from fastserve.triton_server.command_line import ServerOptions
-from fastserve.triton_server.launcher import Server
-from fastserve.triton_server.start_checks import free_ports
+from fastserve.launcher.command_line import ServerOptions
+from fastserve.launcher.launcher import Server
+from fastserve.launcher.start_checks import free_ports
 odd = Path(sys.argv[1])
 options = ServerOptions(ports=free_ports(), model_repository=odd / "models")
 with Server(Config(model=str(odd / "model.gguf")), options) as server:

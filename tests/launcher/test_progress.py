@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.triton_server.progress import LEAST_BYTES, LEAST_CPU, LOOK_SECONDS, Progress
-from fastserve.triton_server.server_process import requests_in_flight
+from fastserve.launcher.progress import LEAST_BYTES, LEAST_CPU, LOOK_SECONDS, Progress
+from fastserve.launcher.server_process import requests_in_flight
 
 MINUTES = 10
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fastserve.triton_server import run_directory as module
-from fastserve.triton_server.run_directory import RunDirectory
-from fastserve.triton_server.start_error import StartError
+from fastserve.launcher import run_directory as module
+from fastserve.launcher.run_directory import RunDirectory
+from fastserve.start_error import StartError
 
 OTHER_LAUNCHER = """
 import sys
 from pathlib import Path
-from fastserve.triton_server import run_directory
+from fastserve.launcher import run_directory
 run_directory.SHARED_MEMORY = Path(sys.argv[1])
 run = run_directory.RunDirectory()
 (Path(sys.argv[1]) / f"{run.region_prefix}region").touch()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastserve.triton_server.server_log import LOGS_KEPT, ServerLog, new_log, worth_showing
+from fastserve.launcher.server_log import LOGS_KEPT, ServerLog, new_log, worth_showing
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ import socket
 
 import pytest
 
-from fastserve.triton_server.start_checks import (
+from fastserve.launcher.start_checks import (
     Ports,
     check_ports,
     check_shared_memory,
     free_ports,
     resolve,
 )
-from fastserve.triton_server.start_error import StartError
+from fastserve.start_error import StartError
 
 HOST = "127.0.0.1"
 

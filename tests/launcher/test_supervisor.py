@@ -10,12 +10,12 @@ from typing import cast
 import psutil
 import pytest
 
-from fastserve.triton_server import supervisor as module
-from fastserve.triton_server.progress import Progress
-from fastserve.triton_server.server_log import ServerLog
-from fastserve.triton_server.server_process import ServerProcess
-from fastserve.triton_server.start_error import StartError
-from fastserve.triton_server.supervisor import STARTS_TRIED, Restart, Supervisor, pause_after
+from fastserve.launcher import supervisor as module
+from fastserve.launcher.progress import Progress
+from fastserve.launcher.server_log import ServerLog
+from fastserve.launcher.server_process import ServerProcess
+from fastserve.launcher.supervisor import STARTS_TRIED, Restart, Supervisor, pause_after
+from fastserve.start_error import StartError
 
 
 class Actor:

@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastserve.checkpoints.model_error import ModelError
 from fastserve.models.decoder import Decoder
 from fastserve.models.linear import Linear, LinearRows
-from fastserve.models.loading import load_model
-from fastserve.models.model_error import ModelError
-from fastserve_kernels.code_words import unpack_codes
-from fastserve_kernels.compressed_tensors import (
+from fastserve.models.model_loader import load_model
+from fastserve_kernels.formats import FP8, W8A8, Int4, Int8, Weight
+from fastserve_kernels.formats.bitpacking import unpack_codes
+from fastserve_kernels.formats.compressed_tensors import (
     CompressedTensors,
     from_compressed_tensors,
     to_compressed_tensors,
 )
-from fastserve_kernels.formats import FP8, W8A8, Int4, Int8, Weight
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 Pack = Callable[[Tensor], Weight]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastserve.models.decoder import Decoder
-from fastserve.models.loading import load_model
+from fastserve.models.model_loader import load_model
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),

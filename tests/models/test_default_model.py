@@ -16,10 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastserve.checkpoints.model_directory import eos_token_ids, resolve_tokenizer_directory
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.kv_cache import make_kv_caches
-from fastserve.models.loading import load_model
-from fastserve.models.model_directory import eos_token_ids, resolve_tokenizer_directory
+from fastserve.models.model_loader import load_model
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 PROMPTS = [

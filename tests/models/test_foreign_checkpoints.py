@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fastserve.models.decoder import Decoder
-from fastserve.models.loading import load_model
-from fastserve.models.model_directory import (
+from fastserve.checkpoints.model_directory import (
     model_vocab_size,
     read_transformers_config,
     resolve_tokenizer_directory,
 )
-from fastserve.models.model_error import ModelError
-from fastserve.models.safetensors_files import INDEX, SINGLE
+from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.safetensors_files import INDEX, SINGLE
+from fastserve.models.decoder import Decoder
+from fastserve.models.model_loader import load_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 

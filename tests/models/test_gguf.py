@@ -12,10 +12,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
+from fastserve.checkpoints.gguf_file import GgufFile
+from fastserve.checkpoints.model_error import ModelError
 from fastserve.models.decoder import Decoder
-from fastserve.models.gguf_file import GgufFile
-from fastserve.models.loading import load_model
-from fastserve.models.model_error import ModelError
+from fastserve.models.model_loader import load_model
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 WriteGguf = Callable[..., Path]

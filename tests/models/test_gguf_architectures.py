@@ -9,8 +9,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from fastserve.models.gguf_architectures import ARCHITECTURES, DECODERS
-from fastserve.models.loading import load_model
+from fastserve.checkpoints.gguf_architectures import ARCHITECTURES, DECODERS
+from fastserve.models.model_loader import load_model
 from fastserve.models.transformers_model import TransformersModel
 
 Case = tuple[str, dict[str, Any], dict[str, Any]]

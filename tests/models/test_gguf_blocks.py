@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import ReaderTensor
 
-from fastserve.models.gguf_blocks import read_blocks
+from fastserve.checkpoints.gguf_blocks import read_blocks
 from fastserve_kernels.formats import Int4, Int8
 
 ROWS, COLUMNS = 6, 512

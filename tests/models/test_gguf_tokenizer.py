@@ -14,9 +14,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fastserve.models.gguf_tokenizer import convert
-from fastserve.models.model_directory import resolve_tokenizer_directory
-from fastserve.models.model_error import ModelError
+from fastserve.checkpoints.gguf_tokenizer import convert
+from fastserve.checkpoints.model_directory import resolve_tokenizer_directory
+from fastserve.checkpoints.model_error import ModelError
 
 BYTES = list(bytes_to_unicode().values())
 SPACES, LETTERS, DIGITS, WORD = 256, 257, 258, 259

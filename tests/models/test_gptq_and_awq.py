@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastserve.models.layouts import open_checkpoint
-from fastserve.models.loading import load_model
-from fastserve.models.model_directory import read_transformers_config
-from fastserve.models.model_error import ModelError
+from fastserve.checkpoints.layouts import open_checkpoint
+from fastserve.checkpoints.model_directory import read_transformers_config
+from fastserve.checkpoints.model_error import ModelError
+from fastserve.models.model_loader import load_model
 from fastserve_kernels.formats import Int4
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}

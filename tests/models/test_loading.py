@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastserve.checkpoints.model_error import ModelError
 from fastserve.models.decoder import Decoder
-from fastserve.models.loading import load_model
-from fastserve.models.model_error import ModelError
+from fastserve.models.model_loader import load_model
 
 
 def test_shards(

@@ -16,15 +16,15 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fastserve.models.model_directory import (
+from fastserve.checkpoints.model_directory import (
     context_length,
     eos_token_ids,
     model_vocab_size,
     resolve_model_path,
     resolve_tokenizer_directory,
 )
-from fastserve.models.model_error import ModelError
-from fastserve.models.safetensors_files import SINGLE
+from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.safetensors_files import SINGLE
 
 TEMPLATE = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
 
@@ -80,7 +80,7 @@ def test_a_cached_tokenizer_is_found_without_torch(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     directory = resolve_tokenizer_directory(gguf_with_tokenizer)
     program = (
-        "import sys; from fastserve.models.model_directory import *;"
+        "import sys; from fastserve.checkpoints.model_directory import *;"
         f"print(resolve_tokenizer_directory({str(gguf_with_tokenizer)!r}),"
         f" eos_token_ids({str(gguf_with_tokenizer)!r}), 'torch' in sys.modules)"
     )
@@ -234,7 +234,7 @@ def test_the_vocabulary_is_found_without_torch(tmp_path: Path) -> None:
     """The steps of the ensemble refuse ids by it, and none of them has torch's gigabyte."""
     write_checkpoint(tmp_path, {"vocab_size": 7}, {EMBEDDING: (7, 4)})
     program = (
-        "import sys; from pathlib import Path; from fastserve.models.model_directory import *;"
+        "import sys; from pathlib import Path; from fastserve.checkpoints.model_directory import *;"
         f"print(model_vocab_size(Path({str(tmp_path)!r})), 'torch' in sys.modules)"
     )
     output = subprocess.run(

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastserve.checkpoints.own_layout import VERSION
 from fastserve.models.decoder import Decoder
 from fastserve.models.linear import Linear, LinearRows
-from fastserve.models.loading import load_model
-from fastserve.models.own_layout import VERSION
+from fastserve.models.model_loader import load_model
 from fastserve_kernels.formats import Int4, IntRows, Weight
-from fastserve_kernels.weight_tensors import weight_tensors
+from fastserve_kernels.formats.weight_io import weight_tensors
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.quantization import quantize, quantize_head
 from fastserve.models.decoder import Decoder
 from fastserve.models.linear import Linear
-from fastserve.models.loading import load_model
-from fastserve.models.model_error import ModelError
-from fastserve.models.quantization import quantize, quantize_head
+from fastserve.models.model_loader import load_model
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 OPERATORS = {

@@ -16,12 +16,12 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
+from fastserve.checkpoints.gguf_checkpoint import gguf_decoder_config
+from fastserve.checkpoints.gguf_file import GgufFile
+from fastserve.checkpoints.model_directory import context_length
+from fastserve.checkpoints.model_error import ModelError
 from fastserve.models.decoder import Decoder
-from fastserve.models.gguf_checkpoint import gguf_decoder_config
-from fastserve.models.gguf_file import GgufFile
-from fastserve.models.loading import load_model
-from fastserve.models.model_directory import context_length
-from fastserve.models.model_error import ModelError
+from fastserve.models.model_loader import load_model
 
 BASE, ROTATED = 10000.0, 16
 SIZES = {"hidden_size": 64, "intermediate_size": 96}

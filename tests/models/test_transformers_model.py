@@ -15,8 +15,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from fastserve.models.loading import load_model
-from fastserve.models.model_error import ModelError
+from fastserve.checkpoints.model_error import ModelError
+from fastserve.models.model_loader import load_model
 from fastserve.models.paged_interface import CausalMask, Probe, causal_mask, running
 from fastserve.models.transformers_model import TransformersModel
 from fastserve_kernels import ops

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve.models.weight_rows import stack_rows
+from fastserve.checkpoints.weight_rows import stack_rows
 from fastserve_kernels.formats import (
     FP8,
     NF4,

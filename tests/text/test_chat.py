@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastserve.config import Config
 from fastserve.errors import RequestError
-from fastserve.text.preprocessor import Preprocessor
+from fastserve.text.input_processor import Preprocessor
 from fastserve.text.tokenizer import Tokenizer
 
 TEMPLATE = (

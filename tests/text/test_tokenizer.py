@@ -108,7 +108,7 @@ def test_torch_is_kept_out_silently(save_tokenizer: SaveTokenizer) -> None:
     done = run_python(
         "import sys",
         "from fastserve.text.tokenizer import Tokenizer, keep_torch_out",
-        "from fastserve.text import postprocessor, preprocessor",
+        "from fastserve.text import input_processor, output_processor",
         "assert 'torch' not in sys.modules",
         "keep_torch_out()",
         f"print(Tokenizer({str(directory)!r}).decode([0]), sys.modules['torch'])",

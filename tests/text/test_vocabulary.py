@@ -9,7 +9,7 @@ import pytest
 
 from fastserve.config import Config
 from fastserve.errors import RequestError
-from fastserve.text.preprocessor import Preprocessor
+from fastserve.text.input_processor import Preprocessor
 from fastserve.text.tokenizer import Tokenizer
 
 TEXT = "日 本"

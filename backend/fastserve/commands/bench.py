@@ -11,8 +11,8 @@ from rich.table import Table
 from fastserve.benchmark.load import Figures, run_load
 from fastserve.benchmark.targets import InProcessTarget, ServerTarget, Target
 from fastserve.benchmark.workload import Job, chat_jobs, equal_jobs
+from fastserve.checkpoints.model_error import ModelError
 from fastserve.errors import RequestError
-from fastserve.models.model_error import ModelError
 from fastserve_client import FastServeError
 
 ERRORS = (FastServeError, ModelError, RequestError)

@@ -19,11 +19,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from fastserve import heap
 from fastserve.atomic_write import WriteError
+from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.model_files import ModelFiles, locate
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.evaluation import Quality, evaluate
 from fastserve.compression.pipeline import checked, compress
 from fastserve.compression.recipe import PRESETS, Evaluation, Recipe, preset, read_recipe
-from fastserve.compression.report import (
+from fastserve.compression.report.report import (
     ModelFigures,
     Report,
     bytes_on_disk,
@@ -33,15 +34,14 @@ from fastserve.compression.report import (
     versions,
     write_report,
 )
-from fastserve.compression.report_page import write_page
-from fastserve.compression.size_estimate import estimated_bytes
-from fastserve.compression.speed import bytes_per_token, measure_speeds
-from fastserve.compression.text import TextError, evaluation_windows
+from fastserve.compression.report.report_page import write_page
+from fastserve.compression.report.size_estimate import estimated_bytes
+from fastserve.compression.report.speed import bytes_per_token, measure_speeds
+from fastserve.corpus.windows import TextError, evaluation_windows
+from fastserve.engine.engine_loader import choose_device
 from fastserve.engine.kv_scales import choose_kv_cache
-from fastserve.engine.loading import choose_device
-from fastserve.model_files import ModelFiles, locate
-from fastserve.models.loading import load_model
-from fastserve.models.model_error import ModelError
+from fastserve.evaluation.evaluation import Quality, evaluate
+from fastserve.models.model_loader import load_model
 
 Extent = Literal["full", "quick", "none"]
 """How much is evaluated."""

@@ -12,19 +12,19 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastserve.compression.evaluation import KVCacheFormat, Quality, evaluate
-from fastserve.compression.text import TextError, evaluation_text, read_text, token_windows
+from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.model_files import ModelFiles, load_tokenizer, locate
+from fastserve.checkpoints.quantization import QUANTIZATIONS
 from fastserve.config import ConfigError
+from fastserve.corpus.windows import TextError, evaluation_text, read_text, token_windows
 from fastserve.embedded import Model
+from fastserve.engine.engine_loader import choose_device
 from fastserve.engine.kv_scales import choose_kv_cache
-from fastserve.engine.loading import choose_device
 from fastserve.errors import RequestError
-from fastserve.model_files import ModelFiles, load_tokenizer, locate
+from fastserve.evaluation.evaluation import KVCacheFormat, Quality, evaluate
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.kv_cache import KV_CACHE_DTYPES
-from fastserve.models.loading import DTYPES, load_model
-from fastserve.models.model_error import ModelError
-from fastserve.models.quantization import QUANTIZATIONS
+from fastserve.models.model_loader import DTYPES, load_model
 
 ERRORS = (ModelError, RequestError, TextError)
 
@@ -116,7 +116,7 @@ def _run_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Raises ConfigError if lm-eval is not installed or does not know a task."""
     try:
-        from fastserve.compression.lm_eval_tasks import EvaluatedModel, run_tasks
+        from fastserve.evaluation.lm_eval_tasks import EvaluatedModel, run_tasks
     except ImportError as error:
         raise ConfigError(f"--tasks: needs lm-eval (pip install 'fastserve[eval]'): {error}") from error
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import msgspec
 
+from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.model_files import locate
 from fastserve.config import Config
 from fastserve.config_flags import add_config_flags, config_from
-from fastserve.model_files import locate
-from fastserve.models.model_error import ModelError
+from fastserve.launcher.command_line import ServerOptions
+from fastserve.launcher.installation import EMBEDDED
+from fastserve.launcher.launcher import Server
+from fastserve.launcher.start_checks import Ports
 from fastserve.scheduling.policies import make_policy
-from fastserve.triton_server.command_line import ServerOptions
-from fastserve.triton_server.installation import EMBEDDED
-from fastserve.triton_server.launcher import Server
-from fastserve.triton_server.start_checks import Ports
 
 ERRORS = (ModelError,)
 EXAMPLE = '{"text_input": "The capital of France is", "parameters": {"temperature": 0, "max_tokens": 20}}'

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from fastserve.checkpoints.model_error import ModelError
 from fastserve.errors import RequestError
-from fastserve.models.model_error import ModelError
 from fastserve_client import Client, FastServeError
 
 SOURCE_ERRORS = (FastServeError, ModelError, RequestError)

@@ -13,14 +13,14 @@ import torch
 from rich.progress import Progress
 
 from fastserve.atomic_write import explained, write_bytes
+from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.export import export
 from fastserve.compression.recipe import Recipe, check_recipe
-from fastserve.compression.source_state import SourceState
-from fastserve.compression.state import SavedState, State, StateWriter
+from fastserve.compression.state.export import export
+from fastserve.compression.state.model_state import SavedState, State, StateWriter
+from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context, Step
-from fastserve.compression.text import calibration_windows
-from fastserve.model_files import ModelFiles
+from fastserve.corpus.windows import calibration_windows
 
 PARTIAL = ".partial"
 """Added to the name of the result's directory: where an unfinished run keeps its states."""

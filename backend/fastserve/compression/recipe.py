@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 from transformers import PretrainedConfig
 
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.skeleton import Skeleton
+from fastserve.compression.state.meta_model import Skeleton
 from fastserve.compression.step import Kind
 from fastserve.compression.steps import STEPS, AnyStep
 

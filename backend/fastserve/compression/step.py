@@ -11,7 +11,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fastserve.compression.state import State, StateWriter
+from fastserve.compression.state.model_state import State, StateWriter
 from fastserve_kernels.formats import Weight
 
 Kind = Literal["dense", "sparse", "low rank", "codes"]

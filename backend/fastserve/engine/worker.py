@@ -19,8 +19,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Protocol
 
+from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
-from fastserve.model_files import ModelFiles
 from fastserve.service_thread import ServiceThread
 from fastserve.types import Add, Cancel, Ready, Shutdown, StepOutput, decode, encode
 
@@ -109,7 +109,7 @@ class _ParentPipe:
 
 
 def _load_engine(config: Config, files: ModelFiles) -> Engine:
-    from fastserve.engine.loading import load_engine  # here: the parent loads no torch
+    from fastserve.engine.engine_loader import load_engine  # here: the parent loads no torch
 
     return load_engine(config, files)
 

@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastserve.checkpoints.model_error import ModelError
 from fastserve.models.kv_cache import KVCaches, KVCacheShapes
-from fastserve.models.model_error import ModelError
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 

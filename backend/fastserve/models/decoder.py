@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastserve.models.decoder_config import DecoderConfig
+from fastserve.checkpoints.decoder_config import DecoderConfig
 from fastserve.models.kv_cache import KVCache, KVCaches, KVCacheShapes
 from fastserve.models.linear import AnyLinear
 from fastserve_kernels import ops

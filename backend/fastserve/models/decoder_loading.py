@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from fastserve import heap
-from fastserve.models.checkpoint import Checkpoint
+from fastserve.checkpoints.checkpoint import Checkpoint
+from fastserve.checkpoints.decoder_config import DecoderConfig
+from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.quantization import quantize, quantize_head
+from fastserve.checkpoints.weight_rows import stack_rows
 from fastserve.models.decoder import Decoder, DecoderLayer, DecoderWeights
-from fastserve.models.decoder_config import DecoderConfig
 from fastserve.models.linear import AnyLinear, Linear, LinearRows
-from fastserve.models.model_error import ModelError
-from fastserve.models.quantization import quantize, quantize_head
-from fastserve.models.weight_rows import stack_rows
 from fastserve_kernels.formats import Dense, Weight
-from fastserve_kernels.prepared import prepare
+from fastserve_kernels.formats.prepared import prepare
 
 Shapes = Mapping[str, tuple[int, ...]]
 Quantize = Callable[[str, Tensor, str], Weight]

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
-from fastserve.models.model_error import ModelError
+from fastserve.checkpoints.model_error import ModelError
 from fastserve.models.paged_interface import ATTENTION, CausalMask, paged_attention
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels import ops
-from fastserve_kernels.prepared import Prepared
+from fastserve_kernels.formats.prepared import Prepared
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from fastserve.checkpoints.model_error import ModelError
 from fastserve.models.kv_cache import KVCache, KVCaches
-from fastserve.models.model_error import ModelError
 from fastserve_kernels import ops
 from fastserve_kernels.attention_metadata import AttentionMetadata
 

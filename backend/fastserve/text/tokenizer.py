@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastserve.checkpoints.model_directory import eos_token_ids as model_eos_token_ids
 from fastserve.config import ConfigError
 from fastserve.errors import RequestError
-from fastserve.models.model_directory import eos_token_ids as model_eos_token_ids
 from fastserve.text.chat import Chat
 from fastserve.text.chat_template import TemplateNames, template_names
 from fastserve.text.stream_decoder import StreamDecoder, stream_decoder_factory

@@ -23,8 +23,8 @@ from fastserve_kernels.bench.calls import Call, on_each
 from fastserve_kernels.bench.report import Ceilings, Row, row
 from fastserve_kernels.bench.shapes import MODELS, group_size_for, model_named
 from fastserve_kernels.bench.statistics import Samples
-from fastserve_kernels.cpu_kernels.arrangement import STRIP
-from fastserve_kernels.cpu_kernels.pages import in_huge_pages
+from fastserve_kernels.cpu.kernels.arrangement import STRIP
+from fastserve_kernels.cpu.kernels.pages import in_huge_pages
 from fastserve_kernels.formats import (
     FP8,
     NF4,
@@ -39,9 +39,9 @@ from fastserve_kernels.formats import (
     Sparse24,
     Sparse24Int4,
 )
+from fastserve_kernels.formats.prepared import Prepared, prepare
+from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.operator import Cost
-from fastserve_kernels.prepared import Prepared, prepare
-from fastserve_kernels.weight import Weight
 
 DTYPE = torch.bfloat16
 ROWS = (1, 4, 16, 64)

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.formats.sparse import Bitmap, unpack_bits
+from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.bitmap_kernels import SEGMENT_BITS, STEP_BITS, bitmap_few, bitmap_many
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.linear_call import call_linear, linear_cost, random_linear, splits_for
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.quantised_linear import check_device
 from fastserve_kernels.gpu.split_k import arrivals, partial_sums
-from fastserve_kernels.prepared import Prepared
-from fastserve_kernels.sparse import Bitmap, unpack_bits
-from fastserve_kernels.weight import Weight
 
 _SEGMENT = 1 << int(SEGMENT_BITS.value)
 _LIST = 8

@@ -21,15 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.formats.sparse import BlockSparse
+from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.arithmetic import multiply
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.linear_call import call_linear, linear_cost
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.quantised_linear import check_device
 from fastserve_kernels.gpu.split_k import MOST_TILES, arrivals, store_sums
-from fastserve_kernels.prepared import Prepared
-from fastserve_kernels.sparse import BlockSparse
-from fastserve_kernels.weight import Weight
 
 _WARPS_WANTED = 2112
 """That multiply at once where K is split: 16 on each of an H200's 132 multiprocessors."""

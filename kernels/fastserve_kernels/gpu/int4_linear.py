@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels.formats import NF4, Int4, Weight
+from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.formats.quantized import NORMAL_FLOAT_4
+from fastserve_kernels.formats.weight import unpack_pairs
 from fastserve_kernels.gpu.fragments import arrange_codes
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.operator import Shape
@@ -21,9 +24,6 @@ from fastserve_kernels.gpu.quantised_linear import (
     random_groups,
     run,
 )
-from fastserve_kernels.prepared import Prepared
-from fastserve_kernels.quantised import NORMAL_FLOAT_4
-from fastserve_kernels.weight import unpack_pairs
 
 
 def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepared:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels.formats import FP8, Int8, Weight
+from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.gpu.fragments import arrange_codes
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.operator import Shape
@@ -23,7 +24,6 @@ from fastserve_kernels.gpu.quantised_linear import (
     random_groups,
     run,
 )
-from fastserve_kernels.prepared import Prepared
 
 
 def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepared:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.launch import launch_all
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.tuning import config_for
-from fastserve_kernels.prepared import Prepared
-from fastserve_kernels.weight import Weight
 
 LinearInputs = tuple[Tensor | int | None, ...]
 """(x, the weight's arguments, bias, residual, out): what `plan` of a linear takes."""

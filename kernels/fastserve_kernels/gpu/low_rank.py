@@ -25,14 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastserve_kernels.formats import LowRank
+from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.arithmetic import multiply, rounded
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.linear_call import call_linear, linear_cost, random_linear, splits_for
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.quantised_linear import check_device
 from fastserve_kernels.gpu.split_k import MOST_TILES, arrivals, store_sums
-from fastserve_kernels.prepared import Prepared
-from fastserve_kernels.weight import Weight
 
 _RANK_MULTIPLE = 16
 _BOTH, _DOWN, _UP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.fragments import arrange_groups, block_columns, blocks_of, half_width
 from fastserve_kernels.gpu.launch import Config, Launch, launch_all
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
@@ -19,7 +20,6 @@ from fastserve_kernels.gpu.quantised_kernel import quantised_linear
 from fastserve_kernels.gpu.split_k import arrivals, partial_sums
 from fastserve_kernels.gpu.tuning import config_for
 from fastserve_kernels.gpu.unpack import bits_of
-from fastserve_kernels.weight import Weight
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 WORDS_OF = {2: torch.int32, 4: torch.int64}

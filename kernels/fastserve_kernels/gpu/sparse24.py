@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.formats.sparse import Sparse24, Sparse24Int4
+from fastserve_kernels.formats.weight import Weight, unpack_pairs
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.linear_call import (
     call_linear,
@@ -20,9 +23,6 @@ from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.quantised_linear import check_device
 from fastserve_kernels.gpu.sparse24_kernels import CHUNKS, GROUPS, sparse24, sparse24_int4
 from fastserve_kernels.gpu.split_k import arrivals, partial_sums
-from fastserve_kernels.prepared import Prepared
-from fastserve_kernels.sparse import Sparse24, Sparse24Int4
-from fastserve_kernels.weight import Weight, unpack_pairs
 
 TILE = 4 * CHUNKS.value * GROUPS.value
 """Columns of a tile."""

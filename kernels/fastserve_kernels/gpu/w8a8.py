@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastserve_kernels.formats import W8A8, Weight
+from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.gpu.fragments import blocks_of
 from fastserve_kernels.gpu.launch import Argument, Config, Launch, launch_all
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
@@ -31,7 +32,6 @@ from fastserve_kernels.gpu.quantised_linear import check_device
 from fastserve_kernels.gpu.split_k import MOST_TILES, arrivals, partial_sums, store_sums
 from fastserve_kernels.gpu.tiles import tile_of
 from fastserve_kernels.gpu.tuning import config_for
-from fastserve_kernels.prepared import Prepared
 
 ALIGNMENT = 16
 """Columns that a row is filled up to."""

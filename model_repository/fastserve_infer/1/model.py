@@ -3,11 +3,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastserve.triton_server.infer import InferStep
+    from fastserve.ensemble.infer import InferStep
 
 
 def TritonPythonModel() -> InferStep:
     """Imported here: the stub completes `triton_python_backend_utils` after it has read this file."""
-    from fastserve.triton_server.infer import InferStep
+    from fastserve.ensemble.infer import InferStep
 
     return InferStep()

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastserve.triton_server.postprocess import PostprocessStep
+    from fastserve.ensemble.postprocess import PostprocessStep
 
 
 def TritonPythonModel() -> PostprocessStep:
@@ -11,6 +11,6 @@ def TritonPythonModel() -> PostprocessStep:
     from fastserve.text.tokenizer import keep_torch_out
 
     keep_torch_out()
-    from fastserve.triton_server.postprocess import PostprocessStep
+    from fastserve.ensemble.postprocess import PostprocessStep
 
     return PostprocessStep()

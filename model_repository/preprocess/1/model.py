@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastserve.triton_server.preprocess import PreprocessStep
+    from fastserve.ensemble.preprocess import PreprocessStep
 
 
 def TritonPythonModel() -> PreprocessStep:
@@ -11,6 +11,6 @@ def TritonPythonModel() -> PreprocessStep:
     from fastserve.text.tokenizer import keep_torch_out
 
     keep_torch_out()
-    from fastserve.triton_server.preprocess import PreprocessStep
+    from fastserve.ensemble.preprocess import PreprocessStep
 
     return PreprocessStep()

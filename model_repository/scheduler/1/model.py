@@ -3,11 +3,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastserve.triton_server.scheduler import SchedulerStep
+    from fastserve.ensemble.scheduler import SchedulerStep
 
 
 def TritonPythonModel() -> SchedulerStep:
     """Imported here: the stub completes `triton_python_backend_utils` after it has read this file."""
-    from fastserve.triton_server.scheduler import SchedulerStep
+    from fastserve.ensemble.scheduler import SchedulerStep
 
     return SchedulerStep()

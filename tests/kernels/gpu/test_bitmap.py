@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastserve_kernels.formats.quantized import Int8
+from fastserve_kernels.formats.sparse import Bitmap
 from fastserve_kernels.gpu import bitmap
 from fastserve_kernels.gpu.launch import launch_all
-from fastserve_kernels.quantised import Int8
-from fastserve_kernels.sparse import Bitmap
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

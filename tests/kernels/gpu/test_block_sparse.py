@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastserve_kernels.formats.quantized import Int8
+from fastserve_kernels.formats.sparse import BlockSparse
 from fastserve_kernels.gpu import block_sparse
 from fastserve_kernels.gpu.launch import launch_all
-from fastserve_kernels.quantised import Int8
-from fastserve_kernels.sparse import BlockSparse
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

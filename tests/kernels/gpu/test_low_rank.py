@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels.formats import LowRank
+from fastserve_kernels.formats.quantized import Int8
 from fastserve_kernels.gpu import low_rank
 from fastserve_kernels.gpu.launch import launch_all
 from fastserve_kernels.gpu.split_k import arrivals
-from fastserve_kernels.quantised import Int8
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastserve_kernels.formats.quantized import Int8
+from fastserve_kernels.formats.sparse import Sparse24, Sparse24Int4
+from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu import sparse24, sparse24_kernels
 from fastserve_kernels.gpu.launch import launch_all
-from fastserve_kernels.quantised import Int8
-from fastserve_kernels.sparse import Sparse24, Sparse24Int4
-from fastserve_kernels.weight import Weight
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastserve_kernels import reference
 from fastserve_kernels.formats import W8A8
+from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.gpu import w8a8
 from fastserve_kernels.gpu.launch import Config
 from fastserve_kernels.gpu.split_k import arrivals
-from fastserve_kernels.prepared import Prepared
 
 Product = Callable[..., Tensor]
 RelRms = Callable[[Tensor, Tensor], float]

@@ -1,0 +1,133 @@
+"""The shape of a decoder of the Llama family, taken from a transformers config.
+
+The family: RMS norm before attention and before a SwiGLU MLP, rotary positions, grouped-query attention.
+Llama, Mistral, Qwen2 and Qwen3 differ only in biases, in a norm of queries and keys, and in sliding windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from fastserve.checkpoints.model_error import ModelError
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those whose frequencies depend on nothing but the config."""
+QUANT_METHODS = ("compressed-tensors", "gptq", "awq", "fastserve")
+"""Whose layouts of weights we read."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes are numbers of elements."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    """Of the projection after attention."""
+    mlp_bias: bool
+    query_key_norm: bool
+    sliding_windows: tuple[int | None, ...]
+    """One per layer; None: the layer sees everything before."""
+    inverse_frequencies: tuple[float, ...]
+    """Of the rotary embedding, head_dim / 2 of them (theta_i of arXiv 2104.09864), scaled to the context."""
+    rotary_scale: float
+    """Factor of cosine and sine (the attention factor of YaRN, arXiv 2309.00071)."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.sliding_windows)
+
+    @classmethod
+    def from_transformers(cls, config: PretrainedConfig) -> DecoderConfig:
+        """Raises ModelError for what `obstacle` names."""
+        reason = obstacle(config)
+        if reason is not None:
+            raise ModelError(f"not a decoder of the Llama family as FastServe has it: {reason}")
+        inverse_frequencies, rotary_scale = _rotary_parameters(config)
+        attention_bias = getattr(config, "attention_bias", False)
+        return cls(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=_head_dim(config),
+            norm_eps=config.rms_norm_eps,
+            tie_word_embeddings=config.tie_word_embeddings,
+            qkv_bias=attention_bias or config.model_type == "qwen2",
+            output_bias=attention_bias,
+            mlp_bias=getattr(config, "mlp_bias", False),
+            query_key_norm=config.model_type == "qwen3",
+            sliding_windows=_sliding_windows(config),
+            inverse_frequencies=tuple(inverse_frequencies.tolist()),
+            rotary_scale=rotary_scale,
+        )
+
+    def rotary_tables(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [length, head_dim] of every position, computed in float32 as transformers does."""
+        frequencies = torch.tensor(self.inverse_frequencies, dtype=torch.float32, device=device)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies).repeat(
+            1, 2
+        )
+        return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
+
+
+def obstacle(config: PretrainedConfig) -> str | None:
+    """Why our decoder cannot compute this model, or None if it can, as far as its config tells."""
+    if config.model_type not in MODEL_TYPES:
+        return f"its model_type is {config.model_type!r}, not one of {', '.join(MODEL_TYPES)}"
+    if config.hidden_act != "silu":
+        return f"its hidden_act is {config.hidden_act!r}, not 'silu'"
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ROPE_TYPES:
+        return f"its rope_type is {rope['rope_type']!r}, not one of {', '.join(ROPE_TYPES)}"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "only a part of each head is rotated"
+    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        return f"it has layers of type {', '.join(sorted(unknown))}"
+    method = quant_method(config)
+    if method is not None and method not in QUANT_METHODS:
+        return f"its quant_method is {method!r}, not one of {', '.join(QUANT_METHODS)}"
+    return None
+
+
+def quant_method(config: PretrainedConfig) -> str | None:
+    """How the weights are quantised; None if they are not."""
+    quantization = getattr(config, "quantization_config", None)
+    return None if quantization is None else str(quantization.get("quant_method"))
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _sliding_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return (window,) * config.num_hidden_layers
+    return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
+
+
+def _rotary_parameters(config: PretrainedConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies [head_dim / 2] float32, and the factor of cosine and sine."""
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type != "default":
+        return ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+    dim = _head_dim(config)
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0

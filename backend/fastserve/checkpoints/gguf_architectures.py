@@ -1,0 +1,181 @@
+"""The architectures of GGUF files, and the configs of transformers that their metadata describe.
+
+What a file does not say is what llama.cpp takes for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from fastserve.checkpoints.gguf_file import GgufFile
+from fastserve.checkpoints.gguf_rope import head_dim, rope_parameters
+from fastserve.checkpoints.model_directory import eos_token_ids
+from fastserve.checkpoints.model_error import ModelError
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """How a family's checkpoints become a GGUF file."""
+
+    model_type: str
+    """As transformers calls it."""
+    norm_field: str
+    """The config's name of the epsilon of its norms; with `rms` in it they are RMS norms."""
+    fields: Callable[[GgufFile], Fields]
+    """What the config has beside the sizes."""
+    interleaved: bool = False
+    """Whether the halves of each head of queries and keys alternate: llama.cpp rotates neighbours there."""
+    shifted_norms: bool = False
+    """Whether the weights of norms are stored plus one."""
+
+
+def transformers_config(file: GgufFile) -> PretrainedConfig:
+    """The config of the model in a GGUF file. Raises ModelError, for an unknown architecture too."""
+    architecture = ARCHITECTURES.get(file.architecture)
+    if architecture is None:
+        known = ", ".join(ARCHITECTURES)
+        raise ModelError(f"{file.path}: GGUF architecture {file.architecture!r} is not one of {known}")
+    is_rms = "rms" in architecture.norm_field
+    heads = file.required("attention.head_count")
+    fields: Fields = {
+        "vocab_size": int(file.tensors["token_embd.weight"].shape[1]),
+        "hidden_size": file.required("embedding_length"),
+        "intermediate_size": file.required("feed_forward_length"),
+        "num_hidden_layers": file.required("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _value(file, "attention.head_count_kv", heads),
+        "head_dim": head_dim(file),
+        architecture.norm_field: file.required(f"attention.layer_norm_{'rms_' if is_rms else ''}epsilon"),
+        "max_position_embeddings": file.required("context_length"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "rope_parameters": rope_parameters(file),
+        "bos_token_id": file.value("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": eos_token_ids(file.path),
+        "pad_token_id": None,
+    }
+    fields |= architecture.fields(file)
+    return AutoConfig.for_model(fields.pop("model_type", architecture.model_type), **fields)
+
+
+def _value(file: GgufFile, key: str, default: Any = None) -> Any:
+    return file.value(f"{file.architecture}.{key}", default)
+
+
+def _has(file: GgufFile, tensor: str) -> bool:
+    return f"blk.0.{tensor}" in file.tensors
+
+
+def _layer_types(file: GgufFile, period: int) -> list[str]:
+    """Every `period`-th layer sees everything, the others a window; or as the file lists them."""
+    layers = range(file.required("block_count"))
+    pattern = _value(file, "attention.sliding_window_pattern", period)
+    is_windowed = pattern if isinstance(pattern, list) else [bool((i + 1) % pattern) for i in layers]
+    return ["sliding_attention" if is_windowed[i] else "full_attention" for i in layers]
+
+
+def _query_scale(file: GgufFile, layers_of_27b: int) -> int:
+    """Queries are divided by its square root. No file says it; the models of 27B are an exception."""
+    if file.required("block_count") == layers_of_27b:
+        return file.required("embedding_length") // file.required("attention.head_count")
+    return head_dim(file)
+
+
+def _none(file: GgufFile) -> Fields:
+    return {}
+
+
+def _llama(file: GgufFile) -> Fields:
+    window = _value(file, "attention.sliding_window")
+    model_type = "llama" if window is None else "mistral"
+    return _biases(file) | {"model_type": model_type, "sliding_window": window}
+
+
+def _qwen(file: GgufFile) -> Fields:
+    return {"attention_bias": _has(file, "attn_output.bias"), "sliding_window": None}
+
+
+def _gemma2(file: GgufFile) -> Fields:
+    return {
+        "sliding_window": _value(file, "attention.sliding_window", 4096),
+        "layer_types": _layer_types(file, period=2),
+        "query_pre_attn_scalar": _query_scale(file, layers_of_27b=46),
+        "attn_logit_softcapping": _value(file, "attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": _value(file, "final_logit_softcapping", 30.0),
+    }
+
+
+def _gemma3(file: GgufFile) -> Fields:
+    return {
+        "sliding_window": _value(file, "attention.sliding_window"),
+        "layer_types": _layer_types(file, period=6),
+        "query_pre_attn_scalar": _query_scale(file, layers_of_27b=62),
+        "final_logit_softcapping": _value(file, "final_logit_softcapping"),
+    }
+
+
+def _phi3(file: GgufFile) -> Fields:
+    rope = rope_parameters(file)
+    length = file.required("context_length")
+    return {
+        "sliding_window": _value(file, "attention.sliding_window") or None,
+        "rope_parameters": {"partial_rotary_factor": 1.0} | rope,
+        "original_max_position_embeddings": rope.get("original_max_position_embeddings", length),
+    }
+
+
+def _granite(file: GgufFile) -> Fields:
+    if not _value(file, "rope.scaling.finetuned", True):
+        raise ModelError(f"{file.path}: granite.rope.scaling.finetuned: got False; allowed: True")
+    return _biases(file) | {
+        "logits_scaling": file.required("logit_scale"),
+        "residual_multiplier": _value(file, "residual_scale") or 1.0,
+        "embedding_multiplier": _value(file, "embedding_scale") or 1.0,
+        "attention_multiplier": _value(file, "attention.scale") or head_dim(file) ** -0.5,
+    }
+
+
+def _smollm3(file: GgufFile) -> Fields:
+    return _biases(file) | {"no_rope_layer_interval": 4, "use_sliding_window": False}
+
+
+def _stablelm(file: GgufFile) -> Fields:
+    return {
+        "use_qkv_bias": _has(file, "attn_q.bias"),
+        "qk_layernorm": _has(file, "attn_q_norm.weight"),
+        "use_parallel_residual": not _has(file, "ffn_norm.weight"),
+        "rope_parameters": {"partial_rotary_factor": 1.0} | rope_parameters(file),
+    }
+
+
+def _starcoder2(file: GgufFile) -> Fields:
+    return {"use_bias": _has(file, "attn_q.bias"), "sliding_window": None}
+
+
+def _biases(file: GgufFile) -> Fields:
+    return {"attention_bias": _has(file, "attn_output.bias"), "mlp_bias": _has(file, "ffn_up.bias")}
+
+
+ARCHITECTURES: dict[str, GgufArchitecture] = {
+    "llama": GgufArchitecture("llama", "rms_norm_eps", _llama, interleaved=True),  # Mistral too
+    "qwen2": GgufArchitecture("qwen2", "rms_norm_eps", _qwen),
+    "qwen3": GgufArchitecture("qwen3", "rms_norm_eps", _qwen),
+    "gemma": GgufArchitecture("gemma", "rms_norm_eps", _none, shifted_norms=True),
+    "gemma2": GgufArchitecture("gemma2", "rms_norm_eps", _gemma2, shifted_norms=True),
+    "gemma3": GgufArchitecture("gemma3_text", "rms_norm_eps", _gemma3, shifted_norms=True),
+    "phi3": GgufArchitecture("phi3", "rms_norm_eps", _phi3),
+    "granite": GgufArchitecture("granite", "rms_norm_eps", _granite, interleaved=True),
+    "smollm3": GgufArchitecture("smollm3", "rms_norm_eps", _smollm3, interleaved=True),
+    "stablelm": GgufArchitecture("stablelm", "layer_norm_eps", _stablelm),
+    "olmo2": GgufArchitecture("olmo2", "rms_norm_eps", _biases),
+    "starcoder2": GgufArchitecture("starcoder2", "norm_epsilon", _starcoder2),
+}
+"""By llama.cpp's name."""
+
+DECODERS = ("llama", "qwen2", "qwen3")
+"""Those that our decoder computes; transformers' own modules compute the others."""

@@ -1,0 +1,43 @@
+"""Which layout a Hugging Face directory has its weights in, as `config.json` says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from fastserve.checkpoints.awq_layout import AwqLayout
+from fastserve.checkpoints.checkpoint import Checkpoint
+from fastserve.checkpoints.compressed_checkpoint import CompressedCheckpoint, Layout
+from fastserve.checkpoints.compressed_tensors_layout import CompressedTensorsLayout
+from fastserve.checkpoints.decoder_config import quant_method
+from fastserve.checkpoints.gptq_layout import GptqLayout
+from fastserve.checkpoints.own_layout import OwnLayout
+from fastserve.checkpoints.safetensors_checkpoint import SafetensorsCheckpoint
+from fastserve.checkpoints.two_of_four import CONFIG_KEY, TwoOfFourLayout
+
+LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
+    "compressed-tensors": CompressedTensorsLayout,
+    "gptq": GptqLayout,
+    "awq": AwqLayout,
+    "fastserve": OwnLayout,
+}
+"""By `quant_method`, those of `decoder_config.QUANT_METHODS`."""
+
+
+def open_checkpoint(directory: Path, config: PretrainedConfig) -> Checkpoint:
+    """The checkpoint in the directory of a model that our decoder computes.
+
+    Raises ModelError if it cannot be read.
+    """
+    files, layout = SafetensorsCheckpoint(directory), _layout(config)
+    return files if layout is None else CompressedCheckpoint(files, layout)
+
+
+def _layout(config: PretrainedConfig) -> Layout | None:
+    method = quant_method(config)
+    layout = None if method is None else LAYOUTS[method](config.quantization_config)
+    names = getattr(config, CONFIG_KEY, None)
+    return layout if names is None else TwoOfFourLayout(names, layout)

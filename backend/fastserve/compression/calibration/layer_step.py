@@ -1,0 +1,155 @@
+"""Steps that take the layers of a model one at a time; an interrupted run is gone on from.
+
+After each layer two files are written: the layer, and the hidden states before the next one. To go on is to
+read the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastserve import heap
+from fastserve.compression.calibration.calls import Calls
+from fastserve.compression.calibration.importance import Importance, measured
+from fastserve.compression.calibration.layer import Layer
+from fastserve.compression.report.linear_report import linear_report
+from fastserve.compression.state.meta_model import EMBEDDING, Skeleton
+from fastserve.compression.state.model_state import SCRATCH, State, StateWriter, read_part, write_part
+from fastserve.compression.step import Context, Step
+from fastserve_kernels.formats import Dense, Weight
+
+REPORT_TOKENS = 4096
+"""That a step which measures nothing is reported by."""
+HIDDEN = f"{SCRATCH}hidden.safetensors"
+
+
+class LayerStep(Step, frozen=True, kw_only=True):
+    """A step that takes one decoder layer at a time, first to last.
+
+    The hidden states that reach a layer are those of the layers already compressed, so that a step can make
+    up for the errors made before it.
+    """
+
+    targets: tuple[str, ...] = ("*",)
+    """Which linears: patterns of full names as a shell has them, as in `model.layers.3.mlp.down_proj`."""
+
+    with_reference: ClassVar[bool] = False
+    """Whether `compress` looks at the hidden states of the model before this step too."""
+    weighs_tokens: ClassVar[bool] = False
+    """Whether a token counts by how much predictions depend on a linear's output for it (`importance`)."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether `compress` goes by what the calibration text looks like. If not, it is run through the
+        layers for the report alone, and little of it is enough."""
+        return True
+
+    def selects(self, linear: str) -> bool:
+        """Whether the linear of this full name is among the targets."""
+        return any(fnmatchcase(linear, pattern) for pattern in self.targets)
+
+    def run(self, before: State, after: StateWriter, context: Context) -> None:
+        run_layers(self, before, after, context)
+
+    def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        """Replaces the weights of the linears of these local names (`mlp.down_proj`) of the layer."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Front:
+    """How far a step has come: the states before layer `index`."""
+
+    index: int
+    hidden: Tensor
+    reference: Tensor | None
+
+
+@torch.no_grad()
+def run_layers(step: LayerStep, before: State, after: StateWriter, context: Context) -> None:
+    """Writes the state after a step whose `compress` takes a layer."""
+    importance = measured(before, after, context) if step.weighs_tokens else None
+    skeleton = Skeleton(before.config, context.device)
+    windows = context.calibration if step.measures else _few(context.calibration)
+    hidden, calls = skeleton.embed(_embedding(before), windows)
+    front = _read_front(after) or _Front(0, hidden, hidden.clone() if step.with_reference else None)
+    del hidden
+    task = context.progress.add_task(step.name, total=before.num_layers, completed=front.index)
+    for index in range(front.index, before.num_layers):
+        layer = _layer(skeleton, before, index, calls[index], front, importance)
+        names = tuple(name for name in skeleton.linears(index) if step.selects(f"{layer.prefix}{name}"))
+        step.compress(layer, names)
+        reports = [linear_report(layer, name) for name in names]
+        layer.advance()
+        after.write_layer(index, layer.part)
+        after.note(f"layer {index}", [report.__dict__ for report in reports])
+        front = _Front(index + 1, front.hidden, front.reference)
+        _write_front(after, front)
+        del layer
+        heap.trim()
+        context.progress.advance(task)
+    after.write_outer(before.outer())
+    after.write_config(before.config)
+
+
+@torch.no_grad()
+def survey_layers(name: str, state: State, context: Context, importance: Importance) -> Iterator[Layer]:
+    """The layers of a model as they are, one after the other, with the hidden states that reach them. `name`
+    is what the progress bar says."""
+    skeleton = Skeleton(state.config, context.device)
+    hidden, calls = skeleton.embed(_embedding(state), context.calibration)
+    task = context.progress.add_task(name, total=state.num_layers)
+    for index in range(state.num_layers):
+        layer = _layer(skeleton, state, index, calls[index], _Front(index, hidden, None), importance)
+        yield layer
+        layer.advance()
+        context.progress.advance(task)
+
+
+def _few(windows: Tensor) -> Tensor:
+    """About REPORT_TOKENS of windows [samples, T], from all over the text."""
+    count = max(1, REPORT_TOKENS // windows.shape[1])
+    return windows[:: max(1, len(windows) // count)][:count]
+
+
+def _embedding(state: State) -> Tensor:
+    weight = state.outer()[EMBEDDING]
+    assert isinstance(weight, Weight)
+    return weight.weight if isinstance(weight, Dense) else weight.dequantize()
+
+
+def _layer(
+    skeleton: Skeleton,
+    before: State,
+    index: int,
+    call: Mapping[str, Any],
+    front: _Front,
+    importance: Importance | None,
+) -> Layer:
+    tensors = before.dense_layer(index)
+    calls = Calls(skeleton.materialize(index, tensors), dict(call))
+    reference = Calls(skeleton.materialize(index, tensors), dict(call))
+    prefix = f"{skeleton.prefix}{index}."
+    counts = None if importance is None else importance.of_layer(prefix)
+    return Layer(index, prefix, before.layer(index), calls, front.hidden, reference, front.reference, counts)
+
+
+def _read_front(after: StateWriter) -> _Front | None:
+    path = after.directory / HIDDEN
+    if not path.is_file():
+        return None
+    part: dict[str, Any] = dict(read_part(path))
+    return _Front(int(part["index"]), part["hidden"], part.get("reference"))
+
+
+def _write_front(after: StateWriter, front: _Front) -> None:
+    part: dict[str, Tensor] = {"index": torch.tensor(front.index), "hidden": front.hidden}
+    if front.reference is not None:
+        part["reference"] = front.reference
+    write_part(after.directory / HIDDEN, part)

@@ -1,0 +1,182 @@
+"""Low rank: a weight W [N, K] becomes up [N, R] times down [R, K].
+
+Truncated singular values lose least of the weight. What counts are its outputs, and inputs have few
+directions: with E[x x^T] = L L^T (Cholesky) the singular values of W L are what outputs are made of
+(SVD-LLM, Wang et al., arXiv 2403.07378). With U the first left singular vectors, U U^T W is the product
+whose outputs are nearest; it equals their truncation times L^-1, which need not be computed. An output
+counts by how much the model's predictions change with it (`sensitivity`), and so the errors of all linears
+are one sum, by which the ranks are chosen (`ranks`).
+
+The update fits to the inputs x of the compressed model the outputs W x' of the model before. The weight of
+least squares is W E[x' x^T] E[x x^T]^-1, and the nearest of a rank is its truncation as above (reduced-rank
+regression, Izenman 1975): up and down need not take turns.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from msgspec import Meta
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fastserve.compression.calibration.importance import measured
+from fastserve.compression.calibration.layer import Layer, Moments
+from fastserve.compression.calibration.layer_step import LayerStep, run_layers
+from fastserve.compression.calibration.sensitivity import Sensitivity
+from fastserve.compression.errors import RecipeError
+from fastserve.compression.low_rank.ranks import Options, ranks_for_error, ranks_for_size
+from fastserve.compression.quantization.columns import Regression
+from fastserve.compression.state.model_state import State, StateWriter, read_notes
+from fastserve.compression.step import Context, Kind
+from fastserve_kernels.formats import Dense, LowRank, Weight
+
+LEAST = 1e-3
+"""What an output counts, at least, relative to the mean of a linear's."""
+
+
+class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
+    """Writes weights as products of two thin matrices."""
+
+    parameters: (
+        Annotated[float, Meta(gt=0, lt=1, description="part of the targets' to keep, at most")] | None
+    ) = None
+    error: (
+        Annotated[float, Meta(gt=0, lt=1, description="of each target's outputs, relative, at most")] | None
+    ) = None
+    weights: Annotated[
+        Literal["whitened", "svd"], Meta(description="nearest by their outputs, or by themselves")
+    ] = "whitened"
+    update: Annotated[
+        bool, Meta(description="whether linears make up for what the layers before them lost")
+    ] = True
+    multiple: Annotated[int, Meta(ge=1, description="of which ranks are")] = 16
+
+    takes: ClassVar[frozenset[Kind]] = frozenset(("dense",))
+    leaves: ClassVar[Kind | None] = "low rank"
+
+    def check(self, config: PretrainedConfig) -> None:
+        if (self.parameters is None) == (self.error is None):
+            raise RecipeError(
+                f"parameters, error: got {self.parameters} and {self.error}; allowed: one of the two"
+            )
+
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
+        if self.parameters is None:
+            return None
+        rows, columns = weight.out_features, weight.in_features
+        rank = round(self.parameters * rows * columns / (rows + columns))
+        return LowRank(torch.zeros(rank, columns, dtype=dtype), torch.zeros(rows, rank, dtype=dtype))
+
+    def run(self, before: State, after: StateWriter, context: Context) -> None:
+        self._survey(before, after, context)
+        truncation = _Truncation(
+            targets=self.targets,
+            ranks=read_notes(after.directory)["ranks"],
+            whitened=self.weights == "whitened",
+            update=self.update,
+        )
+        run_layers(truncation, before, after, context)
+
+    def _survey(self, before: State, after: StateWriter, context: Context) -> None:
+        """Notes the ranks."""
+        options: dict[str, Options] = {}
+
+        def see(index: int, found: dict[str, Sensitivity]) -> None:
+            for local, linear in before.linears(index).items():
+                name = f"{before.skeleton.prefix}{index}.{local}"
+                if self.selects(name):
+                    options[name] = self._options(linear, found.get(local), context)
+            if index == 0:
+                after.note("ranks", self._ranks(options))
+
+        if self.weights == "whitened":
+            measured(before, after, context, see)
+        elif "ranks" not in read_notes(after.directory):
+            for index in reversed(range(before.num_layers)):
+                see(index, {})
+
+    def _ranks(self, options: dict[str, Options]) -> dict[str, int]:
+        if self.parameters is not None:
+            return ranks_for_size(options, self.parameters)
+        assert self.error is not None
+        return ranks_for_error(options, self.error)
+
+    def _options(self, linear: Weight, found: Sensitivity | None, context: Context) -> Options:
+        """By the divergence of the model's predictions, or by the relative error of the weight."""
+        weight = linear.dequantize().to(context.device)
+        if found is None:
+            squares = squared_singular_values(weight, None, None)
+            squares = squares / squares.sum()
+        else:
+            inputs = Regression.towards(weight, weight @ found.gram, found.gram, context.calibration.numel())
+            squares = squared_singular_values(weight, inputs.steady_gram(inputs.ridge), found.rows / 2)
+        return Options.of((linear.out_features, linear.in_features), squares.cpu(), self.multiple)
+
+
+class _Truncation(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
+    """Gives each linear the rank that was chosen for it."""
+
+    ranks: dict[str, int]
+    """By full name; 0: it stays dense."""
+    whitened: bool
+    update: bool
+
+    @property
+    def with_reference(self) -> bool:  # type: ignore[override]
+        return self.update
+
+    @property
+    def weighs_tokens(self) -> bool:  # type: ignore[override]
+        return self.whitened
+
+    def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        for name in layer.in_order(names):
+            rank = self.ranks[f"{layer.prefix}{name}"]
+            if rank > 0 or self.update:
+                layer.replace(name, self._weight(layer, name, rank, layer.moments(name)))
+
+    def _weight(self, layer: Layer, name: str, rank: int, moments: Moments) -> Weight:
+        weight = layer.dense(name)
+        wanted = moments.gram if moments.drift is None else moments.gram + moments.drift
+        found = Regression.towards(weight, weight @ wanted, moments.gram, moments.tokens)
+        best = found.solve_all() if self.update else weight
+        if rank == 0:
+            return Dense(best.to(layer.dtype))
+        gram = found.steady_gram(found.ridge) if self.whitened else None
+        down, up = truncate(best, gram, layer.rows(name) if self.whitened else None, rank)
+        return LowRank(down.to(layer.dtype), up.to(layer.dtype))
+
+
+def squared_singular_values(weight: Tensor, gram: Tensor | None, counts: Tensor | None) -> Tensor:
+    """Of D W L, largest first: [min(N, K)] float64. L L^T is the gram [K, K], D^2 the diagonal matrix of what
+    each output counts [N]; None stands for the identity."""
+    product = _scales(weight, counts) * _whitened(weight, gram)
+    smaller = product @ product.T if len(product) < product.shape[1] else product.T @ product
+    return torch.linalg.eigvalsh(smaller).flip(0).clamp_min(0)
+
+
+def truncate(weight: Tensor, gram: Tensor | None, counts: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """down [R, K] and up [N, R], float32, with the least ||D (X - W) L|| of all products X of this rank."""
+    scales = _scales(weight, counts)
+    product = scales * _whitened(weight, gram)
+    if len(product) < product.shape[1]:
+        left = torch.linalg.eigh(product @ product.T).eigenvectors.flip(1)[:, :rank]
+    else:
+        right = torch.linalg.eigh(product.T @ product).eigenvectors.flip(1)[:, :rank]
+        left = torch.linalg.qr(product @ right).Q
+    down, up = left.T @ (scales * weight.double()), left / scales
+    return down.float(), up.float()
+
+
+def _whitened(weight: Tensor, gram: Tensor | None) -> Tensor:
+    return weight.double() if gram is None else weight.double() @ torch.linalg.cholesky(gram.double())
+
+
+def _scales(weight: Tensor, counts: Tensor | None) -> Tensor:
+    """[N, 1] float64."""
+    if counts is None:
+        return torch.ones(len(weight), 1, dtype=torch.float64, device=weight.device)
+    counts = counts.double()
+    return counts.clamp_min(LEAST * counts.mean()).sqrt()[:, None]

@@ -1,0 +1,129 @@
+"""What the steps that prune have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from msgspec import Meta
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from fastserve.compression.calibration.hessian import damped, target
+from fastserve.compression.calibration.layer import Layer, Moments
+from fastserve.compression.calibration.layer_step import LayerStep
+from fastserve.compression.errors import RecipeError
+from fastserve.compression.pruning.patterns import (
+    ROWS,
+    Pattern,
+    PatternName,
+    TwoOfFour,
+    parse_pattern,
+)
+from fastserve.compression.pruning.reconstruction import reconstruct
+from fastserve.compression.state.meta_model import Skeleton
+from fastserve.compression.step import Kind
+from fastserve_kernels.formats import Weight
+
+Sparsity = Annotated[float, Meta(gt=0, lt=1, description="share of the weights left out")]
+
+
+class PruningStep(LayerStep, frozen=True, kw_only=True):
+    """Leaves out weights of each linear by itself, after those that run before it."""
+
+    takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse"))
+    leaves: ClassVar[Kind] = "sparse"
+
+    pattern: PatternName = "unstructured"
+
+    @property
+    def share(self) -> float | None:
+        """Of the weights, that it leaves out; None: only the run can tell."""
+        raise NotImplementedError
+
+    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
+        if self.share is None:
+            return None
+        dense, pattern = weight.dequantize(), parse_pattern(self.pattern)
+        return pattern.pack(dense.to(dtype), pattern.choose(dense.abs(), self.share))
+
+    def prune(self, weight: Tensor, moments: Moments, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """The weight [N, K] float32 after pruning, and a mask [N, K] bool, true where it is kept."""
+        raise NotImplementedError
+
+    def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        pattern = parse_pattern(self.pattern)
+        for name in layer.in_order(names):
+            weight, mask = self.prune(layer.dense(name), layer.moments(name), pattern)
+            layer.replace(name, pattern.pack(weight.to(layer.dtype), mask))
+
+    def check(self, config: PretrainedConfig) -> None:
+        skeleton = Skeleton.of(config)
+        for index in range(skeleton.num_layers):
+            for name in skeleton.linears(index):
+                full_name = f"{skeleton.prefix}{index}.{name}"
+                if self.selects(full_name):
+                    self._check_shape(full_name, skeleton.layers[index].get_submodule(name).weight)
+
+    def _check_shape(self, name: str, weight: object) -> None:
+        assert isinstance(weight, Tensor)
+        try:
+            parse_pattern(self.pattern).check(tuple(weight.shape))
+        except ValueError as error:
+            raise RecipeError(f"pattern: got {self.pattern!r}, but of {name} {error}") from error
+
+    def check_two_of_four(self, field: str, value: object, allowed: object) -> None:
+        """Raises RecipeError if a field asks for anything else than what 2:4 is by itself."""
+        if parse_pattern(self.pattern) == TwoOfFour() and value != allowed:
+            raise RecipeError(f"{field}: got {value!r}; allowed with the pattern 2:4: {allowed!r}")
+
+
+class SparsityStep(PruningStep, frozen=True, kw_only=True):
+    """A step that is told how many weights to leave out."""
+
+    sparsity: Sparsity = 0.5
+
+    @property
+    def share(self) -> float:
+        return self.sparsity
+
+    def check(self, config: PretrainedConfig) -> None:
+        super().check(config)
+        self.check_two_of_four("sparsity", self.sparsity, 0.5)
+
+
+class CorrectingStep(SparsityStep, frozen=True, kw_only=True):
+    """A step after which the weights that are kept make up for the others, and for the layers before them."""
+
+    weighs_tokens: ClassVar[bool] = True
+
+    damping: Annotated[
+        float, Meta(gt=0, le=1, description="added to the diagonal of the inputs' gram matrix, of its mean")
+    ] = 0.01
+    drift: Annotated[
+        float, Meta(ge=0, le=1, description="share of the error of earlier layers to make up for")
+    ] = 0.5
+
+    @property
+    def with_reference(self) -> bool:  # type: ignore[override]
+        """Whether `drift` is asked for."""
+        return self.drift > 0
+
+    def mask(self, weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
+        """A mask [N, K] bool, true where a weight [N, K] is kept, given the gram [K, K] of its inputs."""
+        raise NotImplementedError
+
+    def prune(self, weight: Tensor, moments: Moments, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        gram = damped(moments.gram, self.damping)
+        if moments.drift is not None:
+            weight = target(weight, gram, moments.drift, self.drift)
+        mask = self.mask(weight, gram, pattern)
+        return reconstruct(weight, gram, mask), mask
+
+    def check(self, config: PretrainedConfig) -> None:
+        super().check(config)
+        if parse_pattern(self.pattern) == ROWS:
+            raise RecipeError(
+                "pattern: got 'rows'; allowed with magnitude and wanda alone: a row keeps no weight that "
+                "could make up for the others"
+            )

@@ -1,0 +1,93 @@
+"""The model as it came: the state before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastserve.checkpoints.checkpoint import Checkpoint
+from fastserve.checkpoints.gguf_checkpoint import GgufCheckpoint, gguf_transformers_config
+from fastserve.checkpoints.gguf_file import GgufFile
+from fastserve.checkpoints.model_directory import read_transformers_config
+from fastserve.checkpoints.safetensors_checkpoint import SafetensorsCheckpoint
+from fastserve.compression.errors import RecipeError
+from fastserve.compression.state.model_state import State
+from fastserve.models.decoder_loading import has_own_head
+from fastserve_kernels.formats import Dense, Weight
+
+
+class SourceState(State):
+    """A GGUF file, whose blocks are dequantised, or a Hugging Face directory of dense weights."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ModelError if it cannot be read, RecipeError if no step can take it: its weights are
+        quantised already, its architecture is another, or tensors are missing or of another shape.
+        """
+        self.path = path
+        self._checkpoint: Checkpoint
+        if path.is_file():
+            file = GgufFile(path)
+            self.config, self._checkpoint = gguf_transformers_config(file), GgufCheckpoint(file)
+        else:
+            self.config, self._checkpoint = read_transformers_config(path), SafetensorsCheckpoint(path)
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise RecipeError(f"model: {path} is quantised already; allowed: a model with dense weights")
+        if getattr(self.config, "tie_word_embeddings", False) and has_own_head(self._checkpoint, self.dtype):
+            self.config.tie_word_embeddings = False
+        self.skeleton.check()
+        self._check_tensors()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._checkpoint.dtype
+
+    def digest(self) -> str:
+        """Of what tells this model from others: its tensors' shapes, its files' names, sizes and times."""
+        files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(repr((stats, sorted(self._checkpoint.shapes.items()))).encode()).hexdigest()
+
+    def layer(self, index: int) -> dict[str, Tensor | Weight]:
+        skeleton = self.skeleton
+        matrices = {f"{name}.weight" for name in skeleton.linears(index)}
+        prefix = f"{skeleton.prefix}{index}."
+        return self._parts(skeleton.tensors(index), matrices, prefix)
+
+    def outer(self) -> dict[str, Tensor | Weight]:
+        matrices = {f"{name}.weight" for name in self.skeleton.outer_matrices()}
+        return self._parts(self.skeleton.outer_tensors(), matrices, "")
+
+    def _parts(self, names: tuple[str, ...], matrices: set[str], prefix: str) -> dict[str, Tensor | Weight]:
+        parts: dict[str, Tensor | Weight] = {}
+        for name in names:
+            tensor = self._read(f"{prefix}{name}")
+            if name in matrices:
+                parts[name.removesuffix(".weight")] = Dense(tensor)
+            else:
+                parts[name] = tensor
+        return parts
+
+    def _check_tensors(self) -> None:
+        skeleton, shapes = self.skeleton, self._checkpoint.shapes
+        tensors = skeleton.model.state_dict()
+        names = [
+            f"{skeleton.prefix}{index}.{name}"
+            for index in range(skeleton.num_layers)
+            for name in skeleton.tensors(index)
+        ]
+        for name in (*skeleton.outer_tensors(), *names):
+            wanted = tuple(tensors[name].shape)
+            if name not in shapes:
+                raise RecipeError(f"model: {self.path} has no tensor {name}; needed: one of shape {wanted}")
+            if tuple(shapes[name]) != wanted:
+                raise RecipeError(
+                    f"model: {self.path}: {name} has the shape {tuple(shapes[name])}; needed: {wanted}"
+                )
+
+    def _read(self, name: str) -> Tensor:
+        tensor = torch.empty(self._checkpoint.shapes[name], dtype=self.dtype)
+        self._checkpoint.read(name, tensor)
+        return tensor

@@ -1,0 +1,217 @@
+"""The step `postprocess`: tokens -> text, and the only place that sees that a client is gone.
+
+It tells `engine` so, and also which sequences have met a stop string, by requests to its input `stop`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from fastserve.checkpoints.model_files import load_tokenizer, locate
+from fastserve.config import read_config
+from fastserve.ensemble.final_response import send_error, send_final
+from fastserve.ensemble.metrics import ResponseMetrics
+from fastserve.ensemble.secret import is_forwarded_id
+from fastserve.ensemble.tensors import (
+    call,
+    failure_tensors,
+    message_of,
+    message_tensor,
+    numbers,
+    strings,
+)
+from fastserve.errors import ErrorCode, RequestError, invalid
+from fastserve.service_thread import ServiceThread
+from fastserve.text.output_processor import Postprocessor, Response
+from fastserve.types import Cancel, Health, Outcome, OutputOptions, Request, RequestOutput
+
+logger = logging.getLogger(__name__)
+
+FORGET_SECONDS = 60.0
+"""After its deadline, for a request of which no last output has come; and between two looks for such."""
+
+
+@dataclass(slots=True)
+class _Conversation:
+    """One request between its first and its last output."""
+
+    request: Request
+    postprocessor: Postprocessor
+    first_token: float
+    """When it came, `time.monotonic()`."""
+    num_tokens: int = 0
+    is_gone: bool = False
+
+
+class PostprocessStep:
+    """Triton server's Python model `postprocess`."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self._tokenizer = load_tokenizer(locate(read_config().model))
+        self._conversations: dict[str, _Conversation] = {}
+        self._metrics = ResponseMetrics()
+        self._stops: queue.SimpleQueue[Cancel | None] = queue.SimpleQueue()
+        self._untold: Cancel | None = None
+        """The stop that could not be told to the engine yet."""
+        self._stopping = False
+        self._forget_at = 0.0
+        self._teller = ServiceThread("stops", self._tell_engine, on_health=_tell_health)
+        self._teller.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        for triton_request in requests:
+            sender = triton_request.get_response_sender()
+            uid, is_forwarded = "", False
+            try:
+                output = message_of(triton_request, "output", RequestOutput)
+                if output is None:
+                    raise invalid("output", None, "a message of `engine`")
+                uid, is_forwarded = output.uid, self._is_forwarded(output)
+                self._answer(output, sender, triton_request.is_cancelled())
+            except RequestError as error:
+                self._fail(uid, sender, error, is_forwarded)
+            except Exception as error:
+                logger.exception("an output of request %s could not be answered", uid)
+                self._fail(uid, sender, _named(error), is_forwarded)
+
+    def _is_forwarded(self, output: RequestOutput) -> bool:
+        conversation = self._conversations.get(output.uid)
+        request = conversation.request if conversation is not None else output.request
+        return request is not None and is_forwarded_id(request.request_id)
+
+    def _fail(self, uid: str, sender: Any, error: RequestError, is_forwarded: bool) -> None:
+        """Ends a request with an error, which to `fastserve_infer` travels as data: else it would be lost."""
+        self._end(uid)
+        if is_forwarded:
+            try:
+                send_final(sender, pb_utils.InferenceResponse(output_tensors=failure_tensors(error)))
+                return
+            except Exception:
+                logger.exception("request %s could not be told that it failed", uid)
+        send_error(sender, error)
+
+    def _answer(self, output: RequestOutput, sender: Any, is_cancelled: bool) -> None:
+        """Sends the response to this output, if any. Raises RequestError for one that failed."""
+        if not output.outputs:  # the request waits in the queue
+            accepted = strings("text_output", [""])
+            send_final(sender, pb_utils.InferenceResponse(output_tensors=[accepted]))
+            return
+        now = time.monotonic()
+        conversation = self._conversation(output, now)
+        if conversation is None:  # its client has been told of its end
+            send_final(sender)
+            return
+        if is_cancelled and not conversation.is_gone and not output.final:
+            conversation.is_gone = True
+            self._stops.put(Cancel(output.uid, Outcome.CANCELLED))
+        self._count(conversation, output)
+        if output.final:
+            self._observe_end(conversation, output, now)
+            del self._conversations[output.uid]
+        send_final(sender, self._push(conversation, output))
+
+    def _push(self, conversation: _Conversation, output: RequestOutput) -> pb_utils.InferenceResponse | None:
+        response = conversation.postprocessor.push(output)
+        for index in conversation.postprocessor.newly_stopped:
+            self._stops.put(Cancel(output.uid, Outcome.STOP, index))
+        if response is None:
+            return None
+        return pb_utils.InferenceResponse(output_tensors=_tensors(response, conversation.request.output))
+
+    def _end(self, uid: str) -> None:
+        """Ends a request that has failed here: the engine is told, and what still comes of it is dropped."""
+        if self._conversations.pop(uid, None) is not None:
+            self._metrics.requests.add(1, Outcome.ERROR.value)
+            self._stops.put(Cancel(uid, Outcome.CANCELLED))
+
+    def _conversation(self, output: RequestOutput, now: float) -> _Conversation | None:
+        """None: that of a request that has failed here."""
+        request = output.request
+        if request is None:
+            return self._conversations.get(output.uid)
+        if now >= self._forget_at:
+            self._forget(now)
+        conversation = _Conversation(request, Postprocessor(self._tokenizer), now)
+        self._conversations[output.uid] = conversation
+        if any(each.token_ids for each in output.outputs):
+            self._metrics.first_token.observe(now - request.arrival, request.priority_label)
+        return conversation
+
+    def _count(self, conversation: _Conversation, output: RequestOutput) -> None:
+        num_tokens = sum(len(each.token_ids) for each in output.outputs)
+        conversation.num_tokens += num_tokens
+        tenant = self._metrics.tenants.label(conversation.request.tenant)
+        self._metrics.generation_tokens.add(num_tokens, tenant)
+
+    def _observe_end(self, conversation: _Conversation, output: RequestOutput, now: float) -> None:
+        request, metrics = conversation.request, self._metrics
+        outcome = output.outputs[-1].outcome if output.outputs else None
+        metrics.requests.add(1, (outcome or Outcome.ERROR).value)
+        metrics.prompt_tokens.add(len(request.prompt_token_ids), metrics.tenants.label(request.tenant))
+        if outcome in (Outcome.STOP, Outcome.LENGTH):
+            metrics.end_to_end.observe(now - request.arrival, request.priority_label)
+            if conversation.num_tokens > 1:
+                metrics.output_token.observe((now - conversation.first_token) / (conversation.num_tokens - 1))
+
+    def _forget(self, now: float) -> None:
+        """Drops those whose last output never came, because it could not be sent: their time is long over."""
+        self._forget_at = now + FORGET_SECONDS
+        for uid, conversation in list(self._conversations.items()):
+            deadline = conversation.request.deadline
+            if deadline is not None and deadline + FORGET_SECONDS <= now:
+                self._end(uid)
+
+    def _tell_engine(self) -> bool:
+        """From a thread of its own: `execute` must not wait for another model. What fails is told again."""
+        stop = self._untold or self._stops.get()
+        if stop is None or self._stopping:
+            return False
+        self._untold = stop
+        call("engine", [message_tensor("stop", stop)])
+        self._untold = None
+        return True
+
+    def finalize(self) -> None:
+        self._stopping = True
+        self._stops.put(None)
+        self._teller.hurry()
+        self._teller.join()
+
+
+def _named(error: Exception) -> RequestError:
+    """What a client is told of an answer that could not be made, or not be sent."""
+    if isinstance(error, pb_utils.TritonModelException):
+        return RequestError(f"the answer could not be sent: {error}", ErrorCode.UNAVAILABLE)
+    return RequestError(f"the answer could not be made: {type(error).__name__}: {error}", ErrorCode.INTERNAL)
+
+
+def _tell_health(problem: str | None) -> None:
+    call("engine", [message_tensor("hold", Health("postprocess", problem))])
+
+
+def _tensors(response: Response, asked: OutputOptions) -> list[pb_utils.Tensor]:
+    """The text, and what else the client has asked for."""
+    tensors = [strings("text_output", response.text)]
+    if asked.finish_reason:
+        tensors.append(strings("finish_reason", response.finish_reason))
+    if asked.cumulative_logprob:
+        tensors.append(numbers("cumulative_logprob", response.cumulative_logprob, np.float32))
+    if asked.logprobs:
+        tensors.append(strings("logprobs", response.logprobs))
+    if response.prompt_logprobs is not None:
+        tensors.append(strings("prompt_logprobs", [response.prompt_logprobs]))
+    if asked.token_ids:
+        flat = [token_id for token_ids in response.token_ids for token_id in token_ids]
+        tensors.append(numbers("token_ids", flat, np.int64))
+    if asked.num_input_tokens:
+        tensors.append(numbers("num_input_tokens", [response.num_input_tokens], np.uint32))
+    if asked.num_output_tokens:
+        tensors.append(numbers("num_output_tokens", response.num_output_tokens, np.uint32))
+    return tensors

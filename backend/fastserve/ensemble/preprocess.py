@@ -1,0 +1,114 @@
+"""The step `preprocess`: client's tensors -> validated, tokenised `Request`.
+
+Trying out a guide takes up to seconds, so threads wait for that and answer later, while `execute` goes on:
+a heavy grammar delays nobody else. All other requests are answered by `execute`, in the order they came.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import BoundedSemaphore
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from fastserve.checkpoints.model_directory import context_length, model_vocab_size
+from fastserve.checkpoints.model_files import load_tokenizer, locate
+from fastserve.config import read_config
+from fastserve.ensemble.inputs import read_inputs, read_parameters
+from fastserve.ensemble.metrics import requests_total
+from fastserve.ensemble.tensors import FINAL, error_response, message_tensor
+from fastserve.errors import ErrorCode, RequestError
+from fastserve.stopping import refuse_if_stopping
+from fastserve.text.input_processor import ParsedRequest, Preprocessor
+from fastserve.types import Outcome
+
+logger = logging.getLogger(__name__)
+
+MAX_GUIDES_AT_ONCE = 8
+MAX_GUIDED_REQUESTS = 256
+"""Requests whose guides are tried out or wait for it; more are refused."""
+
+
+class PreprocessStep:
+    """Triton server's Python model `preprocess`."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self._preprocessor = _load_preprocessor()
+        self._requests_total = requests_total()
+        self._threads = ThreadPoolExecutor(MAX_GUIDES_AT_ONCE, thread_name_prefix="guides")
+        self._places = BoundedSemaphore(MAX_GUIDED_REQUESTS)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """The responses; None for a request that a thread answers later."""
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, triton_request: Any) -> pb_utils.InferenceResponse | None:
+        try:
+            parsed = self._parse(triton_request)
+            if parsed.guide_field:
+                self._answer_later(parsed, triton_request.get_response_sender())
+                return None
+        except Exception as error:
+            return self._refusal(error)
+        return _answer(parsed)
+
+    def _answer_later(self, parsed: ParsedRequest, sender: Any) -> None:
+        if not self._places.acquire(blocking=False):
+            raise RequestError(
+                f"`{parsed.guide_field}`: {MAX_GUIDED_REQUESTS} requests wait for their turn already",
+                ErrorCode.UNAVAILABLE,
+            )
+        self._threads.submit(self._try_guide, parsed, sender)
+
+    def _try_guide(self, parsed: ParsedRequest, sender: Any) -> None:
+        """From a thread of its own: answers when it is known whether the guide compiles."""
+        try:
+            self._preprocessor.check_guide(parsed)
+            response = _answer(parsed)
+        except Exception as error:
+            response = self._refusal(error)
+        finally:
+            self._places.release()
+        try:
+            sender.send(response, flags=FINAL)
+        except Exception:
+            logger.exception("a guided request could not be answered")
+
+    def _refusal(self, error: Exception) -> pb_utils.InferenceResponse:
+        is_refused = isinstance(error, RequestError)
+        if not is_refused:
+            logger.error("a request could not be read", exc_info=error)
+        self._requests_total.add(1, (Outcome.REJECTED if is_refused else Outcome.ERROR).value)
+        return error_response(error)
+
+    def _parse(self, triton_request: Any) -> ParsedRequest:
+        refuse_if_stopping()
+        return self._preprocessor.parse(
+            read_inputs(triton_request),
+            read_parameters(triton_request),
+            now=time.monotonic(),
+            request_id=triton_request.request_id(),
+            timeout_us=triton_request.timeout(),
+        )
+
+    def finalize(self) -> None:
+        self._threads.shutdown()
+        self._preprocessor.close()
+
+
+def _load_preprocessor() -> Preprocessor:
+    config = read_config()
+    files = locate(config.model)
+    return Preprocessor(
+        config,
+        load_tokenizer(files),
+        config.max_model_len or context_length(files.checkpoint),
+        model_vocab_size(files.checkpoint),
+    )
+
+
+def _answer(parsed: ParsedRequest) -> pb_utils.InferenceResponse:
+    return pb_utils.InferenceResponse(output_tensors=[message_tensor("request", parsed.request)])

@@ -1,0 +1,89 @@
+"""A request on its way through the worker, and what has come of it since its last response."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from fastserve.ensemble.final_response import send_error, send_final
+from fastserve.ensemble.tensors import message_tensor
+from fastserve.errors import ErrorCode, RequestError
+from fastserve.types import Failure, Outcome, Request, RequestOutput, SequenceOutput
+
+logger = logging.getLogger(__name__)
+
+WHOLE_ANSWER_SECONDS = 0.5
+"""Between responses for a request that does not stream: they only show whether its client is still there."""
+
+
+@dataclass(slots=True)
+class Relay:
+    """Joins the outputs of several steps, so that a request has one response per interval at most.
+
+    One thread at a time uses it: first that which takes the request in, then the reader of the worker's pipe.
+    """
+
+    request: Request
+    sender: Any
+    sequences_left: int
+    pending: list[SequenceOutput] = field(default_factory=list)
+    last_sent: float | None = None
+
+    def add(self, output: SequenceOutput) -> None:
+        self.pending.append(output)
+        if output.outcome is not None:
+            self.sequences_left -= 1
+
+    @property
+    def is_final(self) -> bool:
+        return self.sequences_left == 0
+
+    def is_due(self, now: float, stream_interval: float) -> bool:
+        """The first output goes at once, so does the last; others wait for the interval to pass."""
+        if not self.pending:
+            return False
+        interval = stream_interval if self.request.output.stream else WHOLE_ANSWER_SECONDS
+        return self.last_sent is None or self.is_final or now - self.last_sent >= interval
+
+    def send(self, now: float) -> None:
+        """Sends what is pending. Raises what the sender does when there is no shared memory for it.
+
+        A failure goes after the tokens before it, in an output of its own: `postprocess` answers it with an
+        error and nothing else.
+        """
+        failed = next((i for i, each in enumerate(self.pending) if each.failure is not None), 0)
+        if failed:
+            tokens, self.pending = self.pending[:failed], self.pending[failed:]
+            self._send(tokens, False, now)
+        self._send(self.pending, self.is_final, now)
+        self.pending = []
+
+    def _send(self, outputs: list[SequenceOutput], final: bool, now: float) -> None:
+        request = self.request if self.last_sent is None else None
+        output = RequestOutput(self.request.uid, outputs, request, final)
+        response = pb_utils.InferenceResponse(output_tensors=[message_tensor("output", output)])
+        if final:
+            send_final(self.sender, response)
+        else:
+            self.sender.send(response)
+        self.last_sent = now
+
+    def fail(self, outcome: Outcome, failure: Failure) -> None:
+        """Ends the request with a failure, behind the tokens that came before it. Never raises.
+
+        The failure travels as data: an error in a response would overtake the tokens (2.51). Where they
+        cannot be sent it goes without them, and where that cannot be sent either, as an error.
+        """
+        self.sequences_left = 0
+        last = SequenceOutput(self.request.uid, outcome=outcome, failure=failure)
+        for pending in ([*self.pending, last], [last]):
+            self.pending = pending
+            try:
+                self.send(0.0)
+                return
+            except Exception as error:
+                logger.error("request %s could not be told that it failed: %s", self.request.uid, error)
+        send_error(self.sender, RequestError(failure.message, ErrorCode(failure.code)))

@@ -1,0 +1,128 @@
+"""How `tritonserver` is started: its command line and its environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastserve.config import CONFIG_VARIABLE
+from fastserve.launcher.installation import Installation
+from fastserve.launcher.run_directory import RunDirectory
+from fastserve.launcher.start_checks import Ports, in_url
+from fastserve.start_error import StartError
+from fastserve.stopping import STOPPING_VARIABLE
+
+CONTROL_VARIABLE = "FASTSERVE_MODEL_CONTROL"
+"""Tells the models that they may load and unload one another."""
+SHARED_MEMORY_PER_MODEL = 4 << 20
+"""Bytes that a stub and the server share at first, and by which that grows."""
+EXIT_SECONDS = 1
+"""For a server that has nothing in flight to leave, although connections are open."""
+PREFIX_SETTING = "python,shm-"
+SET_BY_FASTSERVE = {
+    "model-repository": "use --model-repository before the `--`",
+    "model-store": "use --model-repository before the `--`",
+    "http-address": "use --host before the `--`",
+    "grpc-address": "use --host before the `--`",
+    "metrics-address": "use --host before the `--`",
+    "http-port": "use --http-port before the `--`",
+    "grpc-port": "use --grpc-port before the `--`",
+    "metrics-port": "use --metrics-port before the `--`",
+    "log-verbose": "use --log-verbose before the `--`",
+    "exit-timeout-secs": "use --exit-timeout-secs before the `--`",
+    "backend-directory": "name another server with --tritonserver before the `--`",
+    "cache-directory": "name another server with --tritonserver before the `--`",
+    "log-file": "the log's path is printed at the start",
+    "allow-http": "FastServe asks the server's state over HTTP",
+    "allow-metrics": "its gauges say when nothing is in flight",
+    "model-control-mode": "it must be explicit",
+    "load-model": "all models are loaded",
+    "disable-auto-complete-config": "the models' configurations are complete",
+    "exit-on-error": "a server that cannot load a model ends",
+}
+"""Flags of `tritonserver` by their names, and what to do in place of giving one."""
+SHARED_MEMORY_REGIONS = 2
+"""Per model, as what must be free at the start: room to grow once."""
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How the server is started, besides the settings of the engine."""
+
+    host: str = "127.0.0.1"
+    ports: Ports = field(default_factory=Ports)
+    model_repository: Path | None = None
+    """None: FastServe's own."""
+    tritonserver: str = ""
+    """A program, or `embedded`; empty: found by `server_installation`."""
+    log_verbose: int = 0
+    """Triton server's own; above 0, all of its log goes to the terminal."""
+    exit_timeout_seconds: int = 30
+    """For requests in flight, when the server is asked to stop."""
+    server_flags: tuple[str, ...] = ()
+    """Further words of `tritonserver`'s command line; see `check_server_flags`."""
+
+
+def check_server_flags(words: Sequence[str]) -> None:
+    """Raises StartError for a flag of `tritonserver` that FastServe sets itself, and for what is no flag."""
+    if words and not words[0].startswith("--"):
+        raise StartError(f"got {words[0]!r}: flags of tritonserver, each with its --, follow a `--`")
+    for word in words:
+        # The server takes the beginning of a flag for the whole, as getopt does.
+        beginning = word.removeprefix("--").partition("=")[0]
+        for name, instead in SET_BY_FASTSERVE.items():
+            if word.startswith("--") and beginning and name.startswith(beginning):
+                raise StartError(f"--{name} of tritonserver is set by FastServe: {instead}")
+        if PREFIX_SETTING in word:
+            raise StartError(f"{PREFIX_SETTING}* of tritonserver is set by FastServe, to keep servers apart")
+
+
+def command_line(
+    installation: Installation,
+    options: ServerOptions,
+    address: str,
+    repository: Path,
+    shared_memory_prefix: str,
+) -> list[str]:
+    """The command. All models of `repository` are loaded; the server ends when one of them cannot be.
+
+    `address`: that of the host, in numbers.
+    """
+    evhtp_address = f"ipv6:{address}" if ":" in address else address
+    values: dict[str, object] = {
+        "model-repository": repository,
+        **installation.directories,
+        # Explicit: a model of ours may unload another, by which it says that the server is not ready.
+        "model-control-mode": "explicit",
+        "load-model": "*",
+        "disable-auto-complete-config": None,
+        # Nothing is in flight any more when the server is told to leave: see `Drain`.
+        "exit-timeout-secs": EXIT_SECONDS,
+        "http-address": evhtp_address,
+        "grpc-address": in_url(address),
+        "metrics-address": evhtp_address,
+        "http-port": options.ports.http,
+        "grpc-port": options.ports.grpc,
+        "metrics-port": options.ports.metrics,
+        "log-verbose": options.log_verbose,
+    }
+    python_backend = {
+        "shm-region-prefix-name": shared_memory_prefix,
+        "shm-default-byte-size": SHARED_MEMORY_PER_MODEL,
+        "shm-growth-byte-size": SHARED_MEMORY_PER_MODEL,
+    }
+    flags = [f"--{name}" if value is None else f"--{name}={value}" for name, value in values.items()]
+    backend_flags = [f"--backend-config=python,{name}={value}" for name, value in python_backend.items()]
+    return [str(installation.executable), *flags, *backend_flags, *options.server_flags]
+
+
+def environment(
+    installation: Installation, run: RunDirectory, config_file: Path, stopping_file: Path
+) -> dict[str, str]:
+    """The environment of the server and so of its models."""
+    return installation.environment(run) | {
+        CONFIG_VARIABLE: str(config_file),
+        CONTROL_VARIABLE: "explicit",
+        STOPPING_VARIABLE: str(stopping_file),
+    }

@@ -1,0 +1,233 @@
+"""Starts Triton server with FastServe's models and keeps it running. From a program:
+
+with Server(Config(), ServerOptions(ports=free_ports())) as server:
+    server.wait_ready(timeout=120)
+    ...  # requests to server.http_url
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from fastserve.cache_directory import cache_directory
+from fastserve.config import Config
+from fastserve.launcher.command_line import (
+    SHARED_MEMORY_PER_MODEL,
+    SHARED_MEMORY_REGIONS,
+    ServerOptions,
+    check_server_flags,
+    command_line,
+    environment,
+)
+from fastserve.launcher.installation import server_installation
+from fastserve.launcher.plain_paths import plain_path
+from fastserve.launcher.repository import compile_models, model_names, model_repository
+from fastserve.launcher.run_directory import RunDirectory
+from fastserve.launcher.server_log import new_log
+from fastserve.launcher.server_process import ServerProcess
+from fastserve.launcher.start_checks import check_ports, check_shared_memory, in_url, resolve
+from fastserve.launcher.supervisor import Restart, Supervisor
+from fastserve.start_error import StartError
+
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""An address that means "all" cannot be connected to everywhere; the loopback address can."""
+
+
+def echo(line: str) -> None:
+    """Where a server's messages go by default."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Server:
+    """A Triton server that is kept running until `stop`.
+
+    A thread of its own starts the server and watches it. The thread also ties the server's life to this
+    process: when this process dies, however it dies, the server does too.
+    """
+
+    def __init__(
+        self, config: Config, options: ServerOptions | None = None, show: Callable[[str], None] = echo
+    ) -> None:
+        self.config = config
+        self.options = options or ServerOptions()
+        self.restarts: list[Restart] = []
+        self._show = show
+        self._changed = threading.Condition()
+        self._ready_after: float | None = None
+        self._has_ended = False
+        self._failure: Exception | None = None
+        self._process: ServerProcess | None = None
+        self._thread = threading.Thread(target=self._supervise, name="server")
+
+    def start(self) -> None:
+        """Checks everything that can be checked, then starts the server and returns. Raises StartError."""
+        options = self.options
+        repository = options.model_repository or model_repository()
+        models = model_names(repository)
+        check_server_flags(options.server_flags)
+        self._address = resolve(options.host)
+        check_ports(self._address, options.ports)
+        self.run_directory = RunDirectory()
+        try:
+            # After the run directory, whose making removes what dead runs hold of it.
+            check_shared_memory(len(models) * SHARED_MEMORY_REGIONS * SHARED_MEMORY_PER_MODEL)
+            self._prepare(repository, models)
+        except BaseException:
+            self.run_directory.remove()
+            raise
+        self._thread.start()
+
+    def _prepare(self, repository: Path, models: list[str]) -> None:
+        run = self.run_directory
+        installation = server_installation(run, self.options.tritonserver)
+        config_file, stopping_file = run.path / "config.json", run.path / "stopping"
+        model = self.config.model
+        if model and os.path.exists(model):
+            model = plain_path(run, "model", os.path.abspath(model))
+        config_file.write_bytes(msgspec.json.encode(msgspec.structs.replace(self.config, model=model)))
+        self._environment = environment(installation, run, config_file, stopping_file)
+        compile_models(repository)
+        link = run.link("models", repository)
+        self._command = command_line(installation, self.options, self._address, link, run.region_prefix)
+        try:
+            self._log = new_log(cache_directory() / "logs", run.path.name)
+        except OSError as error:
+            raise StartError(f"cannot write the server's log: {error}") from error
+        self._supervisor = Supervisor(
+            self._start_process,
+            self._log,
+            listener=self,
+            exit_timeout_seconds=self.options.exit_timeout_seconds,
+            models=models,
+            stopping_file=stopping_file,
+            show_all=self.options.log_verbose > 0,
+        )
+
+    def wait_ready(self, timeout: float | None = None) -> float:
+        """Waits until the server is ready for the first time, and returns the seconds it took.
+
+        Raises StartError when it cannot run or was stopped, TimeoutError after `timeout` seconds.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready_after is not None or self._has_ended, timeout)
+        if self._failure:
+            raise self._failure
+        if self._ready_after is not None:
+            return self._ready_after
+        if self._has_ended:
+            raise StartError("the server was stopped before it was ready")
+        raise TimeoutError(f"the server was not ready after {timeout} s; its log: {self.log_path}")
+
+    def wait_restarts(self, count: int, timeout: float) -> None:
+        """Waits until the server has been started anew `count` times.
+
+        Raises StartError when it cannot run any more, TimeoutError after `timeout` seconds.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.restarts) >= count or self._has_ended, timeout)
+        if self._failure:
+            raise self._failure
+        if len(self.restarts) < count:
+            raise TimeoutError(f"{len(self.restarts)} restarts after {timeout} s, {count} were expected")
+
+    def ask_stop(self) -> None:
+        """Has the server refuse new requests, finish those in flight and leave; asked again, it is killed.
+
+        Returns at once, and may be called by a signal handler.
+        """
+        self._supervisor.ask_stop()
+
+    def join(self) -> None:
+        """Waits until the server has ended. Raises StartError when it could not run any more."""
+        self._thread.join()
+        if self._failure:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Stops the server and everything that it started, after the requests in flight."""
+        self.ask_stop()
+        self._thread.join()
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{in_url(self._address_to_call)}:{self.options.ports.http}"
+
+    @property
+    def grpc_address(self) -> str:
+        """Host and port, as `tritonclient.grpc` wants them."""
+        return f"{in_url(self._address_to_call)}:{self.options.ports.grpc}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{in_url(self._address_to_call)}:{self.options.ports.metrics}/metrics"
+
+    @property
+    def log_path(self) -> Path:
+        """Of the log of the server and its models; it stays there when the server has ended."""
+        return self._log.path
+
+    @property
+    def process(self) -> ServerProcess:
+        """The server that runs now."""
+        if self._process is None:
+            raise StartError("the server has not been started: call start()")
+        return self._process
+
+    @property
+    def _address_to_call(self) -> str:
+        return ANY_ADDRESS.get(self._address, self._address)
+
+    # What the supervisor tells, in its thread.
+
+    def ready(self, seconds: float) -> None:
+        with self._changed:
+            self._ready_after = seconds
+            self._changed.notify_all()
+
+    def restarted(self, restart: Restart) -> None:
+        self.show(f"FastServe is ready again after {restart.seconds:.1f} s")
+        with self._changed:
+            self.restarts.append(restart)
+            self._changed.notify_all()
+
+    def show(self, line: str) -> None:
+        self._show(line)
+
+    def _supervise(self) -> None:
+        try:
+            self._supervisor.run()
+        except Exception as error:  # handed over to whoever waits
+            self._failure = error
+        finally:
+            self.run_directory.remove()
+            with self._changed:
+                self._has_ended = True
+                self._changed.notify_all()
+
+    def _start_process(self) -> ServerProcess:
+        ports, address = self.options.ports, self._address_to_call
+        self._process = ServerProcess(
+            self._command,
+            self._environment,
+            self._log.path,
+            (address, ports.http),
+            (address, ports.metrics),
+            self.run_directory.region_prefix,
+        )
+        return self._process

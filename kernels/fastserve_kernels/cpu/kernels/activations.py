@@ -1,0 +1,242 @@
+"""Activations as words, those of up to MOST_TOKENS tokens side by side: one group, [words of a row, W].
+
+W is the number of tokens rounded up to a power of two; what lies beyond the tokens is never looked at. Rows
+are filled up with zeros. bfloat16 becomes pairs, float32 and float16 single words; or all of them quads,
+which are x / step rounded half to even.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+
+from fastserve_kernels.cpu.kernels import vectors
+from fastserve_kernels.cpu.kernels.elements import FLOAT, I8, I16, I32, I64, float32, same, widen
+from fastserve_kernels.cpu.kernels.kernel import Elements, Floats
+from fastserve_kernels.cpu.kernels.products import MOST_TOKENS, for_each_count, width_for, width_of
+from fastserve_kernels.cpu.kernels.vectors import (
+    LANES,
+    at,
+    intrinsic,
+    largest,
+    load_part,
+    multiply_add,
+    splat,
+    total,
+)
+from fastserve_kernels.cpu.kernels.words import (
+    BYTES,
+    ROWS,
+    SUMS,
+    WORDS,
+    Word,
+    columns_of,
+    invoke,
+    load,
+    of_elements,
+    quad,
+    single,
+    spread,
+    store,
+)
+
+Words = Any
+"""A pointer to words."""
+
+
+@intrinsic
+def as_words(typing: Any, x: Any, memory: Any) -> Any:
+    """The same memory as the words that x becomes."""
+    words = types.CPointer(of_elements(x.dtype))
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[1], context.get_value_type(words))
+
+    return words(x, memory), lower
+
+
+@intrinsic
+def as_elements(typing: Any, x: Any, memory: Any) -> Any:
+    """The same memory as elements like those of x."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[1], context.get_value_type(x))
+
+    return x(x, memory), lower
+
+
+@intrinsic
+def as_quads(typing: Any, memory: Any) -> Any:
+    """The same memory as quads."""
+    words = types.CPointer(quad)
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[0], context.get_value_type(words))
+
+    return words(memory), lower
+
+
+@njit(error_model="numpy")
+def pack(x: Elements, start: int, stride: int, dim: int, padded: int, tokens: int, words: Words) -> None:
+    """A group of tokens, whose rows of `dim` elements begin at x[start] and lie `stride` apart, filled up to
+    `padded` columns, a multiple of 32."""
+    step = ROWS * columns_of(words)
+    width = width_for(tokens)
+    unused = as_float32(words)
+    for i in range(0, padded, step):
+        to = at(words, i // columns_of(words) * width)
+        _pack_words(x, start + i, stride, dim - i, tokens, to, unused, unused)
+
+
+@njit(error_model="numpy")
+def quantise(
+    x: Elements,
+    start: int,
+    stride: int,
+    dim: int,
+    padded: int,
+    tokens: int,
+    words: Words,
+    steps: Floats,
+    sums: Floats,
+) -> None:
+    """A group of tokens as quads, `padded` a multiple of 64. steps [tokens] become max|x| / 127 of each
+    token; sums [tokens, ROWS] int32 the sums of the quads in lane i of each vector."""
+    width = width_for(tokens)
+    zero = splat(float32(0), LANES)
+    for t in range(tokens):
+        peak = zero
+        spoilt = zero
+        for i in range(0, dim, LANES):
+            part = load_part(x, start + t * stride + i, dim - i)
+            peak = _larger(peak, part)
+            spoilt = multiply_add(part, zero, spoilt)
+        # Of numbers that are not finite the step is none.
+        steps[t] = largest(peak) / float32(127) + total(spoilt)
+        vectors.store(sums, t * ROWS, zero)
+    for i in range(0, padded, 4 * ROWS):
+        _pack_words(x, start + i, stride, dim - i, tokens, at(words, i // 4 * width), steps, sums)
+
+
+@intrinsic
+def _larger(typing: Any, a: Any, b: Any) -> Any:
+    """The larger magnitude in each lane."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        a_, b_ = (invoke(builder, "fabs.v16f32", SUMS, arg) for arg in args)
+        return builder.select(builder.fcmp_ordered(">", a_, b_), a_, b_)
+
+    return a(a, b), lower
+
+
+@intrinsic
+def as_float32(typing: Any, memory: Any) -> Any:
+    """The same memory as float32."""
+    floats = types.CPointer(types.float32)
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[0], context.get_value_type(floats))
+
+    return floats(memory), lower
+
+
+@intrinsic
+def _pack_words(
+    typing: Any, x: Any, start: Any, stride: Any, left: Any, tokens: Any, target: Any, steps: Any, sums: Any
+) -> Any:
+    """The next ROWS words of each token. Each round of interleaving takes the highest bit of a token's number
+    and puts it below the word's, which leaves them in order."""
+    word, integer = target.dtype, types.int64
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        source, start_, stride_, left_, token_count, to, steps_, sums_ = args
+
+        def body(tokens_: int) -> None:
+            rows = []
+            for t in range(tokens_):
+                place = builder.gep(source, [builder.add(start_, builder.mul(stride_, I64(t)))])
+                if word == quad:
+                    rows.append(_round_words(builder, x.dtype, place, left_, builder.gep(steps_, [I64(t)])))
+                    _add_bytes(builder, rows[t], sums_, t)
+                else:
+                    rows.append(_load_words(builder, x.dtype, word, place, left_))
+            rows += rows[-1:] * (width_of(tokens_) - tokens_)
+            low = [lane for i in range(ROWS // 2) for lane in (i, ROWS + i)]
+            halves = [ir.Constant(WORDS, [lane + first for lane in low]) for first in (0, ROWS // 2)]
+            half = len(rows) // 2
+            for _ in range(half.bit_length()):
+                rows = [
+                    builder.shuffle_vector(rows[i], rows[i + half], lanes)
+                    for i in range(half)
+                    for lanes in halves
+                ]
+            for i, row in enumerate(rows):
+                store(builder, row, to, I64(i))
+
+        for_each_count(builder, token_count, body)
+        return context.get_dummy_value()
+
+    return types.void(x, integer, integer, integer, integer, target, steps, sums), lower
+
+
+def _masked_load(builder: ir.IRBuilder, place: ir.Value, kind: ir.VectorType, count: ir.Value) -> ir.Value:
+    """The first `count` elements of a vector, and zeros."""
+    lane = ir.Constant(ir.VectorType(I32, kind.count), list(range(kind.count)))
+    mask = builder.icmp_signed("<", lane, spread(builder, builder.trunc(count, I32), kind.count))
+    name = "f32" if kind.element == FLOAT else f"i{kind.element.width}"
+    place = builder.bitcast(place, kind.as_pointer())
+    return invoke(
+        builder, f"masked.load.v{kind.count}{name}.p0", kind, place, I32(1), mask, ir.Constant(kind, None)
+    )
+
+
+def _load_words(
+    builder: ir.IRBuilder, element: types.Type, word: Word, place: ir.Value, left: ir.Value
+) -> ir.Value:
+    """ROWS words of a row of which there are `left` elements."""
+    count = ROWS * word.columns
+    kind = FLOAT if element == float32 else I16
+    raw = _masked_load(builder, place, ir.VectorType(kind, count), left)
+    return builder.bitcast(widen(builder, element, raw) if word == single else raw, WORDS)
+
+
+def _round_words(
+    builder: ir.IRBuilder, element: types.Type, place: ir.Value, left: ir.Value, step: ir.Value
+) -> ir.Value:
+    """ROWS quads of a row of which there are `left` elements; 0 where the step is 0."""
+    count = 4 * ROWS
+    floats, integers = ir.VectorType(FLOAT, count), ir.VectorType(I32, count)
+    raw = _masked_load(builder, place, ir.VectorType(FLOAT if element == float32 else I16, count), left)
+    by = builder.load(step)
+    by = builder.select(builder.fcmp_ordered(">", by, FLOAT(0.0)), by, FLOAT(float("inf")))
+    rounded = invoke(
+        builder,
+        f"rint.v{count}f32",
+        floats,
+        builder.fdiv(widen(builder, element, raw), spread(builder, by, count)),
+    )
+    return builder.bitcast(builder.trunc(builder.fptosi(rounded, integers), ir.VectorType(I8, count)), WORDS)
+
+
+def _add_bytes(builder: ir.IRBuilder, quads: ir.Value, sums: ir.Value, token: int) -> None:
+    """Adds the four bytes of each word to sums[token]."""
+    ones = builder.bitcast(same(BYTES, 1), WORDS)
+    before = load(builder, sums, I64(token))
+    added = invoke(builder, "x86.avx512.vpdpbusd.512", WORDS, before, ones, quads)
+    store(builder, added, sums, I64(token))
+
+
+@njit(error_model="numpy")
+def sum_groups(
+    x: Elements, start: int, stride: int, dim: int, group: int, groups: int, tokens: int, sums: Floats
+) -> None:
+    """sums [groups, MOST_TOKENS] of `group` columns each, of the rows of a group of tokens."""
+    for t in range(tokens):
+        row = start + t * stride
+        for g in range(groups):
+            found = splat(float32(0), LANES)
+            for i in range(g * group, min(dim, (g + 1) * group), LANES):
+                found = found + load_part(x, row + i, dim - i)
+            sums[g * MOST_TOKENS + t] = total(found)

@@ -1,0 +1,404 @@
+"""Vectors of float32 as a numba type: what is written here is what the processor does, in that order.
+
+LLVM maps a vector of any number of lanes to the registers there are. Nothing is left to its auto-vectoriser,
+whose loops add up in another order than their remainders; so a result depends on a kernel's own arithmetic
+alone, and never on how many rows are computed together.
+
+What a pointer points to are the elements of `elements.py`; the type of the pointer says which.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic as _intrinsic
+from numba.extending import lower_builtin, models, register_model
+
+from fastserve_kernels.cpu.kernels.elements import (
+    FLOAT,
+    I32,
+    I64,
+    bfloat16,
+    bytes_of,
+    call,
+    float8,
+    float16,
+    float32,
+    int8,
+    narrow,
+    same,
+    vector_of,
+    widen,
+)
+
+intrinsic: Any = _intrinsic
+"""Not of the declared type, which knows nothing of the first parameter that callers do not pass."""
+
+LANES = 16
+"""The lanes that most kernels work in: a register of AVX-512, two of AVX2, four of NEON."""
+WIDE = 64 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 16
+"""The lanes of which the registers hold four sums, a factor and a scalar."""
+
+
+class Vector(types.Type):
+    """`lanes` float32."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        super().__init__(f"float32x{lanes}")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        super().__init__(manager, vector, ir.VectorType(FLOAT, vector.lanes))
+
+
+def _define_arithmetic(operation: Any, instruction: str) -> None:
+    @infer_global(operation)
+    class _Typing(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
+                return signature(args[0], *args)
+            return None
+
+    @lower_builtin(operation, Vector, Vector)
+    def _lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return getattr(builder, instruction)(*args)
+
+
+_define_arithmetic(operator.add, "fadd")
+_define_arithmetic(operator.sub, "fsub")
+_define_arithmetic(operator.mul, "fmul")
+_define_arithmetic(operator.truediv, "fdiv")
+
+
+def _choose(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
+    """A vector of lanes of a, or of b from a's number of lanes on."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    return _choose(builder, builder.insert_element(nothing, value, I32(0)), nothing, [0] * lanes)
+
+
+def _place(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, kind: ir.VectorType) -> ir.Value:
+    return builder.bitcast(builder.gep(pointer, [index]), kind.as_pointer())
+
+
+@intrinsic
+def size_of(typing: Any, pointer: Any) -> Any:
+    """The bytes of an element, a constant."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return I64(bytes_of(pointer.dtype))
+
+    return types.int64(pointer), lower
+
+
+@intrinsic
+def is_quantised(typing: Any, pointer: Any) -> Any:
+    """Whether the elements stand for multiples of a scale, a constant: the branch not taken costs nothing."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return ir.IntType(1)(pointer.dtype in (int8, float8))
+
+    return types.boolean(pointer), lower
+
+
+@intrinsic
+def at(typing: Any, pointer: Any, index: Any) -> Any:
+    """The pointer to pointer[index]."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.int64), lower
+
+
+@intrinsic
+def as_integers(typing: Any, pointer: Any) -> Any:
+    """The same memory as int64."""
+    integers = types.CPointer(types.int64)
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[0], context.get_value_type(integers))
+
+    return integers(pointer), lower
+
+
+@intrinsic
+def prefetch(typing: Any, pointer: Any) -> Any:
+    """Has the memory there brought into the cache while other things go on."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        kind = ir.FunctionType(ir.VoidType(), [args[0].type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        reading, keep_close, data = I32(0), I32(3), I32(1)
+        builder.call(function, [args[0], reading, keep_close, data])
+        return context.get_dummy_value()
+
+    return types.void(pointer), lower
+
+
+@intrinsic(prefer_literal=True)
+def load(typing: Any, pointer: Any, index: Any, lanes: Any) -> Any:
+    """pointer[index : index + lanes] as float32."""
+    element, count = pointer.dtype, lanes.literal_value
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        memory = ir.VectorType(context.get_value_type(element), count)
+        raw = builder.load(_place(builder, args[0], args[1], memory), align=bytes_of(element))
+        return widen(builder, element, raw)
+
+    return Vector(count)(pointer, types.int64, lanes), lower
+
+
+@intrinsic
+def load_part(typing: Any, pointer: Any, index: Any, count: Any) -> Any:
+    """pointer[index : index + LANES] as float32; if there are but `count`, 0 follows these."""
+    element = pointer.dtype
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        memory = ir.VectorType(context.get_value_type(element), LANES)
+        place = _place(builder, args[0], args[1], memory)
+        with builder.if_else(builder.icmp_signed(">=", args[2], I64(LANES))) as (whole, part):
+            with whole:
+                all_lanes, whole_block = builder.load(place, align=bytes_of(element)), builder.block
+            with part:
+                some_lanes, part_block = _masked_load(builder, place, memory, args[2]), builder.block
+        raw = builder.phi(memory)
+        raw.add_incoming(all_lanes, whole_block)
+        raw.add_incoming(some_lanes, part_block)
+        return widen(builder, element, raw)
+
+    return Vector(LANES)(pointer, types.int64, types.int64), lower
+
+
+def _first_lanes(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
+    lane = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+    return builder.icmp_signed("<", lane, _splat(builder, builder.trunc(count, I32), LANES))
+
+
+def _short_name(element: ir.Type) -> str:
+    return "f32" if element == FLOAT else f"i{element.width}"
+
+
+def _masked_load(builder: ir.IRBuilder, place: ir.Value, memory: ir.VectorType, count: ir.Value) -> ir.Value:
+    mask, none = _first_lanes(builder, count), ir.Constant(memory, None)
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(memory, [place.type, I32, mask.type, memory]),
+        f"llvm.masked.load.v{LANES}{_short_name(memory.element)}.p0",
+    )
+    return builder.call(function, [place, I32(1), mask, none])
+
+
+@intrinsic
+def store(typing: Any, pointer: Any, index: Any, vector: Any) -> Any:
+    """pointer[index : index + lanes] = vector, rounded."""
+    element = pointer.dtype
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        raw = narrow(builder, element, args[2])
+        builder.store(raw, _place(builder, args[0], args[1], raw.type), align=bytes_of(element))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, vector), lower
+
+
+@intrinsic
+def store_part(typing: Any, pointer: Any, index: Any, vector: Any, count: Any) -> Any:
+    """pointer[index : index + LANES] = vector, rounded; no more than `count` of it."""
+    element = pointer.dtype
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        raw = narrow(builder, element, args[2])
+        place = _place(builder, args[0], args[1], raw.type)
+        with builder.if_else(builder.icmp_signed(">=", args[3], I64(LANES))) as (whole, part):
+            with whole:
+                builder.store(raw, place, align=bytes_of(element))
+            with part:
+                _masked_store(builder, raw, place, args[3])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, vector, types.int64), lower
+
+
+def _masked_store(builder: ir.IRBuilder, raw: ir.Value, place: ir.Value, count: ir.Value) -> None:
+    mask = _first_lanes(builder, count)
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [raw.type, place.type, I32, mask.type]),
+        f"llvm.masked.store.v{LANES}{_short_name(raw.type.element)}.p0",
+    )
+    builder.call(function, [raw, place, I32(1), mask])
+
+
+@intrinsic
+def round_to(typing: Any, pointer: Any, vector: Any) -> Any:
+    """The vector as it comes back from pointer's memory."""
+    element = pointer.dtype
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return widen(builder, element, narrow(builder, element, args[1]))
+
+    return vector(pointer, vector), lower
+
+
+@intrinsic(prefer_literal=True)
+def splat(typing: Any, number: Any, lanes: Any) -> Any:
+    """A vector of one number."""
+    count = lanes.literal_value
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return _splat(builder, args[0], count)
+
+    return Vector(count)(types.float32, lanes), lower
+
+
+@intrinsic
+def multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once where the processor can."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return call(builder, "fmuladd", *args)
+
+    return a(a, b, c), lower
+
+
+@intrinsic
+def exp(typing: Any, x: Any) -> Any:
+    """e^x to within 2 units in the last place; below -87 it is 0, above 88 it is e^88.
+
+    Cody and Waite: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for e^r, and n added to the exponent.
+    """
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        kind, words = args[0].type, vector_of(I32, args[0])
+
+        def number(value: float) -> ir.Constant:
+            return same(kind, value)
+
+        x = builder.select(builder.fcmp_ordered(">", args[0], number(88.0)), number(88.0), args[0])
+        n = call(builder, "rint", builder.fmul(x, number(1.44269504088896341)))
+        r = call(builder, "fmuladd", n, number(-0.693359375), x)
+        r = call(builder, "fmuladd", n, number(2.12194440e-4), r)
+        power = number(1 / 720)
+        for divisor in (120, 24, 6, 2, 1, 1):
+            power = call(builder, "fmuladd", power, r, number(1 / divisor))
+        exponent = builder.shl(builder.fptosi(n, words), same(words, 23))
+        scaled = builder.bitcast(builder.add(builder.bitcast(power, words), exponent), kind)
+        return builder.select(builder.fcmp_ordered("<", x, number(-87.0)), number(0.0), scaled)
+
+    return x(x), lower
+
+
+@intrinsic
+def square_root(typing: Any, x: Any) -> Any:
+    """The square root."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return call(builder, "sqrt", *args)
+
+    return x(x), lower
+
+
+@intrinsic
+def only(typing: Any, x: Any, first: Any, end: Any, other: Any) -> Any:
+    """Lanes first to end of x, and `other` in those outside."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        x, first, end, other = args
+        count = x.type.count
+        lane = ir.Constant(ir.VectorType(I32, count), list(range(count)))
+        bounds = [_splat(builder, builder.trunc(bound, I32), count) for bound in (first, end)]
+        inside = builder.and_(
+            builder.icmp_signed(">=", lane, bounds[0]), builder.icmp_signed("<", lane, bounds[1])
+        )
+        return builder.select(inside, x, _splat(builder, other, count))
+
+    return x(x, types.int64, types.int64, types.float32), lower
+
+
+@intrinsic
+def finite(typing: Any, pointer: Any, x: Any) -> Any:
+    """x with 0 in place of what would not be finite in pointer's memory."""
+    too_large = {float32: float("inf"), float16: 65520.0, bfloat16: 2.0**128 - 2.0**119}[pointer.dtype]
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        kind = args[1].type
+        known = builder.fcmp_ordered("<", call(builder, "fabs", args[1]), same(kind, too_large))
+        return builder.select(known, args[1], same(kind, 0.0))
+
+    return x(pointer, x), lower
+
+
+def _fold(builder: ir.IRBuilder, vector: ir.Value, join: Any) -> ir.Value:
+    """Joins the two halves, the quarters, and so on down to one lane."""
+    while (half := vector.type.count // 2) > 0:
+        low = _choose(builder, vector, vector, list(range(half)))
+        high = _choose(builder, vector, vector, list(range(half, 2 * half)))
+        vector = join(low, high)
+    return builder.extract_element(vector, I32(0))
+
+
+@intrinsic
+def total(typing: Any, x: Any) -> Any:
+    """The sum of all lanes."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return _fold(builder, args[0], builder.fadd)
+
+    return types.float32(x), lower
+
+
+@intrinsic
+def largest(typing: Any, x: Any) -> Any:
+    """The largest lane."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        def larger(a: ir.Value, b: ir.Value) -> ir.Value:
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        return _fold(builder, args[0], larger)
+
+    return types.float32(x), lower
+
+
+@intrinsic
+def store_transposed(
+    typing: Any, source: Any, rows: Any, size: Any, target: Any, index: Any, step: Any
+) -> Any:
+    """16 rows of 16 elements as columns: target[index + j * step + i] = source[rows[i] * size + j].
+
+    target is a pointer to float32, rows one to int64. Each of four rounds interleaves row i with row i + 8,
+    which leaves the matrix transposed.
+    """
+    element, integer = source.dtype, types.int64
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        source, numbers, size, target, index, step = args
+        memory = ir.VectorType(context.get_value_type(element), 16)
+        rows = []
+        for i in range(16):
+            start = builder.mul(builder.load(builder.gep(numbers, [I64(i)])), size)
+            rows.append(builder.load(_place(builder, source, start, memory), align=bytes_of(element)))
+        low = [lane for i in range(8) for lane in (i, 16 + i)]
+        high = [lane + 8 for lane in low]
+        for _ in range(4):
+            rows = [_choose(builder, rows[i], rows[i + 8], lanes) for i in range(8) for lanes in (low, high)]
+        for j, row in enumerate(rows):
+            column = widen(builder, element, row)
+            place = builder.add(index, builder.mul(step, I64(j)))
+            builder.store(column, _place(builder, target, place, column.type), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, rows, integer, target, integer, integer), lower

@@ -1,0 +1,247 @@
+"""The operators on a CPU beside the linears: kernels of our own for what torch has no operator for."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastserve_kernels.cpu.kernels.kernel import Kernel
+
+LEAST_PARALLEL = 16 * 1024
+"""Elements that are worth a second thread: it takes a microsecond to get one."""
+LEAST_PARALLEL_KEYS = 128
+"""Queries times keys that are."""
+QUANTISED_CACHES = (torch.int8, torch.float8_e4m3fn)
+"""The dtypes of caches that have scales."""
+UNLIMITED = 1 << 40
+"""The sliding window of attention that has none."""
+
+
+@functools.cache
+def _kernel(name: str, dtype: torch.dtype, stored: torch.dtype | None = None) -> Kernel:
+    """Imports numba, which nobody need wait for who runs no kernel on a CPU, and compiles the kernel."""
+    from fastserve_kernels.cpu.kernels import attention, rotary, rows
+
+    modules = {"paged_attention": attention, "rotary_write_kv": rotary, "write_kv": rotary}
+    kernel: Kernel = getattr(modules.get(name, rows), name)(dtype, stored)
+    return kernel
+
+
+def _with_tokens_whole(x: Tensor) -> Tensor:
+    """x [T, D] or [T, H, D], copied unless the elements of each token lie together, in order."""
+    within = x.stride()[1:]
+    return x if within == (1,) or within == (x.shape[-1], 1) else x.contiguous()
+
+
+def _refuse(dtype: torch.dtype, **others: Tensor) -> NoReturn:
+    """Operands of another dtype would be read as what they are not."""
+    wrong = {name: other.dtype for name, other in others.items() if other.dtype != dtype}
+    name, came = next(iter(wrong.items()))
+    raise ValueError(f"{name} must be {dtype} as the first operand is, not {came}")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if weight.dtype != x.dtype:
+        _refuse(x.dtype, weight=weight)
+    x, weight = _with_tokens_whole(x), weight.contiguous()
+    out = x.new_empty(x.shape)
+    _kernel("rms_norm", x.dtype)(
+        x.numel() >= LEAST_PARALLEL,
+        x.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        x.shape[1] if x.dim() == 3 else 1,
+        x.stride(0),
+        x.shape[-1],
+        eps,
+    )
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if not x.dtype == residual.dtype == weight.dtype:
+        _refuse(x.dtype, residual=residual, weight=weight)
+    x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
+    out, total = x.new_empty(x.shape), x.new_empty(x.shape)
+    _kernel("add_rms_norm", x.dtype)(
+        x.numel() >= LEAST_PARALLEL,
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        total.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        eps,
+    )
+    return out, total
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    gate_up = gate_up.contiguous()
+    tokens, dim = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, dim)
+    _kernel("swiglu", gate_up.dtype)(
+        out.numel() >= LEAST_PARALLEL, gate_up.data_ptr(), out.data_ptr(), tokens, dim
+    )
+    return out
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _check_caches(
+    dtype: torch.dtype, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
+    """Raises ValueError unless the kernels for activations of that dtype can take the caches."""
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError(
+            f"k_cache and v_cache must be contiguous, but have strides {k_cache.stride()} {v_cache.stride()}"
+        )
+    stored = k_cache.dtype
+    if v_cache.dtype != stored:
+        raise ValueError(f"v_cache must be {stored} as k_cache is, not {v_cache.dtype}")
+    if stored in QUANTISED_CACHES:
+        _check_scale("k_scale", k_scale, k_cache)
+        _check_scale("v_scale", v_scale, v_cache)
+    elif stored != dtype:
+        allowed = " or ".join(map(str, (dtype, *QUANTISED_CACHES)))
+        raise ValueError(f"k_cache and v_cache must be {allowed} beside activations of {dtype}, not {stored}")
+    elif k_scale is not None or v_scale is not None:
+        raise ValueError(f"k_scale and v_scale must be None for caches of {stored}")
+
+
+def _check_scale(name: str, scale: Tensor | None, cache: Tensor) -> None:
+    heads = cache.shape[2]
+    wanted = (
+        f"{name} must be contiguous torch.float32 [{heads}], one for each key head of a {cache.dtype} cache"
+    )
+    if scale is None:
+        raise ValueError(f"{wanted}, not None")
+    if scale.dtype != torch.float32 or scale.shape != (heads,) or not scale.is_contiguous():
+        raise ValueError(f"{wanted}, not {scale.dtype} {list(scale.shape)} with strides {scale.stride()}")
+
+
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    if v.dtype != k.dtype:
+        _refuse(k.dtype, v=v)
+    _check_caches(k.dtype, k_cache, v_cache, k_scale, v_scale)
+    k, v, slot_mapping = _with_tokens_whole(k), _with_tokens_whole(v), slot_mapping.contiguous()
+    _kernel("write_kv", k.dtype, k_cache.dtype)(
+        k.numel() >= LEAST_PARALLEL,
+        k.data_ptr(),
+        v.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        _address(k_scale),
+        _address(v_scale),
+        slot_mapping.data_ptr(),
+        *k.shape,
+        v.shape[2],
+        k.stride(0),
+        v.stride(0),
+    )
+
+
+def rotary_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
+    if not q.dtype == k.dtype == v.dtype == cos.dtype == sin.dtype:
+        _refuse(q.dtype, k=k, v=v, cos=cos, sin=sin)
+    _check_caches(q.dtype, k_cache, v_cache, k_scale, v_scale)
+    q, k, v = _with_tokens_whole(q), _with_tokens_whole(k), _with_tokens_whole(v)
+    cos, sin, slot_mapping = cos.contiguous(), sin.contiguous(), slot_mapping.contiguous()
+    tokens, heads, dim = q.shape
+    out = q.new_empty(q.shape)
+    _kernel("rotary_write_kv", q.dtype, k_cache.dtype)(
+        out.numel() >= LEAST_PARALLEL,
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        out.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        _address(k_scale),
+        _address(v_scale),
+        slot_mapping.data_ptr(),
+        tokens,
+        heads,
+        k.shape[1],
+        dim,
+        v.shape[2],
+        cos.shape[1],
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+    )
+    return out
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
+    _check_caches(q.dtype, k_cache, v_cache, k_scale, v_scale)
+    q = _with_tokens_whole(q)
+    tokens, heads, dim = q.shape
+    _, block_size, kv_heads, dim_v = v_cache.shape
+    sequences, table_width = block_tables.shape
+    out = q.new_empty(tokens, heads, dim_v)
+    _kernel("paged_attention", q.dtype, k_cache.dtype)(
+        tokens * table_width * block_size >= LEAST_PARALLEL_KEYS,
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        _address(k_scale),
+        _address(v_scale),
+        out.data_ptr(),
+        query_start.data_ptr(),
+        context_lens.data_ptr(),
+        block_tables.data_ptr(),
+        sequences,
+        table_width,
+        block_size,
+        heads,
+        kv_heads,
+        dim,
+        dim_v,
+        q.stride(0),
+        UNLIMITED if sliding_window is None else sliding_window,
+        scale,
+        0.0 if softcap is None else softcap,
+    )
+    return out

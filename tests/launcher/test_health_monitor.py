@@ -1,0 +1,126 @@
+"""A dead process is noticed; an unloaded model is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import cast
+
+import psutil
+import pytest
+
+from fastserve.launcher import health_monitor as module
+from fastserve.launcher.health_monitor import Watch
+from fastserve.launcher.progress import Progress
+from fastserve.launcher.server_process import NO_ANSWER, ServerProcess, is_alive
+
+
+class FakeServer:
+    """A server whose one stub is a real process."""
+
+    def __init__(self, stub: psutil.Process) -> None:
+        self.stub = stub
+        self.state = "READY"
+        self.successor: psutil.Process | None = None
+        self.ended: str | None = None
+        self.computes = False
+        self.seconds = 0.0
+
+    def end(self) -> str | None:
+        return self.ended
+
+    def stubs(self) -> dict[psutil.Process, str]:
+        return {each: "engine" for each in (self.stub, self.successor) if each and is_alive(each)}
+
+    def work(self) -> tuple[float, int]:
+        self.seconds += self.computes
+        return self.seconds, 0
+
+    def model_state(self, model: str) -> str:
+        assert model == "engine"
+        return self.state
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+def watched(child: subprocess.Popen[bytes]) -> tuple[FakeServer, Watch]:
+    server = FakeServer(psutil.Process(child.pid))
+    watch = Watch(cast(ServerProcess, server))
+    assert watch.loss() is None
+    return server, watch
+
+
+def test_a_stub_that_died_is_noticed_once(child: subprocess.Popen[bytes]) -> None:
+    _, watch = watched(child)
+    child.kill()
+    child.wait()
+    assert watch.loss() == "the process of model `engine` ended"
+    assert watch.loss() is None
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_a_server_that_gives_no_answer_is_slow_while_it_computes(
+    child: subprocess.Popen[bytes], computes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(10_000))
+    monkeypatch.setattr(module, "Progress", partial(Progress, clock=lambda: float(next(now))))
+    server, watch = watched(child)
+    server.computes, server.state = computes, NO_ANSWER
+    child.kill()
+    child.wait()
+    losses = [watch.loss() for _ in range(100)]
+    assert any(losses) is not computes
+    server.state = "READY"
+    assert watch.loss() == ("the process of model `engine` ended" if computes else None)
+
+
+@pytest.mark.parametrize("state", ["UNLOADING", "UNAVAILABLE"])
+def test_a_model_that_was_unloaded_is_no_loss(child: subprocess.Popen[bytes], state: str) -> None:
+    server, watch = watched(child)
+    server.state = state
+    child.kill()
+    child.wait()
+    assert watch.loss() is None
+
+
+def test_a_model_that_was_loaded_anew_is_no_loss(child: subprocess.Popen[bytes]) -> None:
+    server, watch = watched(child)
+    child.kill()
+    child.wait()
+    server.state = "LOADING"
+    assert watch.loss() is None
+    server.state, server.successor = "READY", psutil.Process()
+    assert watch.loss() is None
+
+
+def test_a_stub_that_died_while_its_model_was_loaded_anew_is_noticed(child: subprocess.Popen[bytes]) -> None:
+    server, watch = watched(child)
+    child.kill()
+    child.wait()
+    server.state = "LOADING"
+    assert watch.loss() is None
+    server.state = "READY"
+    assert watch.loss() is not None
+
+
+def test_a_server_that_ended_is_noticed(child: subprocess.Popen[bytes]) -> None:
+    server, watch = watched(child)
+    server.ended = "tritonserver was ended by SIGSEGV"
+    assert watch.loss() == server.ended
+
+
+def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes]) -> None:
+    process = psutil.Process(child.pid)
+    assert is_alive(process)
+    child.kill()
+    psutil.wait_procs([process], timeout=0)
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        pass
+    assert not is_alive(process)
