@@ -25,8 +25,8 @@ from fastserve.engine.engine import Engine
 from fastserve.engine.engine_loader import load_engine
 from fastserve.engine.worker import ToWorker, run_engine
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.text.input_processor import Preprocessor
-from fastserve.text.output_processor import Postprocessor, Response
+from fastserve.text.input_processor import InputProcessor
+from fastserve.text.output_processor import OutputProcessor, Response
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.types import Add, Cancel, Outcome, Request, RequestOutput, SequenceOutput, Shutdown, StepOutput
 
@@ -39,10 +39,10 @@ Messages = list[dict[str, Any]]
 class Model:
     """A loaded model with its tokenizer and KV cache. Threads and servers may share it."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, preprocessor: Preprocessor) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, input_processor: InputProcessor) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self.preprocessor = preprocessor
+        self.input_processor = input_processor
         self._lock = threading.Lock()
         self._engine_thread: EngineThread | None = None
         """It steps the engine for all servers that are running."""
@@ -79,7 +79,7 @@ class Model:
         engine = load_engine(config, files)
         tokenizer = load_tokenizer(files)
         size = model_vocab_size(files.checkpoint)
-        return cls(engine, tokenizer, Preprocessor(config, tokenizer, engine.max_model_len, size))
+        return cls(engine, tokenizer, InputProcessor(config, tokenizer, engine.max_model_len, size))
 
     @overload
     def predict(self, prompt: str | Messages, **sampling: Any) -> str: ...
@@ -106,10 +106,10 @@ class Task:
     """
 
     def __init__(
-        self, request: Request, postprocessor: Postprocessor, send: Callable[[ToWorker], None]
+        self, request: Request, output_processor: OutputProcessor, send: Callable[[ToWorker], None]
     ) -> None:
         self.request = request
-        self._postprocessor = postprocessor
+        self._output_processor = output_processor
         self._send = send
         self._changed = threading.Condition()
         self._responses: list[Response] = []
@@ -121,13 +121,13 @@ class Task:
         if self._error is not None:
             return
         try:
-            response = self._postprocessor.push(output)
+            response = self._output_processor.push(output)
         except Exception as error:
             if not output.final:
                 self._send(Cancel(self.request.uid, Outcome.CANCELLED))
             self._fail(error)
             return
-        for index in self._postprocessor.newly_stopped:
+        for index in self._output_processor.newly_stopped:
             self._send(Cancel(self.request.uid, Outcome.STOP, index))
         with self._changed:
             if response is not None:
@@ -317,7 +317,7 @@ class ModelServer:
         thread = self._thread
         if thread is None:
             raise RuntimeError("the server is not running: call start() first")
-        request = self._model.preprocessor.build(
+        request = self._model.input_processor.build(
             {
                 _prompt_field(prompt): prompt,
                 "sampling_parameters": sampling,
@@ -329,7 +329,7 @@ class ModelServer:
             now=time.monotonic(),
             timeout_us=int((timeout or 0) * 1e6),
         )
-        task = Task(request, Postprocessor(self._model.tokenizer), thread.send)
+        task = Task(request, OutputProcessor(self._model.tokenizer), thread.send)
         with self._lock:
             if self._thread is not thread:
                 raise RuntimeError("the server is not running: it was stopped meanwhile")

@@ -82,7 +82,7 @@ class OutputOptions(Struct, frozen=True):
 
 
 class Request(Struct, frozen=True, tag=True):
-    """A validated, tokenised request. `preprocess` makes it; nothing after changes it."""
+    """A validated, tokenized request. `preprocess` makes it; nothing after changes it."""
 
     uid: str
     """Ours, unique: a client may use one `request_id` twice."""
@@ -99,7 +99,7 @@ class Request(Struct, frozen=True, tag=True):
     deadline: float | None
     """When it is abandoned, running or not."""
     bad_words_token_ids: list[list[int]] = []
-    """`sampling.bad_words`, tokenised in each way in which they can be met."""
+    """`sampling.bad_words`, tokenized in each way in which they can be met."""
 
     @property
     def priority_label(self) -> int:
@@ -113,7 +113,7 @@ class Accepted(Struct, frozen=True, tag=True):
     uid: str
 
 
-class Room(Struct, frozen=True):
+class EngineCapacity(Struct, frozen=True):
     """What the engine tells the scheduler: absolute numbers, so that a lost or late message does no harm."""
 
     incarnation: str

@@ -228,11 +228,11 @@ def write_kv(
 ) -> None:
     for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         finite = torch.where(new.isfinite(), new, 0.0)
-        stored = finite.to(cache.dtype) if scale is None else _quantise(finite, scale, cache.dtype)
+        stored = finite.to(cache.dtype) if scale is None else _quantize(finite, scale, cache.dtype)
         cache.flatten(0, 1)[slot_mapping] = stored
 
 
-def _quantise(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x [T, Hk, D] / scale [Hk], rounded half to even, in int8 or float8_e4m3fn."""
     scaled = x.float() / scale[:, None]
     if dtype == torch.int8:

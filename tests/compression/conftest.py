@@ -95,7 +95,7 @@ def run_step(tmp_path: Path) -> RunStep:
 
 @pytest.fixture(scope="session")
 def save_byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a tokeniser with a token for every byte, and returns its directory; with `begin` it puts <s>
+    """Makes a tokenizer with a token for every byte, and returns its directory; with `begin` it puts <s>
     before every text."""
 
     def save(begin: bool = False) -> Path:

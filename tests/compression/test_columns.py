@@ -77,20 +77,22 @@ def test_directions_of_equal_inputs_can_be_left_out() -> None:
     x = inputs()
     x[:, 7] = x[:, 6]
     weight = torch.randn(5, 8)
-    gram = x.T @ x / len(x)
-    found = Regression.towards(weight, weight.double() @ gram, gram, tokens=10**4)
+    hessian = x.T @ x / len(x)
+    found = Regression.towards(weight, weight.double() @ hessian, hessian, tokens=10**4)
     gone = removal(found, 1, 1)
     assert gone.order.item() in (6, 7)
-    assert gone.errors[1] < 1e-2 * (weight.double() @ gram * weight).sum()
+    assert gone.errors[1] < 1e-2 * (weight.double() @ hessian * weight).sum()
 
 
 def test_few_tokens_change_a_weight_less_than_many() -> None:
     x = inputs()
-    gram, weight = x.T @ x / len(x), torch.randn(5, 8)
+    hessian, weight = x.T @ x / len(x), torch.randn(5, 8)
     changes = [
         float(
             (
-                Regression.towards(weight, 2 * weight.double() @ gram, gram, tokens).solve(torch.arange(8))
+                Regression.towards(weight, 2 * weight.double() @ hessian, hessian, tokens).solve(
+                    torch.arange(8)
+                )
                 - weight
             ).norm()
         )

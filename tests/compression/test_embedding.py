@@ -24,7 +24,7 @@ def test_a_tied_embedding_stays_tied(source: SourceState, run_step: RunStep) -> 
     )
 
 
-def test_a_head_of_its_own_is_quantised_too(save_tiny: SaveTiny, run_step: RunStep) -> None:
+def test_a_head_of_its_own_is_quantized_too(save_tiny: SaveTiny, run_step: RunStep) -> None:
     after = run_step(Embedding(bits=4, group_size=32), SourceState(save_tiny(tie_word_embeddings=False)))
     outer = after.outer()
     assert isinstance(outer["model.embed_tokens"], Int4)
@@ -36,7 +36,7 @@ def test_groups_that_do_not_divide_the_rows_are_refused(source: SourceState) -> 
         Embedding(group_size=128).check(source.config)
 
 
-def test_what_is_quantised_already_is_refused(source: SourceState, run_step: RunStep) -> None:
+def test_what_is_quantized_already_is_refused(source: SourceState, run_step: RunStep) -> None:
     after = run_step(Embedding(), source)
     with pytest.raises(RecipeError, match=r"model\.embed_tokens is Int8; allowed: a dense one"):
         run_step(Embedding(), after, "again")

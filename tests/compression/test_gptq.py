@@ -25,7 +25,7 @@ def weight() -> Tensor:
 
 
 @pytest.fixture
-def gram() -> Tensor:
+def hessian() -> Tensor:
     """Of inputs of few directions and one large channel."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2000, 40, generator=generator) @ torch.randn(40, COLUMNS, generator=generator)
@@ -34,8 +34,8 @@ def gram() -> Tensor:
     return damped(x.T @ x / len(x))
 
 
-def cost(difference: Tensor, gram: Tensor) -> float:
-    return float(((difference @ gram) * difference).sum())
+def cost(difference: Tensor, hessian: Tensor) -> float:
+    return float(((difference @ hessian) * difference).sum())
 
 
 def nearest(weight: Tensor) -> tuple[Grid, Tensor]:
@@ -43,19 +43,21 @@ def nearest(weight: Tensor) -> tuple[Grid, Tensor]:
     return grid, grid.nearest(weight)
 
 
-def test_the_output_error_is_much_less_than_that_of_rounding_to_nearest(weight: Tensor, gram: Tensor) -> None:
-    grid, codes = quantize(weight, gram, 4, 64, False, torch.float32)
+def test_the_output_error_is_much_less_than_that_of_rounding_to_nearest(
+    weight: Tensor, hessian: Tensor
+) -> None:
+    grid, codes = quantize(weight, hessian, 4, 64, False, torch.float32)
     plain, rounded = nearest(weight)
-    assert cost(grid.values(codes) - weight, gram) < 0.4 * cost(plain.values(rounded) - weight, gram)
+    assert cost(grid.values(codes) - weight, hessian) < 0.4 * cost(plain.values(rounded) - weight, hessian)
 
 
-def test_columns_are_rounded_as_the_paper_has_it(weight: Tensor, gram: Tensor) -> None:
+def test_columns_are_rounded_as_the_paper_has_it(weight: Tensor, hessian: Tensor) -> None:
     """Against its first form: after each column the inverse is that of the columns left."""
     grid, _ = nearest(weight)
     order = torch.arange(COLUMNS)
-    codes = round_columns(weight, inverse_factor(gram), order, grid)
+    codes = round_columns(weight, inverse_factor(hessian), order, grid)
     scales, zeros = grid.columns()
-    left, inverse = weight.double().clone(), torch.linalg.inv(gram.double())
+    left, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
     expected = torch.empty_like(codes)
     for column in range(COLUMNS):
         code = (left[:, 0] / scales[:, column] + zeros[:, column]).round().clamp(0, 15)
@@ -66,26 +68,26 @@ def test_columns_are_rounded_as_the_paper_has_it(weight: Tensor, gram: Tensor) -
     assert (codes == expected).float().mean() > 0.99
 
 
-def test_descent_and_new_scales_only_lower_the_error(weight: Tensor, gram: Tensor) -> None:
+def test_descent_and_new_scales_only_lower_the_error(weight: Tensor, hessian: Tensor) -> None:
     grid, codes = nearest(weight)
-    before = cost(grid.values(codes) - weight, gram)
-    better = descend(weight, gram, grid, codes)
-    after = cost(grid.values(better) - weight, gram)
+    before = cost(grid.values(codes) - weight, hessian)
+    better = descend(weight, hessian, grid, codes)
+    after = cost(grid.values(better) - weight, hessian)
     assert after < 0.7 * before
-    scaled = fit_scales(weight, gram, grid, better)
-    assert cost(scaled.values(better) - weight, gram) < after
+    scaled = fit_scales(weight, hessian, grid, better)
+    assert cost(scaled.values(better) - weight, hessian) < after
 
 
-def test_no_single_code_can_be_better_after_descent(weight: Tensor, gram: Tensor) -> None:
+def test_no_single_code_can_be_better_after_descent(weight: Tensor, hessian: Tensor) -> None:
     grid, codes = nearest(weight)
     for _ in range(20):
-        codes = descend(weight, gram, grid, codes)
-    least = cost(grid.values(codes) - weight, gram)
+        codes = descend(weight, hessian, grid, codes)
+    least = cost(grid.values(codes) - weight, hessian)
     for column in range(0, COLUMNS, 17):
         for step in (-1, 1):
             changed = codes.clone()
             changed[5, column] = (changed[5, column] + step).clamp(0, 15)
-            assert cost(grid.values(changed) - weight, gram) >= least * (1 - 1e-5)
+            assert cost(grid.values(changed) - weight, hessian) >= least * (1 - 1e-5)
 
 
 def test_inputs_that_have_drifted_are_made_up_for() -> None:
@@ -93,30 +95,32 @@ def test_inputs_that_have_drifted_are_made_up_for() -> None:
     before = torch.randn(500, 32, generator=generator)
     now = before @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator))
     weight = torch.randn(8, 32, generator=generator)
-    gram, drift = now.T @ now / 500, (before - now).T @ now / 500
-    torch.testing.assert_close(now @ target(weight, gram, drift, 1.0).T, before @ weight.T, rtol=0, atol=1e-3)
-    assert torch.equal(target(weight, gram, drift, 0.0), weight)
+    hessian, drift = now.T @ now / 500, (before - now).T @ now / 500
+    torch.testing.assert_close(
+        now @ target(weight, hessian, drift, 1.0).T, before @ weight.T, rtol=0, atol=1e-3
+    )
+    assert torch.equal(target(weight, hessian, drift, 0.0), weight)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_what_is_pruned_stays_zero(weight: Tensor, gram: Tensor, symmetric: bool) -> None:
+def test_what_is_pruned_stays_zero(weight: Tensor, hessian: Tensor, symmetric: bool) -> None:
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(3)) < 0.5
-    grid, codes = quantize(weight * mask, gram, 4, 64, symmetric, torch.bfloat16, mask)
+    grid, codes = quantize(weight * mask, hessian, 4, 64, symmetric, torch.bfloat16, mask)
     assert not grid.values(codes)[~mask].any()
     assert grid.values(codes)[mask].any()
 
 
-def test_two_of_four_stay_packed(weight: Tensor, gram: Tensor) -> None:
+def test_two_of_four_stay_packed(weight: Tensor, hessian: Tensor) -> None:
     sparse = Sparse24.pack(weight)
-    grid, codes = quantize(sparse.dequantize(), gram, 4, 64, True, torch.bfloat16, mask_of(sparse))
+    grid, codes = quantize(sparse.dequantize(), hessian, 4, 64, True, torch.bfloat16, mask_of(sparse))
     packed = pack(grid, codes, sparse)
     assert isinstance(packed, Sparse24Int4)
     assert torch.equal(packed.dequantize(), grid.values(codes))
 
 
-def test_other_patterns_become_plain_codes(weight: Tensor, gram: Tensor) -> None:
+def test_other_patterns_become_plain_codes(weight: Tensor, hessian: Tensor) -> None:
     sparse = Bitmap.pack(weight, density=0.5)
-    grid, codes = quantize(sparse.dequantize(), gram, 4, 64, True, torch.bfloat16, mask_of(sparse))
+    grid, codes = quantize(sparse.dequantize(), hessian, 4, 64, True, torch.bfloat16, mask_of(sparse))
     assert isinstance(pack(grid, codes, sparse), Int4)
 
 

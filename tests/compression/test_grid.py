@@ -76,13 +76,13 @@ def test_a_costly_column_is_kept_better() -> None:
 def test_a_metric_of_blocks_is_the_cost_of_the_output() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(16, 64), torch.randn(500, 64) @ torch.randn(64, 64)
-    gram = x.T @ x / 500
+    hessian = x.T @ x / 500
 
     def error(metric: torch.Tensor | None) -> float:
         grid = search(weight, 4, 64, False, torch.float32, metric)
         return float(((grid.values(grid.nearest(weight)) - weight) @ x.T).square().sum())
 
-    assert error(gram[None]) < error(gram.diagonal()) < error(None)
+    assert error(hessian[None]) < error(hessian.diagonal()) < error(None)
 
 
 def test_groups_of_zeros_stay_zeros() -> None:

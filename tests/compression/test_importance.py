@@ -28,7 +28,7 @@ class WatchWeighed(LayerStep, frozen=True, kw_only=True, tag="watch_weighed"):
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         if layer.index == 1:
-            self.seen.update({name: layer.moments(name).gram for name in NAMES})
+            self.seen.update({name: layer.moments(name).hessian for name in NAMES})
             self.seen["importance"] = torch.tensor(layer.moments("self_attn.v_proj").importance)
 
 

@@ -19,7 +19,7 @@ from fastserve.compression.step import Context
 from fastserve_kernels.formats import W8A8, Bitmap, BlockSparse, Dense, Int4, Int8, LowRank, Sparse24, Weight
 
 
-class Watch(LayerStep, frozen=True, kw_only=True, tag="watch"):
+class HealthMonitor(LayerStep, frozen=True, kw_only=True, tag="watch"):
     """Changes nothing, and keeps what it sees."""
 
     with_reference: ClassVar[bool] = True
@@ -75,7 +75,7 @@ def test_layers_one_by_one_compute_what_the_whole_model_does(
     model_type: str, save_tiny: SaveTiny, run_step: RunStep
 ) -> None:
     source = SourceState(save_tiny(model_type, head_dim=16))
-    step = Watch()
+    step = HealthMonitor()
     run_step(step, source)
     layer = step.seen[-1]
     model = source.transformers_model(torch.float32)
@@ -96,7 +96,7 @@ def test_a_model_that_computes_tables_of_its_own_is_refused(save_tiny: SaveTiny)
 
 def test_the_moments_are_those_of_the_inputs(source: SourceState, run_step: RunStep) -> None:
     run_step(Halve(targets=("model.layers.0.*",)), source, "first")
-    step = Watch()
+    step = HealthMonitor()
     step.seen.clear()
     run_step(step, source, "second")
     layer = step.seen[0]
@@ -104,12 +104,12 @@ def test_the_moments_are_those_of_the_inputs(source: SourceState, run_step: RunS
     assert moments.tokens == 8 * 32
     assert moments.drift is not None
     assert moments.drift.abs().max() == 0
-    torch.testing.assert_close(moments.gram, moments.gram.T)
-    assert (moments.gram.diagonal() >= moments.mean.square() - 1e-6).all()
+    torch.testing.assert_close(moments.hessian, moments.hessian.T)
+    assert (moments.hessian.diagonal() >= moments.mean.square() - 1e-6).all()
 
 
 def test_linears_that_share_an_input_are_a_stage(source: SourceState, run_step: RunStep) -> None:
-    step = Watch()
+    step = HealthMonitor()
     step.seen.clear()
     run_step(step, source)
     assert step.seen[0].stages == (

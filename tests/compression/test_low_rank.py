@@ -42,21 +42,21 @@ def test_without_text_it_is_the_truncated_decomposition(shape: tuple[int, int]) 
 def test_whitened_it_is_svd_llm_s_product(shape: tuple[int, int]) -> None:
     """W L truncated, times L^-1."""
     weight, x = torch.randn(shape).double(), correlated(300, shape[1]).double()
-    gram = x.T @ x / len(x)
-    factor = torch.linalg.cholesky(gram)
+    hessian = x.T @ x / len(x)
+    factor = torch.linalg.cholesky(hessian)
     left, singular, right = torch.linalg.svd(weight @ factor, full_matrices=False)
     expected = (left[:, :4] * singular[:4]) @ right[:4] @ torch.linalg.inv(factor)
-    down, up = truncate(weight, gram, None, 4)
+    down, up = truncate(weight, hessian, None, 4)
     torch.testing.assert_close((up @ down).double(), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
 def test_what_is_cut_off_is_the_error_of_the_outputs(shape: tuple[int, int]) -> None:
     weight, x = torch.randn(shape), correlated(300, shape[1])
-    gram, counts = x.T @ x / len(x), torch.rand(shape[0]) + 0.1
-    squares = squared_singular_values(weight, gram, counts)
+    hessian, counts = x.T @ x / len(x), torch.rand(shape[0]) + 0.1
+    squares = squared_singular_values(weight, hessian, counts)
     for rank in (1, 4, 9):
-        down, up = truncate(weight, gram, counts, rank)
+        down, up = truncate(weight, hessian, counts, rank)
         error = ((x @ (up @ down - weight).T).square() * counts).sum(1).mean()
         assert float(error) == pytest.approx(float(squares[rank:].sum()), rel=1e-3, abs=1e-4)
 
@@ -65,14 +65,14 @@ def test_no_product_of_the_rank_is_nearer_to_outputs_that_are_wanted() -> None:
     """Reduced-rank regression against descent from its result and from anywhere."""
     x, wanted = correlated(300, 10).double(), torch.randn(300, 6).double()
     found = Regression(wanted.T @ x / 300, x.T @ x / 300, torch.zeros(6, 10).double(), 0.0)
-    down, up = truncate(found.solve_all(), found.gram, None, 2)
+    down, up = truncate(found.solve_all(), found.hessian, None, 2)
     least = float((wanted - x @ (up @ down).double().T).square().sum(1).mean())
     for down0, up0 in ((down, up), (torch.randn(2, 10), torch.randn(6, 2))):
         down0, up0 = down0.double(), up0.double()
         for _ in range(200):
             hidden = x @ down0.T
             up0 = torch.linalg.lstsq(hidden, wanted).solution.T
-            down0 = torch.linalg.pinv(up0) @ found.cross @ torch.linalg.inv(found.gram)
+            down0 = torch.linalg.pinv(up0) @ found.cross @ torch.linalg.inv(found.hessian)
         assert float((wanted - x @ (up0 @ down0).T).square().sum(1).mean()) >= least - 1e-5
 
 

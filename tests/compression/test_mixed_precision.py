@@ -86,7 +86,7 @@ def test_the_estimate_is_the_divergence(source: SourceState, context: Context, t
             assert isinstance(weight, torch.Tensor)
             change = 0.01 * torch.randn(weight.shape, generator=generator)
             weight += change
-            estimate += float(((change @ sensitivity.gram) * change).sum(1) @ sensitivity.rows) / 2
+            estimate += float(((change @ sensitivity.hessian) * change).sum(1) @ sensitivity.rows) / 2
         after = model(context.calibration).logits.log_softmax(-1)
     divergence = float((before.exp() * (before - after)).sum(-1).mean())
     assert divergence / 2 < estimate < divergence * 2

@@ -40,16 +40,16 @@ def problem(rows: int = 64, columns: int = 256) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("pattern", [UNSTRUCTURED, TwoOfFour()])
 def test_the_more_a_method_looks_at_the_smaller_is_the_error(pattern: Pattern) -> None:
-    weight, gram = problem()
-    wanda = wanda_mask(weight, gram, pattern, 0.5)
+    weight, hessian = problem()
+    wanda = wanda_mask(weight, hessian, pattern, 0.5)
     errors = [
-        output_error(pruned - weight, weight, gram)
+        output_error(pruned - weight, weight, hessian)
         for pruned in (
             weight * pattern.choose(weight.abs(), 0.5),
             weight * wanda,
-            reconstruct(weight, gram, wanda),
-            reconstruct(weight, gram, sparsegpt_mask(weight, gram, pattern, 0.5)),
-            reconstruct(weight, gram, admm_mask(weight, gram, pattern, 0.5)),
+            reconstruct(weight, hessian, wanda),
+            reconstruct(weight, hessian, sparsegpt_mask(weight, hessian, pattern, 0.5)),
+            reconstruct(weight, hessian, admm_mask(weight, hessian, pattern, 0.5)),
         )
     ]
     assert errors == sorted(errors, reverse=True)
@@ -58,17 +58,17 @@ def test_the_more_a_method_looks_at_the_smaller_is_the_error(pattern: Pattern) -
 
 @pytest.mark.parametrize("method", [sparsegpt_mask, admm_mask])
 def test_blocks_that_make_up_for_others_lose_much_less_than_wandas(method: Any) -> None:
-    weight, gram = problem()
-    wanda = output_error(weight * wanda_mask(weight, gram, BLOCKS, 0.5) - weight, weight, gram)
-    solved = reconstruct(weight, gram, method(weight, gram, BLOCKS, 0.5))
-    assert output_error(solved - weight, weight, gram) < 0.7 * wanda
+    weight, hessian = problem()
+    wanda = output_error(weight * wanda_mask(weight, hessian, BLOCKS, 0.5) - weight, weight, hessian)
+    solved = reconstruct(weight, hessian, method(weight, hessian, BLOCKS, 0.5))
+    assert output_error(solved - weight, weight, hessian) < 0.7 * wanda
 
 
 @pytest.mark.parametrize("method", [sparsegpt_mask, admm_mask, wanda_mask])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_masks_have_their_pattern_and_their_count(method: Any, pattern: Pattern) -> None:
-    weight, gram = problem()
-    mask = method(weight, gram, pattern, 0.5)
+    weight, hessian = problem()
+    mask = method(weight, hessian, pattern, 0.5)
     found = mask_of(pattern.pack(weight, mask))
     assert found is not None
     assert torch.equal(found, mask)
@@ -84,8 +84,8 @@ def test_uncorrelated_inputs_leave_nothing_to_look_at_but_sizes(method: Any) -> 
 
 def test_wanda_compares_single_weights_within_their_row() -> None:
     weight = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40]])
-    gram = torch.diag(torch.tensor([16.0, 1, 1, 1]))
-    mask = wanda_mask(weight, gram, UNSTRUCTURED, 0.5)
+    hessian = torch.diag(torch.tensor([16.0, 1, 1, 1]))
+    mask = wanda_mask(weight, hessian, UNSTRUCTURED, 0.5)
     assert mask.tolist() == [[True, False, False, True]] * 2
 
 

@@ -62,7 +62,7 @@ def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
 
 def test_a_step_may_not_undo_another(config: PretrainedConfig) -> None:
     undone = parse_recipe({"steps": [{"step": "gptq"}, {"step": "wanda"}]})
-    with pytest.raises(RecipeError, match=r"steps\[1\] \(wanda\): model.layers.0.*is left quantised"):
+    with pytest.raises(RecipeError, match=r"steps\[1\] \(wanda\): model.layers.0.*is left quantized"):
         check_recipe(undone, config)
     apart = [{"step": "gptq", "targets": ["*.mlp.*"]}, {"step": "wanda", "targets": ["*.self_attn.*"]}]
     check_recipe(parse_recipe({"steps": apart}), config)

@@ -21,40 +21,40 @@ def problem(seed: int, rows: int = 12, columns: int = 32, tokens: int = 40) -> t
     return torch.randn(rows, columns, generator=generator), x.T @ x / tokens
 
 
-def output_error(weight: Tensor, target: Tensor, gram: Tensor) -> Tensor:
+def output_error(weight: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
     """Of each row."""
-    return (((weight - target) @ gram) * (weight - target)).sum(1)
+    return (((weight - target) @ hessian) * (weight - target)).sum(1)
 
 
 @given(st.integers(0, 2**31), st.sampled_from((UNSTRUCTURED, TwoOfFour())))
 @settings(max_examples=30)
 def test_no_row_is_worse_than_its_masked_weight(seed: int, pattern: Pattern) -> None:
-    weight, gram = problem(seed)
-    gram, mask = damped(gram), pattern.choose(weight.abs(), 0.5)
-    solved = reconstruct(weight, gram, mask)
+    weight, hessian = problem(seed)
+    hessian, mask = damped(hessian), pattern.choose(weight.abs(), 0.5)
+    solved = reconstruct(weight, hessian, mask)
     assert not solved[~mask].any()
-    before, after = output_error(weight * mask, weight, gram), output_error(solved, weight, gram)
+    before, after = output_error(weight * mask, weight, hessian), output_error(solved, weight, hessian)
     assert (after <= before * (1 + 1e-5)).all()
 
 
 def test_it_comes_near_the_solution_of_the_normal_equations() -> None:
-    weight, gram = problem(0)
-    gram, mask = damped(gram), UNSTRUCTURED.choose(weight.abs(), 0.5)
+    weight, hessian = problem(0)
+    hessian, mask = damped(hessian), UNSTRUCTURED.choose(weight.abs(), 0.5)
     exact = torch.zeros_like(weight)
     for row, kept, found in zip(weight, mask, exact, strict=True):
-        found[kept] = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ row)
-    solved = reconstruct(weight, gram, mask)
-    assert output_error(solved, weight, gram).sum() <= 1.01 * output_error(exact, weight, gram).sum()
+        found[kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ row)
+    solved = reconstruct(weight, hessian, mask)
+    assert output_error(solved, weight, hessian).sum() <= 1.01 * output_error(exact, weight, hessian).sum()
 
 
 def test_what_is_kept_whole_stays_as_it_is() -> None:
-    weight, gram = problem(1)
-    assert torch.allclose(reconstruct(weight, gram, torch.ones_like(weight, dtype=torch.bool)), weight)
+    weight, hessian = problem(1)
+    assert torch.allclose(reconstruct(weight, hessian, torch.ones_like(weight, dtype=torch.bool)), weight)
 
 
 def test_inputs_that_are_always_0_do_no_harm() -> None:
-    weight, gram = problem(2)
-    gram[:, :4] = gram[:4] = 0
+    weight, hessian = problem(2)
+    hessian[:, :4] = hessian[:4] = 0
     mask = UNSTRUCTURED.choose(weight.abs(), 0.5)
-    assert reconstruct(weight, damped(gram), mask).isfinite().all()
-    assert torch.allclose(reconstruct(weight, damped(torch.zeros_like(gram)), mask), weight * mask)
+    assert reconstruct(weight, damped(hessian), mask).isfinite().all()
+    assert torch.allclose(reconstruct(weight, damped(torch.zeros_like(hessian)), mask), weight * mask)

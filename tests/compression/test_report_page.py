@@ -92,10 +92,10 @@ def test_the_page_shows_every_linear_and_the_whole_model(report: Report) -> None
 
 
 def test_only_what_is_known_and_not_the_same_everywhere_is_plotted(report: Report) -> None:
-    quantised, distilled = (plots(step) for step in report.steps)
-    assert [plot.title for plot in quantised] == ["Output error", "Weight error"]
-    assert [series.name for series in quantised[0].series] == ["self_attn.q_proj", "mlp.down_proj"]
-    assert quantised[0].series[1].points == [(0, 0.02), (1, 0.04), (2, 0.06)]
+    quantized, distilled = (plots(step) for step in report.steps)
+    assert [plot.title for plot in quantized] == ["Output error", "Weight error"]
+    assert [series.name for series in quantized[0].series] == ["self_attn.q_proj", "mlp.down_proj"]
+    assert quantized[0].series[1].points == [(0, 0.02), (1, 0.04), (2, 0.06)]
     assert [plot.title for plot in distilled] == ["Loss"]
     assert distilled[0].series == [
         Series("held-out text", [(0, 4.0), (1.5, 3.5)]),

@@ -37,13 +37,13 @@ LENGTH = 256
 class Inputs:
     """Of a linear, sums over tokens."""
 
-    gram: Any = 0.0
+    hessian: Any = 0.0
     magnitude: Any = 0.0
     tokens: int = 0
 
     def add(self, x: Tensor) -> None:
         x = x.flatten(0, -2)
-        self.gram, self.magnitude = self.gram + x.T @ x, self.magnitude + x.abs().sum(0)
+        self.hessian, self.magnitude = self.hessian + x.T @ x, self.magnitude + x.abs().sum(0)
         self.tokens += len(x)
 
 
@@ -73,32 +73,32 @@ def inputs_of(directory: Path, text: str, samples: int) -> dict[str, tuple[Tenso
     return found
 
 
-def nearest(weight: Tensor, gram: Tensor, magnitude: Tensor) -> Tensor:
+def nearest(weight: Tensor, hessian: Tensor, magnitude: Tensor) -> Tensor:
     grid = Grid.whole_range(weight, 4, 64, torch.bfloat16, symmetric=False)
     return grid.values(grid.nearest(weight))
 
 
-def clipped(weight: Tensor, gram: Tensor, magnitude: Tensor) -> Tensor:
-    grid = search(weight, 4, 64, False, torch.bfloat16, blocks(gram, 64))
+def clipped(weight: Tensor, hessian: Tensor, magnitude: Tensor) -> Tensor:
+    grid = search(weight, 4, 64, False, torch.bfloat16, blocks(hessian, 64))
     return grid.values(grid.nearest(weight))
 
 
-def gptq(weight: Tensor, gram: Tensor, magnitude: Tensor) -> Tensor:
-    grid, codes = quantize(weight, gram, 4, 64, False, torch.bfloat16)
+def gptq(weight: Tensor, hessian: Tensor, magnitude: Tensor) -> Tensor:
+    grid, codes = quantize(weight, hessian, 4, 64, False, torch.bfloat16)
     return grid.values(codes)
 
 
 def after_awq(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A method on columns that are scaled as `awq` does."""
 
-    def scaled(weight: Tensor, gram: Tensor, magnitude: Tensor) -> Tensor:
+    def scaled(weight: Tensor, hessian: Tensor, magnitude: Tensor) -> Tensor:
         def cost(factors: Tensor) -> float:
-            return output_cost(nearest(weight * factors, gram, magnitude) / factors - weight, gram)
+            return output_cost(nearest(weight * factors, hessian, magnitude) / factors - weight, hessian)
 
         factors = cheapest(cost, candidates(magnitude, weight))
         if factors is None:
-            return method(weight, gram, magnitude)
-        return method(weight * factors, gram / factors[:, None] / factors, magnitude * factors) / factors
+            return method(weight, hessian, magnitude)
+        return method(weight * factors, hessian / factors[:, None] / factors, magnitude * factors) / factors
 
     return scaled
 
@@ -110,11 +110,11 @@ def shares(directory: Path, methods: Mapping[str, Callable[..., Tensor]]) -> dic
     judged = inputs_of(directory, evaluation_text(), 16)
     logs = dict.fromkeys(methods, 0.0)
     for name, (weight, inputs) in measured.items():
-        gram, magnitude = damped(inputs.gram / inputs.tokens), inputs.magnitude / inputs.tokens
-        unseen = judged[name][1].gram / judged[name][1].tokens
-        reference = output_cost(nearest(weight, gram, magnitude) - weight, unseen)
+        hessian, magnitude = damped(inputs.hessian / inputs.tokens), inputs.magnitude / inputs.tokens
+        unseen = judged[name][1].hessian / judged[name][1].tokens
+        reference = output_cost(nearest(weight, hessian, magnitude) - weight, unseen)
         for method, function in methods.items():
-            error = output_cost(function(weight, gram, magnitude) - weight, unseen)
+            error = output_cost(function(weight, hessian, magnitude) - weight, unseen)
             logs[method] += math.log(error / reference)
     return {method: math.exp(total / len(measured)) for method, total in logs.items()}
 

@@ -16,7 +16,7 @@ SaveTiny = Callable[..., Path]
 
 @pytest.fixture
 def served(save_tiny: SaveTiny, save_byte_tokenizer: Callable[..., Path]) -> Path:
-    """With a tokeniser beside it."""
+    """With a tokenizer beside it."""
     directory = save_tiny(vocab_size=257)
     for file in save_byte_tokenizer().glob("tokenizer*"):
         (directory / file.name).write_bytes(file.read_bytes())

@@ -82,7 +82,7 @@ def test_all_windows_together_are_the_text_but_for_its_last_tokens(tokenizer: Pa
     assert windows.flatten().tolist() == ids_of(tokenizer, text[:24])
 
 
-def test_every_window_begins_with_what_the_tokeniser_puts_before_a_text(
+def test_every_window_begins_with_what_the_tokenizer_puts_before_a_text(
     save_byte_tokenizer: MakeTokenizer,
 ) -> None:
     directory = save_byte_tokenizer(begin=True)

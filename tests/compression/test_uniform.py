@@ -1,4 +1,4 @@
-"""The formula of linear quantisation, against the same in numpy and in fractions."""
+"""The formula of linear quantization, against the same in numpy and in fractions."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_the_kernels_format_holds_the_values(bits: int) -> None:
         (torch.zeros(64), 4, None, "x must be a finite matrix"),
     ],
 )
-def test_what_cannot_be_quantised_is_refused(
+def test_what_cannot_be_quantized_is_refused(
     x: Tensor, bits: int, group_size: GroupSize, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

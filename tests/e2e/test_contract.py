@@ -224,7 +224,7 @@ def test_a_request_cancelled_by_its_id_from_outside(server: Any) -> None:
 
 
 INTERNAL = [
-    ("scheduler", "room"),
+    ("scheduler", "capacity"),
     ("scheduler", "request"),
     ("engine", "released"),
     ("engine", "stop"),
@@ -240,13 +240,13 @@ def test_what_the_steps_say_to_one_another_is_refused_from_a_client(
     server: Any, model: str, name: str
 ) -> None:
     """With a message that would be valid, but for its seal; a request beside it goes on."""
-    from fastserve.types import Cancel, CancelById, Outcome, Room, encode
+    from fastserve.types import Cancel, CancelById, EngineCapacity, Outcome, encode
 
     with Client(server.grpc_url) as client:
         stream = client.stream(PROMPT, request_id="good", max_tokens=64, ignore_eos=True)
         next(iter(stream))
         messages: dict[str, Any] = {
-            "room": Room(
+            "capacity": EngineCapacity(
                 incarnation="x",
                 serial=10**9,
                 received=0,

@@ -12,7 +12,7 @@ from fastserve import Model, ModelServer
 from fastserve.checkpoints.model_files import ModelFiles, load_tokenizer
 from fastserve.config import Config
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.text.input_processor import Preprocessor
+from fastserve.text.input_processor import InputProcessor
 from fastserve.text.tokenizer import Tokenizer
 
 SECONDS = 20.0
@@ -31,7 +31,7 @@ def tokenizer(default_model: ModelFiles) -> Tokenizer:
 def model(fake_engine: Any, tokenizer: Tokenizer) -> Model:
     engine = fake_engine(tokenizer.vocab_size, num_blocks=600)
     return Model(
-        engine, tokenizer, Preprocessor(Config(), tokenizer, engine.max_model_len, tokenizer.vocab_size)
+        engine, tokenizer, InputProcessor(Config(), tokenizer, engine.max_model_len, tokenizer.vocab_size)
     )
 
 
@@ -80,14 +80,14 @@ def test_when_the_engine_fails_every_task_ends(
 
 def test_a_task_submitted_while_the_server_stops_ends(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     server, building, stopped = ModelServer(model).start(), threading.Event(), threading.Event()
-    build = model.preprocessor.build
+    build = model.input_processor.build
 
     def build_slowly(*args: Any, **kwargs: Any) -> Any:
         building.set()
         assert stopped.wait(SECONDS)
         return build(*args, **kwargs)
 
-    monkeypatch.setattr(model.preprocessor, "build", build_slowly)
+    monkeypatch.setattr(model.input_processor, "build", build_slowly)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(lambda: server.submit([5], **REPEAT).result(SECONDS))
         assert building.wait(SECONDS)
@@ -154,7 +154,7 @@ def test_an_answer_that_cannot_be_decoded_fails_its_task(model: Any, monkeypatch
     with ModelServer(model) as server:
         good = server.submit([6], max_tokens=50, **REPEAT)
         bad = server.submit([5], max_tokens=500, **REPEAT)
-        monkeypatch.setattr(bad._postprocessor, "push", None)
+        monkeypatch.setattr(bad._output_processor, "push", None)
         with pytest.raises(TypeError):
             bad.result(SECONDS)
         assert good.result(SECONDS)

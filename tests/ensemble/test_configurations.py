@@ -9,7 +9,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from fastserve.launcher.repository import model_names, model_repository
-from fastserve.text import input_processor as preprocessor
+from fastserve.text import input_processor as input_processor
 from fastserve_client.request import generation_request
 
 
@@ -47,7 +47,7 @@ def test_the_inputs_of_the_api_are_declared_alike(pb_utils: Any, model: str, own
 def test_the_code_that_reads_them_and_the_client_know_no_others(pb_utils: Any) -> None:
     from fastserve.ensemble.inputs import API_INPUTS
 
-    assert set(API_INPUTS) == preprocessor._INPUT_NAMES
+    assert set(API_INPUTS) == input_processor._INPUT_NAMES
     sent = [
         generation_request(text, messages, ids, True, {"tenant": "x", "seed": 1})
         for text, messages, ids in (("x", None, None), (None, [], None), (None, None, [1]))

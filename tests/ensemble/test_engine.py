@@ -96,7 +96,7 @@ def engine(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(module, "RESTART_SECONDS", 0.0)
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
     monkeypatch.setenv("FASTSERVE_MODEL_CONTROL", "explicit")
-    step = module.EngineStep()
+    step = module.EngineModel()
     step.initialize({})
     yield Engine(pb_utils, step)
     step.finalize()
@@ -364,7 +364,7 @@ def test_a_first_worker_that_cannot_start_is_said_so(engine: Engine, monkeypatch
     from fastserve.ensemble import engine_relay as module
 
     monkeypatch.setattr(FakeWorker, "is_broken", True)
-    step = module.EngineStep()
+    step = module.EngineModel()
     with pytest.raises(engine.pb_utils.TritonModelException, match="before it was ready"):
         step.initialize({})
     step.finalize()
@@ -381,7 +381,7 @@ def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
 
     monkeypatch.setattr(module, "Worker", partial(Worker, load=fake_engine.load_small))
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
-    step = module.EngineStep()
+    step = module.EngineModel()
     step.initialize({})
     engine = Engine(pb_utils, step)
     try:

@@ -31,7 +31,7 @@ def postprocess(pb_utils: Any, monkeypatch: pytest.MonkeyPatch, default_model: M
     from fastserve.ensemble import postprocess as module
 
     monkeypatch.setattr(module, "locate", lambda model: default_model)
-    step = module.PostprocessStep()
+    step = module.PostprocessModel()
     step.initialize({})
     yield step
     step.finalize()

@@ -28,7 +28,7 @@ def start(pb_utils: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iter
         file = tmp_path / "config.json"
         file.write_text(json.dumps(settings))
         monkeypatch.setenv(CONFIG_VARIABLE, str(file))
-        steps.append(infer.InferStep())
+        steps.append(infer.InferModel())
         steps[-1].initialize({})
         return steps[-1]
 

@@ -64,7 +64,7 @@ def postprocess(
 
     monkeypatch.setattr(module, "locate", lambda model: default_model)
     monkeypatch.setattr(module, "load_tokenizer", lambda files: tokenizer)
-    step = module.PostprocessStep()
+    step = module.PostprocessModel()
     step.initialize({})
     yield Postprocess(pb_utils, step)
     step.finalize()
@@ -210,7 +210,7 @@ def test_a_request_whose_last_output_never_came_is_forgotten(postprocess: Postpr
     postprocess.outputs(first(msgspec.structs.replace(a_request("old"), deadline=1.0), hello))
     postprocess.step._forget_at = 0.0
     postprocess.outputs(first(a_request("new"), hello))
-    assert list(postprocess.step._conversations) == ["new"]
+    assert list(postprocess.step._states) == ["new"]
 
 
 def test_tokens_are_counted_by_tenant_under_a_bounded_number_of_labels(postprocess: Postprocess) -> None:

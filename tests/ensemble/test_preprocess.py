@@ -12,7 +12,7 @@ import pytest
 
 from fastserve.config import Config
 from fastserve.errors import RequestError
-from fastserve.text.input_processor import Preprocessor
+from fastserve.text.input_processor import InputProcessor
 from fastserve.types import Guide, Request
 
 
@@ -52,10 +52,10 @@ def compiler() -> Compiler:
 def step(pb_utils: Any, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     preprocess = importlib.import_module("fastserve.ensemble.preprocess")
     tokenizer: Any = FakeTokenizer()
-    preprocessor: Any = Preprocessor(Config(), tokenizer, 64, 256)
-    preprocessor._guides = compiler
-    monkeypatch.setattr(preprocess, "_load_preprocessor", lambda: preprocessor)
-    step = preprocess.PreprocessStep()
+    input_processor: Any = InputProcessor(Config(), tokenizer, 64, 256)
+    input_processor._guides = compiler
+    monkeypatch.setattr(preprocess, "_load_preprocessor", lambda: input_processor)
+    step = preprocess.PreprocessModel()
     step.initialize({})
     yield step
     compiler.release.set()

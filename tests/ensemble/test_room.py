@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from fastserve.types import Room
+from fastserve.types import EngineCapacity
 
 FIRST = ("a", 1, 2, 3, None, 2048)
 
 
 @pytest.fixture
-def room(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def capacity(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from fastserve.ensemble import capacity_publisher as module
 
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
-    teller = module.RoomTeller(problems.append)
+    teller = module.CapacityPublisher(problems.append)
     yield teller
     teller.stop()
     problems.clear()
@@ -27,32 +27,32 @@ def room(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 problems: list[str | None] = []
 
 
-def rooms(pb_utils: Any, count: int) -> list[Room]:
+def capacities(pb_utils: Any, count: int) -> list[EngineCapacity]:
     """Those that the scheduler was told, when there are so many."""
     from fastserve.ensemble.tensors import message_of
 
     pb_utils.server.wait(lambda each: len(each.requests) >= count)
     assert {request.model_name() for request in pb_utils.server.requests} == {"scheduler"}
-    return [message_of(request, "room", Room) for request in pb_utils.server.requests]  # type: ignore[misc]
+    return [message_of(request, "capacity", EngineCapacity) for request in pb_utils.server.requests]  # type: ignore[misc]
 
 
-def tell(room: Any, *numbers: Any) -> None:
+def tell(capacity: Any, *numbers: Any) -> None:
     from fastserve.ensemble.capacity_publisher import Numbers
 
-    room.tell(Numbers(*numbers))
+    capacity.tell(Numbers(*numbers))
 
 
-def test_nothing_is_told_before_the_server_is_up(room: Any, pb_utils: Any) -> None:
-    tell(room, *FIRST)
+def test_nothing_is_told_before_the_server_is_up(capacity: Any, pb_utils: Any) -> None:
+    tell(capacity, *FIRST)
     assert pb_utils.server.requests == []
-    room.open()
-    (told,) = rooms(pb_utils, 1)
+    capacity.open()
+    (told,) = capacities(pb_utils, 1)
     assert (told.incarnation, told.serial, told.received, told.arrived) == ("a", 1, 1, 2)
     assert (told.free_slots, told.lowest_key, told.max_model_len) == (3, None, 2048)
     assert told.time > 0
 
 
-def test_what_comes_while_one_is_sent_is_joined(room: Any, pb_utils: Any) -> None:
+def test_what_comes_while_one_is_sent_is_joined(capacity: Any, pb_utils: Any) -> None:
     goes_on = threading.Event()
 
     def answer(request: Any) -> Any:
@@ -60,16 +60,16 @@ def test_what_comes_while_one_is_sent_is_joined(room: Any, pb_utils: Any) -> Non
         return []
 
     pb_utils.server.answer = answer
-    room.open()
-    tell(room, *FIRST)
-    rooms(pb_utils, 1)
+    capacity.open()
+    tell(capacity, *FIRST)
+    capacities(pb_utils, 1)
     for slots in range(10):
-        tell(room, "a", 1, 2, slots, None, 2048)
+        tell(capacity, "a", 1, 2, slots, None, 2048)
     goes_on.set()
-    assert [each.free_slots for each in rooms(pb_utils, 2)] == [3, 9]
+    assert [each.free_slots for each in capacities(pb_utils, 2)] == [3, 9]
 
 
-def test_what_could_not_be_told_is_told_again(room: Any, pb_utils: Any) -> None:
+def test_what_could_not_be_told_is_told_again(capacity: Any, pb_utils: Any) -> None:
     failures = [ValueError("broken"), pb_utils.TritonModelException("the scheduler is loading")]
 
     def answer(request: Any) -> Any:
@@ -78,33 +78,33 @@ def test_what_could_not_be_told_is_told_again(room: Any, pb_utils: Any) -> None:
         return []
 
     pb_utils.server.answer = answer
-    room.open()
-    tell(room, *FIRST)
-    assert [each.serial for each in rooms(pb_utils, 3)] == [1, 2, 3]
+    capacity.open()
+    tell(capacity, *FIRST)
+    assert [each.serial for each in capacities(pb_utils, 3)] == [1, 2, 3]
 
 
-def test_one_that_can_never_tell_says_so(room: Any, pb_utils: Any) -> None:
+def test_one_that_can_never_tell_says_so(capacity: Any, pb_utils: Any) -> None:
     def answer(request: Any) -> Any:
         if len(pb_utils.server.requests) <= 6:
             raise ValueError("broken")
         return []
 
     pb_utils.server.answer = answer
-    room.open()
-    tell(room, *FIRST)
-    rooms(pb_utils, 7)
-    room.stop()
-    assert problems == ["the thread `room` keeps failing: ValueError: broken", None]
+    capacity.open()
+    tell(capacity, *FIRST)
+    capacities(pb_utils, 7)
+    capacity.stop()
+    assert problems == ["the thread `capacity` keeps failing: ValueError: broken", None]
 
 
 def test_what_has_not_changed_is_repeated_with_a_newer_time(
-    room: Any, pb_utils: Any, monkeypatch: pytest.MonkeyPatch
+    capacity: Any, pb_utils: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastserve.ensemble import capacity_publisher as module
 
     monkeypatch.setattr(module, "REPEAT_SECONDS", 0.02)
-    room.open()
-    tell(room, *FIRST)
-    first, second = rooms(pb_utils, 2)[:2]
+    capacity.open()
+    tell(capacity, *FIRST)
+    first, second = capacities(pb_utils, 2)[:2]
     assert second.time > first.time
     assert (second.serial, second.free_slots) == (2, first.free_slots)

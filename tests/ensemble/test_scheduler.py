@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastserve.config import Config
-from fastserve.types import Health, OutputOptions, Request, Room, SamplingParams
+from fastserve.types import EngineCapacity, Health, OutputOptions, Request, SamplingParams
 
 
 class Scheduler:
@@ -30,11 +30,11 @@ class Scheduler:
         self.step.execute(batch)
         return [each.sender for each in batch]
 
-    def room(self, free_slots: int, received: int = 0, max_model_len: int | None = None) -> Any:
+    def capacity(self, free_slots: int, received: int = 0, max_model_len: int | None = None) -> Any:
         self._serial += 1
         now = time.monotonic()
-        room = Room("a", self._serial, received, received, free_slots, None, now, max_model_len)
-        request = self.message("room", room)
+        capacity = EngineCapacity("a", self._serial, received, received, free_slots, None, now, max_model_len)
+        request = self.message("capacity", capacity)
         self.step.execute([request])
         return request.sender
 
@@ -52,7 +52,7 @@ def make_scheduler(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
 
     def make(**settings: Any) -> Scheduler:
         monkeypatch.setattr(module, "read_config", lambda: Config(**settings))
-        step = module.SchedulerStep()
+        step = module.SchedulerModel()
         step.initialize({})
         steps.append(step)
         return Scheduler(pb_utils, step)
@@ -101,7 +101,7 @@ def fail_once(error: Exception) -> Any:
 def test_one_goes_at_first_and_the_rest_when_there_is_room(scheduler: Scheduler) -> None:
     first, second = scheduler.requests(a_request("a"), a_request("b"))
     assert (released(first), first.is_final, second.is_final) == (["a"], True, False)
-    assert scheduler.room(1, received=1).is_final
+    assert scheduler.capacity(1, received=1).is_final
     assert released(second) == ["b"]
 
 
@@ -120,7 +120,7 @@ def test_a_message_that_cannot_be_read_fails_alone(scheduler: Scheduler) -> None
 def test_a_request_that_cannot_be_sent_on_fails_alone(scheduler: Scheduler) -> None:
     batch = [scheduler.message("request", a_request(uid, priority)) for uid, priority in (("a", 1), ("b", 0))]
     batch[0].sender.fail = fail_once(scheduler.pb_utils.TritonModelException("no shared memory"))
-    scheduler.room(2)
+    scheduler.capacity(2)
     scheduler.step.execute(batch)
     assert "could not be sent to the engine: no shared memory" in batch[0].sender.error.message()
     assert batch[0].sender.error.code() == scheduler.pb_utils.TritonError.UNAVAILABLE
@@ -129,9 +129,9 @@ def test_a_request_that_cannot_be_sent_on_fails_alone(scheduler: Scheduler) -> N
 
 def test_an_answer_to_a_room_message_that_fails_leaves_the_requests_alone(scheduler: Scheduler) -> None:
     _, second = scheduler.requests(a_request("a"), a_request("b"))
-    room = scheduler.message("room", Room("a", 1, 1, 1, 1, None, time.monotonic()))
-    room.sender.fail = fail_once(scheduler.pb_utils.TritonModelException("no shared memory"))
-    scheduler.step.execute([room])
+    capacity = scheduler.message("capacity", EngineCapacity("a", 1, 1, 1, 1, None, time.monotonic()))
+    capacity.sender.fail = fail_once(scheduler.pb_utils.TritonModelException("no shared memory"))
+    scheduler.step.execute([capacity])
     assert released(second) == ["b"]
 
 
@@ -139,7 +139,7 @@ def test_metrics_that_fail_hurt_nobody(scheduler: Scheduler) -> None:
     server = scheduler.pb_utils.server
     names = ("queue_wait_seconds", "requests_waiting", "requests_total")
     server.failing_metrics |= {f"fastserve_{name}" for name in names}
-    scheduler.room(1, max_model_len=8)
+    scheduler.capacity(1, max_model_len=8)
     good, bad = scheduler.requests(a_request("a"), a_request("long", num_tokens=8))
     assert (released(good), bad.is_final) == (["a"], True)
     server.failing_metrics.clear()
@@ -194,7 +194,7 @@ def health(request: Any) -> Any:
 
 def test_a_prompt_that_the_cache_cannot_hold_is_refused_at_once_queued_or_not(scheduler: Scheduler) -> None:
     _, queued, short = scheduler.requests(a_request("a"), a_request("b", num_tokens=8), a_request("c"))
-    scheduler.room(0, received=1, max_model_len=8)
+    scheduler.capacity(0, received=1, max_model_len=8)
     (late,) = scheduler.requests(a_request("d", num_tokens=20))
     assert (
         queued.error.message()
@@ -226,8 +226,8 @@ def test_gauges_are_told_now_and_then_and_only_what_changed(scheduler: Scheduler
     assert len(server.metrics["fastserve_requests_waiting"]) <= 21
     server.wait(lambda each: scheduler.waiting(-10) + scheduler.waiting(10) == 91 + 91 - 1)
     calls = server.metric_calls("fastserve_requests_waiting")
-    scheduler.room(0, received=1)
-    scheduler.room(0, received=1)
+    scheduler.capacity(0, received=1)
+    scheduler.capacity(0, received=1)
     assert server.metric_calls("fastserve_requests_waiting") == calls
-    scheduler.room(1000, received=1)
+    scheduler.capacity(1000, received=1)
     assert [scheduler.waiting(priority) for priority in (-10, 0, 10)] == [0, 0, 0]

@@ -12,11 +12,13 @@ import pytest
 
 from fastserve.ensemble import secret
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.types import Accepted, Cancel, CancelById, Hold, Outcome, RequestOutput, Room, encode
+from fastserve.types import Accepted, Cancel, CancelById, EngineCapacity, Hold, Outcome, RequestOutput, encode
 
-ROOM = Room(incarnation="x", serial=10**9, received=0, arrived=0, free_slots=10**6, lowest_key=None, time=0.0)
+ROOM = EngineCapacity(
+    incarnation="x", serial=10**9, received=0, arrived=0, free_slots=10**6, lowest_key=None, time=0.0
+)
 UNSIGNED: dict[str, Any] = {
-    "room": ROOM,
+    "capacity": ROOM,
     "stop": Cancel("uid", Outcome.CANCELLED),
     "cancel": CancelById("id", 0.0),
     "hold": Hold(),
@@ -72,11 +74,11 @@ def test_an_unsealed_message_is_refused_by_name(pb_utils: Any, name: str) -> Non
 
 
 def test_a_sealed_message_that_was_changed_is_refused() -> None:
-    sealed = bytearray(secret.seal("room", encode(ROOM)))
-    assert secret.unseal("room", bytes(sealed)) == encode(ROOM)
+    sealed = bytearray(secret.seal("capacity", encode(ROOM)))
+    assert secret.unseal("capacity", bytes(sealed)) == encode(ROOM)
     sealed[-1] ^= 1
     with pytest.raises(RequestError):
-        secret.unseal("room", bytes(sealed))
+        secret.unseal("capacity", bytes(sealed))
 
 
 def test_only_this_server_makes_the_ids_of_forwarded_requests() -> None:
@@ -87,15 +89,15 @@ def test_only_this_server_makes_the_ids_of_forwarded_requests() -> None:
 
 
 def test_the_scheduler_refuses_an_imitation_and_serves_what_came_with_it(pb_utils: Any) -> None:
-    from fastserve.ensemble.scheduler import SchedulerStep
+    from fastserve.ensemble.scheduler import SchedulerModel
     from fastserve.ensemble.tensors import message_tensor, read_message, strings
     from fastserve.types import OutputOptions, Request, SamplingParams
 
     real = Request("uid", "id", "", [1], SamplingParams(), OutputOptions(), 0, "", 0.0, None)
-    step = SchedulerStep()
+    step = SchedulerModel()
     step.initialize({})
     forged = [
-        pb_utils.InferenceRequest(inputs=[strings("room", [encode(ROOM)])]),
+        pb_utils.InferenceRequest(inputs=[strings("capacity", [encode(ROOM)])]),
         pb_utils.InferenceRequest(inputs=[strings("request", [encode(real)])]),
         pb_utils.InferenceRequest(),
     ]
@@ -112,13 +114,13 @@ def test_the_scheduler_refuses_an_imitation_and_serves_what_came_with_it(pb_util
 def test_a_forwarded_request_is_accepted_at_once_and_fails_in_the_queue_as_data(
     pb_utils: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastserve.ensemble.scheduler import SchedulerStep
+    from fastserve.ensemble.scheduler import SchedulerModel
     from fastserve.ensemble.tensors import message_tensor, read_message
     from fastserve.types import OutputOptions, Refused, Released, Request, SamplingParams
 
     (tmp_path / "config.json").write_text('{"max_queue_seconds": 0.01}')
     monkeypatch.setenv("FASTSERVE_CONFIG", str(tmp_path / "config.json"))
-    step = SchedulerStep()
+    step = SchedulerModel()
     step.initialize({})
     requests = []
     for uid in ("first", "second"):  # there is room for one

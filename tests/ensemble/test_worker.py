@@ -43,7 +43,7 @@ def a_request(uid: str, num_tokens: int = 1000, request_id: str = "") -> Request
 
 
 class Parent:
-    """Whoever starts a worker: what came of it, and a lock as `EngineStep` has one."""
+    """Whoever starts a worker: what came of it, and a lock as `EngineModel` has one."""
 
     def __init__(self, load: Any, on_step: Callable[[StepOutput], None] = lambda step: None) -> None:
         self.lock = threading.Lock()

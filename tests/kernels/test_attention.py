@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 SCALE = 0.125
 DEFAULTS: tuple[Any, ...] = (SCALE, None, None, None, None)
-QUANTISED = [torch.int8, torch.float8_e4m3fn]
+QUANTIZED = [torch.int8, torch.float8_e4m3fn]
 
 
 def wanted_of(batch: Any, *options: Any) -> Tensor:
@@ -44,7 +44,7 @@ def came_of(batch: Any, *options: Any) -> Tensor:
     )
 
 
-def quantise(batch: Any, dtype: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
+def quantize(batch: Any, dtype: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
     """Has the caches hold what `write_kv` puts there; gives the scales, which differ by head. None changes
     nothing."""
     if dtype is None:
@@ -130,14 +130,14 @@ def test_equals_the_reference_whatever_the_batch(
     )
     window = data.draw(st.none() | st.integers(1, 200))
     softcap = data.draw(st.none() | st.floats(0.5, 50))
-    options = (SCALE, window, softcap, *quantise(batch, data.draw(st.sampled_from([None, *QUANTISED]))))
+    options = (SCALE, window, softcap, *quantize(batch, data.draw(st.sampled_from([None, *QUANTIZED]))))
     assert rel_rms(came_of(batch, *options), wanted_of(batch, *options)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("cache_dtype", QUANTISED)
+@pytest.mark.parametrize("cache_dtype", QUANTIZED)
 @pytest.mark.parametrize("window", [None, 100])
-def test_quantised_caches(
+def test_quantized_caches(
     window: int | None,
     cache_dtype: torch.dtype,
     dtype: torch.dtype,
@@ -148,7 +148,7 @@ def test_quantised_caches(
     lengths = RAGGED["decodes and chunks mixed"]
     batch = make_batch(*lengths, dims=(80, 64), dtype=dtype)
     exact = wanted_of(batch, SCALE, window)
-    scales = quantise(batch, cache_dtype)
+    scales = quantize(batch, cache_dtype)
     came = came_of(batch, SCALE, window, None, *scales)
     assert came.dtype == dtype
     assert rel_rms(came, wanted_of(batch, SCALE, window, None, *scales)) < TOLERANCE[dtype]
@@ -167,13 +167,13 @@ def test_queries_that_lie_apart(make_batch: Any) -> None:
     assert torch.equal(came_of(batch), contiguous)
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, *QUANTISED])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, *QUANTIZED])
 def test_what_lies_beyond_the_context_has_no_effect(cache_dtype: torch.dtype, make_batch: Any) -> None:
     """The rest of a last block, and blocks of others, may hold the largest of finite numbers."""
     query_lens, context_lens = RAGGED["decodes and chunks mixed"]
-    quantised = cache_dtype in QUANTISED
-    batch = make_batch(query_lens, context_lens, dtype=torch.float32 if quantised else cache_dtype)
-    options = (SCALE, None, None, *quantise(batch, cache_dtype if quantised else None))
+    quantized = cache_dtype in QUANTIZED
+    batch = make_batch(query_lens, context_lens, dtype=torch.float32 if quantized else cache_dtype)
+    options = (SCALE, None, None, *quantize(batch, cache_dtype if quantized else None))
     before = came_of(batch, *options)
     used = torch.zeros(batch.k_cache.shape[:2], dtype=torch.bool)
     for table, length in zip(batch.meta.block_tables, context_lens, strict=True):
@@ -182,7 +182,7 @@ def test_what_lies_beyond_the_context_has_no_effect(cache_dtype: torch.dtype, ma
     assert not used.all()
     most = 127 if cache_dtype == torch.int8 else torch.finfo(cache_dtype).max
     # torch indexes no float8.
-    for cache, number in ((batch.k_cache, most if quantised else 1e25), (batch.v_cache, most)):
+    for cache, number in ((batch.k_cache, most if quantized else 1e25), (batch.v_cache, most)):
         integers = cache.view(getattr(torch, f"int{8 * cache.element_size()}"))
         integers[~used] = torch.tensor(number).to(cache_dtype).view(integers.dtype)
     assert torch.equal(came_of(batch, *options), before)
@@ -205,7 +205,7 @@ KINDS: list[dict[str, Any]] = [
         ({"heads": (3, 1), "dims": (32, 32)}, 2500, None, None, None),
         ({"heads": (3, 1), "dims": (32, 32)}, 2500, 2200, None, None),
         ({}, 400, None, 3.0, None),
-        *((KINDS[-1], 400, None, None, cache_dtype) for cache_dtype in QUANTISED),
+        *((KINDS[-1], 400, None, None, cache_dtype) for cache_dtype in QUANTIZED),
     ],
 )
 def test_a_token_is_the_same_however_its_prompt_was_cut(
@@ -219,7 +219,7 @@ def test_a_token_is_the_same_however_its_prompt_was_cut(
 ) -> None:
     """Whole, in chunks of any length, or token by token; to the last bit."""
     whole = make_batch([length], [length], dtype=dtype, **kind)
-    options = (SCALE, window, softcap, *quantise(whole, cache_dtype))
+    options = (SCALE, window, softcap, *quantize(whole, cache_dtype))
     wanted = came_of(whole, *options)
     table = whole.meta.block_tables.tolist()
     bounds = [(0, 1), (0, 3), (1, 64), (63, 130), (127, 128), (128, 300), (300, 301)]
@@ -238,7 +238,7 @@ def test_a_token_is_the_same_however_its_prompt_was_cut(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("kind", "cache_dtype"),
-    [*((kind, None) for kind in KINDS), *((KINDS[0], cache_dtype) for cache_dtype in QUANTISED)],
+    [*((kind, None) for kind in KINDS), *((KINDS[0], cache_dtype) for cache_dtype in QUANTIZED)],
 )
 def test_a_sequence_is_the_same_in_any_batch(
     kind: dict[str, Any], cache_dtype: torch.dtype | None, dtype: torch.dtype, make_batch: Any
@@ -246,7 +246,7 @@ def test_a_sequence_is_the_same_in_any_batch(
     query_lens = [1, 1, 5, 1, 64, 1, 1, 100, 2, 1]
     context_lens = [16, 220, 33, 600, 64, 1, 1500, 300, 129, 128]
     batch = make_batch(query_lens, context_lens, dtype=dtype, **kind)
-    options = (SCALE, None, None, *quantise(batch, cache_dtype))
+    options = (SCALE, None, None, *quantize(batch, cache_dtype))
     wanted = came_of(batch, *options)
     start = batch.meta.query_start.tolist()
     for i, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):

@@ -189,7 +189,7 @@ def test_other_processors_get_dense_weights(
     for name in FORMATS.keys() - {"bitmap", "sparse24"}:  # which are dense on every processor
         weight = FORMATS[name](torch.randn(64, 96).to(dtype))
         prepare_it = getattr(cpu_linear, weight.operator.replace("linear", "prepare"))
-        with pytest.warns(UserWarning, match="dequantised as they are loaded"):
+        with pytest.warns(UserWarning, match="dequantized as they are loaded"):
             prepared = prepare_it(weight, dtype, {"avx2": True})
         assert prepared.operator == "linear"
         x = torch.randn(3, 96).to(dtype)

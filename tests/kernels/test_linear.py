@@ -77,7 +77,7 @@ def test_equals_the_product_in_double(
     weight = FORMATS[name]((torch.randn(80, 384) / 20).to(dtype))
     prepared = prepare(weight, "cpu", dtype)
     assert (prepared.out_features, prepared.in_features) == (80, 384)
-    dequantised = weight.dequantize()
+    dequantized = weight.dequantize()
     for rows in ROWS:
         x = torch.randn(384, 2 * rows).to(dtype).T[::2]
         bias = torch.randn(80).to(dtype) if extras else None
@@ -85,7 +85,7 @@ def test_equals_the_product_in_double(
         before = torch.zeros(0) if residual is None else residual.clone()
         came = ops.linear(x, prepared, bias, residual)
         assert came.dtype == dtype
-        assert rel_rms(came, exact(x, dequantised, bias, residual)) < TOLERANCE[dtype], rows
+        assert rel_rms(came, exact(x, dequantized, bias, residual)) < TOLERANCE[dtype], rows
         assert residual is None or torch.equal(residual, before)  # it is not written to
 
 

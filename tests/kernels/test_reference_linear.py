@@ -92,7 +92,7 @@ def test_w8a8_multiplies_integers(dtype: torch.dtype, rel_rms: Callable[[Tensor,
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_a_quantised_cache_holds_what_its_scales_say(dtype: torch.dtype) -> None:
+def test_a_quantized_cache_holds_what_its_scales_say(dtype: torch.dtype) -> None:
     k, v = torch.randn(2, 3, 2, 8)
     k[0, 0, 0], k[1, 1, 1], v[2, 1, 0] = 1e6, float("nan"), float("-inf")
     k_scale, v_scale = torch.tensor([0.02, 0.5]), torch.tensor([0.01, 0.03])
@@ -111,7 +111,7 @@ def test_a_quantised_cache_holds_what_its_scales_say(dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_attention_over_a_quantised_cache(dtype: torch.dtype, make_batch: Any) -> None:
+def test_attention_over_a_quantized_cache(dtype: torch.dtype, make_batch: Any) -> None:
     batch = make_batch([1, 4, 20], [37, 4, 50], heads=(6, 2))
     meta = batch.meta
     where = (meta.query_start, meta.context_lens, meta.block_tables)

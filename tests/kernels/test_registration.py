@@ -110,7 +110,7 @@ def test_opcheck(name: str, make_batch: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("name", ["write_kv", "rotary_write_kv", "paged_attention"])
-def test_opcheck_of_quantised_caches(name: str, dtype: torch.dtype, make_batch: Any) -> None:
+def test_opcheck_of_quantized_caches(name: str, dtype: torch.dtype, make_batch: Any) -> None:
     *given, _, _ = arguments(name, make_batch)
     given = [a.to(dtype) if isinstance(a, Tensor) and a.dim() == 4 else a for a in given]
     heads = next(a.shape[2] for a in given if isinstance(a, Tensor) and a.dim() == 4)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
-QUANTISED = [torch.int8, torch.float8_e4m3fn]
+QUANTIZED = [torch.int8, torch.float8_e4m3fn]
 
 
 def rounds_like(came: Tensor, wanted: Tensor) -> bool:
@@ -120,7 +120,7 @@ class Step:
         heads, kv_heads, blocks, block_size = 9, 3, 7, 8
         q, k, _ = torch.randn(tokens, heads + 2 * kv_heads, dims[0]).to(dtype).split([9, 3, 3], dim=1)
         slots = torch.randperm(blocks * block_size).repeat_interleave(2)[::2][:tokens]
-        k_scale, v_scale = torch.rand(2, kv_heads) / 100 + 0.01 if cache_dtype in QUANTISED else (None, None)
+        k_scale, v_scale = torch.rand(2, kv_heads) / 100 + 0.01 if cache_dtype in QUANTIZED else (None, None)
         return cls(
             q=q,
             k=k,
@@ -140,7 +140,7 @@ def cloned(caches: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return caches[0].clone(), caches[1].clone()
 
 
-CACHES = [(dtype, cache_dtype) for dtype in DTYPES for cache_dtype in (dtype, *QUANTISED)]
+CACHES = [(dtype, cache_dtype) for dtype in DTYPES for cache_dtype in (dtype, *QUANTIZED)]
 
 
 @pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES)
@@ -166,8 +166,8 @@ def test_the_cache_is_written(
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-@pytest.mark.parametrize("cache_dtype", QUANTISED)
-def test_quantised_numbers_round_to_the_nearest(cache_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("cache_dtype", QUANTIZED)
+def test_quantized_numbers_round_to_the_nearest(cache_dtype: torch.dtype) -> None:
     """Halves to even, tiny ones, and what lies beyond the largest: compared with torch's own rounding."""
     halves = torch.arange(-600, 600) / 4
     tiny = torch.arange(-600, 600) / 2**13

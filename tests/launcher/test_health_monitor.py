@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from fastserve.launcher import health_monitor as module
-from fastserve.launcher.health_monitor import Watch
+from fastserve.launcher.health_monitor import HealthMonitor
 from fastserve.launcher.progress import Progress
 from fastserve.launcher.server_process import NO_ANSWER, ServerProcess, is_alive
 
@@ -50,19 +50,19 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def watched(child: subprocess.Popen[bytes]) -> tuple[FakeServer, Watch]:
+def watched(child: subprocess.Popen[bytes]) -> tuple[FakeServer, HealthMonitor]:
     server = FakeServer(psutil.Process(child.pid))
-    watch = Watch(cast(ServerProcess, server))
-    assert watch.loss() is None
-    return server, watch
+    monitor = HealthMonitor(cast(ServerProcess, server))
+    assert monitor.loss() is None
+    return server, monitor
 
 
 def test_a_stub_that_died_is_noticed_once(child: subprocess.Popen[bytes]) -> None:
-    _, watch = watched(child)
+    _, monitor = watched(child)
     child.kill()
     child.wait()
-    assert watch.loss() == "the process of model `engine` ended"
-    assert watch.loss() is None
+    assert monitor.loss() == "the process of model `engine` ended"
+    assert monitor.loss() is None
 
 
 @pytest.mark.parametrize("computes", [True, False])
@@ -71,49 +71,49 @@ def test_a_server_that_gives_no_answer_is_slow_while_it_computes(
 ) -> None:
     now = iter(range(10_000))
     monkeypatch.setattr(module, "Progress", partial(Progress, clock=lambda: float(next(now))))
-    server, watch = watched(child)
+    server, monitor = watched(child)
     server.computes, server.state = computes, NO_ANSWER
     child.kill()
     child.wait()
-    losses = [watch.loss() for _ in range(100)]
+    losses = [monitor.loss() for _ in range(100)]
     assert any(losses) is not computes
     server.state = "READY"
-    assert watch.loss() == ("the process of model `engine` ended" if computes else None)
+    assert monitor.loss() == ("the process of model `engine` ended" if computes else None)
 
 
 @pytest.mark.parametrize("state", ["UNLOADING", "UNAVAILABLE"])
 def test_a_model_that_was_unloaded_is_no_loss(child: subprocess.Popen[bytes], state: str) -> None:
-    server, watch = watched(child)
+    server, monitor = watched(child)
     server.state = state
     child.kill()
     child.wait()
-    assert watch.loss() is None
+    assert monitor.loss() is None
 
 
 def test_a_model_that_was_loaded_anew_is_no_loss(child: subprocess.Popen[bytes]) -> None:
-    server, watch = watched(child)
+    server, monitor = watched(child)
     child.kill()
     child.wait()
     server.state = "LOADING"
-    assert watch.loss() is None
+    assert monitor.loss() is None
     server.state, server.successor = "READY", psutil.Process()
-    assert watch.loss() is None
+    assert monitor.loss() is None
 
 
 def test_a_stub_that_died_while_its_model_was_loaded_anew_is_noticed(child: subprocess.Popen[bytes]) -> None:
-    server, watch = watched(child)
+    server, monitor = watched(child)
     child.kill()
     child.wait()
     server.state = "LOADING"
-    assert watch.loss() is None
+    assert monitor.loss() is None
     server.state = "READY"
-    assert watch.loss() is not None
+    assert monitor.loss() is not None
 
 
 def test_a_server_that_ended_is_noticed(child: subprocess.Popen[bytes]) -> None:
-    server, watch = watched(child)
+    server, monitor = watched(child)
     server.ended = "tritonserver was ended by SIGSEGV"
-    assert watch.loss() == server.ended
+    assert monitor.loss() == server.ended
 
 
 def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes]) -> None:

@@ -125,12 +125,12 @@ def test_the_ports_are_open_on_the_loopback_address_only(server: Server) -> None
 
 
 @pytest.mark.parametrize("victim", ["echo", "other", "tritonserver"])
-def test_the_server_is_started_anew_when_a_process_dies(server: Server, victim: str) -> None:
+def test_the_server_is_started_anew_when_a_process_dies(server: Server, candidate: str) -> None:
     count = len(server.restarts)
-    pid = server.process.pid if victim == "tritonserver" else pid_of(server, victim)
+    pid = server.process.pid if candidate == "tritonserver" else pid_of(server, candidate)
     os.kill(pid, signal.SIGKILL)
     server.wait_restarts(count + 1, RESTART_SECONDS)
-    assert victim in server.restarts[-1].reason
+    assert candidate in server.restarts[-1].reason
     assert said(server) == "hello"
 
 

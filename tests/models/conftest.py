@@ -72,19 +72,19 @@ def save_model(tmp_path: Path) -> SaveModel:
 
 
 @pytest.fixture
-def quantise() -> Callable[..., dict[str, Tensor]]:
-    """Quantises linears in the files of a saved model."""
+def quantize() -> Callable[..., dict[str, Tensor]]:
+    """Quantizes linears in the files of a saved model."""
 
-    def quantise(
+    def quantize(
         directory: Path,
         packs: Mapping[str, Pack],
         store: Store,
         configure: Callable[[dict[str, Entry]], Entry],
     ) -> dict[str, Tensor]:
         """Those whose last names are keys of `packs`. `configure` makes the configuration's
-        `quantization_config` of their entries by module. Returns the dequantised weights by tensor."""
+        `quantization_config` of their entries by module. Returns the dequantized weights by tensor."""
         tensors = load_file(directory / "model.safetensors")
-        dequantised: dict[str, Tensor] = {}
+        dequantized: dict[str, Tensor] = {}
         entries: dict[str, Entry] = {}
         for name in sorted(tensors):
             module, _, kind = name.rpartition(".")
@@ -93,14 +93,14 @@ def quantise() -> Callable[..., dict[str, Tensor]]:
                 weight = pack(tensors.pop(name))
                 stored, entries[module] = store(weight)
                 tensors |= {f"{module}.{local}": tensor for local, tensor in stored.items()}
-                dequantised[name] = weight.dequantize()
+                dequantized[name] = weight.dequantize()
         save_file(tensors, directory / "model.safetensors")
         config = json.loads((directory / "config.json").read_text())
         config["quantization_config"] = configure(entries)
         (directory / "config.json").write_text(json.dumps(config))
-        return dequantised
+        return dequantized
 
-    return quantise
+    return quantize
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from fastserve_kernels.formats.compressed_tensors import (
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 Pack = Callable[[Tensor], Weight]
-Quantise = Callable[..., dict[str, Tensor]]
+Quantize = Callable[..., dict[str, Tensor]]
 
 
 def store(weight: Weight) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -59,7 +59,7 @@ def groups(
 
 def test_each_layer_and_each_part_of_a_fused_one_in_its_own_format(
     save_model: Callable,
-    quantise: Quantise,
+    quantize: Quantize,
     sequences: list[list[int]],
     logits_over_paged_cache: Callable,
     transformers_logits: Callable,
@@ -73,8 +73,8 @@ def test_each_layer_and_each_part_of_a_fused_one_in_its_own_format(
         "up_proj": lambda w: Int4.pack(w, 32),
         "down_proj": lambda w: FP8.pack(w),
     }
-    dequantised = quantise(directory, packs, store, groups())
-    for name, weight in dequantised.items():
+    dequantized = quantize(directory, packs, store, groups())
+    for name, weight in dequantized.items():
         reference.get_parameter(name).data = weight
     model = load_model(str(directory))
     assert isinstance(model, Decoder)
@@ -115,7 +115,7 @@ def test_both_layouts_of_odd_bits_under_the_one_name(
     bits: int,
     old: bool,
     save_model: Callable,
-    quantise: Quantise,
+    quantize: Quantize,
     sequences: list[list[int]],
     logits_over_paged_cache: Callable,
     transformers_logits: Callable,
@@ -131,7 +131,7 @@ def test_both_layouts_of_odd_bits_under_the_one_name(
         return tensors, {**stored.scheme, "format": stored.format}
 
     packs = {name: partial(round_to, bits) for name in ("q_proj", "up_proj", "down_proj")}
-    for name, weight in quantise(directory, packs, store_either, groups()).items():
+    for name, weight in quantize(directory, packs, store_either, groups()).items():
         reference.get_parameter(name).data = weight
     found = torch.cat(logits_over_paged_cache(load_model(str(directory)), sequences))
     expected = torch.cat(transformers_logits(reference, sequences))
@@ -143,7 +143,7 @@ def test_both_layouts_of_odd_bits_under_the_one_name(
     [["Linear"], ["re:.*down_proj"], [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]],
 )
 def test_targets_are_classes_patterns_and_names(
-    targets: list[str], save_model: Callable, quantise: Quantise
+    targets: list[str], save_model: Callable, quantize: Quantize
 ) -> None:
     directory, _ = save_model("llama", **SIZES)
     ignore = [
@@ -151,7 +151,7 @@ def test_targets_are_classes_patterns_and_names(
         "re:.*self_attn.*",
         *(f"model.layers.{i}.mlp.{n}_proj" for i in range(3) for n in ("gate", "up")),
     ]
-    quantise(directory, {"down_proj": W8A8.pack}, store, groups({"down_proj": targets}, ignore=ignore))
+    quantize(directory, {"down_proj": W8A8.pack}, store, groups({"down_proj": targets}, ignore=ignore))
     model = load_model(str(directory))
     assert isinstance(model, Decoder)
     for layer in model.weights.layers:
@@ -163,10 +163,10 @@ def test_targets_are_classes_patterns_and_names(
 
 
 def test_a_name_goes_before_a_pattern_and_that_before_a_class(
-    save_model: Callable, quantise: Quantise
+    save_model: Callable, quantize: Quantize
 ) -> None:
     directory, _ = save_model("llama", **SIZES)
-    quantise(
+    quantize(
         directory,
         {"gate_proj": lambda w: Int4.pack(w, 32), "up_proj": lambda w: Int8.pack(w)},
         store,
@@ -211,17 +211,17 @@ def test_scales_of_the_cache_are_no_part_of_the_decoder(save_model: Callable) ->
         ({"config_groups": {}}, "unexpected tensors: .*down_proj.weight_packed"),
     ],
 )
-def test_refusals(changes: dict[str, Any], message: str, save_model: Callable, quantise: Quantise) -> None:
+def test_refusals(changes: dict[str, Any], message: str, save_model: Callable, quantize: Quantize) -> None:
     directory, _ = save_model("llama", **SIZES)
-    quantise(directory, {"down_proj": lambda w: Int4.pack(w, 32)}, store, groups(**changes))
+    quantize(directory, {"down_proj": lambda w: Int4.pack(w, 32)}, store, groups(**changes))
     with pytest.raises(ModelError, match=message):
         load_model(str(directory))
 
 
-def test_a_weight_that_no_format_of_ours_holds_is_named(save_model: Callable, quantise: Quantise) -> None:
+def test_a_weight_that_no_format_of_ours_holds_is_named(save_model: Callable, quantize: Quantize) -> None:
     directory, _ = save_model("llama", **SIZES)
     packs: dict[str, Pack] = {"down_proj": lambda w: Int4.pack(w, 32)}
-    quantise(directory, packs, store, groups({"down_proj": ["Linear"]}))
+    quantize(directory, packs, store, groups({"down_proj": ["Linear"]}))
     message = r"model\.layers\.0\.self_attn\.q_proj: weight_shape is missing; found weight"
     with pytest.raises(ModelError, match=message):
         load_model(str(directory))

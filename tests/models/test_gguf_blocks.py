@@ -1,4 +1,4 @@
-"""GGUF blocks as weight formats, against the gguf library's own dequantisation."""
+"""GGUF blocks as weight formats, against the gguf library's own dequantization."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def rewrite(
     pack: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]],
     bits: int,
 ) -> None:
-    """Quantises all linears but the head, in the files and in transformers' own model alike.
+    """Quantizes all linears but the head, in the files and in transformers' own model alike.
 
     `pack` takes codes [N, K], scales [N, K / G] and zeros [N, K / G], and gives the module's tensors.
     """
@@ -106,7 +106,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[..., dict[str, Tensor]], int]] =
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_are_those_of_the_dequantised_weights(
+def test_logits_are_those_of_the_dequantized_weights(
     case: str,
     save_model: Callable,
     sequences: list[list[int]],

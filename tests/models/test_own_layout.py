@@ -29,7 +29,7 @@ def configure(entries: dict[str, Any]) -> dict[str, Any]:
 
 def test_rows_of_several_widths_keep_their_places_and_biases(
     save_model: Callable,
-    quantise: Callable,
+    quantize: Callable,
     sequences: list[list[int]],
     logits_over_paged_cache: Callable,
     transformers_logits: Callable,
@@ -43,8 +43,8 @@ def test_rows_of_several_widths_keep_their_places_and_biases(
         **dict.fromkeys(("q_proj", "v_proj", "gate_proj", "up_proj", "o_proj"), rows),
         "k_proj": lambda w: Int4.pack(w, 32, symmetric=False),
     }
-    dequantised = quantise(directory, packs, store, configure)
-    for name, weight in dequantised.items():
+    dequantized = quantize(directory, packs, store, configure)
+    for name, weight in dequantized.items():
         reference.get_parameter(name).data = weight
     model = load_model(str(directory))
     assert isinstance(model, Decoder)

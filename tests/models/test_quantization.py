@@ -71,7 +71,7 @@ def test_unknown_quantization_is_refused(save_model: Callable) -> None:
         load_model(str(directory), quantization="int3")
 
 
-def test_models_of_transformers_own_code_are_not_quantised(save_model: Callable) -> None:
+def test_models_of_transformers_own_code_are_not_quantized(save_model: Callable) -> None:
     directory, _ = save_model("gpt_neox")
     with pytest.raises(ModelError, match=r"got .int8.; allowed for .*: auto, none"):
         load_model(str(directory), quantization="int8")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.scheduling.admission import LOST_AFTER_SECONDS, MAX_DISPLACING, Admission
 from fastserve.scheduling.policies import PriorityAge
-from fastserve.types import OutputOptions, Request, Room, SamplingParams
+from fastserve.types import EngineCapacity, OutputOptions, Request, SamplingParams
 
 POLICY = PriorityAge(alpha=10.0, beta=1.0)
 
@@ -40,7 +40,7 @@ def an_admission(*requests: Request, max_queue_size: int = 100, max_queue_second
     return admission
 
 
-def a_room(
+def a_capacity(
     serial: int,
     free_slots: int,
     received: int = 0,
@@ -48,8 +48,8 @@ def a_room(
     incarnation: str = "a",
     arrived: int | None = None,
     time: float = 1.0,
-) -> Room:
-    return Room(
+) -> EngineCapacity:
+    return EngineCapacity(
         incarnation, serial, received, received if arrived is None else arrived, free_slots, lowest_key, time
     )
 
@@ -61,76 +61,76 @@ def uids(requests: list[Request]) -> list[str]:
 def test_nothing_is_released_before_the_engine_has_spoken() -> None:
     admission = an_admission(a_request("r"))
     assert admission.release(0.0) == []
-    admission.update(a_room(1, 1))
+    admission.update(a_capacity(1, 1))
     assert uids(admission.release(0.0)) == ["r"]
 
 
 def test_the_best_go_first_and_no_more_than_there_is_room_for() -> None:
     admission = an_admission(a_request("low"), a_request("high", 2), a_request("middle", 1))
-    admission.update(a_room(1, 2))
+    admission.update(a_capacity(1, 2))
     assert uids(admission.release(0.0)) == ["high", "middle"]
     assert admission.release(0.0) == []
-    admission.update(a_room(2, 0, received=2))
+    admission.update(a_capacity(2, 0, received=2))
     assert admission.release(0.0) == []
-    admission.update(a_room(3, 1, received=2))
+    admission.update(a_capacity(3, 1, received=2))
     assert uids(admission.release(0.0)) == ["low"]
 
 
 def test_what_the_engine_has_not_counted_yet_takes_room() -> None:
     admission = an_admission(*(a_request(str(number)) for number in range(4)))
-    admission.update(a_room(1, 2))
+    admission.update(a_capacity(1, 2))
     assert len(admission.release(0.0)) == 2
-    admission.update(a_room(2, 1, received=1))
+    admission.update(a_capacity(2, 1, received=1))
     assert admission.release(0.0) == []
-    admission.update(a_room(3, 2, received=2))
+    admission.update(a_capacity(3, 2, received=2))
     assert len(admission.release(0.0)) == 2
 
 
 def test_a_request_needs_a_slot_for_each_of_its_sequences() -> None:
     admission = an_admission(a_request("three", 1, n=3), a_request("one"))
-    admission.update(a_room(1, 4))
-    admission.update(a_room(2, 2))
+    admission.update(a_capacity(1, 4))
+    admission.update(a_capacity(2, 2))
     assert admission.release(0.0) == []
-    admission.update(a_room(3, 4))
+    admission.update(a_capacity(3, 4))
     assert uids(admission.release(0.0)) == ["three", "one"]
 
 
 def test_a_request_of_more_sequences_than_there_are_slots_gets_them_all() -> None:
     admission = an_admission(a_request("eight", n=8))
-    admission.update(a_room(1, 2))
-    admission.update(a_room(2, 1))
+    admission.update(a_capacity(1, 2))
+    admission.update(a_capacity(2, 1))
     assert admission.release(0.0) == []
-    admission.update(a_room(3, 2))
+    admission.update(a_capacity(3, 2))
     assert uids(admission.release(0.0)) == ["eight"]
 
 
 def test_a_new_worker_may_have_fewer_slots() -> None:
     admission = an_admission(a_request("eight", n=8))
-    admission.update(a_room(1, 4))
-    admission.update(a_room(2, 2, incarnation="b"))
+    admission.update(a_capacity(1, 4))
+    admission.update(a_capacity(2, 2, incarnation="b"))
     assert uids(admission.release(0.0)) == ["eight"]
 
 
 def test_a_stale_message_changes_nothing() -> None:
     admission = an_admission(a_request("r"))
-    admission.update(a_room(2, 0))
-    admission.update(a_room(1, 5))
-    admission.update(a_room(2, 5))
+    admission.update(a_capacity(2, 0))
+    admission.update(a_capacity(1, 5))
+    admission.update(a_capacity(2, 5))
     assert admission.release(0.0) == []
 
 
 def test_a_new_incarnation_replaces_the_numbers_for_good() -> None:
     admission = an_admission(a_request("r"), a_request("s"))
-    admission.update(a_room(9, 0))
-    admission.update(a_room(1, 1, incarnation="b"))
+    admission.update(a_capacity(9, 0))
+    admission.update(a_capacity(1, 1, incarnation="b"))
     assert uids(admission.release(0.0)) == ["r"]
-    admission.update(a_room(10, 5))
+    admission.update(a_capacity(10, 5))
     assert admission.release(0.0) == []
 
 
 def test_a_request_lost_before_the_engine_has_spoken_is_given_up_in_time() -> None:
     admission = an_admission(a_request("lost", 1), a_request("next"))
-    admission.update(a_room(0, 1, time=0.0))
+    admission.update(a_capacity(0, 1, time=0.0))
     assert uids(admission.release(100.0)) == ["lost"]
     due = admission.next_expiry
     assert due == 100.0 + LOST_AFTER_SECONDS
@@ -140,41 +140,41 @@ def test_a_request_lost_before_the_engine_has_spoken_is_given_up_in_time() -> No
 
 def test_a_request_is_lost_when_the_engine_says_so() -> None:
     admission = an_admission(a_request("lost", 1), a_request("next"))
-    admission.update(a_room(1, 1))
+    admission.update(a_capacity(1, 1))
     assert uids(admission.release(100.0)) == ["lost"]
     assert admission.next_expiry is None
     assert admission.release(1000.0) == []
-    admission.update(a_room(2, 1, time=100.0 + LOST_AFTER_SECONDS - 0.01))
+    admission.update(a_capacity(2, 1, time=100.0 + LOST_AFTER_SECONDS - 0.01))
     assert admission.release(1000.0) == []
-    admission.update(a_room(3, 1, time=100.0 + LOST_AFTER_SECONDS))
+    admission.update(a_capacity(3, 1, time=100.0 + LOST_AFTER_SECONDS))
     assert uids(admission.release(1000.0)) == ["next"]
 
 
 def test_a_request_that_waits_for_a_long_step_is_not_lost() -> None:
     admission = an_admission(a_request("first", 1), a_request("next"))
-    admission.update(a_room(1, 1))
+    admission.update(a_capacity(1, 1))
     assert uids(admission.release(100.0)) == ["first"]
-    admission.update(a_room(2, 1, arrived=1, time=500.0))
+    admission.update(a_capacity(2, 1, arrived=1, time=500.0))
     assert admission.release(500.0) == []
-    admission.update(a_room(3, 0, received=1, time=501.0))
+    admission.update(a_capacity(3, 0, received=1, time=501.0))
     assert admission.release(501.0) == []
-    admission.update(a_room(4, 1, received=1, time=502.0))
+    admission.update(a_capacity(4, 1, received=1, time=502.0))
     assert uids(admission.release(502.0)) == ["next"]
 
 
 def test_only_those_that_did_not_arrive_are_lost() -> None:
     admission = an_admission(*(a_request(str(number)) for number in range(6)))
-    admission.update(a_room(1, 3))
+    admission.update(a_capacity(1, 3))
     assert len(admission.release(0.0)) == 3
-    admission.update(a_room(2, 3, arrived=2, time=50.0))
+    admission.update(a_capacity(2, 3, arrived=2, time=50.0))
     assert len(admission.release(50.0)) == 1
 
 
 # --- prompts longer than the KV cache
 
 
-def too_long(limit: int) -> Room:
-    return msgspec.structs.replace(a_room(limit, 0), max_model_len=limit)
+def too_long(limit: int) -> EngineCapacity:
+    return msgspec.structs.replace(a_capacity(limit, 0), max_model_len=limit)
 
 
 def test_a_prompt_that_cannot_be_held_is_refused_before_it_waits() -> None:
@@ -190,7 +190,7 @@ def test_a_prompt_that_cannot_be_held_is_refused_before_it_waits() -> None:
 def test_those_that_wait_already_are_refused_when_the_limit_is_known() -> None:
     long = msgspec.structs.replace(a_request("long"), prompt_token_ids=[1] * 8)
     admission = an_admission(long, a_request("short"))
-    admission.update(a_room(1, 0))
+    admission.update(a_capacity(1, 0))
     assert admission.refuse_too_long() == []
     admission.update(too_long(8))
     ((request, error),) = admission.refuse_too_long()
@@ -204,22 +204,22 @@ def test_those_that_wait_already_are_refused_when_the_limit_is_known() -> None:
 
 def test_a_key_above_the_lowest_goes_beyond_the_room() -> None:
     admission = an_admission(a_request("same", 1), a_request("lower"), a_request("higher", 2))
-    admission.update(a_room(1, 0, lowest_key=POLICY.key(1, 0.0)))
+    admission.update(a_capacity(1, 0, lowest_key=POLICY.key(1, 0.0)))
     assert uids(admission.release(0.0)) == ["higher"]
 
 
 def test_several_arrive_at_once_and_each_displaces_one() -> None:
     admission = an_admission(*(a_request(str(number), 1) for number in range(MAX_DISPLACING + 2)))
-    admission.update(a_room(1, 0, lowest_key=0.0))
+    admission.update(a_capacity(1, 0, lowest_key=0.0))
     assert len(admission.release(0.0)) == MAX_DISPLACING
     assert admission.release(0.0) == []
-    admission.update(a_room(2, -1, received=1, lowest_key=0.0))
+    admission.update(a_capacity(2, -1, received=1, lowest_key=0.0))
     assert len(admission.release(0.0)) == 1
 
 
 def test_nobody_is_displaced_from_an_engine_that_runs_nothing() -> None:
     admission = an_admission(a_request("r", 9))
-    admission.update(a_room(1, 0, lowest_key=None))
+    admission.update(a_capacity(1, 0, lowest_key=None))
     assert admission.release(0.0) == []
 
 
@@ -236,7 +236,7 @@ def test_a_full_queue_refuses_and_says_so() -> None:
 
 def test_the_gauge_goes_back_to_zero() -> None:
     admission = an_admission(a_request("r", 3), a_request("s", 3), a_request("t"))
-    admission.update(a_room(1, 2))
+    admission.update(a_capacity(1, 2))
     admission.release(0.0)
     assert admission.waiting_by_priority() == {3: 0, 0: 1}
 
@@ -310,11 +310,11 @@ class FakeEngine:
     def free_slots(self) -> int:
         return self.max_num_seqs - sum(min(each.sampling.n, self.max_num_seqs) for each in self.requests)
 
-    def room(self) -> Room:
+    def capacity(self) -> EngineCapacity:
         self.serial += 1
         running = self.running()
         lowest = min(map(self.key, running)) if running else None
-        return Room(
+        return EngineCapacity(
             str(self.incarnation),
             self.serial,
             self.received,
@@ -349,7 +349,7 @@ def test_everything_is_served_whatever_becomes_of_the_messages(
         for number in range(num_requests)
     ]
     on_the_way: list[Request] = []
-    rooms: list[Room] = [engine.room()]
+    capacities: list[EngineCapacity] = [engine.capacity()]
     lost: list[str] = []
     now = 0.0
     while len(engine.served) + len(lost) < num_requests:
@@ -359,8 +359,8 @@ def test_everything_is_served_whatever_becomes_of_the_messages(
         assert now < 100.0 * num_requests + 1000.0, "something is stuck"
         if to_come and rng.random() < 0.5:
             admission.submit(to_come.pop(0), now)
-        if rooms and rng.random() < 0.8:
-            admission.update(rooms.pop(rng.randrange(len(rooms))))
+        if capacities and rng.random() < 0.8:
+            admission.update(capacities.pop(rng.randrange(len(capacities))))
         on_the_way += admission.release(now)
         if on_the_way and rng.random() < 0.6:
             request = on_the_way.pop(rng.randrange(len(on_the_way)))
@@ -375,9 +375,9 @@ def test_everything_is_served_whatever_becomes_of_the_messages(
             engine.received += len(engine.inbox)
             engine.requests.clear()
             engine.inbox.clear()
-        rooms.append(engine.room())
+        capacities.append(engine.capacity())
         if lossy and rng.random() < 0.3:
-            rooms.pop(rng.randrange(len(rooms)))
+            capacities.pop(rng.randrange(len(capacities)))
     assert sorted([*engine.served, *lost], key=int) == [str(number) for number in range(num_requests)]
     assert admission.num_waiting == 0
     assert lossy or not lost
@@ -399,13 +399,13 @@ def test_no_more_go_than_there_is_room_for(
     admission = Admission(POLICY, max_queue_size=1000, max_queue_seconds=0.0)
     engine = FakeEngine(max_num_seqs, step_seconds=step_seconds)
     on_the_way: list[Request] = []
-    rooms: list[Room] = [engine.room()]
+    capacities: list[EngineCapacity] = [engine.capacity()]
     for number in range(100):
         engine.now = now = number * pause
         engine.take_in()
         admission.submit(a_request(str(number), rng.randint(0, priorities), now), now)
-        while rooms and rng.random() < 0.5:
-            admission.update(rooms.pop(0))
+        while capacities and rng.random() < 0.5:
+            admission.update(capacities.pop(0))
         released = admission.release(now)
         assert [engine.key(each) for each in released] == sorted(map(engine.key, released), reverse=True)
         on_the_way += released
@@ -417,4 +417,4 @@ def test_no_more_go_than_there_is_room_for(
         assert len(on_the_way) + len(engine.inbox) <= max_num_seqs + MAX_DISPLACING
         if rng.random() < 0.3:
             engine.finish(rng)
-        rooms.append(engine.room())
+        capacities.append(engine.capacity())

@@ -438,10 +438,10 @@ class BatchMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(data=st.data(), whole_request=st.booleans())
     def cancel(self, data: st.DataObject, whole_request: bool) -> None:
-        victim = data.draw(st.sampled_from(self.live))
-        uid = victim.request.uid
-        removed = self.scheduler.remove(uid, None if whole_request else victim.index)
-        expected = [each for each in self.live if each.request.uid == uid] if whole_request else [victim]
+        candidate = data.draw(st.sampled_from(self.live))
+        uid = candidate.request.uid
+        removed = self.scheduler.remove(uid, None if whole_request else candidate.index)
+        expected = [each for each in self.live if each.request.uid == uid] if whole_request else [candidate]
         assert removed == expected
         self.live = [each for each in self.live if each not in removed]
 
@@ -555,7 +555,7 @@ class BatchMachine(RuleBasedStateMachine):
             )
         self.scheduler.pool.check([])
         assert not self.scheduler._sequences
-        assert not self.scheduler._followers
+        assert not self.scheduler._waiting_siblings
         assert not self.scheduler._preempted
         assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
         assert self.scheduler.free_slots == self.max_num_seqs

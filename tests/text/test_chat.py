@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastserve.config import Config
 from fastserve.errors import RequestError
-from fastserve.text.input_processor import Preprocessor
+from fastserve.text.input_processor import InputProcessor
 from fastserve.text.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -35,37 +35,37 @@ CALL = {"type": "function", "id": "1", "function": {"name": "add", "arguments": 
 
 
 @pytest.fixture
-def preprocessor(save_tokenizer: Callable[..., Path]) -> Preprocessor:
+def input_processor(save_tokenizer: Callable[..., Path]) -> InputProcessor:
     """Of a model whose template knows tools, reasoning and a variable."""
     tokenizer = Tokenizer(save_tokenizer(chat_template=TEMPLATE))
-    return Preprocessor(Config(), tokenizer, 512, tokenizer.vocab_size)
+    return InputProcessor(Config(), tokenizer, 512, tokenizer.vocab_size)
 
 
 @pytest.fixture(scope="module")
-def plain(tokenizer: Tokenizer) -> Preprocessor:
+def plain(tokenizer: Tokenizer) -> InputProcessor:
     """Of a model whose template writes role and content, and nothing else."""
-    return Preprocessor(Config(), tokenizer, 512, tokenizer.vocab_size)
+    return InputProcessor(Config(), tokenizer, 512, tokenizer.vocab_size)
 
 
-def prompt(preprocessor: Preprocessor, messages: list[Any], **options: Any) -> str:
+def prompt(input_processor: InputProcessor, messages: list[Any], **options: Any) -> str:
     inputs = {"messages": json.dumps(messages), "sampling_parameters": json.dumps(options)}
-    return preprocessor.build(inputs, {}, now=0.0).prompt
+    return input_processor.build(inputs, {}, now=0.0).prompt
 
 
-def refusal(preprocessor: Preprocessor, messages: Any, **options: Any) -> str:
+def refusal(input_processor: InputProcessor, messages: Any, **options: Any) -> str:
     with pytest.raises(RequestError) as raised:
-        prompt(preprocessor, messages, **options)
+        prompt(input_processor, messages, **options)
     return str(raised.value)
 
 
-def test_parts_of_text_are_joined(plain: Preprocessor) -> None:
+def test_parts_of_text_are_joined(plain: InputProcessor) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     assert prompt(plain, [{"role": "user", "content": parts}]) == prompt(
         plain, [{"role": "user", "content": "one\ntwo"}]
     )
 
 
-def test_what_openais_client_writes_into_an_answer_is_taken(plain: Preprocessor) -> None:
+def test_what_openais_client_writes_into_an_answer_is_taken(plain: InputProcessor) -> None:
     answer = {"role": "assistant", "content": "hi"}
     empty = dict.fromkeys(["refusal", "audio", "function_call", "tool_calls", "name"])
     assert prompt(plain, [USER, answer | empty | {"annotations": []}]) == prompt(plain, [USER, answer])
@@ -108,20 +108,20 @@ def test_what_openais_client_writes_into_an_answer_is_taken(plain: Preprocessor)
     ],
     ids=str,
 )
-def test_messages_that_are_refused(plain: Preprocessor, message: Any, place: str, allowed: str) -> None:
+def test_messages_that_are_refused(plain: InputProcessor, message: Any, place: str, allowed: str) -> None:
     said = refusal(plain, [USER, message])
     assert said.startswith(f"`{place}`: ")
     assert allowed in said
     assert len(said) < 1000
 
 
-def test_tools_and_their_calls(preprocessor: Preprocessor) -> None:
+def test_tools_and_their_calls(input_processor: InputProcessor) -> None:
     messages = [
         USER,
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "1", "tool_call_id": "1", "name": "add"},
     ]
-    said = prompt(preprocessor, messages, tools=[TOOL])
+    said = prompt(input_processor, messages, tools=[TOOL])
     assert said.startswith("[tools]" + json.dumps([TOOL]))
     assert said.endswith('[user]hello[assistant]add({"a": 1})[tool]1[assistant]')
 
@@ -156,43 +156,45 @@ def test_tools_and_their_calls(preprocessor: Preprocessor) -> None:
     ids=str,
 )
 def test_options_that_are_refused(
-    preprocessor: Preprocessor, options: dict[str, Any], place: str, allowed: str
+    input_processor: InputProcessor, options: dict[str, Any], place: str, allowed: str
 ) -> None:
-    said = refusal(preprocessor, [USER], **options)
+    said = refusal(input_processor, [USER], **options)
     assert said.startswith(f"`{place}`: ")
     assert allowed in said
 
 
 @pytest.mark.parametrize("arguments", ["[1]", "{", 5])
-def test_arguments_of_a_call_that_are_refused(preprocessor: Preprocessor, arguments: Any) -> None:
+def test_arguments_of_a_call_that_are_refused(input_processor: InputProcessor, arguments: Any) -> None:
     call = {"function": {"name": "add", "arguments": arguments}}
-    said = refusal(preprocessor, [USER, {"role": "assistant", "tool_calls": [call]}])
+    said = refusal(input_processor, [USER, {"role": "assistant", "tool_calls": [call]}])
     assert said.startswith("`messages[1].tool_calls[0].function.arguments`: ")
 
 
-def test_tools_of_a_template_that_knows_none(plain: Preprocessor) -> None:
+def test_tools_of_a_template_that_knows_none(plain: InputProcessor) -> None:
     assert "does not use them" in refusal(plain, [USER], tools=[TOOL])
 
 
-def test_variables_of_the_template(preprocessor: Preprocessor) -> None:
-    assert prompt(preprocessor, [USER]) == "[user]hello[assistant]"
-    said = prompt(preprocessor, [USER], chat_template_kwargs={"enable_thinking": False})
+def test_variables_of_the_template(input_processor: InputProcessor) -> None:
+    assert prompt(input_processor, [USER]) == "[user]hello[assistant]"
+    said = prompt(input_processor, [USER], chat_template_kwargs={"enable_thinking": False})
     assert said == "[user]hello[assistant]<>"
 
 
-def test_reasoning(preprocessor: Preprocessor) -> None:
+def test_reasoning(input_processor: InputProcessor) -> None:
     answer = {"role": "assistant", "content": "4", "reasoning": "2 + 2"}
-    assert prompt(preprocessor, [answer]) == "[assistant]<2 + 2>4[assistant]"
+    assert prompt(input_processor, [answer]) == "[assistant]<2 + 2>4[assistant]"
 
 
-def test_the_last_message_goes_on(preprocessor: Preprocessor) -> None:
+def test_the_last_message_goes_on(input_processor: InputProcessor) -> None:
     messages = [USER, {"role": "assistant", "content": "The answer "}]
-    assert prompt(preprocessor, messages, continue_final_message=True) == "[user]hello[assistant]The answer "
-    assert prompt(preprocessor, messages, add_generation_prompt=False).endswith("The answer ")
+    assert (
+        prompt(input_processor, messages, continue_final_message=True) == "[user]hello[assistant]The answer "
+    )
+    assert prompt(input_processor, messages, add_generation_prompt=False).endswith("The answer ")
 
 
-def test_options_as_request_parameters(preprocessor: Preprocessor) -> None:
-    request = preprocessor.build(
+def test_options_as_request_parameters(input_processor: InputProcessor) -> None:
+    request = input_processor.build(
         {"messages": [USER]},
         {
             "tools": json.dumps([TOOL]),
@@ -208,9 +210,9 @@ def test_options_as_request_parameters(preprocessor: Preprocessor) -> None:
 @pytest.mark.parametrize(
     "name", ["tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"]
 )
-def test_options_without_a_chat_are_refused(preprocessor: Preprocessor, name: str) -> None:
+def test_options_without_a_chat_are_refused(input_processor: InputProcessor, name: str) -> None:
     with pytest.raises(RequestError, match=f"`{name}`: .*only beside `messages`"):
-        preprocessor.build({"text_input": "a"}, {name: "[]"}, now=0.0)
+        input_processor.build({"text_input": "a"}, {name: "[]"}, now=0.0)
 
 
 KEYS = st.sampled_from(
@@ -225,7 +227,7 @@ VALUES = st.recursive(
 )
 
 
-def test_any_chat_is_served_or_refused_by_name(preprocessor: Preprocessor) -> None:
+def test_any_chat_is_served_or_refused_by_name(input_processor: InputProcessor) -> None:
     @settings(max_examples=300, deadline=None)
     @given(
         messages=st.lists(st.dictionaries(KEYS, VALUES, max_size=4) | VALUES, max_size=3),
@@ -236,7 +238,7 @@ def test_any_chat_is_served_or_refused_by_name(preprocessor: Preprocessor) -> No
         options = {"tools": tools, "chat_template_kwargs": variables}
         refused = ""
         try:
-            preprocessor.build({"messages": messages, "sampling_parameters": options}, {}, now=0.0)
+            input_processor.build({"messages": messages, "sampling_parameters": options}, {}, now=0.0)
         except RequestError as error:
             refused = str(error)
         assert refused.startswith(("`messages", "`tools", "`chat_template_kwargs")) or not refused

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fastserve.config import Config
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.chat import Chat
-from fastserve.text.input_processor import MAX_BYTES_PER_TOKEN, Preprocessor
+from fastserve.text.input_processor import MAX_BYTES_PER_TOKEN, InputProcessor
 from fastserve.text.sampling import SAMPLING_NAMES
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.types import Guide, Request, SamplingParams, decode, encode
@@ -23,31 +23,33 @@ MAX_MODEL_LEN = 64
 
 
 @pytest.fixture(scope="module")
-def preprocessor(tokenizer: Tokenizer) -> Preprocessor:
-    return Preprocessor(Config(max_request_seconds=60.0), tokenizer, MAX_MODEL_LEN, tokenizer.vocab_size)
+def input_processor(tokenizer: Tokenizer) -> InputProcessor:
+    return InputProcessor(Config(max_request_seconds=60.0), tokenizer, MAX_MODEL_LEN, tokenizer.vocab_size)
 
 
 def build(
-    preprocessor: Preprocessor, inputs: dict[str, Any] | None = None, parameters: dict[str, Any] | None = None
+    input_processor: InputProcessor,
+    inputs: dict[str, Any] | None = None,
+    parameters: dict[str, Any] | None = None,
 ) -> Request:
-    return preprocessor.build({"text_input": "hello"} | (inputs or {}), parameters or {}, now=1000.0)
+    return input_processor.build({"text_input": "hello"} | (inputs or {}), parameters or {}, now=1000.0)
 
 
-def sampling(preprocessor: Preprocessor, **values: Any) -> SamplingParams:
+def sampling(input_processor: InputProcessor, **values: Any) -> SamplingParams:
     """The parameters that come of `values` in the JSON of `sampling_parameters`."""
-    return build(preprocessor, {"sampling_parameters": json.dumps(values)}).sampling
+    return build(input_processor, {"sampling_parameters": json.dumps(values)}).sampling
 
 
-def refusal(preprocessor: Preprocessor, inputs: dict[str, Any], parameters: dict[str, Any]) -> str:
+def refusal(input_processor: InputProcessor, inputs: dict[str, Any], parameters: dict[str, Any]) -> str:
     """What the client is told; the request must be refused as its own fault."""
     with pytest.raises(RequestError) as raised:
-        preprocessor.build(inputs, parameters, now=0.0)
+        input_processor.build(inputs, parameters, now=0.0)
     assert raised.value.code is ErrorCode.INVALID_ARG
     return str(raised.value)
 
 
-def test_a_plain_request(preprocessor: Preprocessor, tokenizer: Tokenizer) -> None:
-    request = build(preprocessor, {"text_input": "hello €".encode()})
+def test_a_plain_request(input_processor: InputProcessor, tokenizer: Tokenizer) -> None:
+    request = build(input_processor, {"text_input": "hello €".encode()})
     assert request.prompt == "hello €"
     assert request.prompt_token_ids == tokenizer.encode("hello €")
     assert request.sampling == SamplingParams()
@@ -57,32 +59,32 @@ def test_a_plain_request(preprocessor: Preprocessor, tokenizer: Tokenizer) -> No
     assert (request.arrival, request.deadline) == (1000.0, 1060.0)
 
 
-def test_requests_have_different_uids(preprocessor: Preprocessor) -> None:
-    assert build(preprocessor).uid != build(preprocessor).uid
+def test_requests_have_different_uids(input_processor: InputProcessor) -> None:
+    assert build(input_processor).uid != build(input_processor).uid
 
 
-def test_a_chat(preprocessor: Preprocessor, tokenizer: Tokenizer) -> None:
+def test_a_chat(input_processor: InputProcessor, tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "hello"}]
-    request = preprocessor.build({"messages": json.dumps(messages)}, {}, now=0.0)
+    request = input_processor.build({"messages": json.dumps(messages)}, {}, now=0.0)
     assert request.prompt == tokenizer.render_chat(Chat(messages))
     assert request.prompt_token_ids == tokenizer.encode(request.prompt, special_tokens=False)
 
 
 @pytest.mark.parametrize("ids", [[5, 6, 7], np.array([5, 6, 7]), (5, 6, 7)], ids=["list", "array", "tuple"])
-def test_token_ids(preprocessor: Preprocessor, tokenizer: Tokenizer, ids: Any) -> None:
-    request = preprocessor.build({"prompt_token_ids": ids}, {}, now=0.0)
+def test_token_ids(input_processor: InputProcessor, tokenizer: Tokenizer, ids: Any) -> None:
+    request = input_processor.build({"prompt_token_ids": ids}, {}, now=0.0)
     assert request.prompt_token_ids == [5, 6, 7]
     assert request.prompt == tokenizer.decode([5, 6, 7])
 
 
-def test_absent_inputs_may_be_none(preprocessor: Preprocessor) -> None:
-    request = build(preprocessor, {"messages": None, "stream": None, "priority": None})
+def test_absent_inputs_may_be_none(input_processor: InputProcessor) -> None:
+    request = build(input_processor, {"messages": None, "stream": None, "priority": None})
     assert request.prompt == "hello"
 
 
 @pytest.mark.parametrize("given", [[], ["text_input", "messages"], ["messages", "prompt_token_ids"]])
-def test_exactly_one_prompt(preprocessor: Preprocessor, given: list[str]) -> None:
-    message = refusal(preprocessor, dict.fromkeys(given, "x"), {})
+def test_exactly_one_prompt(input_processor: InputProcessor, given: list[str]) -> None:
+    message = refusal(input_processor, dict.fromkeys(given, "x"), {})
     assert "exactly one of text_input, messages, prompt_token_ids" in message
     assert all(f"`{name}`" in message for name in given)
 
@@ -117,17 +119,19 @@ def test_every_sampling_parameter_is_listed_here() -> None:
 
 @pytest.mark.parametrize("name", VALUES)
 @pytest.mark.parametrize("form", ["json", "json_string", "parameter", "parameter_string"])
-def test_every_sampling_parameter_in_every_form(preprocessor: Preprocessor, name: str, form: str) -> None:
+def test_every_sampling_parameter_in_every_form(
+    input_processor: InputProcessor, name: str, form: str
+) -> None:
     value = VALUES[name]
     as_string = value if isinstance(value, str) else json.dumps(value)
     given = {name: as_string if form.endswith("string") else value}
     expected = {4: 1.5} if name == "logit_bias" else value
     if form.startswith("json"):
-        request = build(preprocessor, {"sampling_parameters": json.dumps(given)})
+        request = build(input_processor, {"sampling_parameters": json.dumps(given)})
         if given == {"stop": as_string}:  # within JSON a string is itself a stop string
             expected = [as_string]
     else:
-        request = build(preprocessor, parameters=given)
+        request = build(input_processor, parameters=given)
     assert request.sampling == msgspec.structs.replace(SamplingParams(), **{name: expected})
 
 
@@ -135,13 +139,13 @@ def test_every_sampling_parameter_in_every_form(preprocessor: Preprocessor, name
     ("value", "stop"),
     [("\n", ["\n"]), ("[", ["["]), ("[1]", ["[1]"]), ('["a", "b"]', ["a", "b"]), ("true", ["true"])],
 )
-def test_stop_as_a_request_parameter(preprocessor: Preprocessor, value: str, stop: list[str]) -> None:
-    assert build(preprocessor, parameters={"stop": value}).sampling.stop == stop
+def test_stop_as_a_request_parameter(input_processor: InputProcessor, value: str, stop: list[str]) -> None:
+    assert build(input_processor, parameters={"stop": value}).sampling.stop == stop
 
 
-def test_input_wins_over_parameter_and_json_over_single_parameters(preprocessor: Preprocessor) -> None:
+def test_input_wins_over_parameter_and_json_over_single_parameters(input_processor: InputProcessor) -> None:
     request = build(
-        preprocessor,
+        input_processor,
         {"stream": True, "priority": 2, "sampling_parameters": '{"max_tokens": 3}'},
         {
             "stream": "false",
@@ -157,40 +161,42 @@ def test_input_wins_over_parameter_and_json_over_single_parameters(preprocessor:
     assert request.output.logprobs
 
 
-def test_sampling_parameters_as_a_request_parameter(preprocessor: Preprocessor) -> None:
-    assert build(preprocessor, parameters={"sampling_parameters": '{"top_k": 4}'}).sampling.top_k == 4
+def test_sampling_parameters_as_a_request_parameter(input_processor: InputProcessor) -> None:
+    assert build(input_processor, parameters={"sampling_parameters": '{"top_k": 4}'}).sampling.top_k == 4
 
 
-def test_null_is_the_default_but_for_max_tokens(preprocessor: Preprocessor, tokenizer: Tokenizer) -> None:
-    params = sampling(preprocessor, temperature=None, stop=None, seed=None, max_tokens=None)
+def test_null_is_the_default_but_for_max_tokens(
+    input_processor: InputProcessor, tokenizer: Tokenizer
+) -> None:
+    params = sampling(input_processor, temperature=None, stop=None, seed=None, max_tokens=None)
     rest = MAX_MODEL_LEN - len(tokenizer.encode("hello"))
     assert params == msgspec.structs.replace(SamplingParams(), max_tokens=rest)
 
 
-def test_tokens_are_cut_to_the_context(preprocessor: Preprocessor, tokenizer: Tokenizer) -> None:
+def test_tokens_are_cut_to_the_context(input_processor: InputProcessor, tokenizer: Tokenizer) -> None:
     rest = MAX_MODEL_LEN - len(tokenizer.encode("hello"))
-    params = sampling(preprocessor, max_tokens=1000, min_tokens=900)
+    params = sampling(input_processor, max_tokens=1000, min_tokens=900)
     assert (params.max_tokens, params.min_tokens) == (rest, rest)
 
 
-def test_values_that_mean_another(preprocessor: Preprocessor, tokenizer: Tokenizer) -> None:
-    params = sampling(preprocessor, temperature=1e-30, seed=-1, top_k=2**62)
+def test_values_that_mean_another(input_processor: InputProcessor, tokenizer: Tokenizer) -> None:
+    params = sampling(input_processor, temperature=1e-30, seed=-1, top_k=2**62)
     assert (params.temperature, params.seed, params.top_k) == (0.0, None, tokenizer.vocab_size)
 
 
-def test_the_sum_of_logprobs_needs_them_and_the_list_asks_for_them(preprocessor: Preprocessor) -> None:
-    listed = build(preprocessor, {"return_logprobs": True})
+def test_the_sum_of_logprobs_needs_them_and_the_list_asks_for_them(input_processor: InputProcessor) -> None:
+    listed = build(input_processor, {"return_logprobs": True})
     assert (listed.sampling.logprobs, listed.output.null_logprobs) == (None, True)
-    summed = build(preprocessor, {"return_logprobs": True, "return_cumulative_logprob": True})
+    summed = build(input_processor, {"return_logprobs": True, "return_cumulative_logprob": True})
     assert (summed.sampling.logprobs, summed.output.null_logprobs) == (0, True)
-    asked = build(preprocessor, {"return_logprobs": True}, {"logprobs": 5})
+    asked = build(input_processor, {"return_logprobs": True}, {"logprobs": 5})
     assert (asked.sampling.logprobs, asked.output.null_logprobs) == (5, False)
 
 
-def test_bad_words_are_tokenised_with_and_without_a_space(
-    preprocessor: Preprocessor, tokenizer: Tokenizer
+def test_bad_words_are_tokenized_with_and_without_a_space(
+    input_processor: InputProcessor, tokenizer: Tokenizer
 ) -> None:
-    request = build(preprocessor, parameters={"bad_words": '["hello", "w"]'})
+    request = build(input_processor, parameters={"bad_words": '["hello", "w"]'})
     spellings = ["hello", " hello", "w", " w"]
     assert request.bad_words_token_ids == [tokenizer.encode(s, special_tokens=False) for s in spellings]
 
@@ -199,8 +205,8 @@ def test_bad_words_are_tokenised_with_and_without_a_space(
     ("stream", "exclude", "echo"),
     [(None, None, True), (True, None, False), (True, True, False), (False, True, False)],
 )
-def test_echo(preprocessor: Preprocessor, stream: bool | None, exclude: bool | None, echo: bool) -> None:
-    request = build(preprocessor, {"stream": stream, "exclude_input_in_output": exclude})
+def test_echo(input_processor: InputProcessor, stream: bool | None, exclude: bool | None, echo: bool) -> None:
+    request = build(input_processor, {"stream": stream, "exclude_input_in_output": exclude})
     assert request.output.echo is echo
 
 
@@ -209,15 +215,15 @@ def test_echo(preprocessor: Preprocessor, stream: bool | None, exclude: bool | N
     [(0, {}, 60.0), (2_000_000, {}, 2.0), (0, {"timeout": "3000000"}, 3.0), (10**12, {}, 60.0)],
 )
 def test_deadline(
-    preprocessor: Preprocessor, timeout_us: int, parameters: dict[str, Any], seconds: float
+    input_processor: InputProcessor, timeout_us: int, parameters: dict[str, Any], seconds: float
 ) -> None:
-    request = preprocessor.build({"text_input": "a"}, parameters, now=5.0, timeout_us=timeout_us)
+    request = input_processor.build({"text_input": "a"}, parameters, now=5.0, timeout_us=timeout_us)
     assert request.deadline == 5.0 + seconds
 
 
-def test_request_id(preprocessor: Preprocessor) -> None:
-    assert preprocessor.build({"text_input": "a"}, {"id": "b"}, now=0.0, request_id="a").request_id == "a"
-    assert preprocessor.build({"text_input": "a"}, {"id": "b"}, now=0.0).request_id == "b"
+def test_request_id(input_processor: InputProcessor) -> None:
+    assert input_processor.build({"text_input": "a"}, {"id": "b"}, now=0.0, request_id="a").request_id == "a"
+    assert input_processor.build({"text_input": "a"}, {"id": "b"}, now=0.0).request_id == "b"
 
 
 @pytest.mark.parametrize("name", ["guided_decoding", "structured_outputs"])
@@ -233,9 +239,9 @@ def test_request_id(preprocessor: Preprocessor) -> None:
         ({"grammar": 'start: "a"'}, Guide(grammar='start: "a"')),
     ],
 )
-def test_guides(preprocessor: Preprocessor, name: str, given: dict[str, Any], guide: Guide) -> None:
-    assert sampling(preprocessor, **{name: given}).guide == guide
-    assert build(preprocessor, parameters={name: json.dumps(given)}).sampling.guide == guide
+def test_guides(input_processor: InputProcessor, name: str, given: dict[str, Any], guide: Guide) -> None:
+    assert sampling(input_processor, **{name: given}).guide == guide
+    assert build(input_processor, parameters={name: json.dumps(given)}).sampling.guide == guide
 
 
 @pytest.mark.parametrize(
@@ -252,9 +258,9 @@ def test_guides(preprocessor: Preprocessor, name: str, given: dict[str, Any], gu
     ],
 )
 def test_what_is_not_served_may_be_at_its_default(
-    preprocessor: Preprocessor, name: str, harmless: Any
+    input_processor: InputProcessor, name: str, harmless: Any
 ) -> None:
-    assert sampling(preprocessor, **{name: harmless}) == SamplingParams()
+    assert sampling(input_processor, **{name: harmless}) == SamplingParams()
 
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -336,22 +342,24 @@ REFUSED_VALUES: list[tuple[str, Any, str]] = [
     REFUSED_VALUES,
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
-def test_refused_sampling_values(preprocessor: Preprocessor, name: str, value: Any, allowed: str) -> None:
-    message = refusal(preprocessor, {"text_input": "a", "sampling_parameters": {name: value}}, {})
+def test_refused_sampling_values(
+    input_processor: InputProcessor, name: str, value: Any, allowed: str
+) -> None:
+    message = refusal(input_processor, {"text_input": "a", "sampling_parameters": {name: value}}, {})
     assert name[:60] in message
     assert allowed in message
     assert len(message) < 2000
 
 
-def test_several_greedy_answers_are_refused(preprocessor: Preprocessor) -> None:
-    message = refusal(preprocessor, {"text_input": "a"}, {"n": 2, "temperature": 0})
+def test_several_greedy_answers_are_refused(input_processor: InputProcessor) -> None:
+    message = refusal(input_processor, {"text_input": "a"}, {"n": 2, "temperature": 0})
     assert "`n`: got 2; allowed: 1 where `temperature` is 0" in message
 
 
-def test_two_guides_are_refused(preprocessor: Preprocessor) -> None:
+def test_two_guides_are_refused(input_processor: InputProcessor) -> None:
     guide = {"regex": "a"}
     values = {"guided_decoding": guide, "structured_outputs": guide}
-    message = refusal(preprocessor, {"text_input": "a", "sampling_parameters": values}, {})
+    message = refusal(input_processor, {"text_input": "a", "sampling_parameters": values}, {})
     assert "`structured_outputs`: got `guided_decoding` beside it" in message
 
 
@@ -404,9 +412,13 @@ REFUSED_INPUTS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("field", "inputs", "parameters", "allowed"), REFUSED_INPUTS, ids=lambda v: str(v)[:30]
 )
 def test_refused_inputs(
-    preprocessor: Preprocessor, field: str, inputs: dict[str, Any], parameters: dict[str, Any], allowed: str
+    input_processor: InputProcessor,
+    field: str,
+    inputs: dict[str, Any],
+    parameters: dict[str, Any],
+    allowed: str,
 ) -> None:
-    message = refusal(preprocessor, inputs, parameters)
+    message = refusal(input_processor, inputs, parameters)
     assert message.startswith(f"`{field}`: ")
     assert allowed in message
     assert len(message) < 2000
@@ -456,13 +468,13 @@ INPUT_NAMES += ["return_logprobs", "priority", "tenant"]
 )
 @example(inputs={"messages": [{"role": "\ud800", "content": ""}]}, has_prompt=False, parameters={})
 def test_anything_is_served_or_refused_with_a_sentence(
-    preprocessor: Preprocessor, inputs: dict[str, Any], has_prompt: bool, parameters: dict[str, Any]
+    input_processor: InputProcessor, inputs: dict[str, Any], has_prompt: bool, parameters: dict[str, Any]
 ) -> None:
     if has_prompt:
         inputs = inputs | {"text_input": "hello"}
     refused = None
     try:
-        request = preprocessor.build(inputs, parameters, now=0.0)
+        request = input_processor.build(inputs, parameters, now=0.0)
     except RequestError as error:
         refused = error
     if refused is None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.text.output_processor import Postprocessor, Response
+from fastserve.text.output_processor import OutputProcessor, Response
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.types import (
     Failure,
@@ -66,14 +66,14 @@ def run(
     tokenizer: Tokenizer, request: Request, pieces: list[list[int]], outcome: Outcome
 ) -> tuple[list[Response], list[int]]:
     """All responses to one sequence's pieces, and which push (by number) told to stop the sequence."""
-    postprocessor = Postprocessor(tokenizer)
+    output_processor = OutputProcessor(tokenizer)
     responses, stops = [], []
     for number, piece in enumerate(pieces):
         is_last = number == len(pieces) - 1
         item = output(piece, outcome=outcome if is_last else None)
-        response = postprocessor.push(step(item, request=None if number else request, final=is_last))
+        response = output_processor.push(step(item, request=None if number else request, final=is_last))
         responses += [] if response is None else [response]
-        stops += [number] if postprocessor.newly_stopped == [0] else []
+        stops += [number] if output_processor.newly_stopped == [0] else []
     return responses, stops
 
 
@@ -81,7 +81,7 @@ def test_logprobs_are_null_where_the_sampling_parameters_have_none(tokenizer: To
     options = OutputOptions(logprobs=True, cumulative_logprob=True, null_logprobs=True)
     request = make_request(tokenizer, options, logprobs=0, n=2)
     items = [output([5], i, outcome=Outcome.LENGTH, logprobs=[[(5, -0.5, 1)]]) for i in range(2)]
-    response = Postprocessor(tokenizer).push(step(*items, request=request, final=True))
+    response = OutputProcessor(tokenizer).push(step(*items, request=request, final=True))
     assert response is not None
     assert response.logprobs == ["null", "null"]
     assert response.cumulative_logprob == [-0.5, -0.5]
@@ -99,7 +99,7 @@ def test_the_answer_keeps_the_space_before_its_first_word(
         make_request(tokenizer, options), prompt="a", prompt_token_ids=[token_id(tokenizer, "<s>"), a]
     )
     item = output([b], outcome=Outcome.LENGTH, logprobs=[[(b, -1.0, 1)]])
-    response = Postprocessor(tokenizer).push(step(item, request=request, final=True))
+    response = OutputProcessor(tokenizer).push(step(item, request=request, final=True))
     assert response is not None
     assert response.text == ["a b" if echo else " b"]
     assert json.loads(response.logprobs[0])[0][str(b)]["decoded_token"] == " b"
@@ -173,15 +173,15 @@ def test_echo_begins_with_the_prompt(tokenizer: Tokenizer) -> None:
 
 def test_no_response_without_new_text(tokenizer: Tokenizer) -> None:
     first, second, third = tokenizer.encode("€", special_tokens=False)
-    postprocessor = Postprocessor(tokenizer)
+    output_processor = OutputProcessor(tokenizer)
     request = make_request(tokenizer, OutputOptions(stream=True))
-    assert postprocessor.push(step(output([first]), request=request)) is None
-    assert postprocessor.push(step(output([second]))) is None
-    response = postprocessor.push(step(output([third])))
+    assert output_processor.push(step(output([first]), request=request)) is None
+    assert output_processor.push(step(output([second]))) is None
+    response = output_processor.push(step(output([third])))
     assert response is not None
     assert (response.text, response.token_ids) == (["€"], [[first, second, third]])
     assert response.finish_reason == ["None"]
-    last = postprocessor.push(step(output([first], outcome=Outcome.LENGTH), final=True))
+    last = output_processor.push(step(output([first], outcome=Outcome.LENGTH), final=True))
     assert last is not None
     assert (last.text, last.finish_reason, last.final) == (["\N{REPLACEMENT CHARACTER}"], ["length"], True)
 
@@ -193,13 +193,13 @@ def test_stop_string_ends_the_sequence_at_its_token(tokenizer: Tokenizer, stream
     request = make_request(
         tokenizer, OutputOptions(stream=stream, logprobs=True), stop=["\nUser:"], logprobs=0
     )
-    postprocessor = Postprocessor(tokenizer)
+    output_processor = OutputProcessor(tokenizer)
     logprobs: list[list[TokenLogprob]] = [[(token, -0.5, 1)] for token in ids]
-    first = postprocessor.push(step(output(ids, logprobs=logprobs), request=request))
-    assert postprocessor.newly_stopped == [0]
-    second = postprocessor.push(step(output(ids, logprobs=logprobs)))
-    assert postprocessor.newly_stopped == []
-    last = postprocessor.push(step(output([], outcome=Outcome.STOP), final=True))
+    first = output_processor.push(step(output(ids, logprobs=logprobs), request=request))
+    assert output_processor.newly_stopped == [0]
+    second = output_processor.push(step(output(ids, logprobs=logprobs)))
+    assert output_processor.newly_stopped == []
+    last = output_processor.push(step(output([], outcome=Outcome.STOP), final=True))
     assert second is None
     assert last is not None
     assert last.finish_reason == ["stop"]
@@ -268,15 +268,15 @@ def test_logprobs_in_the_shape_of_the_vllm_backend(tokenizer: Tokenizer) -> None
     request = make_request(
         tokenizer, OutputOptions(stream=True, logprobs=True), logprobs=1, prompt_logprobs=0
     )
-    postprocessor = Postprocessor(tokenizer)
+    output_processor = OutputProcessor(tokenizer)
     first_output = output(
         [a],
         logprobs=[[(a, -1.5, 2), (b, -0.5, 1)]],
         prompt_logprobs=[[], [(b, float("-inf"), 9)]],
     )
-    first = postprocessor.push(step(first_output, request=request))
+    first = output_processor.push(step(first_output, request=request))
     last_output = output([b], logprobs=[[(b, -0.25, 1), (b, -0.25, 1)]], outcome=Outcome.LENGTH)
-    last = postprocessor.push(step(last_output, final=True))
+    last = output_processor.push(step(last_output, final=True))
     assert first is not None
     assert last is not None
     assert json.loads(first.logprobs[0]) == [
@@ -297,16 +297,16 @@ def test_logprobs_in_the_shape_of_the_vllm_backend(tokenizer: Tokenizer) -> None
 
 def test_several_sequences(tokenizer: Tokenizer) -> None:
     a, b = tokenizer.encode("ab", special_tokens=False)
-    postprocessor = Postprocessor(tokenizer)
+    output_processor = OutputProcessor(tokenizer)
     request = make_request(tokenizer, OutputOptions(stream=True), n=2, stop=["b"])
-    first = postprocessor.push(step(output([a, b], index=1), request=request))
+    first = output_processor.push(step(output([a, b], index=1), request=request))
     assert first is not None
     assert (first.text, first.finish_reason) == (["", "a"], ["None", "None"])
-    assert postprocessor.newly_stopped == [1]
-    second = postprocessor.push(step(output([a]), output([a], index=1)))
+    assert output_processor.newly_stopped == [1]
+    second = output_processor.push(step(output([a]), output([a], index=1)))
     assert second is not None
     assert (second.text, second.token_ids) == (["a", ""], [[a], []])
-    last = postprocessor.push(step(output([a], outcome=Outcome.LENGTH), final=True))
+    last = output_processor.push(step(output([a], outcome=Outcome.LENGTH), final=True))
     assert last is not None
     assert (last.text, last.finish_reason) == (["a", ""], ["length", "stop"])
 
@@ -325,22 +325,22 @@ def test_failures_are_raised(
 ) -> None:
     request = make_request(tokenizer, OutputOptions(stream=True))
     with pytest.raises(RequestError, match=message) as raised:
-        Postprocessor(tokenizer).push(step(output([], **fields), request=request, final=True))
+        OutputProcessor(tokenizer).push(step(output([], **fields), request=request, final=True))
     assert raised.value.code is code
 
 
 def test_failure_of_a_sequence_that_has_stopped_is_no_failure(tokenizer: Tokenizer) -> None:
-    postprocessor = Postprocessor(tokenizer)
+    output_processor = OutputProcessor(tokenizer)
     ids = tokenizer.encode("ab", special_tokens=False)
-    postprocessor.push(step(output(ids), request=make_request(tokenizer, OutputOptions(), stop=["b"])))
-    response = postprocessor.push(step(output([], failure=Failure("INTERNAL", "x")), final=True))
+    output_processor.push(step(output(ids), request=make_request(tokenizer, OutputOptions(), stop=["b"])))
+    response = output_processor.push(step(output([], failure=Failure("INTERNAL", "x")), final=True))
     assert response is not None
     assert (response.text, response.finish_reason) == (["a"], ["stop"])
 
 
 def test_first_output_without_its_request(tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError) as raised:
-        Postprocessor(tokenizer).push(step(output([1])))
+        OutputProcessor(tokenizer).push(step(output([1])))
     assert raised.value.code is ErrorCode.INTERNAL
 
 

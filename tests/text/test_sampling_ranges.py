@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastserve.config import Config
 from fastserve.errors import RequestError
-from fastserve.text.input_processor import Preprocessor
+from fastserve.text.input_processor import InputProcessor
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.types import Request, SamplingParams, decode, encode
 
@@ -22,9 +22,9 @@ VOCAB_SIZE = 267
 
 
 @pytest.fixture(scope="module")
-def preprocessor(tokenizer: Tokenizer) -> Preprocessor:
+def input_processor(tokenizer: Tokenizer) -> InputProcessor:
     assert tokenizer.vocab_size == VOCAB_SIZE
-    return Preprocessor(Config(), tokenizer, MAX_MODEL_LEN, VOCAB_SIZE)
+    return InputProcessor(Config(), tokenizer, MAX_MODEL_LEN, VOCAB_SIZE)
 
 
 def _forms(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -75,11 +75,11 @@ RANGES: dict[str, Callable[[Any], bool]] = {
 
 @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(values=NEAR_THE_BOUNDS)
-def test_what_is_accepted_lies_in_its_range(preprocessor: Preprocessor, values: dict[str, Any]) -> None:
+def test_what_is_accepted_lies_in_its_range(input_processor: InputProcessor, values: dict[str, Any]) -> None:
     request = None
     with contextlib.suppress(RequestError):
         inputs = {"text_input": "hello", "sampling_parameters": values}
-        request = preprocessor.build(inputs, {}, now=0.0)
+        request = input_processor.build(inputs, {}, now=0.0)
     if request is not None:
         assert decode(encode(request), Request) == request
         for name in SamplingParams.__struct_fields__:

@@ -9,7 +9,7 @@ import pytest
 
 from fastserve.config import Config
 from fastserve.errors import RequestError
-from fastserve.text.input_processor import Preprocessor
+from fastserve.text.input_processor import InputProcessor
 from fastserve.text.tokenizer import Tokenizer
 
 TEXT = "日 本"
@@ -23,8 +23,8 @@ def model_size(tokenizer: Tokenizer) -> int:
 
 
 @pytest.fixture
-def preprocessor(tokenizer: Tokenizer, model_size: int) -> Preprocessor:
-    return Preprocessor(Config(), tokenizer, 64, model_size)
+def input_processor(tokenizer: Tokenizer, model_size: int) -> InputProcessor:
+    return InputProcessor(Config(), tokenizer, 64, model_size)
 
 
 @pytest.mark.parametrize(
@@ -41,17 +41,17 @@ def preprocessor(tokenizer: Tokenizer, model_size: int) -> Preprocessor:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_ids_beyond_the_model_are_refused(
-    preprocessor: Preprocessor, model_size: int, field: str, inputs: dict[str, Any]
+    input_processor: InputProcessor, model_size: int, field: str, inputs: dict[str, Any]
 ) -> None:
     with pytest.raises(RequestError) as raised:
-        preprocessor.build(_filled_in(inputs, model_size), {}, now=0.0)
+        input_processor.build(_filled_in(inputs, model_size), {}, now=0.0)
     message = str(raised.value)
     assert message.startswith(f"`{field}`: ")
     assert f"the tokenizer has {model_size + 1} tokens, more than the model's {model_size}" in message
 
 
-def test_every_id_of_the_model_is_served(preprocessor: Preprocessor, model_size: int) -> None:
-    request = preprocessor.build({"prompt_token_ids": [0, model_size - 1]}, {"top_k": 10**6}, now=0.0)
+def test_every_id_of_the_model_is_served(input_processor: InputProcessor, model_size: int) -> None:
+    request = input_processor.build({"prompt_token_ids": [0, model_size - 1]}, {"top_k": 10**6}, now=0.0)
     assert request.prompt_token_ids == [0, model_size - 1]
     assert request.sampling.top_k == model_size
 
@@ -59,9 +59,9 @@ def test_every_id_of_the_model_is_served(preprocessor: Preprocessor, model_size:
 def test_the_first_lines_of_the_log_tell(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     size = tokenizer.vocab_size
     with caplog.at_level(logging.WARNING):
-        Preprocessor(Config(), tokenizer, 64, size + 100)  # a padded model is as usual
+        InputProcessor(Config(), tokenizer, 64, size + 100)  # a padded model is as usual
         assert caplog.messages == []
-        Preprocessor(Config(), tokenizer, 64, size - 1)
+        InputProcessor(Config(), tokenizer, 64, size - 1)
     assert len(caplog.messages) == 1
     assert f"{size} tokens, more than the model's {size - 1}" in caplog.messages[0]
 

@@ -1,4 +1,4 @@
-"""A Hugging Face directory whose weights are quantised or sparse, in one of the layouts that tools write."""
+"""A Hugging Face directory whose weights are quantized or sparse, in one of the layouts that tools write."""
 
 from __future__ import annotations
 

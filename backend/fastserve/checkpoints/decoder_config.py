@@ -52,8 +52,8 @@ class DecoderConfig:
 
     @classmethod
     def from_transformers(cls, config: PretrainedConfig) -> DecoderConfig:
-        """Raises ModelError for what `obstacle` names."""
-        reason = obstacle(config)
+        """Raises ModelError for what `unsupported_reason` names."""
+        reason = unsupported_reason(config)
         if reason is not None:
             raise ModelError(f"not a decoder of the Llama family as FastServe has it: {reason}")
         inverse_frequencies, rotary_scale = _rotary_parameters(config)
@@ -85,7 +85,7 @@ class DecoderConfig:
         return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
 
 
-def obstacle(config: PretrainedConfig) -> str | None:
+def unsupported_reason(config: PretrainedConfig) -> str | None:
     """Why our decoder cannot compute this model, or None if it can, as far as its config tells."""
     if config.model_type not in MODEL_TYPES:
         return f"its model_type is {config.model_type!r}, not one of {', '.join(MODEL_TYPES)}"
@@ -106,7 +106,7 @@ def obstacle(config: PretrainedConfig) -> str | None:
 
 
 def quant_method(config: PretrainedConfig) -> str | None:
-    """How the weights are quantised; None if they are not."""
+    """How the weights are quantized; None if they are not."""
     quantization = getattr(config, "quantization_config", None)
     return None if quantization is None else str(quantization.get("quant_method"))
 

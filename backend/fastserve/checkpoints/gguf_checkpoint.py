@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: tensors dequantised or packed as they lie, under the names of transformers."""
+"""A GGUF file as a checkpoint: tensors dequantized or packed as they lie, under the names of transformers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class GgufCheckpoint:
         destination.copy_(deinterleave(interleaved, heads))
 
     def read_packed(self, name: str, exact: bool) -> Int4 | Int8 | None:
-        """A matrix as its blocks hold it; None if they are of a kind that must be dequantised."""
+        """A matrix as its blocks hold it; None if they are of a kind that must be dequantized."""
         weight, heads = read_blocks(self._tensors[name], exact), self._interleaved_heads(name)
         if weight is None or heads is None:
             return weight

@@ -25,9 +25,9 @@ def read_state_dict(file: GgufFile, config: PretrainedConfig, dtype: torch.dtype
     """
     architecture = ARCHITECTURES[file.architecture]
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    tied = set(skeleton.all_tied_weights_keys)
-    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters() if name not in tied}
+        meta_model = AutoModelForCausalLM.from_config(config)
+    tied = set(meta_model.all_tied_weights_keys)
+    shapes = {name: parameter.shape for name, parameter in meta_model.named_parameters() if name not in tied}
     names = _gguf_names(file, config.num_hidden_layers, shapes)
     heads = {".q_proj.": config.num_attention_heads, ".k_proj.": config.num_key_value_heads}
     state: dict[str, Tensor] = {}

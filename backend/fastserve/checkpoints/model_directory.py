@@ -1,6 +1,6 @@
 """Where a model's files are: its weights, its tokenizer, and the tokens that end an answer.
 
-Imports no torch: a process that only tokenises uses it too.
+Imports no torch: a process that only tokenizes uses it too.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class ModelFiles:
     checkpoint: Path
     """A GGUF file or a Hugging Face directory."""
     tokenizer: Path
-    """A directory with the tokeniser's files as transformers saves them."""
+    """A directory with the tokenizer's files as transformers saves them."""
 
 
 def locate(model: str) -> ModelFiles:
@@ -34,5 +34,5 @@ def locate(model: str) -> ModelFiles:
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
-    """The tokeniser, with the tokens that end an answer of this model."""
+    """The tokenizer, with the tokens that end an answer of this model."""
     return Tokenizer(files.tokenizer, eos_token_ids(files.checkpoint))

@@ -33,7 +33,7 @@ def _group_size_of_4_bits(name: str, weight: Tensor) -> int:
     size = _group_size(weight)
     if size is None:
         raise ModelError(
-            f"{name}: rows of {weight.shape[1]} cannot be quantised to 4 bits; allowed: multiples of 32"
+            f"{name}: rows of {weight.shape[1]} cannot be quantized to 4 bits; allowed: multiples of 32"
         )
     return size
 

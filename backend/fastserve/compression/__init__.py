@@ -1,1 +1,1 @@
-"""Makes a checkpoint smaller and faster: quantise, prune, decompose, distil, and see what it cost."""
+"""Makes a checkpoint smaller and faster: quantize, prune, decompose, distil, and see what it cost."""

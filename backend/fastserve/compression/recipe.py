@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 from transformers import PretrainedConfig
 
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.state.meta_model import Skeleton
+from fastserve.compression.state.meta_model import MetaModel
 from fastserve.compression.step import Kind
 from fastserve.compression.steps import STEPS, AnyStep
 
@@ -71,7 +71,7 @@ def parse_recipe(data: object) -> Recipe:
 
 def check_recipe(recipe: Recipe, config: PretrainedConfig) -> None:
     """Raises RecipeError if a step is impossible with a model of this config, or after those before it."""
-    kinds: dict[str, Kind] = dict.fromkeys(_linears(Skeleton.of(config)), "dense")
+    kinds: dict[str, Kind] = dict.fromkeys(_linears(MetaModel.of(config)), "dense")
     for index, step in enumerate(recipe.steps):
         where = f"steps[{index}] ({step.name})"
         try:
@@ -93,17 +93,17 @@ def check_recipe(recipe: Recipe, config: PretrainedConfig) -> None:
                 )
             kinds[name] = step.leaves or kinds[name]
         config = step.config_after(config)
-        kinds = {name: kinds[name] for name in _linears(Skeleton.of(config))}
+        kinds = {name: kinds[name] for name in _linears(MetaModel.of(config))}
 
 
-_PHRASES = {"dense": "dense", "sparse": "sparse", "low rank": "of low rank", "codes": "quantised"}
+_PHRASES = {"dense": "dense", "sparse": "sparse", "low rank": "of low rank", "codes": "quantized"}
 
 
-def _linears(skeleton: Skeleton) -> list[str]:
+def _linears(meta_model: MetaModel) -> list[str]:
     return [
-        f"{skeleton.prefix}{index}.{name}"
-        for index in range(skeleton.num_layers)
-        for name in skeleton.linears(index)
+        f"{meta_model.prefix}{index}.{name}"
+        for index in range(meta_model.num_layers)
+        for name in meta_model.linears(index)
     ]
 
 

@@ -70,7 +70,7 @@ def token_windows(
     """Windows of `length` tokens that do not overlap, in the text's order, [samples, length] int64.
 
     `samples` None: all of them; else so many, spread evenly over the text: the middle one of each of as many
-    equal stretches, or with a `seed` one drawn from each. A window begins with the tokens that the tokeniser
+    equal stretches, or with a `seed` one drawn from each. A window begins with the tokens that the tokenizer
     puts before every text (Llama 3: one), as the windows of a model in service do. `tokenizer` may be the
     directory of one.
 
@@ -124,7 +124,7 @@ def evaluation_windows(source: Evaluation, tokenizer: Path) -> Tensor:
 
 
 def _encode(tokenizer: Tokenizer | Path, text: str) -> tuple[list[int], list[int]]:
-    """What the tokeniser puts before every text, and the text."""
+    """What the tokenizer puts before every text, and the text."""
     if isinstance(tokenizer, Path):
         tokenizer = Tokenizer(tokenizer)
     return tokenizer.backend.encode("").ids, tokenizer.backend.encode(text, add_special_tokens=False).ids

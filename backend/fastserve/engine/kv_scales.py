@@ -1,4 +1,4 @@
-"""Which dtype the KV cache has, and the scales of one that is quantised.
+"""Which dtype the KV cache has, and the scales of one that is quantized.
 
 Scales are the checkpoint's own where it has them: from the step `kv_cache` of `fastserve compress`, or from
 llm-compressor. Else they are measured when the model is loaded: ordinary text runs over a cache of the

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fastserve.ensemble.tensors import call, message_tensor
 from fastserve.errors import RequestError
 from fastserve.service_thread import ServiceThread
-from fastserve.types import Room
+from fastserve.types import EngineCapacity
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ REPEAT_SECONDS = 2.0
 
 
 class Numbers(NamedTuple):
-    """The fields of `Room` that the engine fills in."""
+    """The fields of `EngineCapacity` that the engine fills in."""
 
     incarnation: str
     received: int
@@ -31,7 +31,7 @@ class Numbers(NamedTuple):
     max_model_len: int | None
 
 
-class RoomTeller:
+class CapacityPublisher:
     """A mailbox of one message: what is not yet sent is replaced by what is newer."""
 
     def __init__(self, on_health: Callable[[str | None], None]) -> None:
@@ -42,7 +42,7 @@ class RoomTeller:
         self._serial = 0
         self._is_open = False
         self._stopping = False
-        self._thread = ServiceThread("room", self._tell_scheduler, on_health=on_health)
+        self._thread = ServiceThread("capacity", self._tell_scheduler, on_health=on_health)
         self._thread.start()
 
     def open(self) -> None:
@@ -64,9 +64,9 @@ class RoomTeller:
         if numbers is None:
             return not self._stopping
         self._serial += 1
-        room = Room(serial=self._serial, time=time.monotonic(), **numbers._asdict())
+        capacity = EngineCapacity(serial=self._serial, time=time.monotonic(), **numbers._asdict())
         try:
-            call("scheduler", [message_tensor("room", room)])
+            call("scheduler", [message_tensor("capacity", capacity)])
         except RequestError as error:  # it may still be loading
             logger.debug("room not told: %s", error)
             with self._changed:

@@ -23,11 +23,11 @@ from fastserve.checkpoints.model_files import locate
 from fastserve.config import read_config
 from fastserve.engine.worker import FromWorker, Worker
 from fastserve.ensemble.cancels import RememberedCancels
-from fastserve.ensemble.capacity_publisher import Numbers, RoomTeller
+from fastserve.ensemble.capacity_publisher import CapacityPublisher, Numbers
 from fastserve.ensemble.final_response import send_error, send_final
 from fastserve.ensemble.metrics import REPORT_SECONDS, EngineMetrics
 from fastserve.ensemble.readiness import Readiness
-from fastserve.ensemble.response_stream import Relay
+from fastserve.ensemble.response_stream import ResponseStream
 from fastserve.ensemble.tensors import message_of, message_tensor
 from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.types import (
@@ -56,7 +56,7 @@ RESTART_SECONDS = 1.0
 """Between a worker that died while it started and the next one."""
 
 
-class EngineStep:
+class EngineModel:
     """Triton server's Python model `engine`."""
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -66,12 +66,12 @@ class EngineStep:
             os.sched_getaffinity(0)
         )
         self._lock = threading.RLock()
-        self._relays: dict[str, Relay] = {}
+        self._streams: dict[str, ResponseStream] = {}
         self._backlog: dict[str, Request] = {}
         """Requests that came while there was no worker, by uid."""
         self._cancelled = RememberedCancels(self._config.max_request_seconds)
         self._metrics = EngineMetrics()
-        self._room = RoomTeller(lambda problem: self._on_health("room", problem))
+        self._capacity = CapacityPublisher(lambda problem: self._on_health("capacity", problem))
         self._readiness = Readiness()
         self._arrived = 0
         self._sent = 0
@@ -120,9 +120,9 @@ class EngineStep:
             except Exception as error:
                 logger.exception("a request could not be taken in")
                 send_error(sender, RequestError(f"engine: {error}", ErrorCode.INTERNAL))
-        self._room.open()
+        self._capacity.open()
         with self._lock:
-            self._tell_room()
+            self._publish_capacity()
 
     def _dispatch(self, triton_request: Any, sender: Any) -> None:
         """Raises whatever is wrong with the request."""
@@ -148,28 +148,28 @@ class EngineStep:
 
     def _take_released(self, released: Any, sender: Any, triton_request: Any) -> None:
         if isinstance(released, Request):
-            self._take(Relay(released, sender, released.sampling.n), triton_request.is_cancelled())
+            self._take(ResponseStream(released, sender, released.sampling.n), triton_request.is_cancelled())
         elif isinstance(released, Refused):
-            Relay(released.request, sender, 1).fail(released.outcome, released.failure)
+            ResponseStream(released.request, sender, 1).fail(released.outcome, released.failure)
         else:
             accepted = message_tensor("output", RequestOutput(released.uid, []))
             send_final(sender, pb_utils.InferenceResponse(output_tensors=[accepted]))
 
-    def _take(self, relay: Relay, is_cancelled: bool) -> None:
-        request = relay.request
+    def _take(self, stream: ResponseStream, is_cancelled: bool) -> None:
+        request = stream.request
         with self._lock:
-            if request.uid in self._relays:
+            if request.uid in self._streams:
                 raise invalid("released", request.uid, "a request that is not served already")
             self._arrived += 1
             is_cancelled = is_cancelled or self._cancelled.applies_to(request)
             if not is_cancelled:
-                self._relays[request.uid] = relay
+                self._streams[request.uid] = stream
                 if self._stats is None:
                     self._backlog[request.uid] = request
                 else:
                     self._send(request)
         if is_cancelled:
-            relay.fail(Outcome.CANCELLED, _CANCELLED)
+            stream.fail(Outcome.CANCELLED, _CANCELLED)
 
     def _send(self, request: Request) -> None:
         self._sent += 1
@@ -181,18 +181,18 @@ class EngineStep:
 
     def _cancel(self, cancel: CancelById) -> None:
         """Ends those that the worker has and those that wait for it; remembers it for those still to come."""
-        ended: list[Relay] = []
+        ended: list[ResponseStream] = []
         with self._lock:
             self._cancelled.add(cancel)
-            for uid, relay in list(self._relays.items()):
-                if relay.request.request_id != cancel.request_id or relay.request.arrival > cancel.time:
+            for uid, stream in list(self._streams.items()):
+                if stream.request.request_id != cancel.request_id or stream.request.arrival > cancel.time:
                     continue
                 if self._backlog.pop(uid, None) is not None:
-                    ended.append(self._relays.pop(uid))
+                    ended.append(self._streams.pop(uid))
                 else:
                     self._worker.send(Cancel(uid, Outcome.CANCELLED))
-        for relay in ended:
-            relay.fail(Outcome.CANCELLED, _CANCELLED)
+        for stream in ended:
+            stream.fail(Outcome.CANCELLED, _CANCELLED)
 
     # From the thread that reads the worker's pipe: steps, and its death.
 
@@ -206,40 +206,42 @@ class EngineStep:
         now = time.monotonic()
         with self._lock:
             for output in step.outputs:
-                relay = self._relays.get(output.uid)
-                if relay is not None:
-                    relay.add(output)
+                stream = self._streams.get(output.uid)
+                if stream is not None:
+                    stream.add(output)
             due = self._take_due(now)
             self._stats = step.stats
-            self._tell_room()
-        for relay in due:
-            self._respond(relay, now)
+            self._publish_capacity()
+        for stream in due:
+            self._respond(stream, now)
         if step.stats.step_tokens:
             self._metrics.step_tokens.observe(step.stats.step_tokens)
         if step.stats.running == 0 or now - self._reported_at >= REPORT_SECONDS:
             self._report(step.stats)
 
-    def _take_due(self, now: float) -> list[Relay]:
+    def _take_due(self, now: float) -> list[ResponseStream]:
         """Those to be sent now; only this thread touches them. What is final leaves."""
-        interval = max(self._config.stream_interval_ms / 1000, len(self._relays) / self._responses_per_second)
-        due = [relay for relay in self._relays.values() if relay.is_due(now, interval)]
-        for relay in due:
-            if relay.is_final:
-                del self._relays[relay.request.uid]
+        interval = max(
+            self._config.stream_interval_ms / 1000, len(self._streams) / self._responses_per_second
+        )
+        due = [stream for stream in self._streams.values() if stream.is_due(now, interval)]
+        for stream in due:
+            if stream.is_final:
+                del self._streams[stream.request.uid]
         return due
 
-    def _respond(self, relay: Relay, now: float) -> None:
+    def _respond(self, stream: ResponseStream, now: float) -> None:
         """What cannot be sent ends its own request only."""
         try:
-            relay.send(now)
+            stream.send(now)
         except Exception as error:
-            uid = relay.request.uid
+            uid = stream.request.uid
             logger.exception("a response of request %s could not be sent", uid)
             with self._lock:
-                if self._relays.pop(uid, None) is not None:
+                if self._streams.pop(uid, None) is not None:
                     self._worker.send(Cancel(uid, Outcome.CANCELLED))
             message = f"the answer could not be sent: {error}"
-            relay.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
+            stream.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
 
     def _on_ready(self, ready: Ready) -> None:
         self._report(ready.stats, ready.stats)
@@ -251,7 +253,7 @@ class EngineStep:
             for request in self._backlog.values():
                 self._send(request)
             self._backlog = {}
-            self._tell_room()
+            self._publish_capacity()
         self._is_up = True
         self._readiness.set("worker", None)
         self._started.set()
@@ -261,10 +263,10 @@ class EngineStep:
         with self._lock:
             had_been_ready, self._stats = self._stats is not None, None
             lost = self._take_lost(with_backlog=not had_been_ready)
-            self._tell_room()
+            self._publish_capacity()
         message = f"the engine's worker {cause} while it served the request; try again"
-        for relay in lost:
-            relay.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
+        for stream in lost:
+            stream.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
         if not self._is_up:
             self._started.set()
             return
@@ -275,11 +277,11 @@ class EngineStep:
             time.sleep(RESTART_SECONDS)
         self._replace_worker()
 
-    def _take_lost(self, with_backlog: bool) -> list[Relay]:
+    def _take_lost(self, with_backlog: bool) -> list[ResponseStream]:
         """The requests that a dead worker had, and with the backlog those that waited for it."""
         if with_backlog:
             self._backlog = {}
-        return [self._relays.pop(uid) for uid in list(self._relays) if uid not in self._backlog]
+        return [self._streams.pop(uid) for uid in list(self._streams) if uid not in self._backlog]
 
     def _replace_worker(self) -> None:
         worker = self._make_worker()
@@ -289,14 +291,14 @@ class EngineStep:
             self._worker = worker
         worker.start()
 
-    def _tell_room(self) -> None:
+    def _publish_capacity(self) -> None:
         stats = self._stats
         if stats is None:
             received, free_slots, lowest_key = self._arrived - len(self._backlog), 0, None
         else:
             received = self._arrived - (self._sent - stats.received)
             free_slots, lowest_key = stats.free_slots, stats.lowest_key
-        self._room.tell(
+        self._capacity.tell(
             Numbers(self._incarnation, received, self._arrived, free_slots, lowest_key, self._max_model_len)
         )
 
@@ -316,5 +318,5 @@ class EngineStep:
         with self._lock:
             self._stopping = True
         self._readiness.stop()
-        self._room.stop()
+        self._capacity.stop()
         self._worker.stop()

@@ -82,7 +82,7 @@ class _Forwarded:
                 _send(self._sender, response)
 
 
-class InferStep:
+class InferModel:
     """Triton server's Python model `fastserve_infer`."""
 
     def initialize(self, args: dict[str, str]) -> None:

@@ -29,7 +29,7 @@ from fastserve.ensemble.tensors import (
 )
 from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.service_thread import ServiceThread
-from fastserve.text.output_processor import Postprocessor, Response
+from fastserve.text.output_processor import OutputProcessor, Response
 from fastserve.types import Cancel, Health, Outcome, OutputOptions, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -39,23 +39,23 @@ FORGET_SECONDS = 60.0
 
 
 @dataclass(slots=True)
-class _Conversation:
+class RequestState:
     """One request between its first and its last output."""
 
     request: Request
-    postprocessor: Postprocessor
+    output_processor: OutputProcessor
     first_token: float
     """When it came, `time.monotonic()`."""
     num_tokens: int = 0
     is_gone: bool = False
 
 
-class PostprocessStep:
+class PostprocessModel:
     """Triton server's Python model `postprocess`."""
 
     def initialize(self, args: dict[str, str]) -> None:
         self._tokenizer = load_tokenizer(locate(read_config().model))
-        self._conversations: dict[str, _Conversation] = {}
+        self._states: dict[str, RequestState] = {}
         self._metrics = ResponseMetrics()
         self._stops: queue.SimpleQueue[Cancel | None] = queue.SimpleQueue()
         self._untold: Cancel | None = None
@@ -82,8 +82,8 @@ class PostprocessStep:
                 self._fail(uid, sender, _named(error), is_forwarded)
 
     def _is_forwarded(self, output: RequestOutput) -> bool:
-        conversation = self._conversations.get(output.uid)
-        request = conversation.request if conversation is not None else output.request
+        state = self._states.get(output.uid)
+        request = state.request if state is not None else output.request
         return request is not None and is_forwarded_id(request.request_id)
 
     def _fail(self, uid: str, sender: Any, error: RequestError, is_forwarded: bool) -> None:
@@ -104,67 +104,67 @@ class PostprocessStep:
             send_final(sender, pb_utils.InferenceResponse(output_tensors=[accepted]))
             return
         now = time.monotonic()
-        conversation = self._conversation(output, now)
-        if conversation is None:  # its client has been told of its end
+        state = self._state(output, now)
+        if state is None:  # its client has been told of its end
             send_final(sender)
             return
-        if is_cancelled and not conversation.is_gone and not output.final:
-            conversation.is_gone = True
+        if is_cancelled and not state.is_gone and not output.final:
+            state.is_gone = True
             self._stops.put(Cancel(output.uid, Outcome.CANCELLED))
-        self._count(conversation, output)
+        self._count(state, output)
         if output.final:
-            self._observe_end(conversation, output, now)
-            del self._conversations[output.uid]
-        send_final(sender, self._push(conversation, output))
+            self._observe_end(state, output, now)
+            del self._states[output.uid]
+        send_final(sender, self._push(state, output))
 
-    def _push(self, conversation: _Conversation, output: RequestOutput) -> pb_utils.InferenceResponse | None:
-        response = conversation.postprocessor.push(output)
-        for index in conversation.postprocessor.newly_stopped:
+    def _push(self, state: RequestState, output: RequestOutput) -> pb_utils.InferenceResponse | None:
+        response = state.output_processor.push(output)
+        for index in state.output_processor.newly_stopped:
             self._stops.put(Cancel(output.uid, Outcome.STOP, index))
         if response is None:
             return None
-        return pb_utils.InferenceResponse(output_tensors=_tensors(response, conversation.request.output))
+        return pb_utils.InferenceResponse(output_tensors=_tensors(response, state.request.output))
 
     def _end(self, uid: str) -> None:
         """Ends a request that has failed here: the engine is told, and what still comes of it is dropped."""
-        if self._conversations.pop(uid, None) is not None:
+        if self._states.pop(uid, None) is not None:
             self._metrics.requests.add(1, Outcome.ERROR.value)
             self._stops.put(Cancel(uid, Outcome.CANCELLED))
 
-    def _conversation(self, output: RequestOutput, now: float) -> _Conversation | None:
+    def _state(self, output: RequestOutput, now: float) -> RequestState | None:
         """None: that of a request that has failed here."""
         request = output.request
         if request is None:
-            return self._conversations.get(output.uid)
+            return self._states.get(output.uid)
         if now >= self._forget_at:
             self._forget(now)
-        conversation = _Conversation(request, Postprocessor(self._tokenizer), now)
-        self._conversations[output.uid] = conversation
+        state = RequestState(request, OutputProcessor(self._tokenizer), now)
+        self._states[output.uid] = state
         if any(each.token_ids for each in output.outputs):
             self._metrics.first_token.observe(now - request.arrival, request.priority_label)
-        return conversation
+        return state
 
-    def _count(self, conversation: _Conversation, output: RequestOutput) -> None:
+    def _count(self, state: RequestState, output: RequestOutput) -> None:
         num_tokens = sum(len(each.token_ids) for each in output.outputs)
-        conversation.num_tokens += num_tokens
-        tenant = self._metrics.tenants.label(conversation.request.tenant)
+        state.num_tokens += num_tokens
+        tenant = self._metrics.tenants.label(state.request.tenant)
         self._metrics.generation_tokens.add(num_tokens, tenant)
 
-    def _observe_end(self, conversation: _Conversation, output: RequestOutput, now: float) -> None:
-        request, metrics = conversation.request, self._metrics
+    def _observe_end(self, state: RequestState, output: RequestOutput, now: float) -> None:
+        request, metrics = state.request, self._metrics
         outcome = output.outputs[-1].outcome if output.outputs else None
         metrics.requests.add(1, (outcome or Outcome.ERROR).value)
         metrics.prompt_tokens.add(len(request.prompt_token_ids), metrics.tenants.label(request.tenant))
         if outcome in (Outcome.STOP, Outcome.LENGTH):
             metrics.end_to_end.observe(now - request.arrival, request.priority_label)
-            if conversation.num_tokens > 1:
-                metrics.output_token.observe((now - conversation.first_token) / (conversation.num_tokens - 1))
+            if state.num_tokens > 1:
+                metrics.output_token.observe((now - state.first_token) / (state.num_tokens - 1))
 
     def _forget(self, now: float) -> None:
         """Drops those whose last output never came, because it could not be sent: their time is long over."""
         self._forget_at = now + FORGET_SECONDS
-        for uid, conversation in list(self._conversations.items()):
-            deadline = conversation.request.deadline
+        for uid, state in list(self._states.items()):
+            deadline = state.request.deadline
             if deadline is not None and deadline + FORGET_SECONDS <= now:
                 self._end(uid)
 

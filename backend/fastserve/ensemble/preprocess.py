@@ -1,4 +1,4 @@
-"""The step `preprocess`: client's tensors -> validated, tokenised `Request`.
+"""The step `preprocess`: client's tensors -> validated, tokenized `Request`.
 
 Trying out a guide takes up to seconds, so threads wait for that and answer later, while `execute` goes on:
 a heavy grammar delays nobody else. All other requests are answered by `execute`, in the order they came.
@@ -22,7 +22,7 @@ from fastserve.ensemble.metrics import requests_total
 from fastserve.ensemble.tensors import FINAL, error_response, message_tensor
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.stopping import refuse_if_stopping
-from fastserve.text.input_processor import ParsedRequest, Preprocessor
+from fastserve.text.input_processor import InputProcessor, ParsedRequest
 from fastserve.types import Outcome
 
 logger = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ MAX_GUIDED_REQUESTS = 256
 """Requests whose guides are tried out or wait for it; more are refused."""
 
 
-class PreprocessStep:
+class PreprocessModel:
     """Triton server's Python model `preprocess`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        self._preprocessor = _load_preprocessor()
+        self._input_processor = _load_input_processor()
         self._requests_total = requests_total()
         self._threads = ThreadPoolExecutor(MAX_GUIDES_AT_ONCE, thread_name_prefix="guides")
         self._places = BoundedSemaphore(MAX_GUIDED_REQUESTS)
@@ -66,7 +66,7 @@ class PreprocessStep:
     def _try_guide(self, parsed: ParsedRequest, sender: Any) -> None:
         """From a thread of its own: answers when it is known whether the guide compiles."""
         try:
-            self._preprocessor.check_guide(parsed)
+            self._input_processor.check_guide(parsed)
             response = _answer(parsed)
         except Exception as error:
             response = self._refusal(error)
@@ -86,7 +86,7 @@ class PreprocessStep:
 
     def _parse(self, triton_request: Any) -> ParsedRequest:
         refuse_if_stopping()
-        return self._preprocessor.parse(
+        return self._input_processor.parse(
             read_inputs(triton_request),
             read_parameters(triton_request),
             now=time.monotonic(),
@@ -96,13 +96,13 @@ class PreprocessStep:
 
     def finalize(self) -> None:
         self._threads.shutdown()
-        self._preprocessor.close()
+        self._input_processor.close()
 
 
-def _load_preprocessor() -> Preprocessor:
+def _load_input_processor() -> InputProcessor:
     config = read_config()
     files = locate(config.model)
-    return Preprocessor(
+    return InputProcessor(
         config,
         load_tokenizer(files),
         config.max_model_len or context_length(files.checkpoint),

@@ -20,7 +20,7 @@ WHOLE_ANSWER_SECONDS = 0.5
 
 
 @dataclass(slots=True)
-class Relay:
+class ResponseStream:
     """Joins the outputs of several steps, so that a request has one response per interval at most.
 
     One thread at a time uses it: first that which takes the request in, then the reader of the worker's pipe.

@@ -2,7 +2,7 @@
 
     request in -> Admission -> request out, the best-scoring one whenever the engine has room
 
-`engine` says by a request of its own (input `room`) what room it has.
+`engine` says by a request of its own (input `capacity`) what room it has.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.scheduling.admission import Admission
 from fastserve.scheduling.policies import make_policy
 from fastserve.service_thread import ServiceThread
-from fastserve.types import Accepted, Failure, Health, Outcome, Refused, Request, Room
+from fastserve.types import Accepted, EngineCapacity, Failure, Health, Outcome, Refused, Request
 
 logger = logging.getLogger(__name__)
 
 
-class SchedulerStep:
+class SchedulerModel:
     """Triton server's Python model `scheduler`."""
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -36,7 +36,9 @@ class SchedulerStep:
         self._admission = Admission(make_policy(config), config.max_queue_size, config.max_queue_seconds)
         # The engine tells its room when a first request has reached it: until then there is room for one.
         self._admission.update(
-            Room(incarnation="", serial=0, received=0, arrived=0, free_slots=1, lowest_key=None, time=0.0)
+            EngineCapacity(
+                incarnation="", serial=0, received=0, arrived=0, free_slots=1, lowest_key=None, time=0.0
+            )
         )
         self._senders: dict[str, Any] = {}
         self._metrics = QueueMetrics()
@@ -73,14 +75,14 @@ class SchedulerStep:
 
     def _dispatch(self, triton_request: Any, sender: Any) -> None:
         """Raises whatever is wrong with the request, unless it has been answered."""
-        room = message_of(triton_request, "room", Room)
+        capacity = message_of(triton_request, "capacity", EngineCapacity)
         request = message_of(triton_request, "request", Request)
-        if room is not None:
-            self._admission.update(room)
+        if capacity is not None:
+            self._admission.update(capacity)
             self._refuse_too_long()
             send_final(sender)
         elif request is None:
-            raise invalid("inputs", "none", "`request` or `room`")
+            raise invalid("inputs", "none", "`request` or `capacity`")
         elif request.uid in self._senders:
             raise invalid("request", request.uid, "one that does not wait already")
         else:

@@ -19,7 +19,7 @@ SILENCE_SECONDS = 10.0
 that for ever."""
 
 
-class Watch:
+class HealthMonitor:
     """Over one run of the server."""
 
     def __init__(self, server: ServerProcess) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from fastserve.launcher import parent_death_signal as tether
+from fastserve.launcher import parent_death_signal as parent_death_signal
 from fastserve.launcher.installation import STUB
 from fastserve.launcher.run_directory import remove_regions
 
@@ -46,10 +46,16 @@ class ServerProcess:
         self._address = address
         self._metrics_address = metrics_address
         self._prefix = prefix
-        tethered = [sys.executable, "-I", tether.__file__, str(os.getpid()), *command]
+        with_parent_death_signal = [
+            sys.executable,
+            "-I",
+            parent_death_signal.__file__,
+            str(os.getpid()),
+            *command,
+        ]
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                tethered,
+                with_parent_death_signal,
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,

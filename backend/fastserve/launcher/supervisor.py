@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fastserve.launcher.drain import Drain
-from fastserve.launcher.health_monitor import Watch
+from fastserve.launcher.health_monitor import HealthMonitor
 from fastserve.launcher.progress import STALL_SECONDS, Progress
 from fastserve.launcher.server_log import ServerLog, worth_showing
 from fastserve.launcher.server_process import ServerProcess
@@ -89,45 +89,45 @@ class Supervisor:
         failed_starts = short_lives = 0
         while not self._stops_asked:
             process, self._is_ready = self._start(), False
-            watch = Watch(process)
-            next_loss = self._wait_until_ready(process, watch)
+            monitor = HealthMonitor(process)
+            next_loss = self._wait_until_ready(process, monitor)
             if next_loss:
                 failed_starts += 1
             else:
                 failed_starts = 0
                 ready_at = time.monotonic()
                 self._tell_ready(loss, ready_at - since)
-                next_loss = self._wait_until_lost(watch)
+                next_loss = self._wait_until_lost(monitor)
                 short_lives = short_lives + 1 if time.monotonic() - ready_at < SHORT_LIFE_SECONDS else 0
             if next_loss is None:
-                self._stop(process, watch)
+                self._stop(process, monitor)
                 return
             loss, since = next_loss, time.monotonic()
             self._end_lost(process, loss, try_again=self._has_been_ready and failed_starts < STARTS_TRIED)
             self._sleep(pause_after(max(failed_starts, short_lives)))
 
-    def _wait_until_ready(self, process: ServerProcess, watch: Watch) -> str | None:
+    def _wait_until_ready(self, process: ServerProcess, monitor: HealthMonitor) -> str | None:
         """Returns None when the server is ready or shall stop, else what has died."""
         progress = Progress(process.work, self._log.size)
         while not self._stops_asked:
             self._show_log()
-            loss = watch.loss()
+            loss = monitor.loss()
             if loss:
                 return loss
             if process.is_ready():
                 self._is_ready = True
-                watch.search()
+                monitor.search()
                 return None
             if progress.seconds_without() > STALL_SECONDS:
                 return f"tritonserver does not get ready, and has done nothing for {STALL_SECONDS:.0f} s"
             time.sleep(POLL_SECONDS)
         return None
 
-    def _wait_until_lost(self, watch: Watch) -> str | None:
+    def _wait_until_lost(self, monitor: HealthMonitor) -> str | None:
         """Returns None when the server shall stop, else what has died."""
         while not self._stops_asked:
             self._show_log()
-            loss = watch.loss()
+            loss = monitor.loss()
             if loss:
                 return loss
             time.sleep(POLL_SECONDS)
@@ -153,26 +153,26 @@ class Supervisor:
             )
         self._listener.show(f"FastServe: {loss}; starting the server anew")
 
-    def _stop(self, process: ServerProcess, watch: Watch) -> None:
+    def _stop(self, process: ServerProcess, monitor: HealthMonitor) -> None:
         if self._is_ready:
             self._listener.show(
                 f"FastServe: stopping; requests in flight have {self._exit_timeout_seconds:.0f} s to finish"
             )
-            if self._drain(process, watch):
+            if self._drain(process, monitor):
                 process.terminate()
                 self._wait_stop(lambda: process.end() is not None, LEAVE_SECONDS)
         # Also when it left by itself: nothing that it started may outlive it.
         process.kill()
         self._show_log()
 
-    def _drain(self, process: ServerProcess, watch: Watch) -> bool:
+    def _drain(self, process: ServerProcess, monitor: HealthMonitor) -> bool:
         """Waits until nothing is in flight. False: the time is over, or what was in flight is lost."""
         drain = Drain(process, self._models, self._stopping_file)
         losses: list[str] = []
 
         def is_over() -> bool:
             self._show_log()
-            losses.extend(filter(None, [watch.loss()]))
+            losses.extend(filter(None, [monitor.loss()]))
             return bool(losses) or drain.is_done()
 
         is_in_time = self._wait_stop(is_over, self._exit_timeout_seconds)

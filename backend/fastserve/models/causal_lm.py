@@ -24,7 +24,7 @@ class CausalLM(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations, and of caches that are not quantised."""
+        """Of weights and activations, and of caches that are not quantized."""
 
     @property
     def device(self) -> torch.device: ...
@@ -42,7 +42,7 @@ class CausalLM(Protocol):
         """The scores [n, vocab] float32 of the token that follows each row of `hidden` [n, hidden]."""
 
 
-def served_length(model: object, limit: int, max_model_len: int) -> int:
+def resolve_max_model_len(model: object, limit: int, max_model_len: int) -> int:
     """Tokens of the longest sequence to serve: as the operator wishes, or the model's own `limit` (wish 0).
 
     Raises ModelError for more than the limit.

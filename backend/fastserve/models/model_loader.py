@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from fastserve.checkpoints.decoder_config import DecoderConfig, obstacle, quant_method
+from fastserve.checkpoints.decoder_config import DecoderConfig, quant_method, unsupported_reason
 from fastserve.checkpoints.gguf_architectures import DECODERS, transformers_config
 from fastserve.checkpoints.gguf_checkpoint import GgufCheckpoint, gguf_decoder_config
 from fastserve.checkpoints.gguf_file import GgufFile
@@ -15,7 +15,7 @@ from fastserve.checkpoints.layouts import open_checkpoint
 from fastserve.checkpoints.model_directory import context_length, read_transformers_config, resolve_model_path
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.quantization import QUANTIZATIONS
-from fastserve.models.causal_lm import CausalLM, served_length
+from fastserve.models.causal_lm import CausalLM, resolve_max_model_len
 from fastserve.models.decoder_loading import load_decoder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -33,7 +33,7 @@ def load_model(
 
     `dtype`: "bfloat16", "float16", "float32", or "auto": the checkpoint's own, bfloat16 for GGUF.
     `max_model_len`: tokens of the longest sequence; 0: the model's own limit.
-    `quantization`: "auto": weights as the checkpoint holds them; else for weights that are not quantised yet,
+    `quantization`: "auto": weights as the checkpoint holds them; else for weights that are not quantized yet,
     and for those of GGUF: "none": all in `dtype`; "int4", "int8", "nf4", "fp8" or "w8a8": rounded to that.
     `one_layer_at_a_time`: our decoder's layers are read from the file in each forward pass, for passes over
     many tokens; what transformers' own code runs is loaded whole.
@@ -48,13 +48,13 @@ def load_model(
     if path.is_file():
         return _load_gguf(path, dtype, device, max_model_len, quantization, one_layer_at_a_time)
     config = read_transformers_config(path)
-    reason = obstacle(config)
+    reason = unsupported_reason(config)
     if reason is None:
         method = quant_method(config)
         if method is not None and quantization != "auto":
             raise ModelError(
                 f"quantization: got {quantization!r}; allowed for {path}: auto, because its weights are "
-                f"quantised already (quant_method {method!r})"
+                f"quantized already (quant_method {method!r})"
             )
         return _load_directory(path, config, dtype, device, max_model_len, quantization, one_layer_at_a_time)
     _check_dense(path, quantization, reason)
@@ -77,7 +77,7 @@ def _load_gguf(
     described = transformers_config(file)
     if file.architecture in DECODERS:
         config, checkpoint = gguf_decoder_config(file), GgufCheckpoint(file)
-        max_position = served_length(path, context_length(path), max_model_len)
+        max_position = resolve_max_model_len(path, context_length(path), max_model_len)
         return load_decoder(
             config, checkpoint, wanted, device, max_position, quantization, one_layer_at_a_time
         )
@@ -109,7 +109,7 @@ def _load_directory(
 ) -> CausalLM:
     checkpoint = open_checkpoint(path, config)
     decoder_config = DecoderConfig.from_transformers(config)
-    max_position = served_length(path, context_length(path), max_model_len)
+    max_position = resolve_max_model_len(path, context_length(path), max_model_len)
     own_or_wanted = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
     return load_decoder(
         decoder_config, checkpoint, own_or_wanted, device, max_position, quantization, one_layer_at_a_time

@@ -19,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 from fastserve.checkpoints.model_directory import context_length
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.safetensors_files import open_safetensors, weight_files
-from fastserve.models.causal_lm import served_length
+from fastserve.models.causal_lm import resolve_max_model_len
 from fastserve.models.expert_choices import RecordChoices, RepeatChoices
 from fastserve.models.falcon_attention import use_paged_falcon_attention
 from fastserve.models.kv_cache import KVCaches, KVCacheShapes
@@ -192,7 +192,7 @@ def load_transformers_model(
     """
     if config.is_encoder_decoder:
         raise ModelError(f"{path}: an encoder-decoder ({config.model_type}) is not a causal language model")
-    max_position = served_length(path, context_length(path), max_model_len)
+    max_position = resolve_max_model_len(path, context_length(path), max_model_len)
     if state_dict is None:
         for file in weight_files(path):
             open_safetensors(file, "numpy")

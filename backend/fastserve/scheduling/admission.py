@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastserve.errors import ErrorCode, RequestError, prompt_too_long
 from fastserve.scheduling.policies import Policy
 from fastserve.scheduling.waiting_queue import QueueFullError, WaitingQueue
-from fastserve.types import Request, Room
+from fastserve.types import EngineCapacity, Request
 
 LOST_AFTER_SECONDS = 10.0
 """A released request that has not reached the engine so long after, as the engine says, has been lost."""
@@ -26,7 +26,7 @@ class _Release:
 
     time: float
     num_slots: int
-    displaces: bool
+    preempts: bool
 
 
 class Admission:
@@ -45,10 +45,10 @@ class Admission:
         self._policy = policy
         self._max_queue_seconds = max_queue_seconds
         self._waiting: WaitingQueue[Request] = WaitingQueue(max_queue_size)
-        self._room: Room | None = None
+        self._capacity: EngineCapacity | None = None
         self._retired: set[str] = set()
         """Incarnations that another has followed: what still comes of them is out of date."""
-        self._capacity = 0
+        self._max_slots = 0
         """The most slots that this incarnation has had free: all of them, as its first message tells."""
         self._in_flight: deque[_Release] = deque()
         self._checked_max_model_len: int | None = None
@@ -72,7 +72,7 @@ class Admission:
 
     @property
     def _engine_has_spoken(self) -> bool:
-        return self._room is not None and self._room.time > 0.0
+        return self._capacity is not None and self._capacity.time > 0.0
 
     def submit(self, request: Request, now: float) -> None:
         """Takes a request into the queue.
@@ -98,24 +98,24 @@ class Admission:
                 f"the queue is full: {error} (`max_queue_size`)", ErrorCode.UNAVAILABLE
             ) from error
 
-    def update(self, room: Room) -> None:
+    def update(self, capacity: EngineCapacity) -> None:
         """Learns what room the engine has. A message that is older than one seen before changes nothing."""
-        if room.incarnation in self._retired:
+        if capacity.incarnation in self._retired:
             return
-        last = self._room
-        if last is not None and last.incarnation == room.incarnation and room.serial <= last.serial:
+        last = self._capacity
+        if last is not None and last.incarnation == capacity.incarnation and capacity.serial <= last.serial:
             return
-        if last is not None and last.incarnation != room.incarnation:
+        if last is not None and last.incarnation != capacity.incarnation:
             self._retired.add(last.incarnation)
-            self._capacity = 0
+            self._max_slots = 0
         # The engine counts across its workers, so these differences hold across them too.
-        num_accounted = room.received - last.received if last is not None else 0
+        num_accounted = capacity.received - last.received if last is not None else 0
         for _ in range(min(num_accounted, len(self._in_flight))):
             self._in_flight.popleft()
-        self._capacity = max(self._capacity, room.free_slots)
-        self._room = room
+        self._max_slots = max(self._max_slots, capacity.free_slots)
+        self._capacity = capacity
         if self._engine_has_spoken:
-            self._give_up_lost(room.time, num_arrived=room.arrived - room.received)
+            self._give_up_lost(capacity.time, num_arrived=capacity.arrived - capacity.received)
 
     def _give_up_lost(self, as_of: float, num_arrived: int) -> None:
         """Forgets those released long before `as_of`, but for as many as had reached the engine by then."""
@@ -125,9 +125,9 @@ class Admission:
 
     def refuse_too_long(self) -> list[tuple[Request, RequestError]]:
         """Those that wait, and would for nothing: the engine's KV cache can never hold them. They leave."""
-        if self._room is None or self._room.max_model_len == self._checked_max_model_len:
+        if self._capacity is None or self._capacity.max_model_len == self._checked_max_model_len:
             return []
-        self._checked_max_model_len = self._room.max_model_len
+        self._checked_max_model_len = self._capacity.max_model_len
         refused = []
         for request in list(self._waiting):
             try:
@@ -138,7 +138,7 @@ class Admission:
         return refused
 
     def _check_length(self, request: Request) -> None:
-        limit = None if self._room is None else self._room.max_model_len
+        limit = None if self._capacity is None else self._capacity.max_model_len
         if limit is not None and len(request.prompt_token_ids) >= limit:
             raise prompt_too_long(len(request.prompt_token_ids), limit)
 
@@ -147,15 +147,15 @@ class Admission:
         if not self._engine_has_spoken:
             self._give_up_lost(now, num_arrived=0)
         released: list[Request] = []
-        if self._room is None:
+        if self._capacity is None:
             return released
         while (request := self._waiting.peek()) is not None:
-            num_slots = min(request.sampling.n, max(1, self._capacity))
-            fits = num_slots <= self._slots_left(self._room)
-            if not fits and not self._may_displace(request, self._room):
+            num_slots = min(request.sampling.n, max(1, self._max_slots))
+            fits = num_slots <= self._slots_left(self._capacity)
+            if not fits and not self._may_preempt(request, self._capacity):
                 break
             self._waiting.pop()
-            self._in_flight.append(_Release(now, num_slots, displaces=not fits))
+            self._in_flight.append(_Release(now, num_slots, preempts=not fits))
             released.append(request)
         return released
 
@@ -163,10 +163,13 @@ class Admission:
         """The requests that have waited too long: for this queue, or for their own deadline. They leave."""
         return self._waiting.expired(now)
 
-    def _slots_left(self, room: Room) -> int:
-        return room.free_slots - sum(each.num_slots for each in self._in_flight)
+    def _slots_left(self, capacity: EngineCapacity) -> int:
+        return capacity.free_slots - sum(each.num_slots for each in self._in_flight)
 
-    def _may_displace(self, request: Request, room: Room) -> bool:
-        if room.lowest_key is None or self._policy.key(request.priority, request.arrival) <= room.lowest_key:
+    def _may_preempt(self, request: Request, capacity: EngineCapacity) -> bool:
+        if (
+            capacity.lowest_key is None
+            or self._policy.key(request.priority, request.arrival) <= capacity.lowest_key
+        ):
             return False
-        return sum(each.displaces for each in self._in_flight) < MAX_DISPLACING
+        return sum(each.preempts for each in self._in_flight) < MAX_DISPLACING

@@ -66,7 +66,7 @@ class IterationScheduler:
         self._running: list[Sequence] = []
         """By rank, the highest first."""
         self._waiting: WaitingQueue[Sequence] = WaitingQueue()
-        self._followers: dict[str, list[Sequence]] = {}
+        self._waiting_siblings: dict[str, list[Sequence]] = {}
         """Those that wait for their request's sequence 0, by request."""
         self._preempted: set[Sequence] = set()
         """Of those that wait, the ones that have run before."""
@@ -79,7 +79,7 @@ class IterationScheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + sum(map(len, self._followers.values()))
+        return len(self._waiting) + sum(map(len, self._waiting_siblings.values()))
 
     @property
     def free_slots(self) -> int:
@@ -109,7 +109,7 @@ class IterationScheduler:
         siblings[sequence.index] = sequence
         leader = siblings.get(0)
         if sequence.index > 0 and leader and leader.num_generated_tokens == 0 and self._uses_cache(sequence):
-            self._followers.setdefault(sequence.request.uid, []).append(sequence)
+            self._waiting_siblings.setdefault(sequence.request.uid, []).append(sequence)
         else:
             self._enqueue(sequence)
 
@@ -121,10 +121,12 @@ class IterationScheduler:
         siblings = self._sequences.get(uid, {})
         indices = list(siblings) if index is None else [index] if index in siblings else []
         removed = [siblings.pop(each) for each in indices]
-        if uid in self._followers:
-            self._followers[uid] = [each for each in self._followers[uid] if each.index in siblings]
+        if uid in self._waiting_siblings:
+            self._waiting_siblings[uid] = [
+                each for each in self._waiting_siblings[uid] if each.index in siblings
+            ]
             if 0 not in siblings:
-                self._release_followers(uid)
+                self._release_waiting_siblings(uid)
         for sequence in removed:
             if self._waiting.remove((uid, sequence.index)) is not None:
                 self._preempted.discard(sequence)
@@ -159,13 +161,13 @@ class IterationScheduler:
                 for number in range(first, last):
                     self.pool.publish(sequence.block_table[number], sequence.block_hashes[number])
             if sequence.index == 0 and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
-                self._release_followers(sequence.request.uid)
+                self._release_waiting_siblings(sequence.request.uid)
 
     def check(self) -> None:
         """Raises SchedulerError unless each sequence is in one place, and BlockPoolError unless the blocks in
         use are exactly those of the running sequences."""
-        followers = [sequence for each in self._followers.values() for sequence in each]
-        waiting = [*self._waiting, *followers]
+        siblings = [sequence for each in self._waiting_siblings.values() for sequence in each]
+        waiting = [*self._waiting, *siblings]
         placed = Counter([*self._running, *waiting])
         known = Counter(sequence for each in self._sequences.values() for sequence in each.values())
         if placed != known:
@@ -197,13 +199,13 @@ class IterationScheduler:
         preempted: list[Sequence] = []
         self._lacks_blocks = False
         while (sequence := self._waiting.peek()) is not None and self._reaches_budget(sequence):
-            victims = self._take_blocks(sequence)
-            if victims is None:
+            candidates = self._take_blocks(sequence)
+            if candidates is None:
                 self._lacks_blocks = self.num_running < self.max_num_seqs
                 break
             self._waiting.pop()
             insort(self._running, sequence, key=_rank)
-            preempted += victims
+            preempted += candidates
         return preempted
 
     def _reaches_budget(self, newcomer: Sequence) -> bool:
@@ -224,16 +226,18 @@ class IterationScheduler:
         its blocks are taken at once: two long prompts that fit only one after the other do not block each
         other half-way.
         """
-        if self._victims(sequence.key, 1) is None:  # its last token is always computed, in a block of its own
+        if (
+            self._preemption_candidates(sequence.key, 1) is None
+        ):  # its last token is always computed, in a block of its own
             return None
         cached = self._match_prefix(sequence)
         missing = self.pool.blocks_for(sequence.num_tokens) - len(cached)
-        victims = self._victims(sequence.key, missing)
-        if victims is None:
+        candidates = self._preemption_candidates(sequence.key, missing)
+        if candidates is None:
             self.pool.release(cached)
             return None
-        for victim in victims:
-            self._preempt(victim)
+        for candidate in candidates:
+            self._preempt(candidate)
         sequence.block_table = cached + self.pool.allocate(missing)
         sequence.num_computed_tokens = len(cached) * self.pool.block_size
         if sequence in self._preempted:
@@ -241,26 +245,26 @@ class IterationScheduler:
         else:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.num_prefix_cache_hit_tokens += sequence.num_cached_tokens
-        return victims
+        return candidates
 
-    def _victims(self, key: float, num_blocks: int) -> list[Sequence] | None:
+    def _preemption_candidates(self, key: float, num_blocks: int) -> list[Sequence] | None:
         """The lowest running sequences that must leave before one of that key has a slot and so many blocks.
 
         None if those of a lower key do not suffice: then none of them should leave.
         """
-        victims: list[Sequence] = []
+        candidates: list[Sequence] = []
         free = self.pool.num_free
         holds_ended: Counter[int] = Counter()
-        while free < num_blocks or len(self._running) - len(victims) >= self.max_num_seqs:
-            if len(victims) == len(self._running):
+        while free < num_blocks or len(self._running) - len(candidates) >= self.max_num_seqs:
+            if len(candidates) == len(self._running):
                 return None
-            victim = self._running[-1 - len(victims)]
-            if victim.key >= key:
+            candidate = self._running[-1 - len(candidates)]
+            if candidate.key >= key:
                 return None
-            victims.append(victim)
-            holds_ended.update(victim.block_table)
-            free += sum(holds_ended[block] == self.pool.ref_count(block) for block in victim.block_table)
-        return victims
+            candidates.append(candidate)
+            holds_ended.update(candidate.block_table)
+            free += sum(holds_ended[block] == self.pool.ref_count(block) for block in candidate.block_table)
+        return candidates
 
     def _match_prefix(self, sequence: Sequence) -> list[int]:
         """The cached blocks of its prefix, which it holds now; never that of its last token."""
@@ -298,8 +302,8 @@ class IterationScheduler:
             sequence, uid=(request.uid, sequence.index), key=sequence.key, arrival=request.arrival
         )
 
-    def _release_followers(self, uid: str) -> None:
-        for sequence in self._followers.pop(uid, ()):
+    def _release_waiting_siblings(self, uid: str) -> None:
+        for sequence in self._waiting_siblings.pop(uid, ()):
             self._enqueue(sequence)
 
     def _require_capacity(self, sequence: Sequence) -> None:

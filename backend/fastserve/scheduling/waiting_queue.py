@@ -31,7 +31,7 @@ class WaitingQueue(Generic[T]):
 
     def __init__(self, capacity: int | None = None) -> None:
         """`capacity`: None for no bound."""
-        self._capacity = capacity
+        self._max_slots = capacity
         self._entries: dict[int, _Entry[T]] = {}
         """By number of push."""
         self._numbers: dict[Hashable, int] = {}
@@ -61,8 +61,8 @@ class WaitingQueue(Generic[T]):
         deadline: float | None = None,
     ) -> None:
         """Raises QueueFullError, and ValueError for a uid that waits already."""
-        if self._capacity is not None and len(self) >= self._capacity:
-            raise QueueFullError(f"{len(self)} wait already; allowed: at most {self._capacity}")
+        if self._max_slots is not None and len(self) >= self._max_slots:
+            raise QueueFullError(f"{len(self)} wait already; allowed: at most {self._max_slots}")
         if uid in self._numbers:
             raise ValueError(f"{uid!r} waits already")
         number = self._num_pushed

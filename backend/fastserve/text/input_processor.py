@@ -24,7 +24,7 @@ from fastserve.types import OutputOptions, Request, SamplingParams
 logger = logging.getLogger(__name__)
 
 MAX_BYTES_PER_TOKEN = 32
-"""A prompt of more bytes than this for each token of the context is refused before it is tokenised."""
+"""A prompt of more bytes than this for each token of the context is refused before it is tokenized."""
 _MAX_SAMPLING_BYTES = 1 << 20
 _MAX_REQUEST_ID_LENGTH = 1024
 
@@ -61,8 +61,8 @@ class ParsedRequest(NamedTuple):
     """What a client calls the guide; empty without one."""
 
 
-class Preprocessor:
-    """Validates and tokenises requests. Threads may share one."""
+class InputProcessor:
+    """Validates and tokenizes requests. Threads may share one."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, max_model_len: int, vocab_size: int) -> None:
         """`max_model_len`: tokens of prompt and answer together. `vocab_size`: the model's, not the

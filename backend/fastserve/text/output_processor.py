@@ -36,7 +36,7 @@ class Response(Struct, frozen=True):
     final: bool
 
 
-class Postprocessor:
+class OutputProcessor:
     """Makes the responses of one request from what the engine sends for it.
 
     A sequence that has met a stop string is finished for the client: what the engine still sends for it is

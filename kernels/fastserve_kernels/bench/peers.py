@@ -160,7 +160,7 @@ def torch_int8(shape: Shape, count: int) -> list[Call]:
 
 
 def torch_int_mm(shape: Shape, count: int) -> list[Call]:
-    """torch's `_int_mm`: the bare product of integers, neither quantising nor scaling."""
+    """torch's `_int_mm`: the bare product of integers, neither quantizing nor scaling."""
     x = torch.randint(-128, 128, (shape["m"], shape["k"]), dtype=torch.int8, device="cuda")
     return on_each(lambda w: torch._int_mm(x, w.t()), _int8_weights(shape, count))
 

@@ -1,7 +1,7 @@
 """Linears on a CPU: the arrangement of each weight, once, and the operators on it.
 
 The kernels (`cpu.kernels.linear`) need AVX-512 with BF16, VBMI and VNNI. On another processor `prepare_*` of
-a format dequantises the weight to a dense one, and warns of it; oneDNN multiplies by that.
+a format dequantizes the weight to a dense one, and warns of it; oneDNN multiplies by that.
 
 | format | arrangement | bits per weight, bfloat16 |
 |---|---|---|
@@ -66,10 +66,10 @@ MOST_INTEGERS = 65536
 """Columns whose products of eight bits cannot overflow 32."""
 
 
-def _dequantised(weight: Weight, dtype: torch.dtype) -> Prepared:
+def _dequantized(weight: Weight, dtype: torch.dtype) -> Prepared:
     warnings.warn(
-        f"this processor lacks some of {', '.join(features.FEATURES)}: quantised and sparse weights are "
-        "dequantised as they are loaded, and take as much memory as if they were neither",
+        f"this processor lacks some of {', '.join(features.FEATURES)}: quantized and sparse weights are "
+        "dequantized as they are loaded, and take as much memory as if they were neither",
         stacklevel=3,
     )
     return prepare_dense(Dense(weight.dequantize()), dtype)
@@ -96,7 +96,7 @@ def prepare_dense(weight: Dense, dtype: torch.dtype) -> Prepared:
 def prepare_int4(weight: Int4, dtype: torch.dtype, given: Features | None = None) -> Prepared:
     """`given` are a processor's features, in place of this one's."""
     if not _supported(given):
-        return _dequantised(weight, dtype)
+        return _dequantized(weight, dtype)
     zeros = None if weight.zeros is None else arrangement.group_rows(weight.zeros)
     arguments = (
         arrangement.nibbles(unpack_pairs(weight.codes)),
@@ -110,7 +110,7 @@ def prepare_int4(weight: Int4, dtype: torch.dtype, given: Features | None = None
 
 def prepare_nf4(weight: NF4, dtype: torch.dtype, given: Features | None = None) -> Prepared:
     if not _supported(given):
-        return _dequantised(weight, dtype)
+        return _dequantized(weight, dtype)
     arguments = (
         arrangement.nibbles(unpack_pairs(weight.codes)),
         arrangement.group_rows(weight.scales),
@@ -125,7 +125,7 @@ def prepare_int8(weight: Int8, dtype: torch.dtype, given: Features | None = None
     """A code of eight bits is a sign and one of seven: v is stored as v, and as -1 - v if it is negative,
     which stand for v + 1/2 in either case. The halves are taken off with the zeros."""
     if not _supported(given):
-        return _dequantised(weight, dtype)
+        return _dequantized(weight, dtype)
     folded = weight.values ^ (weight.values >> 7 & 0x7F)
     arguments = (
         arrangement.codes(folded.view(torch.uint8)),
@@ -139,7 +139,7 @@ def prepare_int8(weight: Int8, dtype: torch.dtype, given: Features | None = None
 
 def prepare_int_rows(weight: IntRows, dtype: torch.dtype, given: Features | None = None) -> Prepared:
     if not _supported(given):
-        return _dequantised(weight, dtype)
+        return _dequantized(weight, dtype)
 
     def arranged(part: Int4 | Int8) -> tuple[Tensor | int | None, ...]:
         if isinstance(part, Int4):
@@ -151,7 +151,7 @@ def prepare_int_rows(weight: IntRows, dtype: torch.dtype, given: Features | None
 
 def prepare_fp8(weight: FP8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
     if not _supported(given):
-        return _dequantised(weight, dtype)
+        return _dequantized(weight, dtype)
     arguments = (
         arrangement.codes(weight.values.view(torch.uint8)),
         arrangement.group_rows(weight.scales),
@@ -162,10 +162,10 @@ def prepare_fp8(weight: FP8, dtype: torch.dtype, given: Features | None = None) 
 
 
 def prepare_w8a8(weight: W8A8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
-    """Dequantised, the activations are not rounded to eight bits either. Raises ValueError if there are so
+    """Dequantized, the activations are not rounded to eight bits either. Raises ValueError if there are so
     many columns that a sum might overflow."""
     if not _supported(given):
-        return _dequantised(weight, dtype)
+        return _dequantized(weight, dtype)
     if weight.in_features > MOST_INTEGERS:
         raise ValueError(
             f"W8A8 on a CPU takes at most {MOST_INTEGERS} columns, not {weight.in_features}: their sum might "
@@ -200,7 +200,7 @@ def prepare_sparse24_int4(
 def prepare_block_sparse(weight: BlockSparse, dtype: torch.dtype, given: Features | None = None) -> Prepared:
     """Two block rows of 16 become one of 32, filled up with zeros where they do not have the same columns."""
     if not _supported(given):
-        return _dequantised(weight, dtype)
+        return _dequantized(weight, dtype)
     values, starts, columns = weight.blocks, weight.row_starts.long(), weight.columns.long()
     if values.shape[1] < arrangement.STRIP:
         values, starts, columns = arrangement.taller_blocks(values, starts, columns)
@@ -210,7 +210,7 @@ def prepare_block_sparse(weight: BlockSparse, dtype: torch.dtype, given: Feature
 
 def prepare_low_rank(weight: LowRank, dtype: torch.dtype, given: Features | None = None) -> Prepared:
     if not _supported(given):
-        return _dequantised(weight, dtype)
+        return _dequantized(weight, dtype)
     arguments = (arrangement.whole(weight.down, dtype), arrangement.whole(weight.up, dtype))
     return Prepared("linear_low_rank", arguments, weight.out_features, weight.in_features)
 

@@ -15,7 +15,7 @@ LEAST_PARALLEL = 16 * 1024
 """Elements that are worth a second thread: it takes a microsecond to get one."""
 LEAST_PARALLEL_KEYS = 128
 """Queries times keys that are."""
-QUANTISED_CACHES = (torch.int8, torch.float8_e4m3fn)
+QUANTIZED_CACHES = (torch.int8, torch.float8_e4m3fn)
 """The dtypes of caches that have scales."""
 UNLIMITED = 1 << 40
 """The sliding window of attention that has none."""
@@ -107,11 +107,11 @@ def _check_caches(
     stored = k_cache.dtype
     if v_cache.dtype != stored:
         raise ValueError(f"v_cache must be {stored} as k_cache is, not {v_cache.dtype}")
-    if stored in QUANTISED_CACHES:
+    if stored in QUANTIZED_CACHES:
         _check_scale("k_scale", k_scale, k_cache)
         _check_scale("v_scale", v_scale, v_cache)
     elif stored != dtype:
-        allowed = " or ".join(map(str, (dtype, *QUANTISED_CACHES)))
+        allowed = " or ".join(map(str, (dtype, *QUANTIZED_CACHES)))
         raise ValueError(f"k_cache and v_cache must be {allowed} beside activations of {dtype}, not {stored}")
     elif k_scale is not None or v_scale is not None:
         raise ValueError(f"k_scale and v_scale must be None for caches of {stored}")

@@ -97,7 +97,7 @@ def _take(tensors: dict[str, Tensor], name: str) -> Tensor:
 def _of_weights(scheme: Mapping[str, Any]) -> Mapping[str, Any]:
     arguments: Mapping[str, Any] | None = scheme.get("weights")
     if not arguments:
-        raise ValueError('scheme must say under "weights" how these are quantised, but does not')
+        raise ValueError('scheme must say under "weights" how these are quantized, but does not')
     return arguments
 
 
@@ -149,7 +149,7 @@ def _from_quantized(tensors: dict[str, Tensor], scheme: Mapping[str, Any]) -> We
 
 
 def _with_zeros(tensors: dict[str, Tensor]) -> Tensor:
-    """The quantised values [N, K] of old sparse layouts, which hold those that are not zero."""
+    """The quantized values [N, K] of old sparse layouts, which hold those that are not zero."""
     n, k = _take(tensors, "shape").flatten().tolist()
     bitmask, kept = _take(tensors, "bitmask"), _take(tensors, "compressed")
     check_tensor("bitmask", bitmask, (n, -(-k // 8)), (torch.uint8,))

@@ -35,7 +35,7 @@ def prepare(weight: Weight, device: torch.device | str, dtype: torch.dtype) -> P
     """Arranges a weight for activations of this dtype on this device; the weight itself stays as it is.
 
     On a CPU and on a GPU of NVIDIA each format has an arrangement of its own, or that of another which holds
-    the same numbers; any other device multiplies by the plain tensors, dequantised at each call. Weights that
+    the same numbers; any other device multiplies by the plain tensors, dequantized at each call. Weights that
     are floats are rounded to the dtype.
 
     Raises ValueError if the dtype is not float32, float16 or bfloat16, or the device cannot multiply by this

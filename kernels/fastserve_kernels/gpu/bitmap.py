@@ -19,7 +19,7 @@ from fastserve_kernels.gpu.bitmap_kernels import SEGMENT_BITS, STEP_BITS, bitmap
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.linear_call import call_linear, linear_cost, random_linear, splits_for
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
-from fastserve_kernels.gpu.quantised_linear import check_device
+from fastserve_kernels.gpu.quantized_linear import check_device
 from fastserve_kernels.gpu.split_k import arrivals, partial_sums
 
 _SEGMENT = 1 << int(SEGMENT_BITS.value)

@@ -1,4 +1,4 @@
-"""The order in which quantised weights lie in memory: that in which tensor cores take them.
+"""The order in which quantized weights lie in memory: that in which tensor cores take them.
 
 The Triton kernels compute y^T = W x^T, so that the weights are the left factor of a product, which tensor
 cores read from registers, and tokens the right one, of which there may be as few as 8. A fragment is what one

@@ -1,6 +1,6 @@
 """`linear_int4` and `linear_nf4`: weights of 4-bit codes, whole numbers or entries of a codebook.
 
-The kernel, its layout, bound and instruction counts are those of `quantised_kernel`.
+The kernel, its layout, bound and instruction counts are those of `quantized_kernel`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from fastserve_kernels.formats.weight import unpack_pairs
 from fastserve_kernels.gpu.fragments import arrange_codes
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.operator import Shape
-from fastserve_kernels.gpu.quantised_linear import (
+from fastserve_kernels.gpu.quantized_linear import (
     arrange_scales,
     arrange_zeros,
     check_device,
     plan,
-    quantised_operator,
+    quantized_operator,
     random_groups,
     run,
 )
@@ -129,7 +129,7 @@ def _random_nf4(shape: Shape, device: torch.device) -> NF4:
     return NF4(_random_codes(shape, device), random_groups(shape, device), codebook, shape["group_size"])
 
 
-INT4_LINEAR = quantised_operator(
+INT4_LINEAR = quantized_operator(
     "linear_int4",
     plan_int4,
     _random_int4,
@@ -144,7 +144,7 @@ INT4_LINEAR = quantised_operator(
         {"m": 256, "n": 4096, "k": 1024, "group_size": 128, "zeros": 1},
     ),
 )
-NF4_LINEAR = quantised_operator(
+NF4_LINEAR = quantized_operator(
     "linear_nf4",
     plan_nf4,
     _random_nf4,

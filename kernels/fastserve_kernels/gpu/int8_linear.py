@@ -1,7 +1,7 @@
 """`linear_int8` and `linear_fp8`: weights of 8 bits, whole numbers or float8_e4m3fn; activations stay as they
 are.
 
-The kernel, its layout, bound and instruction counts are those of `quantised_kernel`. fp8 is decoded by
+The kernel, its layout, bound and instruction counts are those of `quantized_kernel`. fp8 is decoded by
 integer instructions and a product, so that an A100, which has no conversion from it, takes it too.
 """
 
@@ -15,12 +15,12 @@ from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.gpu.fragments import arrange_codes
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.operator import Shape
-from fastserve_kernels.gpu.quantised_linear import (
+from fastserve_kernels.gpu.quantized_linear import (
     arrange_scales,
     arrange_zeros,
     check_device,
     plan,
-    quantised_operator,
+    quantized_operator,
     random_groups,
     run,
 )
@@ -122,7 +122,7 @@ def _random_fp8(shape: Shape, device: torch.device) -> FP8:
     return FP8(values, random_groups(shape, device), shape["group_size"])
 
 
-INT8_LINEAR = quantised_operator(
+INT8_LINEAR = quantized_operator(
     "linear_int8",
     plan_int8,
     _random_int8,
@@ -134,7 +134,7 @@ INT8_LINEAR = quantised_operator(
         {"m": 256, "n": 4096, "k": 1024, "group_size": 1024, "zeros": 0},
     ),
 )
-FP8_LINEAR = quantised_operator(
+FP8_LINEAR = quantized_operator(
     "linear_fp8",
     plan_fp8,
     _random_fp8,

@@ -31,7 +31,7 @@ from fastserve_kernels.gpu.arithmetic import multiply, rounded
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.linear_call import call_linear, linear_cost, random_linear, splits_for
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
-from fastserve_kernels.gpu.quantised_linear import check_device
+from fastserve_kernels.gpu.quantized_linear import check_device
 from fastserve_kernels.gpu.split_k import MOST_TILES, arrivals, store_sums
 
 _RANK_MULTIPLE = 16

@@ -20,7 +20,7 @@ from fastserve_kernels.gpu.linear_call import (
     words_of_fours,
 )
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
-from fastserve_kernels.gpu.quantised_linear import check_device
+from fastserve_kernels.gpu.quantized_linear import check_device
 from fastserve_kernels.gpu.sparse24_kernels import CHUNKS, GROUPS, sparse24, sparse24_int4
 from fastserve_kernels.gpu.split_k import arrivals, partial_sums
 

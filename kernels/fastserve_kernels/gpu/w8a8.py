@@ -1,6 +1,6 @@
 """`linear_w8a8`: int8 weights times activations that are rounded to int8 as well, token by token.
 
-Two launches. `quantise_tokens` takes a token per program, reads it twice, the second time from a cache, and
+Two launches. `quantize_tokens` takes a token per program, reads it twice, the second time from a cache, and
 writes it as int8 with its step, max|x| / 127. `w8a8_linear` multiplies int8 by int8 into int32 on tensor
 cores, y^T = W x^T, so that the weights are the side of which these want 64 rows, and there may be few tokens;
 at the end the sums are multiplied by the scale of the row and the step of the token.
@@ -28,7 +28,7 @@ from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.gpu.fragments import blocks_of
 from fastserve_kernels.gpu.launch import Argument, Config, Launch, launch_all
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
-from fastserve_kernels.gpu.quantised_linear import check_device
+from fastserve_kernels.gpu.quantized_linear import check_device
 from fastserve_kernels.gpu.split_k import MOST_TILES, arrivals, partial_sums, store_sums
 from fastserve_kernels.gpu.tiles import tile_of
 from fastserve_kernels.gpu.tuning import config_for
@@ -36,7 +36,7 @@ from fastserve_kernels.gpu.tuning import config_for
 ALIGNMENT = 16
 """Columns that a row is filled up to."""
 BLOCK = 4096
-"""Columns that `quantise_tokens` reads at a time."""
+"""Columns that `quantize_tokens` reads at a time."""
 MULTIPROCESSORS = 132
 SHARED_BYTES = 160 * 1024
 """Of a program, on an A100 too."""
@@ -48,8 +48,8 @@ ROUNDING = tl.constexpr(1.5 * 2**23)
 
 
 @triton.jit
-def quantise_tokens(x, quantised, steps, in_features, width, x_row, BLOCK: tl.constexpr):
-    """quantised [T, width] int8, zeros beyond in_features; steps [T] float32."""
+def quantize_tokens(x, quantized, steps, in_features, width, x_row, BLOCK: tl.constexpr):
+    """quantized [T, width] int8, zeros beyond in_features; steps [T] float32."""
     token = tl.program_id(0)
     start = x + token.to(tl.int64) * x_row
     largest = tl.zeros((BLOCK,), tl.float32)
@@ -64,12 +64,12 @@ def quantise_tokens(x, quantised, steps, in_features, width, x_row, BLOCK: tl.co
         column = first + tl.arange(0, BLOCK)
         values = tl.load(start + column, mask=column < in_features, other=0.0).to(tl.float32)
         whole = (tl.div_rn(values, divisor) + ROUNDING) - ROUNDING
-        tl.store(quantised + token.to(tl.int64) * width + column, whole.to(tl.int8), mask=column < width)
+        tl.store(quantized + token.to(tl.int64) * width + column, whole.to(tl.int8), mask=column < width)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def w8a8_linear(
-    quantised, steps, values, scales, bias, residual, y, partial, arrivals, tokens, out_features, width,
+    quantized, steps, values, scales, bias, residual, y, partial, arrivals, tokens, out_features, width,
     residual_row, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def w8a8_linear(
     token = token_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     there = (token < tokens)[:, None]
     values_row = values + tl.minimum(row, out_features - 1).to(tl.int64)[:, None] * width
-    x_token = quantised + token.to(tl.int64)[:, None] * width
+    x_token = quantized + token.to(tl.int64)[:, None] * width
     turns = tl.cdiv(width, BLOCK_K * SPLITS)
     products = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for turn in range(turns):
@@ -144,18 +144,18 @@ def plan(
     sizes = config.constants
     tokens, in_features = x.shape
     width, splits = values.shape[1], sizes["SPLITS"]
-    quantised = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
+    quantized = torch.empty(tokens, width, dtype=torch.int8, device=x.device)
     steps = torch.empty(tokens, dtype=torch.float32, device=x.device)
     rounding: dict[str, Argument] = {
         "x": x,
-        "quantised": quantised,
+        "quantized": quantized,
         "steps": steps,
         "in_features": in_features,
         "width": width,
         "x_row": x.stride(0),
     }
     product: dict[str, Argument] = {
-        "quantised": quantised,
+        "quantized": quantized,
         "steps": steps,
         "values": values,
         "scales": scales,
@@ -172,7 +172,7 @@ def plan(
     tiles = blocks_of(out_features, sizes["BLOCK_N"]) * blocks_of(tokens, sizes["BLOCK_M"])
     even = width % (sizes["BLOCK_K"] * splits) == 0
     return [
-        Launch(quantise_tokens, (tokens,), rounding, {"BLOCK": BLOCK}, num_warps=8),
+        Launch(quantize_tokens, (tokens,), rounding, {"BLOCK": BLOCK}, num_warps=8),
         Launch(
             w8a8_linear,
             (tiles, splits),

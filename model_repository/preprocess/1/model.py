@@ -3,14 +3,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastserve.ensemble.preprocess import PreprocessStep
+    from fastserve.ensemble.preprocess import PreprocessModel
 
 
-def TritonPythonModel() -> PreprocessStep:
+def TritonPythonModel() -> PreprocessModel:
     """Imported here: the stub completes `triton_python_backend_utils` after it has read this file."""
     from fastserve.text.tokenizer import keep_torch_out
 
     keep_torch_out()
-    from fastserve.ensemble.preprocess import PreprocessStep
+    from fastserve.ensemble.preprocess import PreprocessModel
 
-    return PreprocessStep()
+    return PreprocessModel()

@@ -244,10 +244,10 @@ def test_kernels_are_measured_and_tuned(device: torch.device, capsys: pytest.Cap
 
 
 def test_decode_step() -> None:
-    """int4 and its own dequantised weights choose the same token."""
+    """int4 and its own dequantized weights choose the same token."""
     device = torch.device("cpu")
     torch.manual_seed(1)
-    quantised = decode_step.Decoder(TINY, decode_step.random_int4, device, context=40)
+    quantized = decode_step.Decoder(TINY, decode_step.random_int4, device, context=40)
     torch.manual_seed(1)
     dense = decode_step.Decoder(
         TINY,
@@ -255,8 +255,8 @@ def test_decode_step() -> None:
         device,
         context=40,
     )
-    for decoder in (quantised, dense):
+    for decoder in (quantized, dense):
         decoder.token.fill_(7)
-    assert int(quantised.step()) == int(dense.step()) != 7
-    assert dense.cost().flops == quantised.cost().flops
-    assert 3 < dense.cost().bytes / quantised.cost().bytes < 4
+    assert int(quantized.step()) == int(dense.step()) != 7
+    assert dense.cost().flops == quantized.cost().flops
+    assert 3 < dense.cost().bytes / quantized.cost().bytes < 4

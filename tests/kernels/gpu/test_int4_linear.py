@@ -1,4 +1,4 @@
-"""Weights of 4 bits: `linear_int4` and `linear_nf4`, and what all formats of `quantised_linear` share."""
+"""Weights of 4 bits: `linear_int4` and `linear_nf4`, and what all formats of `quantized_linear` share."""
 
 from __future__ import annotations
 

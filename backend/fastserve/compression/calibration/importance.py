@@ -57,7 +57,7 @@ def measured(
         for index, found in sensitivities(before, windows, device, context.seed, after.directory):
             see(index, found)
             for local, of_linear in found.items():
-                name = f"{before.skeleton.prefix}{index}.{local}"
+                name = f"{before.meta_model.prefix}{index}.{local}"
                 counts[f"{name}.tokens"] = of_linear.tokens.cpu()
                 counts[f"{name}.rows"] = of_linear.rows.cpu()
             context.progress.advance(task)

@@ -25,7 +25,7 @@ class Moments:
 
     Where the step weighs tokens, each has the weight that it counts for the linear (`importance`)."""
 
-    gram: Tensor
+    hessian: Tensor
     """[K, K] E[x x^T]."""
     mean: Tensor
     """[K] E[x]."""

@@ -19,7 +19,7 @@ from fastserve.compression.calibration.calls import Calls
 from fastserve.compression.calibration.importance import Importance, measured
 from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.report.linear_report import linear_report
-from fastserve.compression.state.meta_model import EMBEDDING, Skeleton
+from fastserve.compression.state.meta_model import EMBEDDING, MetaModel
 from fastserve.compression.state.model_state import SCRATCH, State, StateWriter, read_part, write_part
 from fastserve.compression.step import Context, Step
 from fastserve_kernels.formats import Dense, Weight
@@ -75,15 +75,15 @@ class _Front:
 def run_layers(step: LayerStep, before: State, after: StateWriter, context: Context) -> None:
     """Writes the state after a step whose `compress` takes a layer."""
     importance = measured(before, after, context) if step.weighs_tokens else None
-    skeleton = Skeleton(before.config, context.device)
+    meta_model = MetaModel(before.config, context.device)
     windows = context.calibration if step.measures else _few(context.calibration)
-    hidden, calls = skeleton.embed(_embedding(before), windows)
+    hidden, calls = meta_model.embed(_embedding(before), windows)
     front = _read_front(after) or _Front(0, hidden, hidden.clone() if step.with_reference else None)
     del hidden
     task = context.progress.add_task(step.name, total=before.num_layers, completed=front.index)
     for index in range(front.index, before.num_layers):
-        layer = _layer(skeleton, before, index, calls[index], front, importance)
-        names = tuple(name for name in skeleton.linears(index) if step.selects(f"{layer.prefix}{name}"))
+        layer = _layer(meta_model, before, index, calls[index], front, importance)
+        names = tuple(name for name in meta_model.linears(index) if step.selects(f"{layer.prefix}{name}"))
         step.compress(layer, names)
         reports = [linear_report(layer, name) for name in names]
         layer.advance()
@@ -102,11 +102,11 @@ def run_layers(step: LayerStep, before: State, after: StateWriter, context: Cont
 def survey_layers(name: str, state: State, context: Context, importance: Importance) -> Iterator[Layer]:
     """The layers of a model as they are, one after the other, with the hidden states that reach them. `name`
     is what the progress bar says."""
-    skeleton = Skeleton(state.config, context.device)
-    hidden, calls = skeleton.embed(_embedding(state), context.calibration)
+    meta_model = MetaModel(state.config, context.device)
+    hidden, calls = meta_model.embed(_embedding(state), context.calibration)
     task = context.progress.add_task(name, total=state.num_layers)
     for index in range(state.num_layers):
-        layer = _layer(skeleton, state, index, calls[index], _Front(index, hidden, None), importance)
+        layer = _layer(meta_model, state, index, calls[index], _Front(index, hidden, None), importance)
         yield layer
         layer.advance()
         context.progress.advance(task)
@@ -125,7 +125,7 @@ def _embedding(state: State) -> Tensor:
 
 
 def _layer(
-    skeleton: Skeleton,
+    meta_model: MetaModel,
     before: State,
     index: int,
     call: Mapping[str, Any],
@@ -133,9 +133,9 @@ def _layer(
     importance: Importance | None,
 ) -> Layer:
     tensors = before.dense_layer(index)
-    calls = Calls(skeleton.materialize(index, tensors), dict(call))
-    reference = Calls(skeleton.materialize(index, tensors), dict(call))
-    prefix = f"{skeleton.prefix}{index}."
+    calls = Calls(meta_model.materialize(index, tensors), dict(call))
+    reference = Calls(meta_model.materialize(index, tensors), dict(call))
+    prefix = f"{meta_model.prefix}{index}."
     counts = None if importance is None else importance.of_layer(prefix)
     return Layer(index, prefix, before.layer(index), calls, front.hidden, reference, front.reference, counts)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastserve import heap
 from fastserve.compression.calibration.calls import Calls
-from fastserve.compression.state.meta_model import EMBEDDING, HEAD, NORM, Skeleton
+from fastserve.compression.state.meta_model import EMBEDDING, HEAD, NORM, MetaModel
 from fastserve.compression.state.model_state import State, dense, save_tensors
 
 LEAST = 1e-30
@@ -31,7 +31,7 @@ LEAST = 1e-30
 class Sensitivity:
     """Of a linear, means over tokens."""
 
-    gram: Tensor
+    hessian: Tensor
     """[K, K] E[x x^T |g|^2] / E[|g|^2] of its inputs."""
     rows: Tensor
     """[N] E[g_n^2] of its outputs."""
@@ -46,32 +46,32 @@ def sensitivities(
 
     One layer at a time is in memory; the hidden states before each wait in files in the directory `scratch`.
     """
-    skeleton = Skeleton(state.config, device)
+    meta_model = MetaModel(state.config, device)
     outer = {name: tensor.to(device) for name, tensor in dense(state.outer()).items()}
-    hidden, calls = skeleton.embed(outer[f"{EMBEDDING}.weight"], token_ids)
+    hidden, calls = meta_model.embed(outer[f"{EMBEDDING}.weight"], token_ids)
     files = [scratch / f"states-{index:04d}.safetensors" for index in range(state.num_layers)]
     for index, file in enumerate(files):
         save_tensors({"hidden": hidden}, file, {})
-        layer = Calls(skeleton.materialize(index, state.dense_layer(index)), calls[index])
+        layer = Calls(meta_model.materialize(index, state.dense_layer(index)), calls[index])
         with torch.no_grad():
             for sequence in hidden.split(1):
                 sequence.copy_(layer(sequence))
-    _head_backward(skeleton, outer, hidden, seed)
+    _head_backward(meta_model, outer, hidden, seed)
     slopes = hidden
     del outer
     for index, file in reversed(list(enumerate(files))):
-        layer = Calls(skeleton.materialize(index, state.dense_layer(index)), calls[index])
+        layer = Calls(meta_model.materialize(index, state.dense_layer(index)), calls[index])
         entering = load_file(file, str(device))["hidden"]
         file.unlink()
         heap.trim()
-        yield index, _of_layer(layer, skeleton.linears(index), entering, slopes)
+        yield index, _of_layer(layer, meta_model.linears(index), entering, slopes)
 
 
 @torch.enable_grad()
-def _head_backward(skeleton: Skeleton, outer: dict[str, Tensor], hidden: Tensor, seed: int) -> None:
+def _head_backward(meta_model: MetaModel, outer: dict[str, Tensor], hidden: Tensor, seed: int) -> None:
     """Replaces the last hidden states [samples, T, hidden] by the gradients of the log-probabilities of drawn
     labels by them."""
-    model = skeleton.model
+    model = meta_model.model
     norm = copy.deepcopy(model.get_decoder().norm).to_empty(device=hidden.device)
     prefix = f"{NORM}."
     norm.load_state_dict({n.removeprefix(prefix): t for n, t in outer.items() if n.startswith(prefix)})
@@ -96,7 +96,7 @@ def _of_layer(layer: Calls, names: tuple[str, ...], hidden: Tensor, slopes: Tens
     replaced by those by its input."""
     # What is kept is written in place: small tensors that stay, made between large ones that go, would leave
     # holes that nothing large fits into.
-    grams: dict[str, Tensor] = {}
+    hessians: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     tokens = {name: slopes.new_empty(slopes.shape[:2]) for name in names}
 
@@ -108,7 +108,7 @@ def _of_layer(layer: Calls, names: tuple[str, ...], hidden: Tensor, slopes: Tens
         def add(x: Tensor, slope: Tensor) -> None:
             squares = slope.square().sum(-1) + LEAST
             weighed = x * squares.sqrt()[:, None]
-            grams[name] = _added(grams.get(name), weighed.T @ weighed)
+            hessians[name] = _added(hessians.get(name), weighed.T @ weighed)
             rows[name] = _added(rows.get(name), slope.square().sum(0))
             tokens[name][number].copy_(squares)
 
@@ -123,13 +123,13 @@ def _of_layer(layer: Calls, names: tuple[str, ...], hidden: Tensor, slopes: Tens
         slope.copy_(leaf.grad)
     for hook in hooks:
         hook.remove()
-    return {name: _sensitivity(grams[name], rows[name], tokens[name]) for name in names}
+    return {name: _sensitivity(hessians[name], rows[name], tokens[name]) for name in names}
 
 
 def _added(total: Tensor | None, more: Tensor) -> Tensor:
     return more if total is None else total.add_(more)
 
 
-def _sensitivity(gram: Tensor, rows: Tensor, tokens: Tensor) -> Sensitivity:
+def _sensitivity(hessian: Tensor, rows: Tensor, tokens: Tensor) -> Sensitivity:
     """Of sums over tokens."""
-    return Sensitivity(gram / tokens.sum(), rows / tokens.numel(), tokens)
+    return Sensitivity(hessian / tokens.sum(), rows / tokens.numel(), tokens)

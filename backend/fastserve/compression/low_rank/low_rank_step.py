@@ -85,7 +85,7 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
 
         def see(index: int, found: dict[str, Sensitivity]) -> None:
             for local, linear in before.linears(index).items():
-                name = f"{before.skeleton.prefix}{index}.{local}"
+                name = f"{before.meta_model.prefix}{index}.{local}"
                 if self.selects(name):
                     options[name] = self._options(linear, found.get(local), context)
             if index == 0:
@@ -110,7 +110,9 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
             squares = squared_singular_values(weight, None, None)
             squares = squares / squares.sum()
         else:
-            inputs = Regression.towards(weight, weight @ found.gram, found.gram, context.calibration.numel())
+            inputs = Regression.towards(
+                weight, weight @ found.hessian, found.hessian, context.calibration.numel()
+            )
             squares = squared_singular_values(weight, inputs.steady_gram(inputs.ridge), found.rows / 2)
         return Options.of((linear.out_features, linear.in_features), squares.cpu(), self.multiple)
 
@@ -139,28 +141,30 @@ class _Truncation(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
 
     def _weight(self, layer: Layer, name: str, rank: int, moments: Moments) -> Weight:
         weight = layer.dense(name)
-        wanted = moments.gram if moments.drift is None else moments.gram + moments.drift
-        found = Regression.towards(weight, weight @ wanted, moments.gram, moments.tokens)
+        wanted = moments.hessian if moments.drift is None else moments.hessian + moments.drift
+        found = Regression.towards(weight, weight @ wanted, moments.hessian, moments.tokens)
         best = found.solve_all() if self.update else weight
         if rank == 0:
             return Dense(best.to(layer.dtype))
-        gram = found.steady_gram(found.ridge) if self.whitened else None
-        down, up = truncate(best, gram, layer.rows(name) if self.whitened else None, rank)
+        hessian = found.steady_gram(found.ridge) if self.whitened else None
+        down, up = truncate(best, hessian, layer.rows(name) if self.whitened else None, rank)
         return LowRank(down.to(layer.dtype), up.to(layer.dtype))
 
 
-def squared_singular_values(weight: Tensor, gram: Tensor | None, counts: Tensor | None) -> Tensor:
+def squared_singular_values(weight: Tensor, hessian: Tensor | None, counts: Tensor | None) -> Tensor:
     """Of D W L, largest first: [min(N, K)] float64. L L^T is the gram [K, K], D^2 the diagonal matrix of what
     each output counts [N]; None stands for the identity."""
-    product = _scales(weight, counts) * _whitened(weight, gram)
+    product = _scales(weight, counts) * _whitened(weight, hessian)
     smaller = product @ product.T if len(product) < product.shape[1] else product.T @ product
     return torch.linalg.eigvalsh(smaller).flip(0).clamp_min(0)
 
 
-def truncate(weight: Tensor, gram: Tensor | None, counts: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+def truncate(
+    weight: Tensor, hessian: Tensor | None, counts: Tensor | None, rank: int
+) -> tuple[Tensor, Tensor]:
     """down [R, K] and up [N, R], float32, with the least ||D (X - W) L|| of all products X of this rank."""
     scales = _scales(weight, counts)
-    product = scales * _whitened(weight, gram)
+    product = scales * _whitened(weight, hessian)
     if len(product) < product.shape[1]:
         left = torch.linalg.eigh(product @ product.T).eigenvectors.flip(1)[:, :rank]
     else:
@@ -170,8 +174,8 @@ def truncate(weight: Tensor, gram: Tensor | None, counts: Tensor | None, rank: i
     return down.float(), up.float()
 
 
-def _whitened(weight: Tensor, gram: Tensor | None) -> Tensor:
-    return weight.double() if gram is None else weight.double() @ torch.linalg.cholesky(gram.double())
+def _whitened(weight: Tensor, hessian: Tensor | None) -> Tensor:
+    return weight.double() if hessian is None else weight.double() @ torch.linalg.cholesky(hessian.double())
 
 
 def _scales(weight: Tensor, counts: Tensor | None) -> Tensor:

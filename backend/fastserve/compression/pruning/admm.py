@@ -19,15 +19,15 @@ FIRST_PENALTY, GROWTH = 0.1, 1.15
 with each iteration. Three times as many iterations, more slowly, lower the output error by another 1 %."""
 
 
-def admm_mask(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+def admm_mask(weight: Tensor, hessian: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     """A mask [N, K] bool, true where a weight [N, K] is kept, given the gram [K, K] of its inputs.
 
     The gram must have an inverse.
     """
-    gram, scales = normalised(gram)
+    hessian, scales = normalised(hessian)
     weight = weight * scales
-    values, vectors = torch.linalg.eigh(gram)
-    wanted = weight @ gram @ vectors
+    values, vectors = torch.linalg.eigh(hessian)
+    wanted = weight @ hessian @ vectors
     mask = pattern.choose(weight.square(), sparsity)
     sparse, multiplier = weight * mask, torch.zeros_like(weight)
     for iteration in range(ITERATIONS):
@@ -43,5 +43,5 @@ def admm_mask(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -
 class Admm(CorrectingStep, frozen=True, kw_only=True, tag="admm"):
     """Leaves out the weights that the others can best make up for, in view of all columns at once."""
 
-    def mask(self, weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
-        return admm_mask(weight, gram, pattern, self.sparsity)
+    def mask(self, weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
+        return admm_mask(weight, hessian, pattern, self.sparsity)

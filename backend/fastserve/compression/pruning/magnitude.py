@@ -77,7 +77,7 @@ class Magnitude(PruningStep, frozen=True, kw_only=True, tag="magnitude"):
         counts = torch.zeros(BINS, dtype=torch.int64)
         for index in range(state.num_layers):
             for name, weight in state.linears(index).items():
-                if self.selects(f"{state.skeleton.prefix}{index}.{name}"):
+                if self.selects(f"{state.meta_model.prefix}{index}.{name}"):
                     counts += weight_histogram(weight.dequantize(), pattern)
         return quantile(counts, self.sparsity or 0.5)
 

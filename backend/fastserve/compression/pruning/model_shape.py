@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.quantization.columns import unit_columns
-from fastserve.compression.state.meta_model import Skeleton
+from fastserve.compression.state.meta_model import MetaModel
 from fastserve.compression.state.model_state import Part
 from fastserve_kernels.formats import Dense, Weight
 
@@ -64,7 +64,7 @@ def head_dim(config: PretrainedConfig) -> int:
 def check_layers(config: PretrainedConfig) -> None:
     """Raises RecipeError unless the layers are those of the Llama family: attention and a gated MLP, each
     with one norm before it, their outputs added to what entered."""
-    tensors = Skeleton.of(config).tensors(0)
+    tensors = MetaModel.of(config).tensors(0)
     modules = {name.rpartition(".")[0] for name in tensors} - _NORMS_OF_HEADS
     if modules != _MODULES:
         raise RecipeError(
@@ -75,7 +75,7 @@ def check_layers(config: PretrainedConfig) -> None:
 
 def parameters(config: PretrainedConfig) -> int:
     """Of a whole model; a head that is the embedding counts once."""
-    return sum(parameter.numel() for parameter in Skeleton.of(config).model.parameters())
+    return sum(parameter.numel() for parameter in MetaModel.of(config).model.parameters())
 
 
 def cut(part: Part, shape: Shape, config: PretrainedConfig) -> dict[str, Tensor | Weight]:

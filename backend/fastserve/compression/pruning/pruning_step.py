@@ -21,7 +21,7 @@ from fastserve.compression.pruning.patterns import (
     parse_pattern,
 )
 from fastserve.compression.pruning.reconstruction import reconstruct
-from fastserve.compression.state.meta_model import Skeleton
+from fastserve.compression.state.meta_model import MetaModel
 from fastserve.compression.step import Kind
 from fastserve_kernels.formats import Weight
 
@@ -58,12 +58,12 @@ class PruningStep(LayerStep, frozen=True, kw_only=True):
             layer.replace(name, pattern.pack(weight.to(layer.dtype), mask))
 
     def check(self, config: PretrainedConfig) -> None:
-        skeleton = Skeleton.of(config)
-        for index in range(skeleton.num_layers):
-            for name in skeleton.linears(index):
-                full_name = f"{skeleton.prefix}{index}.{name}"
+        meta_model = MetaModel.of(config)
+        for index in range(meta_model.num_layers):
+            for name in meta_model.linears(index):
+                full_name = f"{meta_model.prefix}{index}.{name}"
                 if self.selects(full_name):
-                    self._check_shape(full_name, skeleton.layers[index].get_submodule(name).weight)
+                    self._check_shape(full_name, meta_model.layers[index].get_submodule(name).weight)
 
     def _check_shape(self, name: str, weight: object) -> None:
         assert isinstance(weight, Tensor)
@@ -109,16 +109,16 @@ class CorrectingStep(SparsityStep, frozen=True, kw_only=True):
         """Whether `drift` is asked for."""
         return self.drift > 0
 
-    def mask(self, weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
+    def mask(self, weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
         """A mask [N, K] bool, true where a weight [N, K] is kept, given the gram [K, K] of its inputs."""
         raise NotImplementedError
 
     def prune(self, weight: Tensor, moments: Moments, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        gram = damped(moments.gram, self.damping)
+        hessian = damped(moments.hessian, self.damping)
         if moments.drift is not None:
-            weight = target(weight, gram, moments.drift, self.drift)
-        mask = self.mask(weight, gram, pattern)
-        return reconstruct(weight, gram, mask), mask
+            weight = target(weight, hessian, moments.drift, self.drift)
+        mask = self.mask(weight, hessian, pattern)
+        return reconstruct(weight, hessian, mask), mask
 
     def check(self, config: PretrainedConfig) -> None:
         super().check(config)

@@ -12,20 +12,20 @@ ITERATIONS = 20
 each row would take ten times as long to find."""
 
 
-def reconstruct(weight: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
+def reconstruct(weight: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
     """The weight V [N, K] that minimises tr((V - W) G (V - W)^T) and is 0 where the mask [N, K] is false.
 
     W is the weight before pruning, G the gram [K, K] of its inputs, with no 0 on its diagonal. Conjugate
     gradients on all rows at once, with Jacobi's preconditioner: each iteration is better than the one before,
     and they start with W where the mask is true.
     """
-    gram, scales = normalised(gram)
+    hessian, scales = normalised(hessian)
     target = weight * scales
     solution = target * mask
-    residual = ((target - solution) @ gram) * mask
+    residual = ((target - solution) @ hessian) * mask
     direction, square = residual, residual.square().sum(1, keepdim=True)
     for _ in range(ITERATIONS):
-        image = (direction @ gram) * mask
+        image = (direction @ hessian) * mask
         step = _ratio(square, (direction * image).sum(1, keepdim=True))
         solution = solution + step * direction
         residual = residual - step * image

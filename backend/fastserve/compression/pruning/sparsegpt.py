@@ -18,12 +18,12 @@ COLUMNS = 128
 """Whose mask is chosen together. The columns of all blocks of `patterns` divide it."""
 
 
-def sparsegpt_mask(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+def sparsegpt_mask(weight: Tensor, hessian: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     """A mask [N, K] bool, true where a weight [N, K] is kept, given the gram [K, K] of its inputs.
 
     The gram must have an inverse.
     """
-    factor, weight = inverse_factor(gram), weight.clone()
+    factor, weight = inverse_factor(hessian), weight.clone()
     masks: list[Tensor] = []
     for start in range(0, weight.shape[1], COLUMNS):
         these, later = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
@@ -53,5 +53,5 @@ def _prune(weight: Tensor, factor: Tensor, pattern: Pattern, sparsity: float) ->
 class SparseGpt(CorrectingStep, frozen=True, kw_only=True, tag="sparsegpt"):
     """Leaves out the weights that the others can best make up for, block of columns by block of columns."""
 
-    def mask(self, weight: Tensor, gram: Tensor, pattern: Pattern) -> Tensor:
-        return sparsegpt_mask(weight, gram, pattern, self.sparsity)
+    def mask(self, weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
+        return sparsegpt_mask(weight, hessian, pattern, self.sparsity)

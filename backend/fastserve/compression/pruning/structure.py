@@ -157,7 +157,7 @@ def regression(layer: Layer, name: str) -> Regression:
     before, from its inputs."""
     weight, bias = layer.dense(name), f"{name}.bias"
     offset = layer.other(bias) if bias in layer.part else 0.0
-    cross, gram = torch.zeros_like(weight), weight.new_zeros(weight.shape[1], weight.shape[1])
+    cross, hessian = torch.zeros_like(weight), weight.new_zeros(weight.shape[1], weight.shape[1])
     total, tokens = 0.0, 0
     for now, before, counts in zip(
         layer.batches(), layer.reference_batches(), layer.counts(name), strict=True
@@ -170,6 +170,6 @@ def regression(layer: Layer, name: str) -> Regression:
             wanted = layer.run_reference(before).flatten(0, -2)
         counted = x * counts
         cross += (wanted - entering - offset).T @ counted
-        gram += x.T @ counted
+        hessian += x.T @ counted
         total, tokens = total + float(counts.sum()), tokens + len(x)
-    return Regression.towards(weight, cross / total, gram / total, tokens)
+    return Regression.towards(weight, cross / total, hessian / total, tokens)

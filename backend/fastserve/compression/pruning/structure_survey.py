@@ -32,7 +32,7 @@ from fastserve.compression.pruning.model_shape import (
     parameters,
 )
 from fastserve.compression.quantization.columns import Regression, removal
-from fastserve.compression.state.meta_model import Skeleton
+from fastserve.compression.state.meta_model import MetaModel
 from fastserve.compression.state.model_state import State
 from fastserve.compression.step import Context
 
@@ -98,7 +98,7 @@ def sizes_within(config: PretrainedConfig, removed: float, multiple: int) -> lis
 
 def _unit_parameters(config: PretrainedConfig) -> tuple[int, int, int]:
     """Of a layer, of one of its groups of heads, of one of its channels."""
-    sizes = {name: t.numel() for name, t in Skeleton.of(config).layers[0].state_dict().items()}
+    sizes = {name: t.numel() for name, t in MetaModel.of(config).layers[0].state_dict().items()}
     kv_heads = sum(sizes.get(f"{name}.{kind}", 0) for name in (Q, K, V) for kind in ("weight", "bias"))
     channels = sum(sizes.get(f"{name}.{kind}", 0) for name in (GATE, UP) for kind in ("weight", "bias"))
     kv_head = (kv_heads + sizes[f"{O}.weight"]) // int(config.num_key_value_heads)
@@ -121,7 +121,7 @@ def _layer_costs(layer: Layer, group: int) -> LayerCosts:
     errors = {}
     for name, unit in ((O, group), (DOWN, 1)):
         weight, moments = layer.dense(name), layer.moments(name)
-        found = Regression.towards(weight, weight @ moments.gram, moments.gram, moments.tokens)
+        found = Regression.towards(weight, weight @ moments.hessian, moments.hessian, moments.tokens)
         weighed = found.weighed(layer.rows(name) / 2)
         errors[name] = removal(weighed, unit, weight.shape[1] // unit - 1).errors.cpu()
     return LayerCosts(float(influence @ layer.rows(DOWN)) / total / 2, errors[O], errors[DOWN])

@@ -14,14 +14,14 @@ from fastserve.compression.pruning.pruning_step import SparsityStep
 from fastserve.compression.pruning.reconstruction import reconstruct
 
 
-def wanda_mask(weight: Tensor, gram: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+def wanda_mask(weight: Tensor, hessian: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     """A mask [N, K] bool, true where a weight [N, K] is kept, given the gram [K, K] of its inputs.
 
     The cost is squared, W_nk^2 E[x_k^2]: the error of the output if inputs were uncorrelated, so that those
     of a block's weights add up. Single weights compete within their row; blocks, and rows, in the matrix.
     """
     scope: Scope = "row" if pattern == UNSTRUCTURED else "matrix"
-    return pattern.choose(weight.square() * gram.diagonal(), sparsity, scope)
+    return pattern.choose(weight.square() * hessian.diagonal(), sparsity, scope)
 
 
 class Wanda(SparsityStep, frozen=True, kw_only=True, tag="wanda"):
@@ -30,7 +30,7 @@ class Wanda(SparsityStep, frozen=True, kw_only=True, tag="wanda"):
     reconstruct: Annotated[bool, Meta(description="whether what is kept makes up for what is not")] = False
 
     def prune(self, weight: Tensor, moments: Moments, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        mask = wanda_mask(weight, moments.gram, pattern, self.sparsity)
+        mask = wanda_mask(weight, moments.hessian, pattern, self.sparsity)
         if self.reconstruct:
-            return reconstruct(weight, damped(moments.gram), mask), mask
+            return reconstruct(weight, damped(moments.hessian), mask), mask
         return weight * mask, mask

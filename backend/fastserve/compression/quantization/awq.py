@@ -38,9 +38,9 @@ def candidates(magnitude: Tensor, weight: Tensor) -> Iterator[Tensor]:
             yield factors / (factors.amax() * factors.amin()).sqrt()
 
 
-def output_cost(difference: Tensor, gram: Tensor) -> float:
+def output_cost(difference: Tensor, hessian: Tensor) -> float:
     """E||D x||^2 for a difference D [N, K] of weights and the gram matrix [K, K] of the inputs."""
-    return float(((difference @ gram) * difference).sum())
+    return float(((difference @ hessian) * difference).sum())
 
 
 class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
@@ -72,7 +72,7 @@ class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
 
         def cost(factors: Tensor) -> float:
             return sum(
-                each.importance * output_cost(self.rounded(weight, factors, layer) - weight, each.gram)
+                each.importance * output_cost(self.rounded(weight, factors, layer) - weight, each.hessian)
                 for weight, each in zip(weights, moments, strict=True)
             )
 

@@ -80,5 +80,5 @@ class Codebook(QuantizingStep, frozen=True, kw_only=True, tag="codebook"):
                 codebook = torch.tensor(NORMAL_FLOAT_4, device=weight.device)
                 packed = NF4.pack(weight, group_size, codebook, layer.dtype)
             else:
-                packed = k_means(weight, group_size, moments.gram.diagonal(), layer.dtype)
+                packed = k_means(weight, group_size, moments.hessian.diagonal(), layer.dtype)
             self.put(layer, name, packed, moments.mean)

@@ -25,7 +25,7 @@ class Regression:
 
     cross: Tensor
     """[N, K] E[y x^T]."""
-    gram: Tensor
+    hessian: Tensor
     """[K, K] E[x x^T]."""
     weight: Tensor
     """[N, K] to which the solution is held."""
@@ -34,11 +34,11 @@ class Regression:
     weight gives."""
 
     @classmethod
-    def towards(cls, weight: Tensor, cross: Tensor, gram: Tensor, tokens: int) -> Regression:
+    def towards(cls, weight: Tensor, cross: Tensor, hessian: Tensor, tokens: int) -> Regression:
         """Of means over so many tokens, as if there were K more of the same energy for the weight [N, K]. Few
         tokens change it little then, and many decide: the ridge for a change and a noise of like energy."""
-        mean_square = float(gram.diagonal().mean().clamp_min(1e-30))
-        return cls(cross.double(), gram.double(), weight.double(), len(gram) / tokens * mean_square)
+        mean_square = float(hessian.diagonal().mean().clamp_min(1e-30))
+        return cls(cross.double(), hessian.double(), weight.double(), len(hessian) / tokens * mean_square)
 
     def weighed(self, rows: Tensor) -> Regression:
         """The same with outputs that count so much [N]: errors are sums of squares times that."""
@@ -47,7 +47,9 @@ class Regression:
 
     def steady_gram(self, ridge: float) -> Tensor:
         """The gram with further inputs."""
-        return self.gram + ridge * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
+        return self.hessian + ridge * torch.eye(
+            len(self.hessian), dtype=self.hessian.dtype, device=self.hessian.device
+        )
 
     def solve(self, columns: Tensor) -> Tensor:
         """The best weight [N, len(columns)] float32 of these columns alone."""
@@ -57,7 +59,7 @@ class Regression:
 
     def solve_all(self) -> Tensor:
         """The best weight [N, K] float32."""
-        return self.solve(torch.arange(len(self.gram), device=self.gram.device))
+        return self.solve(torch.arange(len(self.hessian), device=self.hessian.device))
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ class Removal:
 
 def removal(regression: Regression, unit: int, count: int) -> Removal:
     """Leaves out `count` units of `unit` neighbouring columns, again and again those that cost least."""
-    gram = regression.steady_gram(LEAST * float(regression.gram.diagonal().mean()))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).float()
+    hessian = regression.steady_gram(LEAST * float(regression.hessian.diagonal().mean()))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).float()
     weight = regression.solve_all()
     left = torch.arange(inverse.shape[0] // unit, device=weight.device)
     order, errors = [left[:0]], [torch.zeros(1, dtype=torch.float64, device=weight.device)]
@@ -91,8 +93,8 @@ def removal(regression: Regression, unit: int, count: int) -> Removal:
 
 def kept_units(regression: Regression, unit: int, count: int) -> Tensor:
     """Those that stay [count], ascending, when all others are left out."""
-    units = regression.gram.shape[0] // unit
-    stays = torch.ones(units, dtype=torch.bool, device=regression.gram.device)
+    units = regression.hessian.shape[0] // unit
+    stays = torch.ones(units, dtype=torch.bool, device=regression.hessian.device)
     stays[removal(regression, unit, units - count).order] = False
     return stays.nonzero()[:, 0]
 

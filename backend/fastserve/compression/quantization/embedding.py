@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.quantization.grid import Grid, search
-from fastserve.compression.state.meta_model import Skeleton
+from fastserve.compression.state.meta_model import MetaModel
 from fastserve.compression.state.model_state import State, StateWriter
 from fastserve.compression.step import Context, Step
 from fastserve_kernels.formats import Dense, Weight
@@ -29,9 +29,9 @@ class Embedding(Step, frozen=True, kw_only=True, tag="embedding"):
         return False
 
     def check(self, config: PretrainedConfig) -> None:
-        skeleton = Skeleton.of(config)
-        for name in skeleton.outer_matrices():
-            columns = skeleton.model.get_parameter(f"{name}.weight").shape[1]
+        meta_model = MetaModel.of(config)
+        for name in meta_model.outer_matrices():
+            columns = meta_model.model.get_parameter(f"{name}.weight").shape[1]
             if columns % self.group_size:
                 raise RecipeError(
                     f"group_size: got {self.group_size}; allowed: a divisor of the {columns} columns of "
@@ -54,7 +54,7 @@ class Embedding(Step, frozen=True, kw_only=True, tag="embedding"):
         after.write_config(before.config)
 
     def pack(self, name: str, weight: Weight) -> Weight:
-        """Raises RecipeError if it is quantised already."""
+        """Raises RecipeError if it is quantized already."""
         if not isinstance(weight, Dense):
             raise RecipeError(f"embedding: {name} is {type(weight).__name__}; allowed: a dense one")
         dense = weight.dequantize()

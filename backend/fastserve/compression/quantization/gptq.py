@@ -55,7 +55,7 @@ def round_columns(
 
 def quantize(
     weight: Tensor,
-    gram: Tensor,
+    hessian: Tensor,
     bits: int,
     group_size: int,
     symmetric: bool,
@@ -68,12 +68,12 @@ def quantize(
     The grid is chosen by what an error d in a column costs once the columns after it have made up for it:
     d^2 / U_kk^2, with U the factor of `round_columns`.
     """
-    order = gram.diagonal().argsort(descending=True)
-    factor = inverse_factor(gram[order][:, order])
+    order = hessian.diagonal().argsort(descending=True)
+    factor = inverse_factor(hessian[order][:, order])
     costs = (1 / factor.diagonal().square())[order.argsort()]
     grid = search(weight, bits, group_size, symmetric, dtype, costs)
     codes = round_columns(weight, factor, order, grid, mask)
-    return refine(weight, gram, grid, codes, mask, turns)
+    return refine(weight, hessian, grid, codes, mask, turns)
 
 
 class Gptq(QuantizingStep, frozen=True, kw_only=True, tag="gptq"):
@@ -104,18 +104,18 @@ class Gptq(QuantizingStep, frozen=True, kw_only=True, tag="gptq"):
     def compress_linear(self, layer: Layer, name: str, bits: int) -> None:
         """Rounds one linear."""
         weight = layer.weight(name)
-        dense, gram = self.target_of(layer, name)
+        dense, hessian = self.target_of(layer, name)
         group_size = self.group_size or dense.shape[1]
-        grid, codes = quantize(dense, gram, bits, group_size, self.symmetric, layer.dtype, mask_of(weight))
+        grid, codes = quantize(dense, hessian, bits, group_size, self.symmetric, layer.dtype, mask_of(weight))
         self.put(layer, name, pack(grid, codes, weight), layer.moments(name).mean)
 
     def target_of(self, layer: Layer, name: str) -> tuple[Tensor, Tensor]:
         """The weight [N, K] that a linear is to be rounded to, and the gram matrix [K, K] of its inputs."""
         weight, moments = layer.dense(name), layer.moments(name)
-        gram = damped(moments.gram, self.damping)
+        hessian = damped(moments.hessian, self.damping)
         if moments.drift is not None:
-            weight = target(weight, gram, moments.drift, self.drift)
-        return weight, gram
+            weight = target(weight, hessian, moments.drift, self.drift)
+        return weight, hessian
 
 
 def pack(grid: Grid, codes: Tensor, like: Weight) -> Weight:

@@ -1,4 +1,4 @@
-"""The values that the codes of a quantised weight can stand for, and the choice of them.
+"""The values that the codes of a quantized weight can stand for, and the choice of them.
 
 Zero points are whole numbers from 0 to 2^bits - 1, as checkpoints of other tools have them: 0 is then one of
 the values, so every range is widened to include it. Codes and zero points of fewer bits than the kernel's

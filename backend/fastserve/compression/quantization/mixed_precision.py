@@ -95,7 +95,7 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
 
         def estimate(index: int, found: dict[str, Sensitivity]) -> None:
             for local, weight in before.linears(index).items():
-                name = f"{before.skeleton.prefix}{index}.{local}"
+                name = f"{before.meta_model.prefix}{index}.{local}"
                 if self.selects(name):
                     costs[name] = self._costs_of(weight.dequantize().to(context.device), found[local])
                     shapes[name] = weight.out_features, weight.in_features
@@ -109,8 +109,8 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
 
     def _costs_of(self, weight: Tensor, sensitivity: Sensitivity) -> Tensor:
         """Nats [N, W] that each width costs a row, or [1, W] the linear."""
-        gram = damped(sensitivity.gram, self.damping)
-        remaining = inverse_factor(gram).diagonal().square().reciprocal()
+        hessian = damped(sensitivity.hessian, self.damping)
+        remaining = inverse_factor(hessian).diagonal().square().reciprocal()
         group_size = self.group_size or weight.shape[1]
         costs = []
         for width in sorted(self.widths):
@@ -158,7 +158,7 @@ class _Allocated(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
                 self._compress_rows(layer, name, bits)
 
     def _compress_rows(self, layer: Layer, name: str, bits: Tensor) -> None:
-        weight, gram = self.target_of(layer, name)
+        weight, hessian = self.target_of(layer, name)
         mask = mask_of(layer.weight(name))
         group_size = self.group_size or weight.shape[1]
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
@@ -167,7 +167,7 @@ class _Allocated(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         for width, rows in rows_by_width(bits):
             of_rows = None if mask is None else mask[rows]
             grid, found = quantize(
-                weight[rows], gram, width, group_size, self.symmetric, layer.dtype, of_rows
+                weight[rows], hessian, width, group_size, self.symmetric, layer.dtype, of_rows
             )
             codes[rows], scales[rows] = found.byte(), grid.scales
             if zeros is not None and grid.zeros is not None:

@@ -13,7 +13,7 @@ from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.calibration.layer_step import LayerStep
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.quantization.bias_correction import corrected_bias
-from fastserve.compression.state.meta_model import Skeleton
+from fastserve.compression.state.meta_model import MetaModel
 from fastserve.compression.step import Kind
 from fastserve_kernels.formats import Weight
 
@@ -52,11 +52,11 @@ class QuantizingStep(LayerStep, frozen=True, kw_only=True):
 
 def targeted_linears(step: LayerStep, config: PretrainedConfig) -> Iterator[tuple[str, nn.Linear]]:
     """The linears that a step selects in a model of this config, by full name; they have no weights."""
-    skeleton = Skeleton.of(config)
-    for index, layer in enumerate(skeleton.layers):
-        for name in skeleton.linears(index):
+    meta_model = MetaModel.of(config)
+    for index, layer in enumerate(meta_model.layers):
+        for name in meta_model.linears(index):
             linear = layer.get_submodule(name)
-            full_name = f"{skeleton.prefix}{index}.{name}"
+            full_name = f"{meta_model.prefix}{index}.{name}"
             if step.selects(full_name) and isinstance(linear, nn.Linear):
                 yield full_name, linear
 

@@ -21,22 +21,22 @@ _FURTHEST = 1.5
 
 
 def refine(
-    weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor, mask: Tensor | None, turns: int
+    weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, mask: Tensor | None, turns: int
 ) -> tuple[Grid, Tensor]:
     """A grid and codes [N, K] of less error for a target [N, K]; where the mask is false values stay 0."""
     for _ in range(turns):
-        grid = fit_scales(weight, gram, grid, codes)
-        codes = descend(weight, gram, grid, codes, mask)
+        grid = fit_scales(weight, hessian, grid, codes)
+        codes = descend(weight, hessian, grid, codes, mask)
     return grid, codes
 
 
-def descend(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor, mask: Tensor | None = None) -> Tensor:
+def descend(weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, mask: Tensor | None = None) -> Tensor:
     """Gives each code in turn its best value while the others stay. Twice over all columns."""
     scales, zeros = (tensor.T.contiguous() for tensor in grid.columns())
     codes = codes.T.contiguous().clone()
     values = (codes - zeros) * scales
-    slopes = gram @ (values - weight.T)
-    curvature = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny)
+    slopes = hessian @ (values - weight.T)
+    curvature = hessian.diagonal().clamp(min=torch.finfo(hessian.dtype).tiny)
     free = None if mask is None else mask.T
     largest = 2**grid.bits - 1
     for start in 2 * list(range(0, len(codes), COLUMNS)):
@@ -50,24 +50,24 @@ def descend(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor, mask: Tenso
             change = (code - codes[column]) * scales[column]
             codes[column] = code
             values[column] += change
-            here += gram[block, column, None] * change
-        slopes += gram[:, block] @ (values[block] - before)
+            here += hessian[block, column, None] * change
+        slopes += hessian[:, block] @ (values[block] - before)
     return codes.T.contiguous()
 
 
-def fit_scales(weight: Tensor, gram: Tensor, grid: Grid, codes: Tensor) -> Grid:
+def fit_scales(weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor) -> Grid:
     """The scales with which the codes come nearest to the target, the zero points held."""
     size = grid.group_size
     steps = codes - grid.columns()[1]
     groups = (-1, steps.shape[1] // size, size)
     curvature = torch.stack(
         [
-            ((steps[:, columns] @ gram[columns]) * steps).view(groups).sum(-1)
+            ((steps[:, columns] @ hessian[columns]) * steps).view(groups).sum(-1)
             for columns in (slice(start, start + size) for start in range(0, steps.shape[1], size))
         ],
         dim=1,
     )
-    right = ((weight @ gram) * steps).view(groups).sum(-1)
+    right = ((weight @ hessian) * steps).view(groups).sum(-1)
     before = grid.scales.float()
     pull = _PULL * curvature.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     pull = pull.clamp(min=torch.finfo(pull.dtype).tiny)

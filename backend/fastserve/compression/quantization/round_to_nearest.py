@@ -67,11 +67,11 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
                 )
             weight = layer.dense(name)
             moments = layer.moments(name)
-            grid = self.grid(weight, moments.gram, layer.dtype)
+            grid = self.grid(weight, moments.hessian, layer.dtype)
             packed = pack(grid, grid.nearest(weight), layer.weight(name))
             self.put(layer, name, packed, moments.mean)
 
-    def grid(self, weight: Tensor, gram: Tensor, dtype: torch.dtype) -> Grid:
+    def grid(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Grid:
         """For a weight [N, K] and the gram matrix [K, K] of its inputs."""
         columns = weight.shape[1]
         group_size = self.group_size if isinstance(self.group_size, int) else columns
@@ -83,11 +83,11 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
             return Grid.from_ranges(low, high, self.bits, columns, dtype, self.symmetric)
         if self.clip == "none":
             return Grid.whole_range(weight, self.bits, group_size, dtype, self.symmetric)
-        metric = blocks(damped(gram, DAMPING), group_size) if self.clip == "outputs" else None
+        metric = blocks(damped(hessian, DAMPING), group_size) if self.clip == "outputs" else None
         return search(weight, self.bits, group_size, self.symmetric, dtype, metric)
 
 
-def blocks(gram: Tensor, group_size: int) -> Tensor:
+def blocks(hessian: Tensor, group_size: int) -> Tensor:
     """Those on the diagonal [K / G, G, G] of a matrix [K, K]."""
-    starts = range(0, len(gram), group_size)
-    return torch.stack([gram[start : start + group_size, start : start + group_size] for start in starts])
+    starts = range(0, len(hessian), group_size)
+    return torch.stack([hessian[start : start + group_size, start : start + group_size] for start in starts])

@@ -1,4 +1,4 @@
-"""Linear quantisation by the formula, x_int = round((x - x_min) / (x_max - x_min) (2^n - 1)).
+"""Linear quantization by the formula, x_int = round((x - x_min) / (x_max - x_min) (2^n - 1)).
 
 The range [x_min, x_max] is that of the elements that share it: of a group of columns, of a row (a channel),
 or of the whole tensor. Symmetric, it is [-a, a] with a = max|x|. The result is x_int (x_max - x_min) / (2^n -

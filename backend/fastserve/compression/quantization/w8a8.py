@@ -72,13 +72,13 @@ class W8A8Step(QuantizingStep, frozen=True, kw_only=True, tag="w8a8"):
                     smooth(layer, stage, factors)
         for name in layer.in_order(names):
             moments = layer.moments(name)
-            packed = pack(layer.dense(name), damped(moments.gram, self.damping))
+            packed = pack(layer.dense(name), damped(moments.hessian, self.damping))
             self.put(layer, name, packed, moments.mean)
 
 
-def pack(weight: Tensor, gram: Tensor) -> W8A8:
+def pack(weight: Tensor, hessian: Tensor) -> W8A8:
     """A weight [N, K], rounded with second-order correction for inputs of this gram matrix [K, K]."""
-    grid, codes = quantize(weight, gram, 8, weight.shape[1], True, torch.float32)
+    grid, codes = quantize(weight, hessian, 8, weight.shape[1], True, torch.float32)
     packed = grid.pack(codes)
     assert isinstance(packed, Int8)
     return W8A8(packed.values, packed.scales[:, 0].contiguous())

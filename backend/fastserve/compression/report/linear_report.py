@@ -35,7 +35,7 @@ def linear_report(layer: Layer, name: str) -> LinearReport:
     """Of a linear of a layer that a step is done with."""
     weight, now, original = layer.weight(name), layer.dense(name), layer.original(name)
     same_shape = now.shape == original.shape
-    gram = layer.latest_moments(name).gram
+    hessian = layer.latest_moments(name).hessian
     return LinearReport(
         name=f"{layer.prefix}{name}",
         format=type(weight).__name__,
@@ -43,14 +43,14 @@ def linear_report(layer: Layer, name: str) -> LinearReport:
         sparsity=float((now == 0).float().mean()) if layer.is_pruned(name) else None,
         rank=weight.down.shape[0] if isinstance(weight, LowRank) else None,
         weight_error=float((now - original).norm() / original.norm()) if same_shape else None,
-        output_error=output_error(now - original, original, gram) if same_shape else None,
+        output_error=output_error(now - original, original, hessian) if same_shape else None,
     )
 
 
-def output_error(difference: Tensor, weight: Tensor, gram: Tensor) -> float:
+def output_error(difference: Tensor, weight: Tensor, hessian: Tensor) -> float:
     """sqrt(tr(D G D^T) / tr(W G W^T)) for D and W [N, K] and the gram G [K, K] of the inputs."""
-    return float((_energy(difference, gram) / _energy(weight, gram)).clamp_min(0).sqrt())
+    return float((_energy(difference, hessian) / _energy(weight, hessian)).clamp_min(0).sqrt())
 
 
-def _energy(weight: Tensor, gram: Tensor) -> Tensor:
-    return ((weight @ gram) * weight).sum()
+def _energy(weight: Tensor, hessian: Tensor) -> Tensor:
+    return ((weight @ hessian) * weight).sum()

@@ -12,7 +12,7 @@ import torch
 
 from fastserve.compression.recipe import Recipe
 from fastserve.compression.state.encoders import CompressedTensorsEncoder, Encoder, OwnEncoder, expressible
-from fastserve.compression.state.meta_model import Skeleton
+from fastserve.compression.state.meta_model import MetaModel
 from fastserve.compression.state.model_state import State
 from fastserve.compression.step import Step
 from fastserve_kernels.formats import Dense, Weight
@@ -29,8 +29,8 @@ def estimated_bytes(recipe: Recipe, source: State) -> int | None:
     config, dtype = source.config, source.dtype
     for step in recipe.steps:
         config = step.config_after(config)
-    skeleton = Skeleton.of(config)
-    parts = dict(_parts(skeleton))
+    meta_model = MetaModel.of(config)
+    parts = dict(_parts(meta_model))
     made: dict[tuple[object, ...], Weight | None] = {}
     strips: dict[str, Weight] = {}
     total = 0
@@ -54,15 +54,15 @@ def estimated_bytes(recipe: Recipe, source: State) -> int | None:
     return total
 
 
-def _parts(skeleton: Skeleton) -> Iterator[tuple[str, tuple[tuple[int, ...], bool]]]:
+def _parts(meta_model: MetaModel) -> Iterator[tuple[str, tuple[tuple[int, ...], bool]]]:
     """Each module that is a matrix, and each other tensor, by full name: its shape, and whether it is outside
     the layers."""
-    tensors = skeleton.model.state_dict()
-    for name in skeleton.outer_tensors():
+    tensors = meta_model.model.state_dict()
+    for name in meta_model.outer_tensors():
         yield name.removesuffix(".weight"), (tuple(tensors[name].shape), True)
-    for index in range(skeleton.num_layers):
-        for local in skeleton.tensors(index):
-            name = f"{skeleton.prefix}{index}.{local}"
+    for index in range(meta_model.num_layers):
+        for local in meta_model.tensors(index):
+            name = f"{meta_model.prefix}{index}.{local}"
             yield name.removesuffix(".weight"), (tuple(tensors[name].shape), False)
 
 

@@ -82,16 +82,16 @@ class CompressedTensorsEncoder:
             SCHEME: kv_cache,
         }
         if len(groups) == 1 and not groups[0]["weights"]["symmetric"]:
-            # transformers 5.23 with compressed-tensors 0.20 fails on packed zero points unless it dequantises
+            # transformers 5.23 with compressed-tensors 0.20 fails on packed zero points unless it dequantizes
             # as it loads, which it knows to do for one group only.
             quantization["dequantize"] = True
         return sparse | {"quantization_config": quantization}
 
     def _ignored(self) -> list[str]:
-        """The linears that are not quantised; the head among them even if it is the embedding."""
-        quantised = {name for names in self._groups.values() for name in names}
+        """The linears that are not quantized; the head among them even if it is the embedding."""
+        quantized = {name for names in self._groups.values() for name in names}
         dense = [name for name in self._dense if not name.endswith((_EMBEDDING, _HEAD))]
-        return dense if _HEAD in quantised else [*dense, _HEAD]
+        return dense if _HEAD in quantized else [*dense, _HEAD]
 
 
 class OwnEncoder:

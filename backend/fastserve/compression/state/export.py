@@ -39,7 +39,7 @@ _TOKENIZER_FILES = (
 def export(state: State, tokenizer_directory: Path, out: Path) -> None:
     """Writes the directory `out`, which must not exist; it appears whole.
 
-    `tokenizer_directory` has the files of the tokeniser, and perhaps a generation config.
+    `tokenizer_directory` has the files of the tokenizer, and perhaps a generation config.
     Raises WriteError.
     """
     suits = all(expressible(name, part) for name, part in _parts(state) if isinstance(part, Weight))
@@ -62,13 +62,13 @@ def _parts(state: State) -> Iterator[tuple[str, Tensor | Weight]]:
     yield from state.outer().items()
     for index in range(state.num_layers):
         for name, part in state.layer(index).items():
-            yield f"{state.skeleton.prefix}{index}.{name}", part
+            yield f"{state.meta_model.prefix}{index}.{name}", part
 
 
 def _write_configs(state: State, encoder: Encoder, directory: Path) -> None:
     config = copy.deepcopy(state.config)
     config.dtype = state.dtype
-    # The only thing that a state's config says of quantisation is how the cache is kept.
+    # The only thing that a state's config says of quantization is how the cache is kept.
     kv_cache = (getattr(config, "quantization_config", None) or {}).get(SCHEME)
     for key, value in encoder.config(kv_cache).items():
         setattr(config, key, value)

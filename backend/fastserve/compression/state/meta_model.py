@@ -19,7 +19,7 @@ SUPPORTED = (
 EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
-class Skeleton:
+class MetaModel:
     """The modules of a model, on the meta device but for its rotary tables."""
 
     def __init__(self, config: PretrainedConfig, device: torch.device) -> None:
@@ -37,7 +37,7 @@ class Skeleton:
         """Of the full names of what is in the layers: `model.layers.`"""
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> Skeleton:
+    def of(cls, config: PretrainedConfig) -> MetaModel:
         """On the CPU."""
         return cls(config, torch.device("cpu"))
 

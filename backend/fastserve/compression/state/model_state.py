@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from fastserve.atomic_write import atomic_write, explained, sync, write_bytes
-from fastserve.compression.state.meta_model import Skeleton
+from fastserve.compression.state.meta_model import MetaModel
 from fastserve_kernels.formats import Weight
 from fastserve_kernels.formats.weight_io import tensor_fields, weight_from_tensors, weight_tensors
 
@@ -45,13 +45,13 @@ class State(ABC):
         weights, `model.norm.weight` as a tensor."""
 
     @cached_property
-    def skeleton(self) -> Skeleton:
+    def meta_model(self) -> MetaModel:
         """The modules around the weights, on the CPU."""
-        return Skeleton.of(self.config)
+        return MetaModel.of(self.config)
 
     @property
     def num_layers(self) -> int:
-        return self.skeleton.num_layers
+        return self.meta_model.num_layers
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,19 +68,19 @@ class State(ABC):
 
     def dense_layer(self, index: int) -> dict[str, Tensor]:
         """A layer's tensors by local name, in float32, as transformers knows them."""
-        known = set(self.skeleton.tensors(index))
+        known = set(self.meta_model.tensors(index))
         return {name: tensor for name, tensor in dense(self.layer(index)).items() if name in known}
 
     def transformers_model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The whole model with dense weights."""
-        skeleton = Skeleton(self.config, torch.device(device))
+        meta_model = MetaModel(self.config, torch.device(device))
         tensors = dense(self.outer())
         for index in range(self.num_layers):
-            prefix = f"{skeleton.prefix}{index}."
+            prefix = f"{meta_model.prefix}{index}."
             tensors |= {f"{prefix}{name}": t.to(dtype) for name, t in self.dense_layer(index).items()}
         tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        skeleton.model.load_state_dict(tensors, assign=True, strict=False)
-        model: Any = skeleton.model
+        meta_model.model.load_state_dict(tensors, assign=True, strict=False)
+        model: Any = meta_model.model
         model.tie_weights()
         return model
 

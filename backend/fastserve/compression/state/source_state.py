@@ -20,11 +20,11 @@ from fastserve_kernels.formats import Dense, Weight
 
 
 class SourceState(State):
-    """A GGUF file, whose blocks are dequantised, or a Hugging Face directory of dense weights."""
+    """A GGUF file, whose blocks are dequantized, or a Hugging Face directory of dense weights."""
 
     def __init__(self, path: Path) -> None:
         """Raises ModelError if it cannot be read, RecipeError if no step can take it: its weights are
-        quantised already, its architecture is another, or tensors are missing or of another shape.
+        quantized already, its architecture is another, or tensors are missing or of another shape.
         """
         self.path = path
         self._checkpoint: Checkpoint
@@ -34,10 +34,10 @@ class SourceState(State):
         else:
             self.config, self._checkpoint = read_transformers_config(path), SafetensorsCheckpoint(path)
         if getattr(self.config, "quantization_config", None) is not None:
-            raise RecipeError(f"model: {path} is quantised already; allowed: a model with dense weights")
+            raise RecipeError(f"model: {path} is quantized already; allowed: a model with dense weights")
         if getattr(self.config, "tie_word_embeddings", False) and has_own_head(self._checkpoint, self.dtype):
             self.config.tie_word_embeddings = False
-        self.skeleton.check()
+        self.meta_model.check()
         self._check_tensors()
 
     @property
@@ -51,14 +51,14 @@ class SourceState(State):
         return hashlib.sha256(repr((stats, sorted(self._checkpoint.shapes.items()))).encode()).hexdigest()
 
     def layer(self, index: int) -> dict[str, Tensor | Weight]:
-        skeleton = self.skeleton
-        matrices = {f"{name}.weight" for name in skeleton.linears(index)}
-        prefix = f"{skeleton.prefix}{index}."
-        return self._parts(skeleton.tensors(index), matrices, prefix)
+        meta_model = self.meta_model
+        matrices = {f"{name}.weight" for name in meta_model.linears(index)}
+        prefix = f"{meta_model.prefix}{index}."
+        return self._parts(meta_model.tensors(index), matrices, prefix)
 
     def outer(self) -> dict[str, Tensor | Weight]:
-        matrices = {f"{name}.weight" for name in self.skeleton.outer_matrices()}
-        return self._parts(self.skeleton.outer_tensors(), matrices, "")
+        matrices = {f"{name}.weight" for name in self.meta_model.outer_matrices()}
+        return self._parts(self.meta_model.outer_tensors(), matrices, "")
 
     def _parts(self, names: tuple[str, ...], matrices: set[str], prefix: str) -> dict[str, Tensor | Weight]:
         parts: dict[str, Tensor | Weight] = {}
@@ -71,14 +71,14 @@ class SourceState(State):
         return parts
 
     def _check_tensors(self) -> None:
-        skeleton, shapes = self.skeleton, self._checkpoint.shapes
-        tensors = skeleton.model.state_dict()
+        meta_model, shapes = self.meta_model, self._checkpoint.shapes
+        tensors = meta_model.model.state_dict()
         names = [
-            f"{skeleton.prefix}{index}.{name}"
-            for index in range(skeleton.num_layers)
-            for name in skeleton.tensors(index)
+            f"{meta_model.prefix}{index}.{name}"
+            for index in range(meta_model.num_layers)
+            for name in meta_model.tensors(index)
         ]
-        for name in (*skeleton.outer_tensors(), *names):
+        for name in (*meta_model.outer_tensors(), *names):
             wanted = tuple(tensors[name].shape)
             if name not in shapes:
                 raise RecipeError(f"model: {self.path} has no tensor {name}; needed: one of shape {wanted}")

@@ -48,11 +48,11 @@ def trainable(state: State, device: torch.device, embeddings: bool) -> Trainable
     masks: dict[str, Tensor] = {}
     for index in range(state.num_layers):
         for local, weight in state.linears(index).items():
-            name = f"{state.skeleton.prefix}{index}.{local}"
+            name = f"{state.meta_model.prefix}{index}.{local}"
             if not isinstance(weight, TRAINABLE):
                 raise RecipeError(
                     f"{name} is {type(weight).__name__}; trained can be "
-                    f"{', '.join(kind.__name__ for kind in TRAINABLE)}. Train before quantising"
+                    f"{', '.join(kind.__name__ for kind in TRAINABLE)}. Train before quantizing"
                 )
             if isinstance(weight, LowRank):
                 _factorize(model, name, weight)
@@ -83,7 +83,7 @@ def write_trained(model: PreTrainedModel, before: State, after: StateWriter) -> 
     """Writes the state of a trained model: the formats, patterns and dtypes are those of the state before."""
     tensors = model.state_dict()
     for index in range(before.num_layers):
-        prefix = f"{before.skeleton.prefix}{index}."
+        prefix = f"{before.meta_model.prefix}{index}."
         after.write_layer(index, _renewed(before.layer(index), tensors, prefix))
     outer = before.outer()
     after.write_outer(_renewed(outer, tensors, ""))

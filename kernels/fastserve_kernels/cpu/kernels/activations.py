@@ -91,7 +91,7 @@ def pack(x: Elements, start: int, stride: int, dim: int, padded: int, tokens: in
 
 
 @njit(error_model="numpy")
-def quantise(
+def quantize(
     x: Elements,
     start: int,
     stride: int,

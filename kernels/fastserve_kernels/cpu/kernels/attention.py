@@ -14,7 +14,7 @@ With 9 heads of 64, 3 of keys, bfloat16, on two cores of an EPYC 9005: 16 decode
 with the cache at hand and 290 us from memory, of an int8 cache 154 and 207 us; a prompt of 512 takes 0.95 ms,
 which is 320 GFLOP/s.
 
-A quantised cache costs nothing in the products: a query is multiplied by its keys' scale before, a result by
+A quantized cache costs nothing in the products: a query is multiplied by its keys' scale before, a result by
 its values' scale after.
 """
 
@@ -32,7 +32,7 @@ from fastserve_kernels.cpu.kernels.vectors import (
     as_integers,
     at,
     exp,
-    is_quantised,
+    is_quantized,
     largest,
     load,
     load_part,
@@ -61,7 +61,7 @@ _free: Any = types.ExternalFunction("free", types.void(types.CPointer(float32)))
 
 
 class Cache(NamedTuple):
-    """Keys and values; if these are quantised they are multiples of their head's scale."""
+    """Keys and values; if these are quantized they are multiples of their head's scale."""
 
     keys: Stored
     values: Stored
@@ -117,7 +117,7 @@ def paged_attention(
     softcap: float,
 ) -> None:
     """q [tokens, heads, dim], its tokens q_stride apart; caches [blocks, block_size, kv_heads, dim or dim_v];
-    scales [kv_heads], which are read for quantised caches alone; out [tokens, heads, dim_v]; block_tables
+    scales [kv_heads], which are read for quantized caches alone; out [tokens, heads, dim_v]; block_tables
     [sequences, table_width]. A softcap of 0 is none."""
     group = heads // kv_heads
     shape = Shape(
@@ -207,7 +207,7 @@ def _begin(tile: Tile, shape: Shape, scratch: Scratch, q: Elements, cache: Cache
     """Scales the queries of a tile, also by the keys' scale, and clears what is added up; rows that only fill
     up are zeros."""
     factor = float32(shape.scale)
-    if is_quantised(cache.keys):
+    if is_quantized(cache.keys):
         factor *= cache.key_scales[tile.kv_head]
     scale = splat(factor, LANES)
     zero = splat(float32(0), LANES)
@@ -364,7 +364,7 @@ def _add_values(shape: Shape, scratch: Scratch, cache: Cache, row: int, count: i
 @njit(error_model="numpy")
 def _finish(tile: Tile, shape: Shape, scratch: Scratch, cache: Cache, out: Elements) -> None:
     """Divides the results by the sums of their weights, and multiplies them by the values' scale."""
-    scale = cache.value_scales[tile.kv_head] if is_quantised(cache.values) else float32(1)
+    scale = cache.value_scales[tile.kv_head] if is_quantized(cache.values) else float32(1)
     for row in range(tile.queries * shape.group):
         query, head = row // shape.group, tile.kv_head * shape.group + row % shape.group
         to = ((tile.token + query) * shape.heads + head) * shape.dim_v

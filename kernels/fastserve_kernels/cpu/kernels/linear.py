@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from numba import float32, njit
 
-from fastserve_kernels.cpu.kernels.activations import Words, as_float32, as_quads, quantise
+from fastserve_kernels.cpu.kernels.activations import Words, as_float32, as_quads, quantize
 from fastserve_kernels.cpu.kernels.kernel import (
     Bytes,
     Codes,
@@ -379,7 +379,7 @@ def linear_quads(
             for t in range(0, piece.tokens, MOST_TOKENS):
                 start, count = (piece.token + t) * x_stride, min(MOST_TOKENS, piece.tokens - t)
                 to, sums = at(words, t * (shape.padded // 4)), at(memory.sums, t * PANEL)
-                quantise(x, start, x_stride, in_features, shape.padded, count, to, at(steps, t), sums)
+                quantize(x, start, x_stride, in_features, shape.padded, count, to, at(steps, t), sums)
             packed = piece.token
         for strip in range(piece.first, piece.end):
             clear(memory, piece.tokens)

@@ -11,7 +11,7 @@ from fastserve_kernels.cpu.kernels.kernel import Elements, Floats, Integers, Sto
 from fastserve_kernels.cpu.kernels.vectors import (
     LANES,
     finite,
-    is_quantised,
+    is_quantized,
     load_part,
     round_to,
     splat,
@@ -48,7 +48,7 @@ def rotary_write_kv(
 ) -> None:
     """q [tokens, heads, dim], k [tokens, kv_heads, dim] and v [tokens, kv_heads, dim_v], their tokens as far
     apart as the strides say; cos and sin [tokens, rotary_dim]; out [tokens, heads, dim]; caches
-    [slots, kv_heads, dim or dim_v]; scales [kv_heads], which are read for quantised caches alone."""
+    [slots, kv_heads, dim or dim_v]; scales [kv_heads], which are read for quantized caches alone."""
     one = float32(1)
     first = claim(work) * PIECE
     while first < tokens:
@@ -104,7 +104,7 @@ def write_kv(
 
 @njit(error_model="numpy")
 def _scale(cache: Stored, scales: Floats, head: int) -> Any:
-    return scales[head] if is_quantised(cache) else float32(1)
+    return scales[head] if is_quantized(cache) else float32(1)
 
 
 @njit(error_model="numpy")
@@ -148,6 +148,6 @@ def _put(x: Elements, part: Any, out: Stored, to: int, count: int, scrub: bool, 
     """Part of a head of x's dtype, to a cache or elsewhere. With scrub, what is not finite becomes 0."""
     if scrub:
         part = finite(x, part)
-    if is_quantised(out):
+    if is_quantized(out):
         part = round_to(x, part) / splat(scale, LANES)
     store_part(out, to, part, count)

@@ -104,7 +104,7 @@ def size_of(typing: Any, pointer: Any) -> Any:
 
 
 @intrinsic
-def is_quantised(typing: Any, pointer: Any) -> Any:
+def is_quantized(typing: Any, pointer: Any) -> Any:
     """Whether the elements stand for multiples of a scale, a constant: the branch not taken costs nothing."""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:

@@ -15,8 +15,8 @@ from fastserve_kernels.gpu.fragments import arrange_groups, block_columns, block
 from fastserve_kernels.gpu.launch import Config, Launch, launch_all
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.pair_assembly import power_of_mantissa
-from fastserve_kernels.gpu.quantised_configs import candidates
-from fastserve_kernels.gpu.quantised_kernel import quantised_linear
+from fastserve_kernels.gpu.quantized_configs import candidates
+from fastserve_kernels.gpu.quantized_kernel import quantized_linear
 from fastserve_kernels.gpu.split_k import arrivals, partial_sums
 from fastserve_kernels.gpu.tuning import config_for
 from fastserve_kernels.gpu.unpack import bits_of
@@ -78,7 +78,7 @@ def plan(
     y: Tensor,
     config: Config,
 ) -> list[Launch]:
-    """The launch of `quantised_kernel` for x [T, K] whose rows are contiguous, into y [T, N]."""
+    """The launch of `quantized_kernel` for x [T, K] whose rows are contiguous, into y [T, N]."""
     config = FLOAT32 if x.dtype == torch.float32 else config
     sizes = config.constants
     tokens, in_features = x.shape
@@ -117,7 +117,7 @@ def plan(
     }
     tiles = blocks_of(row_blocks, sizes["ROW_BLOCKS"]) * blocks_of(tokens, sizes["BLOCK_M"])
     return [
-        Launch(quantised_linear, (tiles, splits), arguments, constants, config.num_warps, config.num_stages)
+        Launch(quantized_linear, (tiles, splits), arguments, constants, config.num_warps, config.num_stages)
     ]
 
 
@@ -142,7 +142,7 @@ def run(
     return y
 
 
-def quantised_operator(
+def quantized_operator(
     name: str,
     plan: Callable[..., list[Launch]],
     random_weight: Callable[[Shape, torch.device], Weight],

@@ -99,7 +99,7 @@ def _scaled(sums, words, K_WARPS: tl.constexpr, SCALE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def quantised_linear(
+def quantized_linear(
     x, codes, scales, zeros, codebook, bias, residual, y, partial, arrivals, tokens, out_features,
     in_features, x_row, residual_row, row_blocks, blocks, FORMAT: tl.constexpr, SCALE: tl.constexpr,
     GROUPS: tl.constexpr, ZEROS: tl.constexpr, SLICES: tl.constexpr, SCALED_WEIGHTS: tl.constexpr,
