@@ -32,6 +32,8 @@ lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/interrogate backend kernels client
 
 # A minute against a server that runs; leaves load_tests/report.html. ARGS="--users 32 --run-time 2m"
 load: setup

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from fastserve.checkpoints.model_directory import model_vocab_size
-from fastserve.checkpoints.model_files import load_tokenizer, locate
+from fastserve.checkpoints.model_files import locate
 from fastserve.config import Config
 from fastserve.engine.engine import Engine
 from fastserve.engine.engine_loader import load_engine
@@ -27,7 +27,7 @@ from fastserve.engine.worker import ToWorker, run_engine
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.input_processor import InputProcessor
 from fastserve.text.output_processor import OutputProcessor, Response
-from fastserve.text.tokenizer import Tokenizer
+from fastserve.text.tokenizer import Tokenizer, load_tokenizer
 from fastserve.types import Add, Cancel, Outcome, Request, RequestOutput, SequenceOutput, Shutdown, StepOutput
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fastserve.compression.recipe import PRESETS, Calibration, Evaluation, Recipe, read_recipe
+from fastserve.compression.recipe import PRESETS, Recipe, read_recipe
 from fastserve.compression.step import Step
 from fastserve.compression.steps import STEPS
+from fastserve.corpus.sources import Calibration, Evaluation
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "compression.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from fastserve.compression.recipe import Calibration, Evaluation
+from fastserve.corpus.sources import Calibration, Evaluation
 from fastserve.corpus.windows import (
     TextError,
     calibration_text,

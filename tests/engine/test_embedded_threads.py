@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from fastserve import Model, ModelServer
-from fastserve.checkpoints.model_files import ModelFiles, load_tokenizer
+from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.input_processor import InputProcessor
-from fastserve.text.tokenizer import Tokenizer
+from fastserve.text.tokenizer import Tokenizer, load_tokenizer
 
 SECONDS = 20.0
 """More than any task here takes."""

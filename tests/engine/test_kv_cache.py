@@ -9,11 +9,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from fastserve.checkpoints.kv_cache_scheme import KVCacheShapes, KVScales
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.corpus.windows import evaluation_text, token_windows
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.models.causal_lm import CausalLM
-from fastserve.models.kv_cache import KV_CACHE_DTYPES, KVCacheShapes, KVScales
+from fastserve.models.kv_cache import KV_CACHE_DTYPES
 from fastserve.types import Outcome
 
 PROMPTS = (

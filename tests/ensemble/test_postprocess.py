@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from fastserve.checkpoints.model_files import ModelFiles, load_tokenizer
-from fastserve.text.tokenizer import Tokenizer
+from fastserve.checkpoints.model_files import ModelFiles
+from fastserve.text.tokenizer import Tokenizer, load_tokenizer
 from fastserve.types import (
     Cancel,
     Failure,

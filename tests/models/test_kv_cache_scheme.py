@@ -14,11 +14,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastserve.checkpoints.kv_cache_scheme import KVCacheScheme, kv_cache_scheme, read_kv_cache_scheme
+from fastserve.checkpoints.kv_cache_scheme import (
+    KVCacheScheme,
+    KVCacheShapes,
+    kv_cache_scheme,
+    read_kv_cache_scheme,
+)
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.engine.kv_scales import measure_scales
 from fastserve.evaluation.evaluation import WholeSequences
-from fastserve.models.kv_cache import LARGEST, KVCacheShapes
+from fastserve.models.kv_cache import LARGEST
 from fastserve.models.kv_rounding import candidate_scales, least_error, rounded, squared_errors
 from fastserve.models.model_loader import load_model
 from fastserve_kernels import ops

@@ -1,6 +1,7 @@
 """Weights as the compressed-tensors library of the vLLM project writes them (llm-compressor does with it).
 
-`fastserve_kernels.formats.compressed_tensors` reads the tensors of one weight; this says which module has which.
+`fastserve_kernels.formats.compressed_tensors` reads the tensors of one weight; this says which module has
+which.
 """
 
 from __future__ import annotations

@@ -19,7 +19,18 @@ from torch import Tensor
 from fastserve.checkpoints.model_directory import read_transformers_config
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.safetensors_checkpoint import SafetensorsCheckpoint
-from fastserve.models.kv_cache import KVCacheShapes, KVScales
+
+KVCacheShapes = list[tuple[tuple[int, ...], tuple[int, ...]]]
+"""Of each layer's keys and values."""
+
+
+@dataclass(frozen=True, eq=False)
+class KVScales:
+    """A layer's keys and values are stored divided by these, [kv_heads] float32 each."""
+
+    k: Tensor
+    v: Tensor
+
 
 SCHEME = "kv_cache_scheme"
 _SCALE = re.compile(r"\.layers\.(\d+)\.self_attn\.([kv])_scale$")

@@ -7,11 +7,9 @@ from pathlib import Path
 
 from fastserve.assets import default_model
 from fastserve.checkpoints.model_directory import (
-    eos_token_ids,
     resolve_model_path,
     resolve_tokenizer_directory,
 )
-from fastserve.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,3 @@ def locate(model: str) -> ModelFiles:
     """
     checkpoint = resolve_model_path(model) if model else default_model()
     return ModelFiles(checkpoint, resolve_tokenizer_directory(checkpoint))
-
-
-def load_tokenizer(files: ModelFiles) -> Tokenizer:
-    """The tokenizer, with the tokens that end an answer of this model."""
-    return Tokenizer(files.tokenizer, eos_token_ids(files.checkpoint))

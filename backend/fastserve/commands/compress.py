@@ -23,7 +23,7 @@ from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import ModelFiles, locate
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.pipeline import checked, compress
-from fastserve.compression.recipe import PRESETS, Evaluation, Recipe, preset, read_recipe
+from fastserve.compression.recipe import PRESETS, Recipe, preset, read_recipe
 from fastserve.compression.report.report import (
     ModelFigures,
     Report,
@@ -37,6 +37,7 @@ from fastserve.compression.report.report import (
 from fastserve.compression.report.report_page import write_page
 from fastserve.compression.report.size_estimate import estimated_bytes
 from fastserve.compression.report.speed import bytes_per_token, measure_speeds
+from fastserve.corpus.sources import Evaluation
 from fastserve.corpus.windows import TextError, evaluation_windows
 from fastserve.engine.engine_loader import choose_device
 from fastserve.engine.kv_scales import choose_kv_cache

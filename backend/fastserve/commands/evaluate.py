@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from fastserve.checkpoints.model_error import ModelError
-from fastserve.checkpoints.model_files import ModelFiles, load_tokenizer, locate
+from fastserve.checkpoints.model_files import ModelFiles, locate
 from fastserve.checkpoints.quantization import QUANTIZATIONS
 from fastserve.config import ConfigError
 from fastserve.corpus.windows import TextError, evaluation_text, read_text, token_windows
@@ -25,6 +25,7 @@ from fastserve.evaluation.evaluation import KVCacheFormat, Quality, evaluate
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.kv_cache import KV_CACHE_DTYPES
 from fastserve.models.model_loader import DTYPES, load_model
+from fastserve.text.tokenizer import load_tokenizer
 
 ERRORS = (ModelError, RequestError, TextError)
 

@@ -15,22 +15,7 @@ from fastserve.compression.errors import RecipeError
 from fastserve.compression.state.meta_model import MetaModel
 from fastserve.compression.step import Kind
 from fastserve.compression.steps import STEPS, AnyStep
-
-
-class Calibration(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The text that steps measure and train on."""
-
-    files: Annotated[tuple[str, ...], Meta(description="of plain text; none: what comes with FastServe")] = ()
-    samples: Annotated[int, Meta(ge=2, le=65536, description="windows, to measure on")] = 128
-    length: Annotated[int, Meta(ge=16, le=32768, description="tokens of a window")] = 512
-
-
-class Evaluation(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The text that results are judged by; no step sees it."""
-
-    files: Annotated[tuple[str, ...], Meta(description="of plain text; none: what comes with FastServe")] = ()
-    length: Annotated[int, Meta(ge=16, le=32768, description="tokens of a window")] = 512
-    tokens: Annotated[int, Meta(ge=0, description="at most; 0: all of the text")] = 0
+from fastserve.corpus.sources import Calibration, Evaluation
 
 
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

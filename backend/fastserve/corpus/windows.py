@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastserve.corpus.sources import Calibration, Evaluation
 from fastserve.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from fastserve.compression.recipe import Calibration, Evaluation
 
 BETWEEN_DOCUMENTS = "\n\n"
 HELD_OUT_EVERY = 10

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastserve.checkpoints.kv_cache_scheme import read_kv_cache_scheme
+from fastserve.checkpoints.kv_cache_scheme import KVScales, read_kv_cache_scheme
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.corpus.windows import calibration_text, token_windows
 from fastserve.models.causal_lm import CausalLM
-from fastserve.models.kv_cache import KV_CACHE_DTYPES, KVScales, make_kv_caches
+from fastserve.models.kv_cache import KV_CACHE_DTYPES, make_kv_caches
 from fastserve.models.kv_rounding import candidate_scales, least_error, squared_errors
 from fastserve_kernels.attention_metadata import AttentionMetadata
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fastserve.checkpoints.kv_cache_scheme import KVScales
 from fastserve.models.causal_lm import CausalLM
-from fastserve.models.kv_cache import KVCaches, KVScales, make_kv_caches, num_elements
+from fastserve.models.kv_cache import KVCaches, make_kv_caches, num_elements
 from fastserve.scheduling.sequence import StepPlan
 from fastserve_kernels.attention_metadata import AttentionMetadata
 

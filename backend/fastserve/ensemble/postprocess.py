@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from fastserve.checkpoints.model_files import load_tokenizer, locate
+from fastserve.checkpoints.model_files import locate
 from fastserve.config import read_config
 from fastserve.ensemble.final_response import send_error, send_final
 from fastserve.ensemble.metrics import ResponseMetrics
@@ -30,6 +30,7 @@ from fastserve.ensemble.tensors import (
 from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.service_thread import ServiceThread
 from fastserve.text.output_processor import OutputProcessor, Response
+from fastserve.text.tokenizer import load_tokenizer
 from fastserve.types import Cancel, Health, Outcome, OutputOptions, Request, RequestOutput
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from fastserve.checkpoints.model_directory import context_length, model_vocab_size
-from fastserve.checkpoints.model_files import load_tokenizer, locate
+from fastserve.checkpoints.model_files import locate
 from fastserve.config import read_config
 from fastserve.ensemble.inputs import read_inputs, read_parameters
 from fastserve.ensemble.metrics import requests_total
@@ -23,6 +23,7 @@ from fastserve.ensemble.tensors import FINAL, error_response, message_tensor
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.stopping import refuse_if_stopping
 from fastserve.text.input_processor import InputProcessor, ParsedRequest
+from fastserve.text.tokenizer import load_tokenizer
 from fastserve.types import Outcome
 
 logger = logging.getLogger(__name__)

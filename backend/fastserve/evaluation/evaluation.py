@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastserve import heap
+from fastserve.checkpoints.kv_cache_scheme import KVScales
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.decoder import Decoder
-from fastserve.models.kv_cache import KVScales, make_kv_caches
+from fastserve.models.kv_cache import make_kv_caches
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 BLOCK_SIZE = 16

@@ -7,8 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastserve.checkpoints.kv_cache_scheme import KVCacheShapes
 from fastserve.checkpoints.model_error import ModelError
-from fastserve.models.kv_cache import KVCaches, KVCacheShapes
+from fastserve.models.kv_cache import KVCaches
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 

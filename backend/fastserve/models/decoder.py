@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastserve.checkpoints.decoder_config import DecoderConfig
-from fastserve.models.kv_cache import KVCache, KVCaches, KVCacheShapes
+from fastserve.checkpoints.kv_cache_scheme import KVCacheShapes
+from fastserve.models.kv_cache import KVCache, KVCaches
 from fastserve.models.linear import AnyLinear
 from fastserve_kernels import ops
 from fastserve_kernels.attention_metadata import AttentionMetadata

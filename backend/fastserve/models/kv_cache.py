@@ -8,18 +8,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fastserve.checkpoints.kv_cache_scheme import KVCacheShapes, KVScales
+
 KV_CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """Those that `--kv-cache-dtype` names."""
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """The magnitude of the largest number that a cache of 8 bits holds, before its scale."""
-
-
-@dataclass(frozen=True, eq=False)
-class KVScales:
-    """A layer's keys and values are stored divided by these, [kv_heads] float32 each."""
-
-    k: Tensor
-    v: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +30,6 @@ class KVCache:
 
 KVCaches = list[KVCache]
 """One per layer."""
-KVCacheShapes = list[tuple[tuple[int, ...], tuple[int, ...]]]
-"""Of each layer's keys and values."""
 
 
 def num_elements(shapes: KVCacheShapes) -> int:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from fastserve.checkpoints.kv_cache_scheme import KVCacheShapes
 from fastserve.checkpoints.model_directory import context_length
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.safetensors_files import open_safetensors, weight_files
 from fastserve.models.causal_lm import resolve_max_model_len
 from fastserve.models.expert_choices import RecordChoices, RepeatChoices
 from fastserve.models.falcon_attention import use_paged_falcon_attention
-from fastserve.models.kv_cache import KVCaches, KVCacheShapes
+from fastserve.models.kv_cache import KVCaches
 from fastserve.models.paged_interface import ATTENTION, PROBE_BLOCK_SIZE, PagedStep, Probe, running
 from fastserve_kernels.attention_metadata import AttentionMetadata
 

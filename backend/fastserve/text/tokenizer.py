@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastserve.checkpoints.model_directory import eos_token_ids as model_eos_token_ids
+from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import ConfigError
 from fastserve.errors import RequestError
 from fastserve.text.chat import Chat
@@ -129,3 +130,8 @@ class Tokenizer:
         twice = self.backend.decode([token_id, token_id], skip_special_tokens=False)
         # Bytes of a token that only together with others are a character may form another one here.
         return twice[len(alone) :] if twice.startswith(alone) else alone
+
+
+def load_tokenizer(files: ModelFiles) -> Tokenizer:
+    """The tokenizer, with the tokens that end an answer of this model."""
+    return Tokenizer(files.tokenizer, model_eos_token_ids(files.checkpoint))
