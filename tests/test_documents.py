@@ -15,6 +15,9 @@ DOCUMENTS = [
     "CHANGELOG.md",
     "client/README.md",
     "findings/README.md",
+    "docs/architecture.md",
+    "docs/log.md",
+    "docs/newcomer.md",
 ]
 PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:md|toml))`")
 """A file or folder in code quotes."""
@@ -33,6 +36,20 @@ def test_paths_are_there(document: str) -> None:
     roots = [(PROJECT / document).parent, *(PROJECT / root for root in ROOTS)]
     names = set(PATH.findall(text)) - MADE
     assert [name for name in sorted(names) if not any((root / name).exists() for root in roots)] == []
+
+
+@pytest.mark.parametrize("document", ["docs/architecture.md", "docs/newcomer.md"])
+def test_the_names_in_a_row_are_in_its_file(document: str) -> None:
+    """A row of a table that begins with a Python file names classes and functions of that file."""
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (.*) \|$", (PROJECT / document).read_text(), re.MULTILINE)
+    assert len(rows) >= 20
+    missing = []
+    for path, text in rows:
+        [source, *_] = [PROJECT / root / path for root in ROOTS if (PROJECT / root / path).exists()]
+        words = set(re.findall(r"\w+", source.read_text()))
+        names = {name for each in re.findall(r"`([A-Za-z_][\w.]*)`", text) for name in each.split(".")}
+        missing += [(path, name) for name in sorted(names - words)]
+    assert missing == []
 
 
 def test_nothing_is_unpickled_and_no_code_of_a_model_is_run() -> None:
