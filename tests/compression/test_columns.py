@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve.compression.quantization.columns import Regression, removal, unit_columns
+from fastserve.compression.calibration.regression import Regression
+from fastserve.compression.pruning.columns import removal, unit_columns
 
 
 def inputs(tokens: int = 400, width: int = 8) -> Tensor:

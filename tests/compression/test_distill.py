@@ -8,13 +8,13 @@ import pytest
 import torch
 from tests.compression.conftest import RunStep, SaveTiny, make_context
 
-from fastserve.compression.calibration.objective import FeatureWeights, Objective, paired_layers
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.smaller_state import SmallerState, StudentSizes, evenly
 from fastserve.compression.state.model_state import SavedState, State, StateWriter
 from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.training.distill import Distill
 from fastserve.compression.training.losses import LogitLoss
+from fastserve.compression.training.objective import FeatureWeights, Objective, paired_layers
+from fastserve.compression.training.student_state import SmallerState, StudentSizes, evenly
 from fastserve.compression.training.training_attention import use_plain_attention
 from fastserve_kernels.formats import Bitmap
 

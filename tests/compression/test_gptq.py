@@ -8,10 +8,10 @@ from tests.compression.conftest import RunStep
 from torch import Tensor
 
 from fastserve.compression.calibration.hessian import damped, inverse_factor, target
-from fastserve.compression.pruning.patterns import mask_of
 from fastserve.compression.quantization.gptq import Gptq, pack, quantize, round_columns
 from fastserve.compression.quantization.grid import Grid, search
 from fastserve.compression.quantization.refinement import descend, fit_scales
+from fastserve.compression.sparsity_patterns import mask_of
 from fastserve.compression.state.source_state import SourceState
 from fastserve_kernels.formats import Bitmap, Dense, Int4, Int8, Sparse24, Sparse24Int4
 from fastserve_kernels.formats.compressed_tensors import bits_of

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastserve.compression.pruning.patterns import (
+from fastserve.compression.sparsity_patterns import (
     ROWS,
     UNSTRUCTURED,
     Pattern,

@@ -10,16 +10,16 @@ from tests.compression.conftest import RunStep
 from torch import Tensor
 
 from fastserve.compression.calibration.hessian import damped
+from fastserve.compression.calibration.linear_report import output_error
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.pruning.admm import Admm, admm_mask
 from fastserve.compression.pruning.magnitude import Magnitude, quantile, weight_histogram
-from fastserve.compression.pruning.patterns import ROWS, UNSTRUCTURED, Pattern, Tiles, TwoOfFour, mask_of
 from fastserve.compression.pruning.pruning_step import PruningStep
 from fastserve.compression.pruning.reconstruction import reconstruct
 from fastserve.compression.pruning.sparsegpt import SparseGpt, sparsegpt_mask
 from fastserve.compression.pruning.wanda import Wanda, wanda_mask
 from fastserve.compression.quantization.round_to_nearest import Round
-from fastserve.compression.report.linear_report import output_error
+from fastserve.compression.sparsity_patterns import ROWS, UNSTRUCTURED, Pattern, Tiles, TwoOfFour, mask_of
 from fastserve.compression.state.model_state import State
 from fastserve.compression.state.source_state import SourceState
 from fastserve_kernels.formats import Bitmap, BlockSparse, Dense, Sparse24

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastserve.compression.calibration.hessian import damped
-from fastserve.compression.pruning.patterns import UNSTRUCTURED, Pattern, TwoOfFour
 from fastserve.compression.pruning.reconstruction import reconstruct
+from fastserve.compression.sparsity_patterns import UNSTRUCTURED, Pattern, TwoOfFour
 
 
 def problem(seed: int, rows: int = 12, columns: int = 32, tokens: int = 40) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from fastserve.compression.pipeline import StepNotes
-from fastserve.compression.report.linear_report import LinearReport
+from fastserve.compression.calibration.linear_report import LinearReport
 from fastserve.compression.report.report import (
     ModelFigures,
     Report,
@@ -24,6 +23,7 @@ from fastserve.compression.report.report import (
     whole_rows,
     write_report,
 )
+from fastserve.compression.step import StepNotes
 from fastserve.compression.training.trainer import Point
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.compression.report.linear_report import LinearReport
+from fastserve.compression.calibration.linear_report import LinearReport
 from fastserve.compression.report.report import ModelFigures, Report, StepReport
 from fastserve.compression.report.report_page import page, plots, write_page
 from fastserve.compression.report.svg_plot import Plot, Series, svg, ticks

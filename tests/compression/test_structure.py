@@ -11,6 +11,7 @@ from tests.compression.conftest import RunStep, SaveTiny, make_context
 from transformers import AutoModelForCausalLM
 
 from fastserve.compression.calibration.layer import Layer
+from fastserve.compression.calibration.regression import Regression
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.pruning import structure
 from fastserve.compression.pruning.model_shape import parameters
@@ -22,7 +23,6 @@ from fastserve.compression.pruning.structure_survey import (
     sizes_within,
     total_cost,
 )
-from fastserve.compression.quantization.columns import Regression
 from fastserve.compression.state.model_state import SavedState, dense
 from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -19,20 +17,12 @@ from fastserve.compression.recipe import Recipe, check_recipe
 from fastserve.compression.state.export import export
 from fastserve.compression.state.model_state import SavedState, State, StateWriter
 from fastserve.compression.state.source_state import SourceState
-from fastserve.compression.step import Context, Step
+from fastserve.compression.step import Context, Step, StepNotes
 from fastserve.corpus.windows import calibration_windows
 
 PARTIAL = ".partial"
 """Added to the name of the result's directory: where an unfinished run keeps its states."""
 RUN = "run.json"
-
-
-@dataclass(frozen=True)
-class StepNotes:
-    """What a step had to say."""
-
-    step: str
-    notes: dict[str, Any]
 
 
 def compress(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import torch
@@ -34,6 +34,14 @@ class Context:
     device: torch.device
     progress: Progress
     seed: int
+
+
+@dataclass(frozen=True)
+class StepNotes:
+    """What a step of this name noted for the report, as JSON has it."""
+
+    step: str
+    notes: dict[str, Any]
 
 
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="step"):

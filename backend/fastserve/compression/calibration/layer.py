@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastserve.compression.calibration.calls import Calls
-from fastserve.compression.pruning.patterns import mask_of
+from fastserve.compression.calibration.layer_forward import Calls
+from fastserve.compression.sparsity_patterns import mask_of
 from fastserve_kernels.formats import W8A8, Weight
 
 Stage = tuple[str, ...]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fastserve import heap
-from fastserve.compression.calibration.calls import Calls
 from fastserve.compression.calibration.importance import Importance, measured
 from fastserve.compression.calibration.layer import Layer
-from fastserve.compression.report.linear_report import linear_report
+from fastserve.compression.calibration.layer_forward import Calls
+from fastserve.compression.calibration.linear_report import linear_report
 from fastserve.compression.state.meta_model import EMBEDDING, MetaModel
 from fastserve.compression.state.model_state import SCRATCH, State, StateWriter, read_part, write_part
 from fastserve.compression.step import Context, Step

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastserve import heap
-from fastserve.compression.calibration.calls import Calls
+from fastserve.compression.calibration.layer_forward import Calls
 from fastserve.compression.state.meta_model import EMBEDDING, HEAD, NORM, MetaModel
 from fastserve.compression.state.model_state import State, dense, save_tensors
 

@@ -24,10 +24,10 @@ from transformers import PretrainedConfig
 from fastserve.compression.calibration.importance import measured
 from fastserve.compression.calibration.layer import Layer, Moments
 from fastserve.compression.calibration.layer_step import LayerStep, run_layers
+from fastserve.compression.calibration.regression import Regression
 from fastserve.compression.calibration.sensitivity import Sensitivity
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.low_rank.ranks import Options, ranks_for_error, ranks_for_size
-from fastserve.compression.quantization.columns import Regression
 from fastserve.compression.state.model_state import State, StateWriter, read_notes
 from fastserve.compression.step import Context, Kind
 from fastserve_kernels.formats import Dense, LowRank, Weight

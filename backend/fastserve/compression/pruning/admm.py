@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastserve.compression.calibration.hessian import normalised
-from fastserve.compression.pruning.patterns import Pattern
 from fastserve.compression.pruning.pruning_step import CorrectingStep
+from fastserve.compression.sparsity_patterns import Pattern
 
 ITERATIONS = 20
 FIRST_PENALTY, GROWTH = 0.1, 1.15

@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 
 from fastserve.compression.calibration.layer import Moments
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.patterns import Pattern, Tiles, parse_pattern
 from fastserve.compression.pruning.pruning_step import PruningStep, Sparsity
+from fastserve.compression.sparsity_patterns import Pattern, Tiles, parse_pattern
 from fastserve.compression.state.model_state import State, StateWriter
 from fastserve.compression.step import Context
 

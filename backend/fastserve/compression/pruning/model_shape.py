@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.quantization.columns import unit_columns
+from fastserve.compression.pruning.columns import unit_columns
 from fastserve.compression.state.meta_model import MetaModel
 from fastserve.compression.state.model_state import Part
 from fastserve_kernels.formats import Dense, Weight

@@ -13,14 +13,14 @@ from fastserve.compression.calibration.hessian import damped, target
 from fastserve.compression.calibration.layer import Layer, Moments
 from fastserve.compression.calibration.layer_step import LayerStep
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.patterns import (
+from fastserve.compression.pruning.reconstruction import reconstruct
+from fastserve.compression.sparsity_patterns import (
     ROWS,
     Pattern,
     PatternName,
     TwoOfFour,
     parse_pattern,
 )
-from fastserve.compression.pruning.reconstruction import reconstruct
 from fastserve.compression.state.meta_model import MetaModel
 from fastserve.compression.step import Kind
 from fastserve_kernels.formats import Weight

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastserve.compression.calibration.hessian import inverse_factor
-from fastserve.compression.pruning.patterns import Pattern, TwoOfFour
 from fastserve.compression.pruning.pruning_step import CorrectingStep
+from fastserve.compression.sparsity_patterns import Pattern, TwoOfFour
 
 COLUMNS = 128
 """Whose mask is chosen together. The columns of all blocks of `patterns` divide it."""

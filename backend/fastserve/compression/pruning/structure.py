@@ -21,7 +21,9 @@ from transformers import PretrainedConfig
 from fastserve.compression.calibration.importance import measured
 from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.calibration.layer_step import LayerStep, run_layers
+from fastserve.compression.calibration.regression import Regression
 from fastserve.compression.errors import RecipeError
+from fastserve.compression.pruning.columns import kept_units, unit_columns
 from fastserve.compression.pruning.model_shape import (
     BEFORE_MLP,
     DOWN,
@@ -34,7 +36,6 @@ from fastserve.compression.pruning.model_shape import (
     parameters,
 )
 from fastserve.compression.pruning.structure_survey import Sizes, choose_shape, sizes_within, survey
-from fastserve.compression.quantization.columns import Regression, kept_units, unit_columns
 from fastserve.compression.state.model_state import SCRATCH, SavedState, State, StateWriter, read_notes
 from fastserve.compression.step import Context, Kind, Step
 from fastserve_kernels.formats import Dense

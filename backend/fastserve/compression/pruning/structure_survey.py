@@ -18,6 +18,8 @@ from transformers import PretrainedConfig
 from fastserve.compression.calibration.importance import Importance
 from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.calibration.layer_step import survey_layers
+from fastserve.compression.calibration.regression import Regression
+from fastserve.compression.pruning.columns import removal
 from fastserve.compression.pruning.model_shape import (
     DOWN,
     GATE,
@@ -31,7 +33,6 @@ from fastserve.compression.pruning.model_shape import (
     heads_per_kv_head,
     parameters,
 )
-from fastserve.compression.quantization.columns import Regression, removal
 from fastserve.compression.state.meta_model import MetaModel
 from fastserve.compression.state.model_state import State
 from fastserve.compression.step import Context

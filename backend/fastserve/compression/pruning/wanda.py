@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastserve.compression.calibration.hessian import damped
 from fastserve.compression.calibration.layer import Moments
-from fastserve.compression.pruning.patterns import UNSTRUCTURED, Pattern, Scope
 from fastserve.compression.pruning.pruning_step import SparsityStep
 from fastserve.compression.pruning.reconstruction import reconstruct
+from fastserve.compression.sparsity_patterns import UNSTRUCTURED, Pattern, Scope
 
 
 def wanda_mask(weight: Tensor, hessian: Tensor, pattern: Pattern, sparsity: float) -> Tensor:

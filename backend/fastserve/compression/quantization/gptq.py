@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fastserve.compression.calibration.hessian import damped, inverse_factor, target
 from fastserve.compression.calibration.layer import Layer
-from fastserve.compression.pruning.patterns import mask_of
 from fastserve.compression.quantization.grid import Grid, search
 from fastserve.compression.quantization.quantizing_step import Bits, GroupSize, QuantizingStep
 from fastserve.compression.quantization.refinement import COLUMNS, refine
+from fastserve.compression.sparsity_patterns import mask_of
 from fastserve_kernels.formats import Int4, Sparse24, Sparse24Int4, Weight
 from fastserve_kernels.formats.weight import GROUP_SIZES, pack_pairs, unpack_pairs
 

@@ -20,10 +20,10 @@ from fastserve.compression.calibration.importance import measured
 from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.calibration.sensitivity import Sensitivity
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.patterns import mask_of
 from fastserve.compression.quantization.gptq import Gptq, quantize
 from fastserve.compression.quantization.grid import search
 from fastserve.compression.quantization.quantizing_step import Bits
+from fastserve.compression.sparsity_patterns import mask_of
 from fastserve.compression.state.model_state import SCRATCH, State, StateWriter, read_part, write_part
 from fastserve.compression.step import Context
 from fastserve_kernels.formats import IntRows, Weight

@@ -13,11 +13,11 @@ from transformers import PretrainedConfig
 from fastserve.compression.calibration.hessian import damped
 from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.patterns import mask_of
 from fastserve.compression.quantization.gptq import pack
 from fastserve.compression.quantization.grid import Grid, search
 from fastserve.compression.quantization.quantizing_step import Bits, QuantizingStep
 from fastserve.compression.quantization.uniform import GroupSize, quantize
+from fastserve.compression.sparsity_patterns import mask_of
 from fastserve_kernels.formats import Weight
 
 Clip = Literal["none", "weights", "outputs"]

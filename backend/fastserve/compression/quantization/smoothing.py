@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from fastserve.compression.calibration.layer import Layer, Stage
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.patterns import repack
+from fastserve.compression.sparsity_patterns import repack
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Whose layers are built in this way."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import torch
@@ -17,11 +17,9 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 
 from fastserve.atomic_write import write_bytes
-from fastserve.compression.report.linear_report import LinearReport
+from fastserve.compression.calibration.linear_report import LinearReport
+from fastserve.compression.step import StepNotes
 from fastserve.compression.training.trainer import Point
-
-if TYPE_CHECKING:
-    from fastserve.compression.pipeline import StepNotes
 
 FILE = "report.json"
 LAYER, CURVE = "layer ", "losses"

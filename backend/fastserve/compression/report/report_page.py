@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from fastserve.atomic_write import write_bytes
-from fastserve.compression.report.linear_report import LinearReport
+from fastserve.compression.calibration.linear_report import LinearReport
 from fastserve.compression.report.report import Report, StepReport, by_kind, whole_rows
 from fastserve.compression.report.svg_plot import Plot, Series, svg
 from fastserve.compression.training.trainer import Point

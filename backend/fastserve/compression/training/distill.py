@@ -15,10 +15,10 @@ from msgspec import Meta
 from transformers import PretrainedConfig
 
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.smaller_state import SmallerState, StudentSizes
 from fastserve.compression.state.model_state import State, StateWriter
 from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context
+from fastserve.compression.training.student_state import SmallerState, StudentSizes
 from fastserve.compression.training.training_step import TrainingStep
 
 

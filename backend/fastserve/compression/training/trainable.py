@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.patterns import mask_of, repack
+from fastserve.compression.sparsity_patterns import mask_of, repack
 from fastserve.compression.state.model_state import Part, State, StateWriter
 from fastserve_kernels.formats import Bitmap, BlockSparse, Dense, LowRank, Sparse24, Weight
 

@@ -13,11 +13,11 @@ import torch
 from msgspec import Meta
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fastserve.compression.calibration.objective import FeatureWeights, Objective, compute_dtype
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.state.model_state import State, StateWriter
 from fastserve.compression.step import Context
 from fastserve.compression.training.losses import Divergence, LogitLoss
+from fastserve.compression.training.objective import FeatureWeights, Objective, compute_dtype
 from fastserve.compression.training.trainable import trainable, write_trained
 from fastserve.compression.training.trainer import Training
 from fastserve.compression.training.training_plan import TrainingPlan

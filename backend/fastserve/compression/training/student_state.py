@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.errors import RecipeError
+from fastserve.compression.pruning.columns import unit_columns
 from fastserve.compression.pruning.model_shape import (
     DOWN,
     GATE,
@@ -24,7 +25,6 @@ from fastserve.compression.pruning.model_shape import (
     head_dim,
     heads_per_kv_head,
 )
-from fastserve.compression.quantization.columns import unit_columns
 from fastserve.compression.state.model_state import Part, State
 from fastserve_kernels.formats import Dense, Weight
 
