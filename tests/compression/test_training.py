@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastserve.compression.state.model_state import DONE, StateWriter
 from fastserve.compression.training import trainer as training
 from fastserve.compression.training.retrain import Retrain
-from fastserve.compression.training.trainer import BEST, CHECKPOINT, Point, Training, window_order
+from fastserve.compression.training.trainer import BEST, CHECKPOINT, CurvePoint, Training, window_order
 
 TEXT = torch.arange(20).view(10, 2)
 QUIET = Progress(disable=True)
@@ -25,7 +25,7 @@ class Killed(Exception):
 
 def train(
     directory: Path, loss: Callable[[Tensor, Tensor], Tensor], plan: Retrain
-) -> tuple[Tensor, list[Point]]:
+) -> tuple[Tensor, list[CurvePoint]]:
     """Trains one vector to a loss of it and of windows; returns what it became, and the curve."""
     vector = nn.Parameter(torch.ones(3))
     directory.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from fastserve.atomic_write import write_bytes
 from fastserve.compression.calibration.linear_report import LinearReport
 from fastserve.compression.step import StepNotes
-from fastserve.compression.training.trainer import Point
+from fastserve.compression.training.trainer import CurvePoint
 
 FILE = "report.json"
 LAYER, CURVE = "layer ", "losses"
@@ -34,7 +34,7 @@ class StepReport:
     step: str
     linears: list[LinearReport]
     """Those that it changed, first layer to last."""
-    curve: list[Point]
+    curve: list[CurvePoint]
     """If it trained."""
     notes: dict[str, Any]
     """What else it had to say."""
@@ -87,7 +87,7 @@ def _step_report(step: str, notes: Mapping[str, Any]) -> StepReport:
     return StepReport(
         step=step,
         linears=msgspec.convert(linears, list[LinearReport]),
-        curve=msgspec.convert(notes.get(CURVE, []), list[Point]),
+        curve=msgspec.convert(notes.get(CURVE, []), list[CurvePoint]),
         notes=rest,
     )
 

@@ -38,7 +38,7 @@ Loss = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """Of a training curve."""
 
     step: int
@@ -69,13 +69,13 @@ class Training:
         self._seed = seed
         self._mask_gradients = mask_gradients
         self._optimizer = _optimizer(parameters, plan.weight_decay)
-        self._points: list[Point] = []
+        self._points: list[CurvePoint] = []
         self._step = 0
         self._minutes = 0.0
         self._recent: list[float] = []
         self._saved = time.monotonic()
 
-    def run(self, text: Tensor, held_out: Tensor, progress: Progress) -> list[Point]:
+    def run(self, text: Tensor, held_out: Tensor, progress: Progress) -> list[CurvePoint]:
         """Trains on `text` [samples, T], and leaves the parameters as they did best on `held_out`, which is
         shaped alike. Returns the curve.
         """
@@ -131,7 +131,7 @@ class Training:
         found = [float(self._loss(window[None])) for window in held_out]
         recent = sum(self._recent) / len(self._recent) if self._recent else None
         tokens = self._step * self._plan.batch * text.shape[1]
-        point = Point(self._step, tokens, self._minutes, recent, sum(found) / len(found))
+        point = CurvePoint(self._step, tokens, self._minutes, recent, sum(found) / len(found))
         if all(point.held_out < earlier.held_out for earlier in self._points):
             _save(self._directory / BEST, self._tensors())
         self._points.append(point)
@@ -163,7 +163,7 @@ class Training:
         checkpoint = torch.load(self._directory / CHECKPOINT, weights_only=True)
         self._load(checkpoint["parameters"])
         self._optimizer.load_state_dict(checkpoint["optimizer"])
-        self._points = [Point(**point) for point in checkpoint["points"]]
+        self._points = [CurvePoint(**point) for point in checkpoint["points"]]
         self._step, self._minutes = checkpoint["step"], checkpoint["minutes"]
         self._recent = checkpoint["recent"]
 
