@@ -301,8 +301,12 @@ class _Sums:
         )
 
 
+def round_rows(x: Tensor, largest: float) -> Tensor:
+    """The rows of x [..., K], each rounded to steps of max|x| / largest: 8 bits, as `W8A8` has activations
+    (127) and weights (127.5)."""
+    steps = (x.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(x.dtype).tiny)
+    return (x / steps).round().clamp(-128, 127) * steps
+
+
 def _round_activations(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """As the operator of `W8A8` rounds each token: to 8 bits, symmetric."""
-    x = given[0]
-    step = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
-    return ((x / step).round() * step, *given[1:])
+    return (round_rows(given[0], 127), *given[1:])

@@ -82,8 +82,8 @@ class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
         """A weight [N, K] after rounding its columns times factors [K]."""
         scaled = weight * factors
         group_size = self.group_size or weight.shape[1]
-        grid = Grid.whole_range(scaled, self.bits, group_size, layer.dtype, self.symmetric)
-        return grid.values(grid.nearest(scaled)) / factors
+        grid = Grid.min_max(scaled, self.bits, group_size, layer.dtype, self.symmetric)
+        return grid.dequantize(grid.quantize(scaled)) / factors
 
 
 def cheapest(cost: Callable[[Tensor], float], tried: Iterator[Tensor]) -> Tensor | None:

@@ -40,8 +40,8 @@ class Embedding(Step, frozen=True, kw_only=True, tag="embedding"):
 
     def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
         dense = weight.dequantize()
-        grid = Grid.whole_range(dense, self.bits, self.group_size, dtype, self.symmetric)
-        return grid.pack(grid.nearest(dense))
+        grid = Grid.min_max(dense, self.bits, self.group_size, dtype, self.symmetric)
+        return grid.pack(grid.quantize(dense))
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
         for index in range(before.num_layers):
@@ -59,4 +59,4 @@ class Embedding(Step, frozen=True, kw_only=True, tag="embedding"):
             raise RecipeError(f"embedding: {name} is {type(weight).__name__}; allowed: a dense one")
         dense = weight.dequantize()
         grid = search(dense, self.bits, self.group_size, self.symmetric, weight.weight.dtype)
-        return grid.pack(grid.nearest(dense))
+        return grid.pack(grid.quantize(dense))

@@ -33,7 +33,7 @@ def round_columns(
     `factor` [K, K] is the upper Cholesky factor of the inverse of the inputs' gram matrix, whose rows and
     columns are in the `order` [K] in which columns are rounded.
     """
-    scales, zeros = (tensor[:, order].T.contiguous() for tensor in grid.columns())
+    scales, zeros = (tensor[:, order].T.contiguous() for tensor in grid.per_weight())
     left = weight[:, order].T.contiguous()
     free = None if mask is None else mask[:, order].T
     codes = torch.empty_like(left)
@@ -94,8 +94,8 @@ class Gptq(QuantizingStep, frozen=True, kw_only=True, tag="gptq"):
 
     def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
         dense = weight.dequantize()
-        grid = Grid.whole_range(dense, self.bits, self.group_size or dense.shape[1], dtype, self.symmetric)
-        return pack(grid, grid.nearest(dense), weight)
+        grid = Grid.min_max(dense, self.bits, self.group_size or dense.shape[1], dtype, self.symmetric)
+        return pack(grid, grid.quantize(dense), weight)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         for name in layer.in_order(names):

@@ -31,7 +31,7 @@ from fastserve_kernels.formats.int_rows import rows_by_width
 
 FILE = f"{SCRATCH}bits.safetensors"
 RATIOS = (1.0, 0.9, 0.8, 0.7)
-"""Of ranges, in an estimate: `grid.RATIOS` would take longer and change little."""
+"""Of ranges, in an estimate: `grid.CLIP_RATIOS` would take longer and change little."""
 BITS_OF_A_WIDTH = 8
 """In `IntRows`."""
 BISECTIONS = 100
@@ -115,7 +115,7 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         costs = []
         for width in sorted(self.widths):
             grid = search(weight, width, group_size, self.symmetric, torch.float32, remaining, RATIOS)
-            errors = (grid.values(grid.nearest(weight)) - weight).square() @ remaining
+            errors = (grid.dequantize(grid.quantize(weight)) - weight).square() @ remaining
             costs.append((errors * sensitivity.rows / 2).double())
         of_rows = torch.stack(costs, 1)
         return of_rows if self.per == "row" else of_rows.sum(0, keepdim=True)

@@ -32,7 +32,7 @@ def refine(
 
 def descend(weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, mask: Tensor | None = None) -> Tensor:
     """Gives each code in turn its best value while the others stay. Twice over all columns."""
-    scales, zeros = (tensor.T.contiguous() for tensor in grid.columns())
+    scales, zeros = (tensor.T.contiguous() for tensor in grid.per_weight())
     codes = codes.T.contiguous().clone()
     values = (codes - zeros) * scales
     slopes = hessian @ (values - weight.T)
@@ -58,7 +58,7 @@ def descend(weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, mask: Te
 def fit_scales(weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor) -> Grid:
     """The scales with which the codes come nearest to the target, the zero points held."""
     size = grid.group_size
-    steps = codes - grid.columns()[1]
+    steps = codes - grid.per_weight()[1]
     groups = (-1, steps.shape[1] // size, size)
     curvature = torch.stack(
         [

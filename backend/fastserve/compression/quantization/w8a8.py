@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.calibration.hessian import damped
-from fastserve.compression.calibration.layer import Layer
+from fastserve.compression.calibration.layer import Layer, round_rows
 from fastserve.compression.quantization.awq import cheapest
 from fastserve.compression.quantization.gptq import quantize
 from fastserve.compression.quantization.quantizing_step import QuantizingStep
@@ -36,12 +36,6 @@ def candidates(x: Tensor, weight: Tensor) -> Iterator[Tensor]:
     largest = weight.abs().amax(0).clamp(min=_SMALLEST)
     for strength in STRENGTHS:
         yield inputs**strength / largest ** (1 - strength)
-
-
-def round_rows(x: Tensor, largest: float) -> Tensor:
-    """Each row rounded to steps of max|x| / largest, as `W8A8` has it for activations and for weights."""
-    steps = (x.abs().amax(1, keepdim=True) / largest).clamp(min=torch.finfo(x.dtype).tiny)
-    return (x / steps).round().clamp(-128, 127) * steps
 
 
 class W8A8Step(QuantizingStep, frozen=True, kw_only=True, tag="w8a8"):
