@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, BertModel
 
 from fastserve.assets import Wheel, unpacked
 from fastserve.compression.calibration.hessian import damped
-from fastserve.compression.quantization.awq import candidates, cheapest, output_cost
-from fastserve.compression.quantization.gptq import quantize
+from fastserve.compression.quantization.awq import candidate_scales, least_cost, output_cost
+from fastserve.compression.quantization.gptq import gptq_quantize
 from fastserve.compression.quantization.grid import Grid, search
 from fastserve.compression.quantization.round_to_nearest import diagonal_blocks
 from fastserve.corpus.windows import calibration_text, evaluation_text
@@ -84,7 +84,7 @@ def clipped(weight: Tensor, hessian: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def gptq(weight: Tensor, hessian: Tensor, magnitude: Tensor) -> Tensor:
-    grid, codes = quantize(weight, hessian, 4, 64, False, torch.bfloat16)
+    grid, codes = gptq_quantize(weight, hessian, 4, 64, False, torch.bfloat16)
     return grid.dequantize(codes)
 
 
@@ -95,7 +95,7 @@ def after_awq(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def cost(factors: Tensor) -> float:
             return output_cost(nearest(weight * factors, hessian, magnitude) / factors - weight, hessian)
 
-        factors = cheapest(cost, candidates(magnitude, weight))
+        factors = least_cost(cost, candidate_scales(magnitude, weight))
         if factors is None:
             return method(weight, hessian, magnitude)
         return method(weight * factors, hessian / factors[:, None] / factors, magnitude * factors) / factors

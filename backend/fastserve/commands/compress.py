@@ -22,7 +22,7 @@ from fastserve.atomic_write import WriteError
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import ModelFiles, locate
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pipeline import checked, compress
+from fastserve.compression.pipeline import compress, load_source
 from fastserve.compression.recipe import PRESETS, Recipe, preset, read_recipe
 from fastserve.compression.report.report import (
     ModelFigures,
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
     files, out = locate(arguments.model), arguments.out
     device = choose_device(arguments.device)
-    source = checked(files, recipe, out)
+    source = load_source(files, recipe, out)
     print(_size_line(bytes_on_disk(files.checkpoint), estimated_bytes(recipe, source)), file=sys.stderr)
     with _progress() as progress:
         started = time.monotonic()

@@ -39,9 +39,9 @@ def compress(
     anew. Raises RecipeError, TextError for calibration text that cannot be used, ModelError if the model
     cannot be read, and WriteError on a full disk, after which the same call goes on.
     """
-    source = checked(files, recipe, out)
+    source = load_source(files, recipe, out)
     work = out.with_name(out.name + PARTIAL)
-    _open_work(work, _digest(recipe, source), restart)
+    _open_work_directory(work, _digest(recipe, source), restart)
     text = calibration_windows(recipe.calibration, files.tokenizer, recipe.seed)
     context = Context(source, text.measured, text.training, text.held_out, device, progress, recipe.seed)
     state: State = source
@@ -55,7 +55,7 @@ def compress(
     return notes
 
 
-def checked(files: ModelFiles, recipe: Recipe, out: Path) -> SourceState:
+def load_source(files: ModelFiles, recipe: Recipe, out: Path) -> SourceState:
     """The model as it came. Raises RecipeError if the recipe cannot be followed with it, or `out` exists;
     ModelError if it cannot be read."""
     if out.exists():
@@ -80,7 +80,7 @@ def _digest(recipe: Recipe, source: SourceState) -> str:
     return hashlib.sha256(msgspec.json.encode(recipe) + source.digest().encode()).hexdigest()
 
 
-def _open_work(work: Path, digest: str, restart: bool) -> None:
+def _open_work_directory(work: Path, digest: str, restart: bool) -> None:
     """Raises RecipeError if it holds an unfinished run of something else."""
     if restart:
         shutil.rmtree(work, ignore_errors=True)

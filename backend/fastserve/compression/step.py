@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from fastserve.compression.state.model_state import State, StateWriter
 from fastserve_kernels.formats import Weight
 
-Kind = Literal["dense", "sparse", "low rank", "codes"]
+WeightKind = Literal["dense", "sparse", "low rank", "quantized"]
 """What a linear is between two steps, roughly: `Dense`; `Sparse24`, `Bitmap` or `BlockSparse`; `LowRank`; any
 format of fewer bits."""
 
@@ -47,9 +47,9 @@ class StepNotes:
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="step"):
     """An entry of a recipe. A subclass has a tag, which is its name there, and fields."""
 
-    takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse", "low rank"))
+    accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense", "sparse", "low rank"))
     """What the linears that it changes may be. None takes codes: that would undo the step that made them."""
-    leaves: ClassVar[Kind | None] = None
+    produces: ClassVar[WeightKind | None] = None
     """What they are afterwards; None: what they were."""
     changes_outer: ClassVar[bool] = False
     """Whether it is the embedding and the head that it changes."""
@@ -70,7 +70,7 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """That of the model afterwards, of whose size the run may decide a little."""
         return config
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
         """A weight in the format in which this step leaves one like the given: its size is right, its values
         are of no use. `dtype` is that of dense weights. None: what size it will be, only the run can tell."""
         return weight

@@ -43,7 +43,7 @@ class Quality:
     """That of the reference on the same tokens."""
 
 
-class WholeSequences:
+class SequenceRunner:
     """Runs a model over whole sequences, in a cache of its own that has room for one."""
 
     def __init__(self, model: CausalLM, max_length: int, kv_cache: KVCacheFormat | None = None) -> None:
@@ -91,16 +91,18 @@ def evaluate(
             f"reference: its vocabulary has {reference.vocab_size} tokens, not {model.vocab_size}"
         )
     samples, length = windows.shape
-    sequences = WholeSequences(model, length, kv_cache)
-    reference_sequences = None if reference is None else WholeSequences(reference, length)
+    sequences = SequenceRunner(model, length, kv_cache)
+    reference_sequences = None if reference is None else SequenceRunner(reference, length)
     sums = _Sums()
     parts = windows.split(max(1, TOKENS_AT_ONCE // length))
     for part in (progress or Progress(disable=True)).track(parts, description="evaluate"):
-        _judge(part, sequences, reference_sequences, sums)
+        _evaluate_windows(part, sequences, reference_sequences, sums)
     return sums.quality(samples * (length - 1), reference is not None)
 
 
-def _judge(windows: Tensor, sequences: WholeSequences, reference: WholeSequences | None, sums: _Sums) -> None:
+def _evaluate_windows(
+    windows: Tensor, sequences: SequenceRunner, reference: SequenceRunner | None, sums: _Sums
+) -> None:
     """Adds up what is found on windows that go through the layers together."""
     model, following = sequences.model, windows[:, 1:].flatten()
     hidden = _predicting(sequences, windows)
@@ -114,7 +116,7 @@ def _judge(windows: Tensor, sequences: WholeSequences, reference: WholeSequences
             sums.add_reference(log_p, log_q, targets)
 
 
-def _predicting(sequences: WholeSequences, windows: Tensor) -> Tensor:
+def _predicting(sequences: SequenceRunner, windows: Tensor) -> Tensor:
     """The hidden states [tokens, hidden] of all tokens but the windows' last ones."""
     predicting = torch.cat([hidden[:-1] for hidden in sequences.hidden(windows)])
     heap.trim()

@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fastserve.embedded import Model, ModelServer
-from fastserve.evaluation.evaluation import WholeSequences, log_probabilities
+from fastserve.evaluation.evaluation import SequenceRunner, log_probabilities
 from fastserve.models.causal_lm import CausalLM
 from fastserve.text.tokenizer import Tokenizer
 
@@ -68,11 +68,11 @@ class EvaluatedModel(TemplateLM):
         return ids if has_begin or add_special_tokens is False else self._begin + ids
 
     def _loglikelihood_tokens(self, requests: list[TokenRequest], **_: Any) -> list[tuple[float, bool]]:
-        sequences = WholeSequences(self.model, self._max_length)
+        sequences = SequenceRunner(self.model, self._max_length)
         return [self._score(sequences, context, continuation) for _, context, continuation in requests]
 
     def _score(
-        self, sequences: WholeSequences, context: list[int], continuation: list[int]
+        self, sequences: SequenceRunner, context: list[int], continuation: list[int]
     ) -> tuple[float, bool]:
         """The log likelihood of the continuation, and whether each of its tokens is the likeliest."""
         ids = torch.tensor([*context, *continuation][-(self._max_length + 1) :])
@@ -83,10 +83,10 @@ class EvaluatedModel(TemplateLM):
         return float(scores.gather(-1, targets).sum()), is_greedy
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        sequences = WholeSequences(self.model, self._max_length)
+        sequences = SequenceRunner(self.model, self._max_length)
         return [self._rolling(sequences, request.args[0]) for request in requests]
 
-    def _rolling(self, sequences: WholeSequences, text: str) -> float:
+    def _rolling(self, sequences: SequenceRunner, text: str) -> float:
         """The log likelihood of a text of any length, each token scored once."""
         windows = get_rolling_token_windows(
             token_list=self.tok_encode(text, add_special_tokens=False),

@@ -15,7 +15,7 @@ def damped(hessian: Tensor, damping: float = 0.01) -> Tensor:
     return hessian + floor * torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype)
 
 
-def normalised(hessian: Tensor) -> tuple[Tensor, Tensor]:
+def normalized(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """The gram of inputs scaled to a mean square of 1, and the scales [K] that they had."""
     scales = hessian.diagonal().sqrt()
     return hessian / (scales[:, None] * scales), scales
@@ -27,7 +27,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True).to(hessian.dtype)
 
 
-def target(weight: Tensor, hessian: Tensor, drift: Tensor, share: float) -> Tensor:
+def drift_corrected(weight: Tensor, hessian: Tensor, drift: Tensor, share: float) -> Tensor:
     """The weight [N, K] that maps inputs now to the outputs before: least squares of W x_before by W' x.
 
     W' = W (I + share E[(x_before - x) x^T] E[x x^T]^-1), for a gram matrix [K, K] that has an inverse.

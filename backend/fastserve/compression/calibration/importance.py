@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from fastserve.compression.calibration.layer import Counts
+from fastserve.compression.calibration.layer import ImportanceWeights
 from fastserve.compression.calibration.sensitivity import Sensitivity, sensitivities
 from fastserve.compression.state.model_state import SCRATCH, State, StateWriter, write_part
 from fastserve.compression.step import Context
@@ -29,19 +29,19 @@ class Importance:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def of_layer(self, prefix: str) -> dict[str, Counts]:
+    def of_layer(self, prefix: str) -> dict[str, ImportanceWeights]:
         """By local name, of a layer whose full names begin with `prefix`."""
         with safe_open(self._path, framework="pt") as file:
             names = file.keys()
             found = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
         linears = sorted({name.rpartition(".")[0] for name in found})
         return {
-            name.removeprefix(prefix): Counts(found[f"{name}.tokens"], found[f"{name}.rows"])
+            name.removeprefix(prefix): ImportanceWeights(found[f"{name}.tokens"], found[f"{name}.rows"])
             for name in linears
         }
 
 
-def measured(
+def measure_importance(
     before: State, after: StateWriter, context: Context, see: See = lambda index, found: None
 ) -> Importance:
     """On the calibration text, in the model before the step; an interrupted run's if that came so far.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastserve.compression.calibration.layer_forward import Calls
+from fastserve.compression.calibration.layer_forward import LayerForward
 from fastserve.compression.sparsity_patterns import mask_of
 from fastserve_kernels.formats import W8A8, Weight
 
@@ -40,7 +40,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Counts:
+class ImportanceWeights:
     """What the tokens and the outputs of a linear count (`importance`)."""
 
     tokens: Tensor
@@ -57,11 +57,11 @@ class Layer:
         index: int,
         prefix: str,
         part: dict[str, Tensor | Weight],
-        calls: Calls,
+        calls: LayerForward,
         hidden: Tensor,
-        reference: Calls,
+        reference: LayerForward,
         reference_hidden: Tensor | None,
-        importance: Mapping[str, Counts] | None = None,
+        importance: Mapping[str, ImportanceWeights] | None = None,
     ) -> None:
         """`hidden` [sequences, T, hidden] float32 are the states before the layer; `reference` is the layer
         before this step, and `reference_hidden` what enters it in the model before this step, or None.
@@ -152,7 +152,7 @@ class Layer:
         """Gives the layer a tensor that transformers knows nothing of: a scale."""
         self._part[name] = tensor
 
-    def take_for_original(self, name: str) -> None:
+    def reset_original(self, name: str) -> None:
         """From now on errors of a linear are measured against what it is now. For a change that another one
         undoes: of columns whose inputs are scaled the other way."""
         self._equivalents[name] = self.dense(name)
@@ -196,14 +196,14 @@ class Layer:
             raise ValueError("reference_batches needs a step that is `with_reference`")
         return iter(_split(self._reference_hidden))
 
-    def counts(self, name: str) -> Iterator[Tensor]:
+    def token_weights(self, name: str) -> Iterator[Tensor]:
         """What the tokens of each of the `batches` count for a linear, [tokens, 1]."""
         if self._importance is None:
             return (batch.new_ones(batch.shape[0] * batch.shape[1], 1) for batch in self.batches())
         tokens = _split(self._importance[name].tokens)
         return (of_batch.to(self._hidden.device).view(-1, 1) for of_batch in tokens)
 
-    def rows(self, name: str) -> Tensor:
+    def output_weights(self, name: str) -> Tensor:
         """What the outputs of a linear count, [N]; the step must be one that weighs tokens."""
         assert self._importance is not None
         return self._importance[name].rows.to(self._hidden.device)
@@ -250,7 +250,7 @@ class Layer:
     def _measure(self, stage: Stage) -> dict[str, Moments]:
         """Of each linear of a stage; one for all of them where tokens count alike."""
         sums = {name: _Sums() for name in (stage if self._importance else stage[:1])}
-        counts = zip(*(self.counts(name) for name in sums), strict=True)
+        counts = zip(*(self.token_weights(name) for name in sums), strict=True)
         for index, (batch, of_batch) in enumerate(zip(self.batches(), counts, strict=True)):
             x = self._calls.input(stage[0], batch)
             before = None

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Calls:
+class LayerForward:
     """A layer's weights in a module of transformers, and how that is called."""
 
     def __init__(self, module: nn.Module, arguments: dict[str, Any]) -> None:
@@ -30,14 +30,14 @@ class Calls:
         def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             seen.append(given[0].flatten(0, -2))
             if len(seen) == len(names):
-                raise _Seen
+                raise _StopForward
 
         hooks = [
             self.module.get_submodule(name).register_forward_pre_hook(note, prepend=True) for name in names
         ]
         try:
             self(hidden)
-        except _Seen:
+        except _StopForward:
             pass
         finally:
             for hook in hooks:
@@ -45,5 +45,5 @@ class Calls:
         return tuple(seen)
 
 
-class _Seen(Exception):
+class _StopForward(Exception):
     """Ends a pass through a layer as soon as it has shown what it is for."""

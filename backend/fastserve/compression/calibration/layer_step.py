@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastserve import heap
-from fastserve.compression.calibration.importance import Importance, measured
+from fastserve.compression.calibration.importance import Importance, measure_importance
 from fastserve.compression.calibration.layer import Layer
-from fastserve.compression.calibration.layer_forward import Calls
+from fastserve.compression.calibration.layer_forward import LayerForward
 from fastserve.compression.calibration.linear_report import linear_report
 from fastserve.compression.state.meta_model import EMBEDDING, MetaModel
 from fastserve.compression.state.model_state import SCRATCH, State, StateWriter, read_part, write_part
@@ -63,7 +63,7 @@ class LayerStep(Step, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class _Front:
+class _Position:
     """How far a step has come: the states before layer `index`."""
 
     index: int
@@ -74,23 +74,23 @@ class _Front:
 @torch.no_grad()
 def run_layers(step: LayerStep, before: State, after: StateWriter, context: Context) -> None:
     """Writes the state after a step whose `compress` takes a layer."""
-    importance = measured(before, after, context) if step.weighs_tokens else None
+    importance = measure_importance(before, after, context) if step.weighs_tokens else None
     meta_model = MetaModel(before.config, context.device)
     windows = context.calibration if step.measures else _few(context.calibration)
     hidden, calls = meta_model.embed(_embedding(before), windows)
-    front = _read_front(after) or _Front(0, hidden, hidden.clone() if step.with_reference else None)
+    position = _read_position(after) or _Position(0, hidden, hidden.clone() if step.with_reference else None)
     del hidden
-    task = context.progress.add_task(step.name, total=before.num_layers, completed=front.index)
-    for index in range(front.index, before.num_layers):
-        layer = _layer(meta_model, before, index, calls[index], front, importance)
+    task = context.progress.add_task(step.name, total=before.num_layers, completed=position.index)
+    for index in range(position.index, before.num_layers):
+        layer = _layer(meta_model, before, index, calls[index], position, importance)
         names = tuple(name for name in meta_model.linears(index) if step.selects(f"{layer.prefix}{name}"))
         step.compress(layer, names)
         reports = [linear_report(layer, name) for name in names]
         layer.advance()
         after.write_layer(index, layer.part)
         after.note(f"layer {index}", [report.__dict__ for report in reports])
-        front = _Front(index + 1, front.hidden, front.reference)
-        _write_front(after, front)
+        position = _Position(index + 1, position.hidden, position.reference)
+        _write_position(after, position)
         del layer
         heap.trim()
         context.progress.advance(task)
@@ -106,7 +106,7 @@ def survey_layers(name: str, state: State, context: Context, importance: Importa
     hidden, calls = meta_model.embed(_embedding(state), context.calibration)
     task = context.progress.add_task(name, total=state.num_layers)
     for index in range(state.num_layers):
-        layer = _layer(meta_model, state, index, calls[index], _Front(index, hidden, None), importance)
+        layer = _layer(meta_model, state, index, calls[index], _Position(index, hidden, None), importance)
         yield layer
         layer.advance()
         context.progress.advance(task)
@@ -129,27 +129,29 @@ def _layer(
     before: State,
     index: int,
     call: Mapping[str, Any],
-    front: _Front,
+    position: _Position,
     importance: Importance | None,
 ) -> Layer:
     tensors = before.dense_layer(index)
-    calls = Calls(meta_model.materialize(index, tensors), dict(call))
-    reference = Calls(meta_model.materialize(index, tensors), dict(call))
+    calls = LayerForward(meta_model.materialize(index, tensors), dict(call))
+    reference = LayerForward(meta_model.materialize(index, tensors), dict(call))
     prefix = f"{meta_model.prefix}{index}."
     counts = None if importance is None else importance.of_layer(prefix)
-    return Layer(index, prefix, before.layer(index), calls, front.hidden, reference, front.reference, counts)
+    return Layer(
+        index, prefix, before.layer(index), calls, position.hidden, reference, position.reference, counts
+    )
 
 
-def _read_front(after: StateWriter) -> _Front | None:
+def _read_position(after: StateWriter) -> _Position | None:
     path = after.directory / HIDDEN
     if not path.is_file():
         return None
     part: dict[str, Any] = dict(read_part(path))
-    return _Front(int(part["index"]), part["hidden"], part.get("reference"))
+    return _Position(int(part["index"]), part["hidden"], part.get("reference"))
 
 
-def _write_front(after: StateWriter, front: _Front) -> None:
-    part: dict[str, Tensor] = {"index": torch.tensor(front.index), "hidden": front.hidden}
-    if front.reference is not None:
-        part["reference"] = front.reference
+def _write_position(after: StateWriter, position: _Position) -> None:
+    part: dict[str, Tensor] = {"index": torch.tensor(position.index), "hidden": position.hidden}
+    if position.reference is not None:
+        part["reference"] = position.reference
     write_part(after.directory / HIDDEN, part)

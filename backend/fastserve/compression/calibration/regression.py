@@ -32,12 +32,12 @@ class Regression:
         mean_square = float(hessian.diagonal().mean().clamp_min(1e-30))
         return cls(cross.double(), hessian.double(), weight.double(), len(hessian) / tokens * mean_square)
 
-    def weighed(self, rows: Tensor) -> Regression:
+    def weighted(self, rows: Tensor) -> Regression:
         """The same with outputs that count so much [N]: errors are sums of squares times that."""
         scales = rows.double().sqrt()[:, None]
         return replace(self, cross=scales * self.cross, weight=scales * self.weight)
 
-    def steady_gram(self, ridge: float) -> Tensor:
+    def damped_hessian(self, ridge: float) -> Tensor:
         """The gram with further inputs."""
         return self.hessian + ridge * torch.eye(
             len(self.hessian), dtype=self.hessian.dtype, device=self.hessian.device
@@ -46,7 +46,7 @@ class Regression:
     def solve(self, columns: Tensor) -> Tensor:
         """The best weight [N, len(columns)] float32 of these columns alone."""
         wanted = self.cross[:, columns] + self.ridge * self.weight[:, columns]
-        factor = torch.linalg.cholesky(self.steady_gram(self.ridge)[columns][:, columns])
+        factor = torch.linalg.cholesky(self.damped_hessian(self.ridge)[columns][:, columns])
         return torch.cholesky_solve(wanted.T, factor).T.float().contiguous()
 
     def solve_all(self) -> Tensor:

@@ -21,7 +21,7 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fastserve.compression.calibration.importance import measured
+from fastserve.compression.calibration.importance import measure_importance
 from fastserve.compression.calibration.layer import Layer, Moments
 from fastserve.compression.calibration.layer_step import LayerStep, run_layers
 from fastserve.compression.calibration.regression import Regression
@@ -29,7 +29,7 @@ from fastserve.compression.calibration.sensitivity import Sensitivity
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.low_rank.ranks import Options, ranks_for_error, ranks_for_size
 from fastserve.compression.state.model_state import State, StateWriter, read_notes
-from fastserve.compression.step import Context, Kind
+from fastserve.compression.step import Context, WeightKind
 from fastserve_kernels.formats import Dense, LowRank, Weight
 
 LEAST = 1e-3
@@ -53,8 +53,8 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
     ] = True
     multiple: Annotated[int, Meta(ge=1, description="of which ranks are")] = 16
 
-    takes: ClassVar[frozenset[Kind]] = frozenset(("dense",))
-    leaves: ClassVar[Kind | None] = "low rank"
+    accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense",))
+    produces: ClassVar[WeightKind | None] = "low rank"
 
     def check(self, config: PretrainedConfig) -> None:
         if (self.parameters is None) == (self.error is None):
@@ -62,7 +62,7 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
                 f"parameters, error: got {self.parameters} and {self.error}; allowed: one of the two"
             )
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
         if self.parameters is None:
             return None
         rows, columns = weight.out_features, weight.in_features
@@ -92,7 +92,7 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
                 after.note("ranks", self._ranks(options))
 
         if self.weights == "whitened":
-            measured(before, after, context, see)
+            measure_importance(before, after, context, see)
         elif "ranks" not in read_notes(after.directory):
             for index in reversed(range(before.num_layers)):
                 see(index, {})
@@ -113,7 +113,7 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
             inputs = Regression.towards(
                 weight, weight @ found.hessian, found.hessian, context.calibration.numel()
             )
-            squares = squared_singular_values(weight, inputs.steady_gram(inputs.ridge), found.rows / 2)
+            squares = squared_singular_values(weight, inputs.damped_hessian(inputs.ridge), found.rows / 2)
         return Options.of((linear.out_features, linear.in_features), squares.cpu(), self.multiple)
 
 
@@ -146,8 +146,8 @@ class _Truncation(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
         best = found.solve_all() if self.update else weight
         if rank == 0:
             return Dense(best.to(layer.dtype))
-        hessian = found.steady_gram(found.ridge) if self.whitened else None
-        down, up = truncate(best, hessian, layer.rows(name) if self.whitened else None, rank)
+        hessian = found.damped_hessian(found.ridge) if self.whitened else None
+        down, up = truncate(best, hessian, layer.output_weights(name) if self.whitened else None, rank)
         return LowRank(down.to(layer.dtype), up.to(layer.dtype))
 
 

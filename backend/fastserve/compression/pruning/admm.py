@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastserve.compression.calibration.hessian import normalised
-from fastserve.compression.pruning.pruning_step import CorrectingStep
+from fastserve.compression.calibration.hessian import normalized
+from fastserve.compression.pruning.pruning_step import ReconstructingStep
 from fastserve.compression.sparsity_patterns import Pattern
 
 ITERATIONS = 20
@@ -24,23 +24,23 @@ def admm_mask(weight: Tensor, hessian: Tensor, pattern: Pattern, sparsity: float
 
     The gram must have an inverse.
     """
-    hessian, scales = normalised(hessian)
+    hessian, scales = normalized(hessian)
     weight = weight * scales
     values, vectors = torch.linalg.eigh(hessian)
     wanted = weight @ hessian @ vectors
-    mask = pattern.choose(weight.square(), sparsity)
+    mask = pattern.mask(weight.square(), sparsity)
     sparse, multiplier = weight * mask, torch.zeros_like(weight)
     for iteration in range(ITERATIONS):
         penalty = FIRST_PENALTY * GROWTH**iteration
         pulled = (wanted + penalty * ((sparse - multiplier) @ vectors)) / (values + penalty) @ vectors.T
         total = pulled + multiplier
-        mask = pattern.choose(total.square(), sparsity)
+        mask = pattern.mask(total.square(), sparsity)
         sparse = total * mask
         multiplier = total - sparse
     return mask
 
 
-class Admm(CorrectingStep, frozen=True, kw_only=True, tag="admm"):
+class Admm(ReconstructingStep, frozen=True, kw_only=True, tag="admm"):
     """Leaves out the weights that the others can best make up for, in view of all columns at once."""
 
     def mask(self, weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:

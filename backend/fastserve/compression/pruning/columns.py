@@ -31,21 +31,21 @@ class Removal:
     """[removed + 1] float64: by how many are gone, what that adds to E||y - W x||^2."""
 
 
-def removal(regression: Regression, unit: int, count: int) -> Removal:
+def removal_order(regression: Regression, unit: int, count: int) -> Removal:
     """Leaves out `count` units of `unit` neighbouring columns, again and again those that cost least."""
-    hessian = regression.steady_gram(LEAST * float(regression.hessian.diagonal().mean()))
+    hessian = regression.damped_hessian(LEAST * float(regression.hessian.diagonal().mean()))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).float()
     weight = regression.solve_all()
     left = torch.arange(inverse.shape[0] // unit, device=weight.device)
     order, errors = [left[:0]], [torch.zeros(1, dtype=torch.float64, device=weight.device)]
     while count > 0:
-        costs = unit_costs(weight, inverse, unit)
+        costs = unit_saliency(weight, inverse, unit)
         ranked = costs.argsort(stable=True)
         now = min(count, max(1, int(AT_ONCE * len(left))))
         gone, kept = ranked[:now], ranked[now:].sort().values
         order.append(left[gone])
         errors.append(errors[-1][-1] + costs[gone].double().cumsum(0))
-        weight, inverse = without(weight, inverse, unit_columns(gone, unit), unit_columns(kept, unit))
+        weight, inverse = remove_columns(weight, inverse, unit_columns(gone, unit), unit_columns(kept, unit))
         left, count = left[kept], count - now
     return Removal(torch.cat(order), torch.cat(errors))
 
@@ -54,11 +54,11 @@ def kept_units(regression: Regression, unit: int, count: int) -> Tensor:
     """Those that stay [count], ascending, when all others are left out."""
     units = regression.hessian.shape[0] // unit
     stays = torch.ones(units, dtype=torch.bool, device=regression.hessian.device)
-    stays[removal(regression, unit, units - count).order] = False
+    stays[removal_order(regression, unit, units - count).order] = False
     return stays.nonzero()[:, 0]
 
 
-def unit_costs(weight: Tensor, inverse: Tensor, unit: int) -> Tensor:
+def unit_saliency(weight: Tensor, inverse: Tensor, unit: int) -> Tensor:
     """What it costs to leave out one unit alone, for each: [units]."""
     if unit == 1:
         return weight.square().sum(0) / inverse.diagonal()
@@ -68,7 +68,7 @@ def unit_costs(weight: Tensor, inverse: Tensor, unit: int) -> Tensor:
     return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
 
 
-def without(weight: Tensor, inverse: Tensor, gone: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def remove_columns(weight: Tensor, inverse: Tensor, gone: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """The best weight and the inverse gram of the kept columns alone, from those of all."""
     step = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, kept])
     return weight[:, kept] - weight[:, gone] @ step, inverse[kept][:, kept] - inverse[kept][:, gone] @ step

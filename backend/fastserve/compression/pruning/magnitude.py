@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from fastserve.compression.calibration.layer import Moments
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.pruning.pruning_step import PruningStep, Sparsity
-from fastserve.compression.sparsity_patterns import Pattern, Tiles, parse_pattern
+from fastserve.compression.sparsity_patterns import BlockPattern, Pattern, parse_pattern
 from fastserve.compression.state.model_state import State, StateWriter
 from fastserve.compression.step import Context
 
@@ -40,7 +40,7 @@ class Magnitude(PruningStep, frozen=True, kw_only=True, tag="magnitude"):
         return False
 
     @property
-    def share(self) -> float | None:
+    def target_sparsity(self) -> float | None:
         return None if self.threshold is not None else self.sparsity or 0.5
 
     def check(self, config: PretrainedConfig) -> None:
@@ -63,17 +63,17 @@ class Magnitude(PruningStep, frozen=True, kw_only=True, tag="magnitude"):
     def prune(self, weight: Tensor, moments: Moments, pattern: Pattern) -> tuple[Tensor, Tensor]:
         costs = weight.abs()
         if self.threshold is not None:
-            assert isinstance(pattern, Tiles)
-            mask = pattern.spread(pattern.means(costs) >= self.threshold, weight.shape[1])
+            assert isinstance(pattern, BlockPattern)
+            mask = pattern.expand_blocks(pattern.block_means(costs) >= self.threshold, weight.shape[1])
         else:
             assert self.over != "model"
-            mask = pattern.choose(costs, self.sparsity or 0.5, self.over)
+            mask = pattern.mask(costs, self.sparsity or 0.5, self.over)
         return weight * mask, mask
 
     def _threshold_of(self, state: State) -> float:
         """Below which the sparsity's share of all targeted weights lies."""
         pattern = parse_pattern(self.pattern)
-        assert isinstance(pattern, Tiles)
+        assert isinstance(pattern, BlockPattern)
         counts = torch.zeros(BINS, dtype=torch.int64)
         for index in range(state.num_layers):
             for name, weight in state.linears(index).items():
@@ -82,9 +82,9 @@ class Magnitude(PruningStep, frozen=True, kw_only=True, tag="magnitude"):
         return quantile(counts, self.sparsity or 0.5)
 
 
-def weight_histogram(weight: Tensor, pattern: Tiles) -> Tensor:
+def weight_histogram(weight: Tensor, pattern: BlockPattern) -> Tensor:
     """How many of the weights [N, K] lie in tiles whose mean magnitude lies in each bin [BINS] int64."""
-    norms = pattern.means(weight.abs())
+    norms = pattern.block_means(weight.abs())
     of_a_tile = weight.numel() // norms.numel()
     bits = norms.contiguous().view(torch.int32) >> DROPPED_BITS
     return of_a_tile * torch.bincount(bits.flatten(), minlength=BINS).cpu()

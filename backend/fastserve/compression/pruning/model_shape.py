@@ -22,7 +22,7 @@ _NORMS_OF_HEADS = {"self_attn.q_norm", "self_attn.k_norm"}
 
 
 @dataclass(frozen=True)
-class Shape:
+class DecoderShape:
     """Of every layer; those of a model are alike."""
 
     layers: tuple[int, ...]
@@ -33,7 +33,7 @@ class Shape:
     """Of the MLP."""
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> Shape:
+    def of(cls, config: PretrainedConfig) -> DecoderShape:
         return cls(
             tuple(range(config.num_hidden_layers)), config.num_key_value_heads, config.intermediate_size
         )
@@ -78,7 +78,7 @@ def parameters(config: PretrainedConfig) -> int:
     return sum(parameter.numel() for parameter in MetaModel.of(config).model.parameters())
 
 
-def cut(part: Part, shape: Shape, config: PretrainedConfig) -> dict[str, Tensor | Weight]:
+def prune_layer(part: Part, shape: DecoderShape, config: PretrainedConfig) -> dict[str, Tensor | Weight]:
     """A layer of a model of this config without the heads and channels that are to go, on which its output
     does not depend: their columns of o_proj and down_proj are zero."""
     head = head_dim(config)

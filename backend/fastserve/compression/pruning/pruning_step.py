@@ -9,7 +9,7 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fastserve.compression.calibration.hessian import damped, target
+from fastserve.compression.calibration.hessian import damped, drift_corrected
 from fastserve.compression.calibration.layer import Layer, Moments
 from fastserve.compression.calibration.layer_step import LayerStep
 from fastserve.compression.errors import RecipeError
@@ -22,7 +22,7 @@ from fastserve.compression.sparsity_patterns import (
     parse_pattern,
 )
 from fastserve.compression.state.meta_model import MetaModel
-from fastserve.compression.step import Kind
+from fastserve.compression.step import WeightKind
 from fastserve_kernels.formats import Weight
 
 Sparsity = Annotated[float, Meta(gt=0, lt=1, description="share of the weights left out")]
@@ -31,21 +31,21 @@ Sparsity = Annotated[float, Meta(gt=0, lt=1, description="share of the weights l
 class PruningStep(LayerStep, frozen=True, kw_only=True):
     """Leaves out weights of each linear by itself, after those that run before it."""
 
-    takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse"))
-    leaves: ClassVar[Kind] = "sparse"
+    accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense", "sparse"))
+    produces: ClassVar[WeightKind] = "sparse"
 
     pattern: PatternName = "unstructured"
 
     @property
-    def share(self) -> float | None:
+    def target_sparsity(self) -> float | None:
         """Of the weights, that it leaves out; None: only the run can tell."""
         raise NotImplementedError
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
-        if self.share is None:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
+        if self.target_sparsity is None:
             return None
         dense, pattern = weight.dequantize(), parse_pattern(self.pattern)
-        return pattern.pack(dense.to(dtype), pattern.choose(dense.abs(), self.share))
+        return pattern.pack(dense.to(dtype), pattern.mask(dense.abs(), self.target_sparsity))
 
     def prune(self, weight: Tensor, moments: Moments, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """The weight [N, K] float32 after pruning, and a mask [N, K] bool, true where it is kept."""
@@ -84,7 +84,7 @@ class SparsityStep(PruningStep, frozen=True, kw_only=True):
     sparsity: Sparsity = 0.5
 
     @property
-    def share(self) -> float:
+    def target_sparsity(self) -> float:
         return self.sparsity
 
     def check(self, config: PretrainedConfig) -> None:
@@ -92,7 +92,7 @@ class SparsityStep(PruningStep, frozen=True, kw_only=True):
         self.check_two_of_four("sparsity", self.sparsity, 0.5)
 
 
-class CorrectingStep(SparsityStep, frozen=True, kw_only=True):
+class ReconstructingStep(SparsityStep, frozen=True, kw_only=True):
     """A step after which the weights that are kept make up for the others, and for the layers before them."""
 
     weighs_tokens: ClassVar[bool] = True
@@ -116,7 +116,7 @@ class CorrectingStep(SparsityStep, frozen=True, kw_only=True):
     def prune(self, weight: Tensor, moments: Moments, pattern: Pattern) -> tuple[Tensor, Tensor]:
         hessian = damped(moments.hessian, self.damping)
         if moments.drift is not None:
-            weight = target(weight, hessian, moments.drift, self.drift)
+            weight = drift_corrected(weight, hessian, moments.drift, self.drift)
         mask = self.mask(weight, hessian, pattern)
         return reconstruct(weight, hessian, mask), mask
 

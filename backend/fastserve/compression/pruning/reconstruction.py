@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastserve.compression.calibration.hessian import normalised
+from fastserve.compression.calibration.hessian import normalized
 
 ITERATIONS = 20
-"""Of conjugate gradients. The error is then within 0.1 % of the exact solution's, which a factorisation for
+"""Of conjugate gradients. The error is then within 0.1 % of the exact solution's, which a factorization for
 each row would take ten times as long to find."""
 
 
@@ -19,7 +19,7 @@ def reconstruct(weight: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
     gradients on all rows at once, with Jacobi's preconditioner: each iteration is better than the one before,
     and they start with W where the mask is true.
     """
-    hessian, scales = normalised(hessian)
+    hessian, scales = normalized(hessian)
     target = weight * scales
     solution = target * mask
     residual = ((target - solution) @ hessian) * mask

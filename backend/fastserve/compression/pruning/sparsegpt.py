@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastserve.compression.calibration.hessian import inverse_factor
-from fastserve.compression.pruning.pruning_step import CorrectingStep
+from fastserve.compression.pruning.pruning_step import ReconstructingStep
 from fastserve.compression.sparsity_patterns import Pattern, TwoOfFour
 
 COLUMNS = 128
@@ -43,14 +43,14 @@ def _prune(weight: Tensor, factor: Tensor, pattern: Pattern, sparsity: float) ->
     for j in range(weight.shape[1]):
         if j % together == 0:
             these = slice(j, j + together)
-            masks.append(pattern.choose((weight[:, these] / scales[these]).square(), sparsity))
+            masks.append(pattern.mask((weight[:, these] / scales[these]).square(), sparsity))
         kept = masks[-1][:, j % together]
         errors[:, j] = weight[:, j].masked_fill(kept, 0) / scales[j]
         weight[:, j + 1 :] -= errors[:, j, None] * factor[j, j + 1 :]
     return torch.cat(masks, dim=1), errors
 
 
-class SparseGpt(CorrectingStep, frozen=True, kw_only=True, tag="sparsegpt"):
+class SparseGpt(ReconstructingStep, frozen=True, kw_only=True, tag="sparsegpt"):
     """Leaves out the weights that the others can best make up for, block of columns by block of columns."""
 
     def mask(self, weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:

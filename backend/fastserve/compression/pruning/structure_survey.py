@@ -19,15 +19,15 @@ from fastserve.compression.calibration.importance import Importance
 from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.calibration.layer_step import survey_layers
 from fastserve.compression.calibration.regression import Regression
-from fastserve.compression.pruning.columns import removal
+from fastserve.compression.pruning.columns import removal_order
 from fastserve.compression.pruning.model_shape import (
     DOWN,
     GATE,
     UP,
+    DecoderShape,
     K,
     O,
     Q,
-    Shape,
     V,
     head_dim,
     heads_per_kv_head,
@@ -64,10 +64,10 @@ def survey(state: State, context: Context, importance: Importance) -> list[Layer
     return [_layer_costs(layer, group) for layer in survey_layers("survey", state, context, importance)]
 
 
-def choose_shape(costs: list[LayerCosts], candidates: list[Sizes]) -> Shape:
+def choose_shape(costs: list[LayerCosts], candidates: list[Sizes]) -> DecoderShape:
     """The candidate that costs least, and with it the layers that stay."""
     sizes = min(candidates, key=lambda candidate: total_cost(costs, candidate))
-    return Shape(_kept_layers(costs, sizes.layers), sizes.kv_heads, sizes.channels)
+    return DecoderShape(_kept_layers(costs, sizes.layers), sizes.kv_heads, sizes.channels)
 
 
 def total_cost(costs: list[LayerCosts], sizes: Sizes) -> float:
@@ -113,9 +113,9 @@ def _kept_layers(costs: list[LayerCosts], count: int) -> tuple[int, ...]:
 
 
 def _layer_costs(layer: Layer, group: int) -> LayerCosts:
-    influence = torch.zeros_like(layer.rows(DOWN))
+    influence = torch.zeros_like(layer.output_weights(DOWN))
     total = 0.0
-    for hidden, counts in zip(layer.batches(), layer.counts(DOWN), strict=True):
+    for hidden, counts in zip(layer.batches(), layer.token_weights(DOWN), strict=True):
         added = (layer.run(hidden) - hidden).flatten(0, -2)
         influence += (added.square() * counts).sum(0)
         total += float(counts.sum())
@@ -123,6 +123,6 @@ def _layer_costs(layer: Layer, group: int) -> LayerCosts:
     for name, unit in ((O, group), (DOWN, 1)):
         weight, moments = layer.dense(name), layer.moments(name)
         found = Regression.towards(weight, weight @ moments.hessian, moments.hessian, moments.tokens)
-        weighed = found.weighed(layer.rows(name) / 2)
-        errors[name] = removal(weighed, unit, weight.shape[1] // unit - 1).errors.cpu()
-    return LayerCosts(float(influence @ layer.rows(DOWN)) / total / 2, errors[O], errors[DOWN])
+        weighed = found.weighted(layer.output_weights(name) / 2)
+        errors[name] = removal_order(weighed, unit, weight.shape[1] // unit - 1).errors.cpu()
+    return LayerCosts(float(influence @ layer.output_weights(DOWN)) / total / 2, errors[O], errors[DOWN])

@@ -21,7 +21,7 @@ def wanda_mask(weight: Tensor, hessian: Tensor, pattern: Pattern, sparsity: floa
     of a block's weights add up. Single weights compete within their row; blocks, and rows, in the matrix.
     """
     scope: Scope = "row" if pattern == UNSTRUCTURED else "matrix"
-    return pattern.choose(weight.square() * hessian.diagonal(), sparsity, scope)
+    return pattern.mask(weight.square() * hessian.diagonal(), sparsity, scope)
 
 
 class Wanda(SparsityStep, frozen=True, kw_only=True, tag="wanda"):

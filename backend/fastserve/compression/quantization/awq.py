@@ -20,7 +20,7 @@ from fastserve.compression.calibration.layer_step import LayerStep
 from fastserve.compression.quantization.grid import Grid
 from fastserve.compression.quantization.quantizing_step import Bits, GroupSize, check_groups, targeted_linears
 from fastserve.compression.quantization.smoothing import check_model_type, shared, smooth, smoothable
-from fastserve.compression.step import Kind
+from fastserve.compression.step import WeightKind
 
 POWERS = tuple(step / 10 for step in range(1, 11))
 """That are tried."""
@@ -28,7 +28,7 @@ _SMALLEST = 1e-4
 """Of magnitudes, against their mean."""
 
 
-def candidates(magnitude: Tensor, weight: Tensor) -> Iterator[Tensor]:
+def candidate_scales(magnitude: Tensor, weight: Tensor) -> Iterator[Tensor]:
     """Factors [K] for inputs of this mean magnitude [K] and a weight [N, K]; around 1."""
     magnitude = (magnitude / magnitude.mean()).clamp(min=_SMALLEST)
     largest = weight.abs().amax(0)
@@ -46,7 +46,7 @@ def output_cost(difference: Tensor, hessian: Tensor) -> float:
 class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
     """Scales columns by what their inputs are like, for the step after it to round them better."""
 
-    takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse"))
+    accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense", "sparse"))
     weighs_tokens: ClassVar[bool] = True
 
     bits: Bits = 4
@@ -60,11 +60,11 @@ class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         for stage in layer.stages:
             if smoothable(stage, names):
-                factors = self.best(layer, stage)
+                factors = self.search_scales(layer, stage)
                 if factors is not None:
                     smooth(layer, stage, factors)
 
-    def best(self, layer: Layer, stage: tuple[str, ...]) -> Tensor | None:
+    def search_scales(self, layer: Layer, stage: tuple[str, ...]) -> Tensor | None:
         """The factors [K] with which rounding a stage costs least; None if without any it does."""
         weights = [layer.dense(name) for name in stage]
         moments = [layer.moments(name) for name in stage]
@@ -76,7 +76,9 @@ class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
                 for weight, each in zip(weights, moments, strict=True)
             )
 
-        return cheapest(cost, (shared(f, layer, stage) for f in candidates(magnitude, torch.cat(weights))))
+        return least_cost(
+            cost, (shared(f, layer, stage) for f in candidate_scales(magnitude, torch.cat(weights)))
+        )
 
     def rounded(self, weight: Tensor, factors: Tensor, layer: Layer) -> Tensor:
         """A weight [N, K] after rounding its columns times factors [K]."""
@@ -86,7 +88,7 @@ class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
         return grid.dequantize(grid.quantize(scaled)) / factors
 
 
-def cheapest(cost: Callable[[Tensor], float], tried: Iterator[Tensor]) -> Tensor | None:
+def least_cost(cost: Callable[[Tensor], float], tried: Iterator[Tensor]) -> Tensor | None:
     """Of the factors [K] that are tried; None if none of them costs less than no factors do."""
     best: Tensor | None = None
     least: float | None = None

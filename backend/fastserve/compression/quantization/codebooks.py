@@ -69,7 +69,7 @@ class Codebook(QuantizingStep, frozen=True, kw_only=True, tag="codebook"):
     def measures(self) -> bool:
         return self.codebook == "k-means" or self.bias_correction
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight:
         return NF4.pack(weight.dequantize(), self.group_size, scale_dtype=dtype)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:

@@ -38,7 +38,7 @@ class Embedding(Step, frozen=True, kw_only=True, tag="embedding"):
                     f"{name}"
                 )
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight:
         dense = weight.dequantize()
         grid = Grid.min_max(dense, self.bits, self.group_size, dtype, self.symmetric)
         return grid.pack(grid.quantize(dense))

@@ -15,7 +15,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from fastserve.compression.calibration.hessian import damped, inverse_factor, target
+from fastserve.compression.calibration.hessian import damped, drift_corrected, inverse_factor
 from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.quantization.grid import Grid, search
 from fastserve.compression.quantization.quantizing_step import Bits, GroupSize, QuantizingStep
@@ -53,7 +53,7 @@ def round_columns(
     return codes.T[:, order.argsort()].contiguous()
 
 
-def quantize(
+def gptq_quantize(
     weight: Tensor,
     hessian: Tensor,
     bits: int,
@@ -92,7 +92,7 @@ class Gptq(QuantizingStep, frozen=True, kw_only=True, tag="gptq"):
         float, Meta(ge=0, le=1, description="share of the error of earlier layers to make up for")
     ] = 0.5
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight:
         dense = weight.dequantize()
         grid = Grid.min_max(dense, self.bits, self.group_size or dense.shape[1], dtype, self.symmetric)
         return pack(grid, grid.quantize(dense), weight)
@@ -104,17 +104,19 @@ class Gptq(QuantizingStep, frozen=True, kw_only=True, tag="gptq"):
     def compress_linear(self, layer: Layer, name: str, bits: int) -> None:
         """Rounds one linear."""
         weight = layer.weight(name)
-        dense, hessian = self.target_of(layer, name)
+        dense, hessian = self.rounding_target(layer, name)
         group_size = self.group_size or dense.shape[1]
-        grid, codes = quantize(dense, hessian, bits, group_size, self.symmetric, layer.dtype, mask_of(weight))
+        grid, codes = gptq_quantize(
+            dense, hessian, bits, group_size, self.symmetric, layer.dtype, mask_of(weight)
+        )
         self.put(layer, name, pack(grid, codes, weight), layer.moments(name).mean)
 
-    def target_of(self, layer: Layer, name: str) -> tuple[Tensor, Tensor]:
+    def rounding_target(self, layer: Layer, name: str) -> tuple[Tensor, Tensor]:
         """The weight [N, K] that a linear is to be rounded to, and the gram matrix [K, K] of its inputs."""
         weight, moments = layer.dense(name), layer.moments(name)
         hessian = damped(moments.hessian, self.damping)
         if moments.drift is not None:
-            weight = target(weight, hessian, moments.drift, self.drift)
+            weight = drift_corrected(weight, hessian, moments.drift, self.drift)
         return weight, hessian
 
 

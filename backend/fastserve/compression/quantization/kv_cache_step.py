@@ -19,7 +19,7 @@ from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.calibration.layer_step import LayerStep
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.state.model_state import State, StateWriter
-from fastserve.compression.step import Context, Kind
+from fastserve.compression.step import Context, WeightKind
 from fastserve.models.kv_cache import KV_CACHE_DTYPES, LARGEST
 from fastserve.models.kv_rounding import candidate_scales, least_error, squared_errors
 
@@ -40,7 +40,7 @@ class KVCacheScales(LayerStep, frozen=True, kw_only=True, tag="kv_cache"):
     targets: tuple[str, ...] = ()
     """None: no linear changes."""
 
-    takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse", "low rank", "codes"))
+    accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense", "sparse", "low rank", "quantized"))
 
     def check(self, config: PretrainedConfig) -> None:
         if self.targets:

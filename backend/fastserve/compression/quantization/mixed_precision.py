@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.calibration.hessian import damped, inverse_factor
-from fastserve.compression.calibration.importance import measured
+from fastserve.compression.calibration.importance import measure_importance
 from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.calibration.sensitivity import Sensitivity
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.quantization.gptq import Gptq, quantize
+from fastserve.compression.quantization.gptq import Gptq, gptq_quantize
 from fastserve.compression.quantization.grid import search
 from fastserve.compression.quantization.quantizing_step import Bits
 from fastserve.compression.sparsity_patterns import mask_of
@@ -80,7 +80,7 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         if not min(self.widths) <= self.bits <= max(self.widths):
             raise RecipeError(f"bits: got {self.bits}; allowed: what lies between the widths {self.widths}")
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight:
         dense, widths = weight.dequantize().to(dtype), sorted(self.widths)
         codes = float(self._sizes((1, dense.shape[1])))
         bits = self.bits if self.per == "linear" else max(self.bits - BITS_OF_A_WIDTH / codes, widths[0])
@@ -102,7 +102,7 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
             if index == 0:
                 write_part(after.directory / FILE, self._allocated(costs, shapes))
 
-        measured(before, after, context, estimate)
+        measure_importance(before, after, context, estimate)
         given = dict(read_part(after.directory / FILE))
         fields = {name: getattr(self, name) for name in Gptq.__struct_fields__ if name != "bits"}
         _Allocated(**fields, per=self.per, given=given).run(before, after, context)
@@ -158,7 +158,7 @@ class _Allocated(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
                 self._compress_rows(layer, name, bits)
 
     def _compress_rows(self, layer: Layer, name: str, bits: Tensor) -> None:
-        weight, hessian = self.target_of(layer, name)
+        weight, hessian = self.rounding_target(layer, name)
         mask = mask_of(layer.weight(name))
         group_size = self.group_size or weight.shape[1]
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
@@ -166,7 +166,7 @@ class _Allocated(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         zeros = None if self.symmetric else torch.empty_like(scales)
         for width, rows in rows_by_width(bits):
             of_rows = None if mask is None else mask[rows]
-            grid, found = quantize(
+            grid, found = gptq_quantize(
                 weight[rows], hessian, width, group_size, self.symmetric, layer.dtype, of_rows
             )
             codes[rows], scales[rows] = found.byte(), grid.scales

@@ -14,7 +14,7 @@ from fastserve.compression.calibration.layer_step import LayerStep
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.quantization.bias_correction import corrected_bias
 from fastserve.compression.state.meta_model import MetaModel
-from fastserve.compression.step import Kind
+from fastserve.compression.step import WeightKind
 from fastserve_kernels.formats import Weight
 
 Bits = Annotated[int, Meta(ge=2, le=8, description="of a code")]
@@ -26,8 +26,8 @@ GroupSize = Annotated[
 class QuantizingStep(LayerStep, frozen=True, kw_only=True):
     """A step after which linears are codes of few bits."""
 
-    takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse"))
-    leaves: ClassVar[Kind | None] = "codes"
+    accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense", "sparse"))
+    produces: ClassVar[WeightKind | None] = "quantized"
 
     bias_correction: Annotated[
         bool, Meta(description="add to biases what rounding takes from the mean of the output")

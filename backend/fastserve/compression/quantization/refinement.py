@@ -26,11 +26,13 @@ def refine(
     """A grid and codes [N, K] of less error for a target [N, K]; where the mask is false values stay 0."""
     for _ in range(turns):
         grid = fit_scales(weight, hessian, grid, codes)
-        codes = descend(weight, hessian, grid, codes, mask)
+        codes = coordinate_descent(weight, hessian, grid, codes, mask)
     return grid, codes
 
 
-def descend(weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, mask: Tensor | None = None) -> Tensor:
+def coordinate_descent(
+    weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """Gives each code in turn its best value while the others stay. Twice over all columns."""
     scales, zeros = (tensor.T.contiguous() for tensor in grid.per_weight())
     codes = codes.T.contiguous().clone()

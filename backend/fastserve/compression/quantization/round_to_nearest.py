@@ -52,7 +52,7 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
                 f'clip: got "{self.clip}"; allowed: "none" with group_size "tensor" or zero_points "exact"'
             )
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight:
         dense = weight.dequantize()
         grid = msgspec.structs.replace(self, clip="none").grid(dense, dense, dtype)
         return pack(grid, grid.quantize(dense), weight)

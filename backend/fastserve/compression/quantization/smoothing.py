@@ -64,7 +64,7 @@ def smooth(layer: Layer, stage: Stage, factors: Tensor) -> None:
         factors = torch.where(divided != 0, norm / divided, factors)
     for name in stage:
         layer.replace(name, repack(layer.weight(name), layer.dense(name) * factors))
-        layer.take_for_original(name)
+        layer.reset_original(name)
 
 
 def _divide_rows(layer: Layer, name: str, factors: Tensor) -> None:
@@ -72,7 +72,7 @@ def _divide_rows(layer: Layer, name: str, factors: Tensor) -> None:
         factors = _by_head(factors, layer, name)[:, 0].flatten()
     bias = layer.other(f"{name}.bias") / factors if f"{name}.bias" in layer.part else None
     layer.replace(name, repack(layer.weight(name), layer.dense(name) / factors[:, None]), bias)
-    layer.take_for_original(name)
+    layer.reset_original(name)
 
 
 def _by_head(factors: Tensor, layer: Layer, name: str) -> Tensor:

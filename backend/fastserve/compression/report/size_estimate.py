@@ -72,5 +72,5 @@ def _strip(shape: tuple[int, ...], steps: Sequence[Step], dtype: torch.dtype) ->
     strip: Weight | None = Dense(torch.randn(min(shape[0], ROWS), shape[1], generator=generator).to(dtype))
     for step in steps:
         if strip is not None:
-            strip = step.sketch(strip, dtype)
+            strip = step.dummy_output(strip, dtype)
     return strip

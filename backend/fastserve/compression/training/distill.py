@@ -18,7 +18,7 @@ from fastserve.compression.errors import RecipeError
 from fastserve.compression.state.model_state import State, StateWriter
 from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context
-from fastserve.compression.training.student_state import SmallerState, StudentSizes
+from fastserve.compression.training.student_state import StudentSizes, StudentState
 from fastserve.compression.training.training_step import TrainingStep
 
 
@@ -47,7 +47,7 @@ class Distill(TrainingStep, frozen=True, kw_only=True, tag="distill"):
         return self.student.config(config) if self.student else config
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
-        start = SmallerState(before, self.student) if self.student else before
+        start = StudentState(before, self.student) if self.student else before
         teacher = SourceState(Path(self.teacher)) if self.teacher else context.source
         is_narrower = start.config.hidden_size < before.config.hidden_size
         self.train(start, teacher, after, context, self.embeddings or is_narrower)

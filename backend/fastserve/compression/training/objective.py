@@ -35,7 +35,7 @@ class FeatureWeights:
 
 
 @dataclass(frozen=True)
-class Seen:
+class DecoderOutputs:
     """Of windows [n, T]."""
 
     final: Tensor
@@ -46,7 +46,7 @@ class Seen:
     """[n, heads, T, T] of each layer, if asked for."""
 
 
-class Halves:
+class DecoderAndHead:
     """A causal model of transformers as its decoder and its head."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -64,7 +64,7 @@ class Halves:
         weight: Tensor = self._head.weight
         return weight
 
-    def see(self, windows: Tensor, features: FeatureWeights) -> Seen:
+    def forward(self, windows: Tensor, features: FeatureWeights) -> DecoderOutputs:
         """Of windows [n, T] int64."""
         found = self.model.get_decoder()(
             input_ids=windows,
@@ -72,7 +72,9 @@ class Halves:
             output_hidden_states=bool(features.hidden_states),
             output_attentions=bool(features.attention),
         )
-        return Seen(found.last_hidden_state, (found.hidden_states or ())[1:], found.attentions or ())
+        return DecoderOutputs(
+            found.last_hidden_state, (found.hidden_states or ())[1:], found.attentions or ()
+        )
 
     def logits(self, products: Tensor) -> Tensor:
         """[n, vocab] of the products [n, vocab] of hidden states and the head."""
@@ -95,8 +97,8 @@ class Objective(nn.Module):
     ) -> None:
         """`teacher` may be None where only the next tokens count."""
         super().__init__()
-        self._student = Halves(student)
-        self._teacher = None if teacher is None else Halves(teacher)
+        self._student = DecoderAndHead(student)
+        self._teacher = None if teacher is None else DecoderAndHead(teacher)
         self._logit_loss = logit_loss
         self._weights = weights or FeatureWeights()
         self._device = student.device
@@ -111,9 +113,9 @@ class Objective(nn.Module):
         """The mean over the tokens of windows [n, T] int64."""
         windows = windows.to(self._device)
         with self._precision():
-            student = self._student.see(windows, self._weights)
+            student = self._student.forward(windows, self._weights)
             with torch.no_grad():
-                teacher = None if self._teacher is None else self._teacher.see(windows, self._weights)
+                teacher = None if self._teacher is None else self._teacher.forward(windows, self._weights)
             loss = self._loss_of_logits(windows, student, teacher)
             return loss if teacher is None else loss + self._loss_of_features(student, teacher)
 
@@ -121,7 +123,9 @@ class Objective(nn.Module):
         dtype = compute_dtype(self._device)
         return torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32)
 
-    def _loss_of_logits(self, windows: Tensor, student: Seen, teacher: Seen | None) -> Tensor:
+    def _loss_of_logits(
+        self, windows: Tensor, student: DecoderOutputs, teacher: DecoderOutputs | None
+    ) -> Tensor:
         dtype = compute_dtype(self._device)
         next_ids = windows[:, 1:].flatten()
         hidden = student.final[:, :-1].flatten(0, 1).to(dtype)
@@ -137,7 +141,7 @@ class Objective(nn.Module):
 
         return mean_logit_loss(hidden, self._student.head.to(dtype), loss)
 
-    def _loss_of_features(self, student: Seen, teacher: Seen) -> Tensor:
+    def _loss_of_features(self, student: DecoderOutputs, teacher: DecoderOutputs) -> Tensor:
         loss = torch.zeros((), device=self._device)
         count = max(len(student.hidden_states), len(student.attentions))
         pairs = paired_layers(count, max(len(teacher.hidden_states), len(teacher.attentions)))

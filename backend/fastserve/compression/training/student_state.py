@@ -16,10 +16,10 @@ from fastserve.compression.pruning.model_shape import (
     DOWN,
     GATE,
     UP,
+    DecoderShape,
     K,
     O,
     Q,
-    Shape,
     V,
     check_layers,
     head_dim,
@@ -54,7 +54,7 @@ class StudentSizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             )
         layers = evenly(config.num_hidden_layers, sizes["num_hidden_layers"])
         heads = sizes["num_attention_heads"] // group
-        smaller = Shape(tuple(layers.tolist()), heads, sizes["intermediate_size"]).config(config)
+        smaller = DecoderShape(tuple(layers.tolist()), heads, sizes["intermediate_size"]).config(config)
         smaller.hidden_size = sizes["hidden_size"]
         return smaller
 
@@ -66,7 +66,7 @@ class StudentSizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         return size or largest
 
 
-class SmallerState(State):
+class StudentState(State):
     """A dense state whose matrices are picked from those of another."""
 
     def __init__(self, whole: State, sizes: StudentSizes) -> None:

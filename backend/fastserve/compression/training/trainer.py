@@ -1,6 +1,6 @@
 """The training loop: AdamW on windows of text, to a budget of steps or of minutes.
 
-What trains is in float32, and so is what the optimiser keeps; matrix products are in bfloat16 where the
+What trains is in float32, and so is what the optimizer keeps; matrix products are in bfloat16 where the
 device multiplies that faster. Nothing but the order of the windows is random, and that depends on the seed
 and the step alone: a run of so many steps ends in the same bytes, also if it was killed on the way and goes
 on from its checkpoint.
@@ -49,7 +49,7 @@ class CurvePoint:
     held_out: float
 
 
-class Training:
+class Trainer:
     """A run of the loop, which its directory outlives."""
 
     def __init__(

@@ -19,7 +19,7 @@ from fastserve.compression.step import Context
 from fastserve.compression.training.losses import Divergence, LogitLoss
 from fastserve.compression.training.objective import FeatureWeights, Objective, compute_dtype
 from fastserve.compression.training.trainable import trainable, write_trained
-from fastserve.compression.training.trainer import Training
+from fastserve.compression.training.trainer import Trainer
 from fastserve.compression.training.training_plan import TrainingPlan
 
 
@@ -63,7 +63,7 @@ class TrainingStep(TrainingPlan, frozen=True, kw_only=True):
         needs_teacher = self.distillation or self.hidden_states or self.attention
         beside = frozen_model(teacher, context.device) if needs_teacher else None
         objective = Objective(model.model, beside, logit_loss, features)
-        training = Training(
+        training = Trainer(
             self,
             model.parameters | dict(objective.projections.named_parameters(prefix="projections")),
             objective,
