@@ -23,7 +23,7 @@ NAMES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 class WatchWeighed(LayerStep, frozen=True, kw_only=True, tag="watch_weighed"):
     """Changes nothing, and keeps the moments of the second layer."""
 
-    weighs_tokens: ClassVar[bool] = True
+    weights_tokens: ClassVar[bool] = True
     seen: ClassVar[dict[str, torch.Tensor]] = {}
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:

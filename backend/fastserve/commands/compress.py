@@ -53,6 +53,7 @@ ERRORS = (ModelError, RecipeError, TextError, WriteError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `fastserve compress`."""
     parser.add_argument(
         "model", nargs="?", default="", help="directory, GGUF file or hub name (default: the default model)"
     )
@@ -74,8 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluation", nargs="+", metavar="FILE", help="text to judge by, in place of the recipe's"
     )
-    parser.add_argument("--samples", type=int, metavar="N", help="windows of calibration text, likewise")
-    parser.add_argument("--seed", type=int, metavar="N", help="of what is drawn at random, likewise")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="windows of calibration text, in place of the recipe's"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed, in place of the recipe's")
     parser.add_argument(
         "--restart", action="store_true", help="begin anew, not where an interrupted run was stopped"
     )
@@ -188,7 +191,7 @@ def with_figures(
 def _quality(
     evaluation: Evaluation, files: ModelFiles, result: str, device: torch.device, progress: Progress
 ) -> Quality:
-    """Of the result, beside the original."""
+    """The quality of the result, beside the original."""
     windows = evaluation_windows(evaluation, files.tokenizer)
     before, after = (
         load_model(path, "float32", device, one_layer_at_a_time=True)

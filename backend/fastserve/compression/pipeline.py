@@ -1,4 +1,4 @@
-"""From a model and a recipe to a checkpoint: the steps one after the other, each from a state to the next."""
+"""Compression from a model and a recipe to a checkpoint: each step turns one state into the next."""
 
 from __future__ import annotations
 
@@ -56,8 +56,11 @@ def compress(
 
 
 def load_source(files: ModelFiles, recipe: Recipe, out: Path) -> SourceState:
-    """The model as it came. Raises RecipeError if the recipe cannot be followed with it, or `out` exists;
-    ModelError if it cannot be read."""
+    """The model as it came, checked against the recipe.
+
+    Raises RecipeError if the recipe cannot be followed with it, or `out` exists; ModelError if the model
+    cannot be read.
+    """
     if out.exists():
         raise RecipeError(f"out: {out} exists already; name a directory that does not")
     source = SourceState(files.checkpoint)
@@ -66,7 +69,7 @@ def load_source(files: ModelFiles, recipe: Recipe, out: Path) -> SourceState:
 
 
 def _run(step: Step, directory: Path, before: State, context: Context) -> SavedState:
-    """The state after a step, which is there already if an interrupted run came so far."""
+    """The state after a step; read, not computed, if an interrupted run came so far."""
     after = StateWriter(directory)
     if not after.is_finished:
         torch.manual_seed(context.seed)
@@ -76,12 +79,13 @@ def _run(step: Step, directory: Path, before: State, context: Context) -> SavedS
 
 
 def _digest(recipe: Recipe, source: SourceState) -> str:
-    """Of what the result depends on."""
+    """A hash of what the result depends on: the recipe and the model."""
     return hashlib.sha256(msgspec.json.encode(recipe) + source.digest().encode()).hexdigest()
 
 
 def _open_work_directory(work: Path, digest: str, restart: bool) -> None:
-    """Raises RecipeError if it holds an unfinished run of something else."""
+    """Makes the directory of the states. Raises RecipeError if it holds an unfinished run of something
+    else."""
     if restart:
         shutil.rmtree(work, ignore_errors=True)
     if not (work / RUN).is_file():

@@ -24,7 +24,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     steps: Annotated[tuple[AnyStep, ...], Meta(min_length=1)]
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
-    seed: Annotated[int, Meta(ge=0, description="of what is drawn at random")] = 0
+    seed: Annotated[int, Meta(ge=0, description="random seed")] = 0
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -1,10 +1,10 @@
-"""Which weights pruning leaves out, and the format that holds those it keeps.
+"""Sparsity patterns: which weights pruning leaves out, and the format that holds those it keeps.
 
-| pattern | of what the cheapest are left out | format |
+| pattern | what of least saliency is left out | format |
 |---|---|---|
 | `unstructured` | single weights | `Bitmap` |
 | `rows` | whole rows | `Bitmap` |
-| `2:4` | single weights, two of each four adjacent columns | `Sparse24` |
+| `2:4` (N:M) | single weights, two of each four adjacent columns | `Sparse24` |
 | `block 32x64` | blocks of 32 rows and 64 columns | `BlockSparse` |
 
 The type of a weight says that it was pruned: `mask_of` reads from it which weights are kept, and `repack`
@@ -31,7 +31,7 @@ PatternName = Annotated[
     ),
 ]
 Scope = Literal["row", "matrix"]
-"""What competes: single weights with those of their row, or of their matrix; blocks likewise."""
+"""Where saliencies are compared: within a row, or the whole matrix (Wanda's comparison group)."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class BlockPattern:
 
     rows: int
     columns: int | None
-    """None: all of the matrix's."""
+    """None: all columns of the matrix."""
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError if a weight of shape [N, K] does not divide into blocks."""
@@ -82,7 +82,7 @@ class BlockPattern:
 
 @dataclass(frozen=True)
 class TwoOfFour:
-    """Leaves out the cheaper two of each four adjacent columns."""
+    """Leaves out two of each four adjacent columns: N:M sparsity as GPUs have it."""
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError if `Sparse24` cannot hold a weight of shape [N, K]."""
@@ -90,7 +90,10 @@ class TwoOfFour:
             raise ValueError(f"the columns of {shape[0]}x{shape[1]} are no multiple of 8")
 
     def mask(self, saliency: Tensor, sparsity: float = 0.5, scope: Scope = "matrix") -> Tensor:
-        """As `BlockPattern.choose`; neither the sparsity nor the scope changes anything."""
+        """A mask [N, K] bool, true where a weight is kept, given the saliency of each [N, K].
+
+        The sparsity is a half and competes within four columns: neither argument changes anything.
+        """
         fours = saliency.unflatten(1, (-1, 4))
         cheapest = fours.topk(2, dim=-1, largest=False).indices
         return torch.ones_like(fours, dtype=torch.bool).scatter_(-1, cheapest, False).flatten(1)

@@ -17,9 +17,9 @@ from fastserve.text.tokenizer import Tokenizer
 
 BETWEEN_DOCUMENTS = "\n\n"
 HELD_OUT_EVERY = 10
-"""Of so many windows of calibration text the last one is held out."""
+"""One window of so many of the calibration text is held out."""
 HELD_OUT_TOKENS = 4096
-"""Of these that are looked at: about so many."""
+"""Held-out tokens that are evaluated, about."""
 
 
 class TextError(ValueError):
@@ -79,18 +79,18 @@ def token_windows(
 
 @dataclass(frozen=True)
 class CalibrationWindows:
-    """Of the calibration text, each [samples, length] int64."""
+    """Windows of the calibration text, each tensor [samples, length] int64."""
 
     measured: Tensor
-    """As many as are asked for, to measure on."""
+    """As many windows as are asked for, to measure on."""
     training: Tensor
-    """All that are not held out, and those half a window further on: tokens come in two contexts."""
+    """All windows that are not held out, and those half a window further on: tokens come in two contexts."""
     held_out: Tensor
-    """Of every tenth window, so that these too come from all over the text."""
+    """Some of every tenth window, so that these too come from all over the text."""
 
 
 def calibration_windows(source: Calibration, tokenizer: Path, seed: int) -> CalibrationWindows:
-    """Of `source.samples` and `source.length`. Raises TextError."""
+    """The windows of a calibration source, of `source.samples` and `source.length`. Raises TextError."""
     text = read_text(source.files) if source.files else calibration_text()
     start, ids = _encode(tokenizer, text)
     windows = _cut(start, ids, source.length)

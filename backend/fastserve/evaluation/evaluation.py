@@ -20,7 +20,7 @@ from fastserve_kernels.attention_metadata import AttentionMetadata
 
 BLOCK_SIZE = 16
 TOKENS_AT_ONCE = 8192
-"""Whose hidden states wait for each other between two layers: a layer is read once for all of them."""
+"""Tokens whose hidden states wait for each other between two layers: a layer is read once for all of them."""
 LOGITS_AT_ONCE = 1 << 21
 """Elements of a chunk of logits, 8 MiB in float32: whole windows of a large vocabulary would fill memory."""
 KVCacheFormat = tuple[torch.dtype, list[KVScales] | None]
@@ -29,7 +29,7 @@ KVCacheFormat = tuple[torch.dtype, list[KVScales] | None]
 
 @dataclass(frozen=True)
 class Quality:
-    """Of a model, over all predicted tokens of the windows."""
+    """The quality of a model, over all predicted tokens of the windows."""
 
     perplexity: float
     """exp of the mean negative log likelihood of each token given those before it in its window."""
@@ -40,7 +40,7 @@ class Quality:
     tokens: int
     """Predicted: the first of each window is not."""
     reference_perplexity: float | None = None
-    """That of the reference on the same tokens."""
+    """The perplexity of the reference on the same tokens."""
 
 
 class SequenceRunner:
@@ -63,8 +63,8 @@ class SequenceRunner:
 
     @torch.inference_mode()
     def hidden(self, sequences: Tensor) -> list[Tensor]:
-        """What `logits` of the model wants of each token of sequences [samples, T] int64: [T, hidden] of each
-        sequence."""
+        """The final hidden states [T, hidden] of each of the sequences [samples, T] int64, as the model's
+        `logits` takes them."""
         count = sequences.shape[1]
         metadata = AttentionMetadata.build([count], [count], [self._blocks], BLOCK_SIZE, self.model.device)
         token_ids = sequences.to(self.model.device).unbind()
@@ -80,7 +80,7 @@ def evaluate(
     progress: Progress | None = None,
     kv_cache: KVCacheFormat | None = None,
 ) -> Quality:
-    """Judges a model by windows [samples, length] int64, and beside a reference of the same vocabulary.
+    """Evaluates a model on windows [samples, length] int64, and beside a reference of the same vocabulary.
 
     Both compute in the dtype they were loaded with; float32 is meant. They may be loaded one layer at a time.
     `kv_cache`: of the model, not of the reference. Raises ValueError if the windows are longer than a model
@@ -125,7 +125,7 @@ def _predicting(sequences: SequenceRunner, windows: Tensor) -> Tensor:
 
 @dataclass
 class _Sums:
-    """Over the tokens so far."""
+    """Sums over the tokens so far."""
 
     loss: float = 0.0
     reference_loss: float = 0.0
@@ -146,7 +146,7 @@ class _Sums:
 
 
 def log_probabilities(model: CausalLM, hidden: Tensor) -> Tensor:
-    """Of every token that may follow each row of hidden [n, hidden]: [n, vocab] float32."""
+    """The log-probabilities [n, vocab] float32 of the token that follows each row of hidden [n, hidden]."""
     return model.logits(hidden).log_softmax(-1)
 
 

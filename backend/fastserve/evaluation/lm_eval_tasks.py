@@ -20,9 +20,9 @@ from fastserve.text.tokenizer import Tokenizer
 MAX_LENGTH = 2048
 """Tokens of a context and its continuation; longer ones lose their beginning."""
 MAX_NEW_TOKENS = 256
-"""For a task that does not say how many."""
+"""New tokens for a task that does not say how many."""
 TokenRequest = tuple[tuple[str, str], list[int], list[int]]
-"""As lm-eval has it: the texts, and the tokens of the context and of its continuation."""
+"""A request of lm-eval: the texts, and the tokens of the context and of its continuation."""
 
 
 def run_tasks(
@@ -55,14 +55,17 @@ class EvaluatedModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a text."""
         return self._tokenizer.eos_token_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """Before a text that has no context."""
+        """The token before a text that has no context."""
         return self._begin[0] if self._begin else self.eot_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """The token ids of a text, begun as the tokenizer begins every text unless `add_special_tokens` is
+        False."""
         ids: list[int] = self._tokenizer.backend.encode(string, add_special_tokens=False).ids
         has_begin = ids[: len(self._begin)] == self._begin
         return ids if has_begin or add_special_tokens is False else self._begin + ids
@@ -83,6 +86,7 @@ class EvaluatedModel(TemplateLM):
         return float(scores.gather(-1, targets).sum()), is_greedy
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log likelihoods of whole texts, in nats."""
         sequences = SequenceRunner(self.model, self._max_length)
         return [self._rolling(sequences, request.args[0]) for request in requests]
 
@@ -97,6 +101,7 @@ class EvaluatedModel(TemplateLM):
         return sum(self._score(sequences, *make_disjoint_window(window))[0] for window in windows)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The continuations of contexts, up to a stop string."""
         with ModelServer(self._load_engine()) as server:
             tasks = [self._submit(server, *request.args) for request in requests]
             return [task.result() for task in tasks]

@@ -1,4 +1,5 @@
-"""A decoder layer's module, called as its model calls it, and what enters the modules within."""
+"""The forward pass of one decoder layer: its module called as its model calls it, and the inputs of
+submodules."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 
 class LayerForward:
-    """A layer's weights in a module of transformers, and how that is called."""
+    """A layer of transformers, and the arguments with which its model calls it."""
 
     def __init__(self, module: nn.Module, arguments: dict[str, Any]) -> None:
         self.module = module
@@ -24,7 +25,8 @@ class LayerForward:
         return self.inputs((name,), hidden)[0]
 
     def inputs(self, names: tuple[str, ...], hidden: Tensor) -> tuple[Tensor, ...]:
-        """The same of several, in the order in which they run."""
+        """What enters several modules [tokens, K], named in the order in which they run; `hidden` goes no
+        further."""
         seen: list[Tensor] = []
 
         def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -46,4 +48,4 @@ class LayerForward:
 
 
 class _StopForward(Exception):
-    """Ends a pass through a layer as soon as it has shown what it is for."""
+    """Ends a forward pass as soon as all inputs that were asked for are seen."""

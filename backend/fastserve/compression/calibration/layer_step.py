@@ -25,7 +25,7 @@ from fastserve.compression.step import Context, Step
 from fastserve_kernels.formats import Dense, Weight
 
 REPORT_TOKENS = 4096
-"""That a step which measures nothing is reported by."""
+"""Tokens whose activations a step without calibration is reported by."""
 HIDDEN = f"{SCRATCH}hidden.safetensors"
 
 
@@ -37,17 +37,19 @@ class LayerStep(Step, frozen=True, kw_only=True):
     """
 
     targets: tuple[str, ...] = ("*",)
-    """Which linears: patterns of full names as a shell has them, as in `model.layers.3.mlp.down_proj`."""
+    """The linears that the step changes: shell patterns of full names such as
+    `model.layers.3.mlp.down_proj`."""
 
     with_reference: ClassVar[bool] = False
-    """Whether `compress` looks at the hidden states of the model before this step too."""
-    weighs_tokens: ClassVar[bool] = False
-    """Whether a token counts by how much predictions depend on a linear's output for it (`importance`)."""
+    """Whether `compress` uses the hidden states of the model before this step too."""
+    weights_tokens: ClassVar[bool] = False
+    """Whether tokens are weighted by how much predictions depend on a linear's output for them
+    (`importance`)."""
 
     @property
     def measures(self) -> bool:
-        """Whether `compress` goes by what the calibration text looks like. If not, it is run through the
-        layers for the report alone, and little of it is enough."""
+        """Whether `compress` uses activation statistics. If not, calibration text is run through the layers
+        for the report alone, and little of it is enough."""
         return True
 
     def selects(self, linear: str) -> bool:
@@ -55,6 +57,7 @@ class LayerStep(Step, frozen=True, kw_only=True):
         return any(fnmatchcase(linear, pattern) for pattern in self.targets)
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
+        """Compresses layer by layer."""
         run_layers(self, before, after, context)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
@@ -64,7 +67,7 @@ class LayerStep(Step, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class _Position:
-    """How far a step has come: the states before layer `index`."""
+    """How far a step has come: the hidden states before layer `index`."""
 
     index: int
     hidden: Tensor
@@ -74,7 +77,7 @@ class _Position:
 @torch.no_grad()
 def run_layers(step: LayerStep, before: State, after: StateWriter, context: Context) -> None:
     """Writes the state after a step whose `compress` takes a layer."""
-    importance = measure_importance(before, after, context) if step.weighs_tokens else None
+    importance = measure_importance(before, after, context) if step.weights_tokens else None
     meta_model = MetaModel(before.config, context.device)
     windows = context.calibration if step.measures else _few(context.calibration)
     hidden, calls = meta_model.embed(_embedding(before), windows)

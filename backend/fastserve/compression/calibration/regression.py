@@ -22,23 +22,24 @@ class Regression:
     weight: Tensor
     """[N, K] to which the solution is held."""
     ridge: float
-    """By how much: the mean square, in all directions alike, of further inputs whose wanted outputs the
-    weight gives."""
+    """The ridge: the mean square, in all directions alike, of further inputs whose wanted outputs the weight
+    gives."""
 
     @classmethod
     def towards(cls, weight: Tensor, cross: Tensor, hessian: Tensor, tokens: int) -> Regression:
-        """Of means over so many tokens, as if there were K more of the same energy for the weight [N, K]. Few
-        tokens change it little then, and many decide: the ridge for a change and a noise of like energy."""
+        """A regression from means over so many tokens, with K further tokens of the same energy that speak
+        for the weight [N, K]. Few tokens change it little then, and many decide: the ridge for a change and a
+        noise of like energy."""
         mean_square = float(hessian.diagonal().mean().clamp_min(1e-30))
         return cls(cross.double(), hessian.double(), weight.double(), len(hessian) / tokens * mean_square)
 
     def weighted(self, rows: Tensor) -> Regression:
-        """The same with outputs that count so much [N]: errors are sums of squares times that."""
+        """This regression with weighted outputs: squared errors are multiplied by `rows` [N]."""
         scales = rows.double().sqrt()[:, None]
         return replace(self, cross=scales * self.cross, weight=scales * self.weight)
 
     def damped_hessian(self, ridge: float) -> Tensor:
-        """The gram with further inputs."""
+        """The Hessian [K, K] with `ridge` added to its diagonal."""
         return self.hessian + ridge * torch.eye(
             len(self.hessian), dtype=self.hessian.dtype, device=self.hessian.device
         )

@@ -24,12 +24,12 @@ from fastserve.compression.state.meta_model import EMBEDDING, HEAD, NORM, MetaMo
 from fastserve.compression.state.model_state import State, dense, save_tensors
 
 LEAST = 1e-30
-"""Added to |g|^2, so that a linear that nothing depends on has a gram too."""
+"""Added to |g|^2, so that a linear that nothing depends on has a Hessian too."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of a linear, means over tokens."""
+    """Fisher information of a linear: means over tokens."""
 
     hessian: Tensor
     """[K, K] E[x x^T |g|^2] / E[|g|^2] of its inputs."""
@@ -42,7 +42,8 @@ class Sensitivity:
 def sensitivities(
     state: State, token_ids: Tensor, device: torch.device, seed: int, scratch: Path
 ) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
-    """Of the linears of each layer by local name, the last layer first, on windows of text [samples, T].
+    """Yields each layer's index and the sensitivity of its linears by local name, the last layer first, on
+    windows of text [samples, T].
 
     One layer at a time is in memory; the hidden states before each wait in files in the directory `scratch`.
     """
@@ -94,8 +95,8 @@ def _head_backward(meta_model: MetaModel, outer: dict[str, Tensor], hidden: Tens
 def _layer_sensitivities(
     layer: LayerForward, names: tuple[str, ...], hidden: Tensor, gradients: Tensor
 ) -> dict[str, Sensitivity]:
-    """Of a layer's linears by local name, given the gradients [samples, T, hidden] by its output: they are
-    replaced by those by its input."""
+    """Sensitivities of a layer's linears by local name, given the gradients [samples, T, hidden] by its
+    output, which are replaced by those by its input."""
     # What is kept is written in place: small tensors that stay, made between large ones that go, would leave
     # holes that nothing large fits into.
     hessians: dict[str, Tensor] = {}
@@ -109,8 +110,8 @@ def _layer_sensitivities(
 
         def add(x: Tensor, gradient: Tensor) -> None:
             squares = gradient.square().sum(-1) + LEAST
-            weighed = x * squares.sqrt()[:, None]
-            hessians[name] = _added(hessians.get(name), weighed.T @ weighed)
+            weighted = x * squares.sqrt()[:, None]
+            hessians[name] = _added(hessians.get(name), weighted.T @ weighted)
             rows[name] = _added(rows.get(name), gradient.square().sum(0))
             tokens[name][number].copy_(squares)
 
@@ -133,5 +134,5 @@ def _added(total: Tensor | None, more: Tensor) -> Tensor:
 
 
 def _sensitivity(hessian: Tensor, rows: Tensor, tokens: Tensor) -> Sensitivity:
-    """Of sums over tokens."""
+    """A sensitivity from sums over tokens."""
     return Sensitivity(hessian / tokens.sum(), rows / tokens.numel(), tokens)

@@ -1,4 +1,4 @@
-"""Which weights to leave out if others make up for them, by the alternating direction method of multipliers.
+"""ADMM, the alternating direction method of multipliers: the mask of the weights that others can make up for.
 
 Two copies of a weight are drawn together: one has the least output error, the other has the pattern. So the
 mask is chosen in view of all columns at once (Boza, arXiv 2401.02938; ALPS, Meng et al., arXiv 2406.07831).
@@ -20,9 +20,9 @@ with each iteration. Three times as many iterations, more slowly, lower the outp
 
 
 def admm_mask(weight: Tensor, hessian: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
-    """A mask [N, K] bool, true where a weight [N, K] is kept, given the gram [K, K] of its inputs.
+    """A mask [N, K] bool, true where a weight [N, K] is kept, given the Hessian [K, K] of its inputs.
 
-    The gram must have an inverse.
+    The Hessian must have an inverse.
     """
     hessian, scales = normalized(hessian)
     weight = weight * scales
@@ -44,4 +44,5 @@ class Admm(ReconstructingStep, frozen=True, kw_only=True, tag="admm"):
     """Leaves out the weights that the others can best make up for, in view of all columns at once."""
 
     def mask(self, weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
+        """The mask of `admm_mask`."""
         return admm_mask(weight, hessian, pattern, self.sparsity)

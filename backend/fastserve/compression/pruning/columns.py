@@ -51,7 +51,7 @@ def removal_order(regression: Regression, unit: int, count: int) -> Removal:
 
 
 def kept_units(regression: Regression, unit: int, count: int) -> Tensor:
-    """Those that stay [count], ascending, when all others are left out."""
+    """The units that stay [count] int64, ascending, when all others are left out."""
     units = regression.hessian.shape[0] // unit
     stays = torch.ones(units, dtype=torch.bool, device=regression.hessian.device)
     stays[removal_order(regression, unit, units - count).order] = False
@@ -59,7 +59,7 @@ def kept_units(regression: Regression, unit: int, count: int) -> Tensor:
 
 
 def unit_saliency(weight: Tensor, inverse: Tensor, unit: int) -> Tensor:
-    """What it costs to leave out one unit alone, for each: [units]."""
+    """The saliency [units] of each unit: the output error of leaving it out alone."""
     if unit == 1:
         return weight.square().sum(0) / inverse.diagonal()
     count = weight.shape[1] // unit
@@ -69,11 +69,11 @@ def unit_saliency(weight: Tensor, inverse: Tensor, unit: int) -> Tensor:
 
 
 def remove_columns(weight: Tensor, inverse: Tensor, gone: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The best weight and the inverse gram of the kept columns alone, from those of all."""
+    """The best weight and the inverse Hessian of the kept columns alone, from those of all."""
     step = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, kept])
     return weight[:, kept] - weight[:, gone] @ step, inverse[kept][:, kept] - inverse[kept][:, gone] @ step
 
 
 def unit_columns(units: Tensor, unit: int) -> Tensor:
-    """The columns [len(units) * unit] of units, or their rows."""
+    """The columns (or rows) [len(units) * unit] that units consist of."""
     return (units[:, None] * unit + torch.arange(unit, device=units.device)).flatten()

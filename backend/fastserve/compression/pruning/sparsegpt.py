@@ -1,7 +1,7 @@
 """SparseGPT (Frantar and Alistarh, arXiv 2301.00774): which weights to leave out if others make up for them.
 
 Columns are pruned from left to right. To leave out w_j costs w_j^2 / [H^-1]_jj of output error, where H is
-the gram matrix of the inputs from j on; the weights from j on then make up for it as well as they can. The
+the Hessian of the inputs from j on; the weights from j on then make up for it as well as they can. The
 paper stops there. Here its mask is taken, and all weights are solved anew for it (`reconstruction.py`).
 """
 
@@ -15,13 +15,13 @@ from fastserve.compression.pruning.pruning_step import ReconstructingStep
 from fastserve.compression.sparsity_patterns import Pattern, TwoOfFour
 
 COLUMNS = 128
-"""Whose mask is chosen together. The columns of all blocks of `patterns` divide it."""
+"""Columns whose mask is chosen together. The columns of every block pattern divide it."""
 
 
 def sparsegpt_mask(weight: Tensor, hessian: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
-    """A mask [N, K] bool, true where a weight [N, K] is kept, given the gram [K, K] of its inputs.
+    """A mask [N, K] bool, true where a weight [N, K] is kept, given the Hessian [K, K] of its inputs.
 
-    The gram must have an inverse.
+    The Hessian must have an inverse.
     """
     factor, weight = inverse_factor(hessian), weight.clone()
     masks: list[Tensor] = []
@@ -54,4 +54,5 @@ class SparseGpt(ReconstructingStep, frozen=True, kw_only=True, tag="sparsegpt"):
     """Leaves out the weights that the others can best make up for, block of columns by block of columns."""
 
     def mask(self, weight: Tensor, hessian: Tensor, pattern: Pattern) -> Tensor:
+        """The mask of `sparsegpt_mask`."""
         return sparsegpt_mask(weight, hessian, pattern, self.sparsity)

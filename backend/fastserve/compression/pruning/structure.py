@@ -60,6 +60,7 @@ class Structure(Step, frozen=True, kw_only=True, tag="structure"):
     accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense",))
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError for layers of another architecture, and for sizes that leave nothing."""
         check_layers(config)
         whole = Sizes(config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
         given = {name: getattr(self, name) for name in Sizes._fields}
@@ -78,11 +79,14 @@ class Structure(Step, frozen=True, kw_only=True, tag="structure"):
             )
 
     def config_after(self, config: PretrainedConfig) -> PretrainedConfig:
+        """The config after pruning; of `parameters`, that of one of the candidates of about that size."""
         # All candidates are of about the same size; the last one has all layers, if any has.
         sizes = self._candidates(config)[-1]
         return DecoderShape(tuple(range(sizes.layers)), sizes.kv_heads, sizes.channels).config(config)
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
+        """Chooses the shape, zeroes what is to leave while the rest is solved anew, and cuts the zeros
+        away."""
         shape = self._shape(before, after, context)
         masked_directory = after.directory / MASKED
         if not (masked_directory / "config.json").is_file():
@@ -101,7 +105,7 @@ class Structure(Step, frozen=True, kw_only=True, tag="structure"):
         return [Sizes(*(size - getattr(self, name) for name, size in whole._asdict().items()))]
 
     def _shape(self, before: State, after: StateWriter, context: Context) -> DecoderShape:
-        """That which an interrupted run chose, if there was one."""
+        """The shape to prune to: that of an interrupted run if it chose one."""
         noted = read_notes(after.directory).get("shape")
         if noted is not None:
             return DecoderShape(tuple(noted["layers"]), noted["kv_heads"], noted["channels"])
@@ -128,7 +132,7 @@ class _Masking(LayerStep, frozen=True, kw_only=True, tag="structure"):
     """Columns of o_proj that belong to a key/value head."""
     targets: tuple[str, ...] = ()
     with_reference: ClassVar[bool] = True
-    weighs_tokens: ClassVar[bool] = True
+    weights_tokens: ClassVar[bool] = True
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         if layer.index not in self.shape.layers:
@@ -154,8 +158,8 @@ def _no_bias(layer: Layer, name: str) -> Tensor | None:
 
 
 def regression(layer: Layer, name: str) -> Regression:
-    """Of what o_proj or down_proj would have to add to the hidden states for them to be those of the model
-    before, from its inputs."""
+    """The regression, on the inputs of o_proj or down_proj, of what these would have to add to the hidden
+    states for them to be those of the model before."""
     weight, bias = layer.dense(name), f"{name}.bias"
     offset = layer.other(bias) if bias in layer.part else 0.0
     cross, hessian = torch.zeros_like(weight), weight.new_zeros(weight.shape[1], weight.shape[1])

@@ -1,4 +1,4 @@
-"""Activation-aware scaling: AWQ (Lin et al., arXiv 2306.00978).
+"""Activation-aware scale search: AWQ (Lin et al., arXiv 2306.00978).
 
 Columns whose inputs are large are made larger before rounding, which then costs the output less. What is
 tried is magnitude^p / largest^(1 - p) and magnitude^p, with the mean magnitude of the inputs and the largest
@@ -23,9 +23,9 @@ from fastserve.compression.quantization.smoothing import check_model_type, share
 from fastserve.compression.step import WeightKind
 
 POWERS = tuple(step / 10 for step in range(1, 11))
-"""That are tried."""
+"""Exponents that the search tries."""
 _SMALLEST = 1e-4
-"""Of magnitudes, against their mean."""
+"""Least magnitude, relative to the mean."""
 
 
 def candidate_scales(magnitude: Tensor, weight: Tensor) -> Iterator[Tensor]:
@@ -39,7 +39,7 @@ def candidate_scales(magnitude: Tensor, weight: Tensor) -> Iterator[Tensor]:
 
 
 def output_cost(difference: Tensor, hessian: Tensor) -> float:
-    """E||D x||^2 for a difference D [N, K] of weights and the gram matrix [K, K] of the inputs."""
+    """E||D x||^2 for a difference D [N, K] of weights and the Hessian [K, K] of the inputs."""
     return float(((difference @ hessian) * difference).sum())
 
 
@@ -47,17 +47,19 @@ class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
     """Scales columns by what their inputs are like, for the step after it to round them better."""
 
     accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense", "sparse"))
-    weighs_tokens: ClassVar[bool] = True
+    weights_tokens: ClassVar[bool] = True
 
     bits: Bits = 4
     group_size: GroupSize = 64
     symmetric: Annotated[bool, Meta(description="as in the step that rounds")] = False
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError for a model type without known norms, or groups that do not divide a linear."""
         check_model_type("awq", config)
         check_groups(self.group_size, dict(targeted_linears(self, config)))
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        """Searches and applies scales, stage by stage."""
         for stage in layer.stages:
             if smoothable(stage, names):
                 factors = self.search_scales(layer, stage)
@@ -89,7 +91,8 @@ class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
 
 
 def least_cost(cost: Callable[[Tensor], float], tried: Iterator[Tensor]) -> Tensor | None:
-    """Of the factors [K] that are tried; None if none of them costs less than no factors do."""
+    """The factors [K] of least cost among those tried; None if none of them costs less than no scaling
+    does."""
     best: Tensor | None = None
     least: float | None = None
     for factors in tried:

@@ -24,7 +24,7 @@ from fastserve.models.kv_cache import KV_CACHE_DTYPES, LARGEST
 from fastserve.models.kv_rounding import candidate_scales, least_error, squared_errors
 
 ERRORS_OF_EVERY = 16
-"""Of so many tokens one is rounded, with each scale that is tried: 4096 of the usual 128 windows."""
+"""One token of so many is rounded with each scale that is tried: 4096 of the usual 128 windows."""
 
 
 class KVCacheScales(LayerStep, frozen=True, kw_only=True, tag="kv_cache"):
@@ -38,15 +38,17 @@ class KVCacheScales(LayerStep, frozen=True, kw_only=True, tag="kv_cache"):
     """What shares a scale. `layer` is less exact, and is what older versions of vLLM read."""
 
     targets: tuple[str, ...] = ()
-    """None: no linear changes."""
+    """No linear changes."""
 
     accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense", "sparse", "low rank", "quantized"))
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError for `targets`: the scales are those of all layers."""
         if self.targets:
             raise RecipeError(f"targets: got {', '.join(self.targets)}; allowed: none, it is for all layers")
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
+        """Measures layer by layer, and writes the scheme into the config."""
         super().run(before, after, context)
         config = copy.deepcopy(before.config)
         quantization = getattr(config, "quantization_config", None) or {}
@@ -54,6 +56,7 @@ class KVCacheScales(LayerStep, frozen=True, kw_only=True, tag="kv_cache"):
         after.write_config(config)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        """Adds the scales of its keys and values to the layer."""
         for kind, scale in self._measure(layer).items():
             # compressed-tensors has these shapes. Where all is zero any scale will do but zero.
             shaped = scale.reshape((-1, 1, 1) if self.per == "head" else (1,))

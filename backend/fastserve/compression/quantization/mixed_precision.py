@@ -31,9 +31,9 @@ from fastserve_kernels.formats.int_rows import rows_by_width
 
 FILE = f"{SCRATCH}bits.safetensors"
 RATIOS = (1.0, 0.9, 0.8, 0.7)
-"""Of ranges, in an estimate: `grid.CLIP_RATIOS` would take longer and change little."""
+"""Clipping that an estimate tries: `grid.CLIP_RATIOS` would take longer and change little."""
 BITS_OF_A_WIDTH = 8
-"""In `IntRows`."""
+"""Bits that `IntRows` needs to store the width of a row."""
 BISECTIONS = 100
 
 
@@ -76,11 +76,13 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
     ] = "row"
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError if `bits` does not lie between the widths, or a linear cannot be quantized."""
         super().check(config)
         if not min(self.widths) <= self.bits <= max(self.widths):
             raise RecipeError(f"bits: got {self.bits}; allowed: what lies between the widths {self.widths}")
 
     def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        """Rows of the two widths around `bits`, as many of each as give that average."""
         dense, widths = weight.dequantize().to(dtype), sorted(self.widths)
         codes = float(self._sizes((1, dense.shape[1])))
         bits = self.bits if self.per == "linear" else max(self.bits - BITS_OF_A_WIDTH / codes, widths[0])
@@ -90,6 +92,7 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         return IntRows.pack(dense, given, self.group_size, self.symmetric)
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
+        """Allocates bits by sensitivity, then quantizes with GPTQ layer by layer."""
         costs: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, int]] = {}
 
@@ -144,7 +147,7 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
 
 
 class _Allocated(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
-    """With the bits [N] uint8 of each linear's rows, by full name."""
+    """GPTQ with the bits [N] uint8 of each linear's rows, by full name."""
 
     per: str
     given: dict[str, Any]

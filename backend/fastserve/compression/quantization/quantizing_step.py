@@ -34,6 +34,8 @@ class QuantizingStep(LayerStep, frozen=True, kw_only=True):
     ] = False
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError if groups do not divide a linear, or biases are to be corrected where there are
+        none."""
         linears = dict(targeted_linears(self, config))
         check_groups(getattr(self, "group_size", None), linears)
         if self.bias_correction and all(linear.bias is None for linear in linears.values()):

@@ -1,6 +1,6 @@
-"""Codes and scales that are there already, improved in turns: the output error falls with every turn.
+"""Refinement of codes and scales in turns, by coordinate descent: the output error falls with every turn.
 
-The error of a row is (q - w) H (q - w)^T, with q its values, w its target and H the gram matrix of the
+The error of a row is (q - w) H (q - w)^T, with q its values, w its target and H the Hessian of the
 inputs. The codes of a row are improved one at a time (coordinate descent, as in QuantEase, arXiv 2309.01885);
 then the scales of all its groups at once, by least squares.
 """
@@ -13,9 +13,10 @@ from torch import Tensor
 from fastserve.compression.quantization.grid import Grid
 
 COLUMNS = 128
-"""Gone through before their changes reach all the others."""
+"""Columns that are descended along before their changes reach all others."""
 _PULL = 1e-3
-"""Of scales to what they were, against the curvature of the error: decides where a group has no say in it."""
+"""Pull of scales to what they were, relative to the curvature of the error: decides where a group has
+none."""
 _FURTHEST = 1.5
 """Factor by which a scale may change in one turn."""
 

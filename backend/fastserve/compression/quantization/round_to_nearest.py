@@ -43,9 +43,11 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
 
     @property
     def measures(self) -> bool:
+        """True where the range is clipped for the outputs, and for bias correction."""
         return self.clip == "outputs" or self.bias_correction
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError for groups that do not fit, and for clipping of ranges that are not searched."""
         super().check(config)
         if self.clip != "none" and (self.group_size == "tensor" or self.zero_points == "exact"):
             raise RecipeError(
@@ -53,11 +55,14 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
             )
 
     def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        """The weight on its min-max grid."""
         dense = weight.dequantize()
         grid = msgspec.structs.replace(self, clip="none").grid(dense, dense, dtype)
         return pack(grid, grid.quantize(dense), weight)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        """Rounds the linears of these names to nearest. Raises RecipeError for a sparse one with exact zero
+        points."""
         for name in layer.in_order(names):
             if self.zero_points == "exact" and mask_of(layer.weight(name)) is not None:
                 raise RecipeError(

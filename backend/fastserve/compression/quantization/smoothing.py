@@ -1,6 +1,7 @@
-"""Columns of a linear made larger and its inputs smaller by the same factor, in what comes before it.
+"""Scaling of a linear's columns, undone in what comes before it: AWQ's scales and SmoothQuant's smoothing.
 
-The model computes what it did, but rounds otherwise. What comes before is a norm, or another linear whose
+Columns become larger and their inputs smaller by the same factor: the model computes what it did, but rounds
+otherwise. What comes before is a norm, or another linear whose
 rows reach the columns one to one: v_proj for o_proj (through attention, which mixes tokens, not channels) and
 up_proj for down_proj.
 """
@@ -18,7 +19,7 @@ from fastserve.compression.errors import RecipeError
 from fastserve.compression.sparsity_patterns import repack
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Whose layers are built in this way."""
+"""Model types whose layers are built in this way."""
 BEFORE = {
     "self_attn.q_proj": "input_layernorm",
     "self_attn.o_proj": "self_attn.v_proj",

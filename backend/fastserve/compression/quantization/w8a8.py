@@ -15,7 +15,7 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fastserve.compression.calibration.hessian import damped
+from fastserve.compression.calibration.hessian import Damping, damped
 from fastserve.compression.calibration.layer import Layer, round_rows
 from fastserve.compression.quantization.awq import least_cost
 from fastserve.compression.quantization.gptq import gptq_quantize
@@ -24,9 +24,9 @@ from fastserve.compression.quantization.smoothing import check_model_type, share
 from fastserve_kernels.formats import W8A8, Int8, Weight
 
 MIGRATION_STRENGTHS = tuple(step / 10 for step in range(1, 10))
-"""The a that are tried."""
+"""Migration strengths a that are tried."""
 TOKENS = 2048
-"""Of the calibration text, evenly spread, that the search rounds."""
+"""Tokens of the calibration text, evenly spread, that the search rounds."""
 _SMALLEST = 1e-5
 
 
@@ -41,24 +41,25 @@ def candidate_scales(x: Tensor, weight: Tensor) -> Iterator[Tensor]:
 class W8A8Step(QuantizingStep, frozen=True, kw_only=True, tag="w8a8"):
     """Rounds weights and activations to eight bits."""
 
-    weighs_tokens: ClassVar[bool] = True
+    weights_tokens: ClassVar[bool] = True
 
     smoothing: Annotated[
         bool, Meta(description="move what is large in a channel from activations to weights")
     ] = True
-    damping: Annotated[
-        float, Meta(gt=0, le=1, description="added to the diagonal of the inputs' gram matrix, of its mean")
-    ] = 0.01
+    damping: Damping = 0.01
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError for a model type without known norms, if smoothing is asked for."""
         super().check(config)
         if self.smoothing:
             check_model_type("smoothing", config)
 
     def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        """The weight rounded to nearest."""
         return W8A8.pack(weight.dequantize())
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        """Smooths stage by stage, then quantizes the linears of these names with GPTQ."""
         for stage in layer.stages:
             if self.smoothing and smoothable(stage, names):
                 factors = search_smoothing_factors(layer, stage)
@@ -71,7 +72,7 @@ class W8A8Step(QuantizingStep, frozen=True, kw_only=True, tag="w8a8"):
 
 
 def pack(weight: Tensor, hessian: Tensor) -> W8A8:
-    """A weight [N, K], rounded with second-order correction for inputs of this gram matrix [K, K]."""
+    """A weight [N, K], rounded with second-order correction for inputs of this Hessian [K, K]."""
     grid, codes = gptq_quantize(weight, hessian, 8, weight.shape[1], True, torch.float32)
     packed = grid.pack(codes)
     assert isinstance(packed, Int8)

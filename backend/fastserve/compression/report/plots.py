@@ -92,7 +92,7 @@ def svg(plot: Plot) -> bytes:
 def _by_layer(
     linears: list[LinearReport], title: str, label: str, value: Callable[[LinearReport], float | None]
 ) -> Plot | None:
-    """None if no value is known, or all are the same."""
+    """The plot of a figure by layer; None if no value is known, or all are the same."""
     series = []
     for kind, of_kind in by_kind(linears).items():
         points = [(_layer(linear), found) for linear in of_kind if (found := value(linear)) is not None]

@@ -33,11 +33,11 @@ class StepReport:
 
     step: str
     linears: list[LinearReport]
-    """Those that it changed, first layer to last."""
+    """The linears that the step changed, first layer to last."""
     curve: list[CurvePoint]
-    """If it trained."""
+    """The training curve, if the step trained."""
     notes: dict[str, Any]
-    """What else it had to say."""
+    """Everything else that the step noted."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class ModelFigures:
 
     bytes_on_disk: int
     bytes_per_token: int | None = None
-    """Of weights that one token of a lone sequence reads."""
+    """Bytes of weights that one token of a lone sequence reads."""
     perplexity: float | None = None
     tokens_per_second: dict[str, float] | None = None
-    """By batch size."""
+    """Output tokens per second by batch size."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Of a run of `fastserve compress`."""
+    """The report of a run of `fastserve compress`."""
 
     model: str
     result: str
@@ -72,11 +72,11 @@ class Report:
     date: str
     """When it was finished, ISO 8601."""
     seconds: float
-    """That the steps took, in this run."""
+    """Seconds that the steps took, in this run."""
 
 
 def step_reports(notes: list[StepNotes]) -> list[StepReport]:
-    """From the notes that the steps left."""
+    """The reports of the steps, from their notes."""
     return [_step_report(note.step, note.notes) for note in notes]
 
 
@@ -97,7 +97,7 @@ def _is_layer(key: str) -> bool:
 
 
 def bytes_on_disk(checkpoint: Path) -> int:
-    """Of a GGUF file, or of a directory's safetensors."""
+    """The size of a GGUF file, or of a directory's safetensors."""
     if checkpoint.is_file():
         return checkpoint.stat().st_size
     return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
@@ -115,6 +115,7 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that figures depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 

@@ -1,4 +1,4 @@
-"""What a student is trained for: the loss of windows of text, beside a teacher's."""
+"""The training objective: the loss of a student on windows of text, beside a teacher."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastserve.compression.training.training_attention import use_plain_attentio
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """In which matrices are multiplied in training: bfloat16, but on CPUs without instructions for it."""
+    """The dtype of matrix products in training: bfloat16, but float32 on CPUs without instructions for it."""
     capable = torch.cpu.get_capabilities()
     has_bfloat16 = device.type != "cpu" or any(capable.get(name) for name in ("avx512_bf16", "amx_bf16"))
     return torch.bfloat16 if has_bfloat16 else torch.float32
@@ -28,7 +28,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class FeatureWeights:
-    """How much features count beside logits."""
+    """Weights of the losses of features, beside that of logits."""
 
     hidden_states: float = 0.0
     attention: float = 0.0
@@ -36,7 +36,7 @@ class FeatureWeights:
 
 @dataclass(frozen=True)
 class DecoderOutputs:
-    """Of windows [n, T]."""
+    """Outputs of a decoder for windows [n, T]."""
 
     final: Tensor
     """[n, T, hidden]: what the head takes."""
@@ -65,7 +65,7 @@ class DecoderAndHead:
         return weight
 
     def forward(self, windows: Tensor, features: FeatureWeights) -> DecoderOutputs:
-        """Of windows [n, T] int64."""
+        """The decoder's outputs for windows [n, T] int64."""
         found = self.model.get_decoder()(
             input_ids=windows,
             use_cache=False,
@@ -162,7 +162,7 @@ def paired_layers(student: int, teacher: int) -> list[int]:
 
 
 def _projections(student: PreTrainedModel, teacher: PreTrainedModel) -> list[nn.Module]:
-    """For each of the student's layers: from its hidden states to the width of the teacher's."""
+    """A projection for each of the student's layers, from its hidden states to the width of the teacher's."""
     narrow, wide = (int(model.config.hidden_size) for model in (student, teacher))
     layers = range(int(student.config.num_hidden_layers))
     if narrow == wide:

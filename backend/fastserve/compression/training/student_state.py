@@ -1,4 +1,5 @@
-"""A smaller model made of another's own weights: layers, heads, channels and columns picked evenly."""
+"""The initial student: a smaller model of another's own layers, heads, channels and columns, picked
+evenly."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ Size = Annotated[int, Meta(ge=1)]
 
 
 class StudentSizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Of a student, by the names of its config; None: as in the model that it is made of."""
+    """Sizes of a student, by the names of its config; None: as in the model that it is made of."""
 
     num_hidden_layers: Size | None = None
     num_attention_heads: Size | None = None
@@ -83,6 +84,7 @@ class StudentState(State):
         self._columns = {O: queries, DOWN: channels}
 
     def layer(self, index: int) -> dict[str, Tensor | Weight]:
+        """The layer [index] of the student, picked from one of the whole model."""
         return self._pick(self.whole.layer(int(self._layers[index])))
 
     def outer(self) -> dict[str, Tensor | Weight]:
@@ -108,7 +110,8 @@ class StudentState(State):
 
 
 def evenly(count: int, kept: int) -> Tensor:
-    """Of `count` things so many, spread evenly, the first and the last among them: their indices [kept]."""
+    """The indices [kept] int64 of so many of `count` things, spread evenly, the first and the last among
+    them."""
     return torch.linspace(0, count - 1, kept).round().long()
 
 

@@ -1,4 +1,4 @@
-"""A model between two steps as one whose parameters can be trained, and its way back."""
+"""Conversion of a state to a model whose parameters can be trained, and back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Trainable:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those that train, by name."""
+        """The parameters that train, by name."""
         return {name: found for name, found in self.model.named_parameters() if found.requires_grad}
 
     def mask_gradients(self) -> None:

@@ -27,10 +27,10 @@ from fastserve.compression.training.training_plan import TrainingPlan
 MICRO_TOKENS = 1024
 """Tokens that go through the model at once; the gradients of a larger batch are summed up."""
 CHECKPOINT_SECONDS = 300
-"""Between two checkpoints, on the clock."""
+"""Seconds between two checkpoints."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_THRESHOLD = 32 << 20
-"""Bytes; glibc refuses more."""
+"""Bytes of an allocation that still come from the heap; glibc refuses more."""
 CHECKPOINT, BEST = f"{SCRATCH}checkpoint.pt", f"{SCRATCH}best.pt"
 
 Loss = Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ Loss = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Of a training curve."""
+    """A point of a training curve."""
 
     step: int
     tokens: int

@@ -1,4 +1,4 @@
-"""For how long and how fast a step trains."""
+"""The training plan: budget, learning rate and batch."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class TrainingPlan(Step, frozen=True, kw_only=True):
     patience: Annotated[int, Meta(ge=1, description="evaluations without improvement before it ends")] = 3
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError unless either `minutes` or `steps` is given."""
         if (self.minutes is None) == (self.steps is None):
             came = "neither" if self.steps is None else "both"
             raise RecipeError(f"minutes, steps: got {came}; allowed: one of them, which is the budget")

@@ -36,13 +36,14 @@ class TrainingStep(TrainingPlan, frozen=True, kw_only=True):
     skew: Annotated[float, Meta(gt=0, lt=1, description="of the skewed divergences")] = 0.1
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError for a budget that is not one, and if no loss has a weight."""
         super().check(config)
         if not any(self.weights_of_losses().values()):
             names = ", ".join(self.weights_of_losses())
             raise RecipeError(f"{names}: got 0 for each; allowed: at least one above 0")
 
     def weights_of_losses(self) -> dict[str, float]:
-        """By the name of the field."""
+        """The weights of the losses by the name of the field."""
         names = ("next_token", "distillation", "hidden_states", "attention")
         return {name: getattr(self, name) for name in names}
 
