@@ -70,10 +70,10 @@ def test_single_weights_are_left_out_by_exact_count(seed: int, sparsity: float, 
 
 
 @given(seeds, sparsities)
-def test_tiles_are_kept_whole_and_by_exact_count(seed: int, sparsity: float) -> None:
-    for tiles, count in ((BLOCKS, 6), (ROWS, 48)):
+def test_blocks_are_kept_whole_and_by_exact_count(seed: int, sparsity: float) -> None:
+    for pattern, count in ((BLOCKS, 6), (ROWS, 48)):
         costs = random(seed).abs()
-        means = tiles.block_means(tiles.mask(costs, sparsity).float())
+        means = pattern.block_means(pattern.mask(costs, sparsity).float())
         assert ((means == 0) | (means == 1)).all()
         assert means.numel() == count
         assert means.sum() == count - round(sparsity * count)

@@ -37,7 +37,7 @@ STEPS = (Magnitude, Wanda, SparseGpt, Admm)
 
 
 def problem(rows: int = 64, columns: int = 256) -> tuple[Tensor, Tensor]:
-    """A weight, and the damped gram of correlated inputs of many sizes."""
+    """A weight, and the damped Hessian of correlated inputs of many sizes."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(columns // 2, columns, generator=generator)
     x = torch.randn(1024, columns // 2, generator=generator) @ mixing

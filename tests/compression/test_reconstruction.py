@@ -13,7 +13,7 @@ from fastserve.compression.sparsity_patterns import UNSTRUCTURED, Pattern, TwoOf
 
 
 def problem(seed: int, rows: int = 12, columns: int = 32, tokens: int = 40) -> tuple[Tensor, Tensor]:
-    """A weight, and the gram of inputs of which some are much larger than others."""
+    """A weight, and the Hessian of inputs of which some are much larger than others."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(columns, columns, generator=generator)
     sizes = torch.randn(columns, generator=generator).exp()

@@ -19,7 +19,7 @@ from fastserve.corpus.sources import Calibration, Evaluation
 
 
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What `fastserve compress` does."""
+    """A recipe of `fastserve compress`."""
 
     steps: Annotated[tuple[AnyStep, ...], Meta(min_length=1)]
     calibration: Calibration = Calibration()

@@ -21,7 +21,7 @@ any format of fewer bits."""
 
 @dataclass(frozen=True)
 class Context:
-    """What all steps of a run share."""
+    """The inputs that all steps of a run share."""
 
     source: State
     """The model as it came; the teacher of what is trained."""
@@ -38,7 +38,7 @@ class Context:
 
 @dataclass(frozen=True)
 class StepNotes:
-    """What a step of this name noted for the report, as JSON has it."""
+    """The notes of a step of this name for the report, as JSON has them."""
 
     step: str
     notes: dict[str, Any]

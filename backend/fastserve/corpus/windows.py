@@ -1,4 +1,4 @@
-"""The text that compression measures, trains and is judged on: from text to windows of token ids."""
+"""Windows of token ids from calibration and evaluation text."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ class TextError(ValueError):
 
 
 def calibration_text() -> str:
-    """What comes with FastServe to measure and train on, about 620 kB. See `corpus/texts/README.md`."""
+    """The calibration text that comes with FastServe, about 620 kB. See `corpus/texts/README.md`."""
     return _packaged("calibration")
 
 
 def evaluation_text() -> str:
-    """What comes with FastServe to judge by, about 200 kB: other documents than those of calibration."""
+    """The evaluation text that comes with FastServe, about 200 kB: other documents than those of
+    calibration."""
     return _packaged("evaluation")
 
 
@@ -121,7 +122,7 @@ def evaluation_windows(source: Evaluation, tokenizer: Path) -> Tensor:
 
 
 def _encode(tokenizer: Tokenizer | Path, text: str) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before every text, and the text."""
+    """The ids that the tokenizer puts before every text, and those of the text."""
     if isinstance(tokenizer, Path):
         tokenizer = Tokenizer(tokenizer)
     return tokenizer.backend.encode("").ids, tokenizer.backend.encode(text, add_special_tokens=False).ids

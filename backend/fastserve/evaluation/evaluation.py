@@ -1,4 +1,4 @@
-"""How good a model is: its perplexity on fixed windows of text, and how near it stays to another model."""
+"""Evaluation of a model: its perplexity on fixed windows of text, and its divergence from another model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that take the layers of a model one at a time; an interrupted run is gone on from.
+"""Layer-by-layer compression: a step takes one decoder layer at a time, and an interrupted run can go on.
 
 After each layer two files are written: the layer, and the hidden states before the next one. To go on is to
 read the latter.
@@ -76,7 +76,7 @@ class _Position:
 
 @torch.no_grad()
 def run_layers(step: LayerStep, before: State, after: StateWriter, context: Context) -> None:
-    """Writes the state after a step whose `compress` takes a layer."""
+    """Runs a step over all layers, first to last, and writes the state after it."""
     importance = measure_importance(before, after, context) if step.weights_tokens else None
     meta_model = MetaModel(before.config, context.device)
     windows = context.calibration if step.measures else _few(context.calibration)

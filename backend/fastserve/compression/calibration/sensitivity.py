@@ -1,4 +1,4 @@
-"""How much a model's predictions change with a linear's weight, to second order.
+"""Fisher information: how much a model's predictions change with a linear's weight, to second order.
 
 A change D of a weight changes the output of its linear by D x, and the divergence KL(p || p') of the model's
 predictions by (g . D x)^2 / 2 per token, in expectation over labels drawn from p, with g the gradient of

@@ -43,7 +43,8 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
         Annotated[float, Meta(gt=0, lt=1, description="part of the targets' to keep, at most")] | None
     ) = None
     error: (
-        Annotated[float, Meta(gt=0, lt=1, description="of each target's outputs, relative, at most")] | None
+        Annotated[float, Meta(gt=0, lt=1, description="largest relative error of each target's outputs")]
+        | None
     ) = None
     weights: Annotated[
         Literal["whitened", "svd"], Meta(description="nearest by their outputs, or by themselves")
@@ -51,7 +52,7 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
     update: Annotated[
         bool, Meta(description="whether linears make up for what the layers before them lost")
     ] = True
-    multiple: Annotated[int, Meta(ge=1, description="of which ranks are")] = 16
+    multiple: Annotated[int, Meta(ge=1, description="what ranks are multiples of")] = 16
 
     accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense",))
     produces: ClassVar[WeightKind | None] = "low rank"

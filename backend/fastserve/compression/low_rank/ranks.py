@@ -1,4 +1,4 @@
-"""Which rank each linear gets: the least error for a number of parameters, or the least rank for an error.
+"""Rank allocation: the least error for a number of parameters, or the least rank for an error.
 
 A weight [N, K] of rank R has R (N + K) parameters in place of N K: from R = N K / (N + K) on nothing is
 saved, and the weight stays dense.
@@ -18,7 +18,7 @@ _HALVINGS = 200
 
 @dataclass(frozen=True)
 class Options:
-    """What a weight [N, K] may become, by falling number of parameters; the first is to stay dense."""
+    """The ranks that a weight [N, K] may get, by falling number of parameters; the first is to stay dense."""
 
     ranks: Tensor
     """[options] int64; 0: dense."""

@@ -15,7 +15,7 @@ from fastserve.compression.sparsity_patterns import Pattern
 
 ITERATIONS = 20
 FIRST_PENALTY, GROWTH = 0.1, 1.15
-"""What it costs the copies to be apart, where an input of mean square 1 that is lost costs 1; times GROWTH
+"""The penalty of the copies' distance, where an input of mean square 1 that is lost costs 1; times GROWTH
 with each iteration. Three times as many iterations, more slowly, lower the output error by another 1 %."""
 
 

@@ -88,7 +88,8 @@ class Magnitude(PruningStep, frozen=True, kw_only=True, tag="magnitude"):
 
 
 def weight_histogram(weight: Tensor, pattern: BlockPattern) -> Tensor:
-    """How many of the weights [N, K] lie in tiles whose mean magnitude lies in each bin [BINS] int64."""
+    """The number [BINS] int64 of weights in blocks whose mean magnitude lies in each bin, of a weight [N,
+    K]."""
     norms = pattern.block_means(weight.abs())
     of_a_tile = weight.numel() // norms.numel()
     bits = norms.contiguous().view(torch.int32) >> DROPPED_BITS

@@ -1,4 +1,4 @@
-"""What the steps that prune have in common."""
+"""The base classes of steps that prune linears: the pattern, the sparsity, the reconstruction."""
 
 from __future__ import annotations
 

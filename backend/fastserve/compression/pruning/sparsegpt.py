@@ -1,4 +1,4 @@
-"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): which weights to leave out if others make up for them.
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): the mask of the weights that others can make up for.
 
 Columns are pruned from left to right. To leave out w_j costs w_j^2 / [H^-1]_jj of output error, where H is
 the Hessian of the inputs from j on; the weights from j on then make up for it as well as they can. The

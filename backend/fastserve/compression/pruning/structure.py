@@ -54,8 +54,10 @@ class Structure(Step, frozen=True, kw_only=True, tag="structure"):
     kv_heads: Annotated[
         int, Meta(ge=0, description="to remove in each layer, with the heads that read them")
     ] = 0
-    channels: Annotated[int, Meta(ge=0, description="of the MLP to remove in each layer")] = 0
-    multiple: Annotated[int, Meta(ge=1, description="of channels that `parameters` keeps")] = 64
+    channels: Annotated[int, Meta(ge=0, description="channels of the MLP to remove in each layer")] = 0
+    multiple: Annotated[
+        int, Meta(ge=1, description="what the number of channels that `parameters` keeps is a multiple of")
+    ] = 64
 
     accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense",))
 

@@ -52,7 +52,7 @@ class LayerCosts:
 
 
 class Sizes(NamedTuple):
-    """How much of a model stays."""
+    """The sizes of a model that stay."""
 
     layers: int
     kv_heads: int

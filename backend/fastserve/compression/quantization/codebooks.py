@@ -1,4 +1,4 @@
-"""Codebooks: sixteen values of any size, times a scale of the group."""
+"""Codebook (non-linear) quantization: sixteen values of any size, times a scale of the group."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class KVCacheScales(LayerStep, frozen=True, kw_only=True, tag="kv_cache"):
     """max: the largest magnitude becomes the largest number of 8 bits; mse: of the scales around that one,
     the one with the least squared error."""
     per: Literal["head", "layer"] = "head"
-    """What shares a scale. `layer` is less exact, and is what older versions of vLLM read."""
+    """The unit that shares a scale. `layer` is less exact, and is what older versions of vLLM read."""
 
     targets: tuple[str, ...] = ()
     """No linear changes."""
@@ -80,7 +80,7 @@ class KVCacheScales(LayerStep, frozen=True, kw_only=True, tag="kv_cache"):
         measure: Callable[[str, Tensor], Tensor],
         combine: Callable[[Tensor, Tensor], Tensor],
     ) -> dict[str, Tensor]:
-        """What `measure` makes of keys and of values [tokens, heads, dim], batch by batch, put together.
+        """The results of `measure` on keys and on values [tokens, heads, dim] of each batch, combined.
 
         A layer that shares a scale counts as one head.
         """

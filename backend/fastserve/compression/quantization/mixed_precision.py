@@ -1,4 +1,4 @@
-"""Bits for each row, or each linear, to a given average: few where the model's predictions bear it.
+"""Mixed precision: bits for each row, or each linear, to a given average; few where predictions bear it.
 
 What a width costs a row is estimated by `sensitivity.py` from the errors of its rounding, each weighted by
 what `gptq.py` leaves of it. All then pay the same price for a bit, the least that the average allows. The
@@ -68,7 +68,7 @@ def allocate(costs: Tensor, sizes: Tensor, widths: Tensor, budget: float) -> Ten
 class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
     """Rounds linears as `gptq` does, each row to as many bits as it needs."""
 
-    bits: Annotated[float, Meta(ge=2, le=8, description="of a code, on average over all weights")] = 4.0  # type: ignore[assignment]
+    bits: Annotated[float, Meta(ge=2, le=8, description="bits of a code, on average over all weights")] = 4.0  # type: ignore[assignment]
     widths: Annotated[tuple[Bits, ...], Meta(min_length=2, description="to choose from")] = (2, 3, 4, 5, 6, 8)
     per: Annotated[
         Literal["row", "linear"],

@@ -1,4 +1,4 @@
-"""What the steps that round weights to few bits share."""
+"""The base class of steps that quantize linears."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastserve.compression.state.meta_model import MetaModel
 from fastserve.compression.step import WeightKind
 from fastserve_kernels.formats import Weight
 
-Bits = Annotated[int, Meta(ge=2, le=8, description="of a code")]
+Bits = Annotated[int, Meta(ge=2, le=8, description="bits of a code")]
 GroupSize = Annotated[
     Literal[32, 64, 128] | None, Meta(description="columns of a row that share a scale; null: all of them")
 ]

@@ -1,4 +1,4 @@
-"""Rounding to nearest, one weight at a time: the reference that the others are measured against."""
+"""Round to nearest (RTN), one weight at a time: the baseline that the others are measured against."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ BEFORE = {
     "mlp.gate_proj": "post_attention_layernorm",
     "mlp.down_proj": "mlp.up_proj",
 }
-"""What comes before the stage of a linear."""
+"""The module before the stage of a linear."""
 
 
 def check_model_type(field: str, config: PretrainedConfig) -> None:

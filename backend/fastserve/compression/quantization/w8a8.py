@@ -1,4 +1,4 @@
-"""Eight bits for weights and activations, multiplied in integers: a scale per row, and one per token.
+"""W8A8 with SmoothQuant: weights and activations in int8, with a scale per row and one per token.
 
 A channel whose activations are large takes the steps of all others. SmoothQuant (Xiao et al., arXiv
 2211.10438) moves such size from activations to weights, by factors max|x|^a / max|w|^(1 - a) of each channel;

@@ -1,4 +1,4 @@
-"""What compression did to a model, layer by layer and as a whole, and what that cost."""
+"""The report: the effect of compression on a model, layer by layer and as a whole."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PACKAGES = ("fastserve", "torch", "transformers")
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did."""
+    """The effect of a step."""
 
     step: str
     linears: list[LinearReport]
@@ -144,7 +144,7 @@ def terminal_report(report: Report) -> RenderableType:
 
 
 def whole_rows(report: Report) -> list[tuple[str, str, str, str]]:
-    """What is said of the whole model: the figure, before, after, and how they compare."""
+    """The figures of the whole model: name, before, after, and how they compare."""
     before, after = report.before, report.after
     rows = [
         _row("size on disk, MB", before.bytes_on_disk / 1e6, after.bytes_on_disk / 1e6, "{:.1f}"),

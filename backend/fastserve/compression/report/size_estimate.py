@@ -1,4 +1,4 @@
-"""How large a result will be, from shapes and formats alone, before anything is computed.
+"""The estimated size of a result, from shapes and formats alone, before anything is computed.
 
 A strip of each kind of linear is taken through the steps: packed as they would pack it, its values of no use,
 and stored as the export would store it. What all rows of a linear have alike need not be measured on all.

@@ -1,4 +1,4 @@
-"""How fast models generate, in the engine inside this process; beside each other, in turns."""
+"""Generation speed of models in the engine inside this process, measured in turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the weights of a result are stored: each as tensors of its module, with a word in `config.json`."""
+"""Encoders: how weights are stored as tensors of their modules, and what `config.json` says of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Encoder(Protocol):
         """The tensors by local name of the module of this name."""
 
     def config(self, kv_cache: dict[str, Any] | None) -> dict[str, Any]:
-        """What `config.json` must have besides, of all weights; `kv_cache` is its `kv_cache_scheme`."""
+        """The entries of `config.json` for all weights; `kv_cache` is its `kv_cache_scheme`."""
 
 
 def expressible(name: str, weight: Weight) -> bool:

@@ -1,4 +1,4 @@
-"""A model between two steps, whole and on disk, and the writing of one."""
+"""The state of a model between two steps, whole and on disk, and its writer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Part = Mapping[str, Tensor | Weight]
 OUTER = "outer"
 NOTES, DONE = "notes.json", "done"
 SCRATCH = "scratch-"
-"""How the names of files and directories begin that only an unfinished step needs."""
+"""The prefix of files and directories that only an unfinished step needs."""
 
 
 class State(ABC):

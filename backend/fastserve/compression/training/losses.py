@@ -1,4 +1,4 @@
-"""What training makes small: next-token and distillation losses of logits, and losses of features.
+"""Training losses: next-token and distillation losses of logits, and losses of features.
 
 p is what the teacher expects of the next token, q what the student does, both softened by a temperature T:
 p = softmax(teacher's logits / T). Divergences are multiplied by T^2, so that their gradients keep their size

@@ -157,7 +157,7 @@ class Objective(nn.Module):
 
 
 def paired_layers(student: int, teacher: int) -> list[int]:
-    """Which of the teacher's layers each of the student's learns from: evenly, the last from the last."""
+    """The teacher's layer that each of the student's learns from: evenly, the last from the last."""
     return [(layer + 1) * teacher // student - 1 for layer in range(student)]
 
 

@@ -186,7 +186,8 @@ def keep_freed_memory() -> None:
 
 
 def window_order(step: int, batch: int, samples: int, seed: int) -> Tensor:
-    """Which windows [batch] a step takes: all of them, shuffled, then all of them shuffled otherwise."""
+    """The indices [batch] int64 of the windows of a step: all windows shuffled, then all shuffled
+    otherwise."""
     places = range(step * batch, (step + 1) * batch)
     epochs = {place // samples for place in places}
     orders = {epoch: _shuffled(samples, seed, epoch) for epoch in epochs}

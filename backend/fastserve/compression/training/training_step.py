@@ -1,4 +1,4 @@
-"""What steps that train have in common: the losses, the loop, the curve.
+"""The base class of steps that train: the losses, the loop, the curve.
 
 Hidden states and attention maps may be learnt from beside logits, as in TinyBERT (Jiao et al., arXiv
 1909.10351).
@@ -33,7 +33,7 @@ class TrainingStep(TrainingPlan, frozen=True, kw_only=True):
     attention: Annotated[float, Meta(ge=0, description="weight of the attention maps' loss")] = 0.0
     divergence: Divergence = "forward"
     temperature: Annotated[float, Meta(gt=0)] = 1.0
-    skew: Annotated[float, Meta(gt=0, lt=1, description="of the skewed divergences")] = 0.1
+    skew: Annotated[float, Meta(gt=0, lt=1, description="skew of the skewed divergences")] = 0.1
 
     def check(self, config: PretrainedConfig) -> None:
         """Raises RecipeError for a budget that is not one, and if no loss has a weight."""
