@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve.compression.quantization.columns import Regression, removal, unit_columns
+from fastserve.compression.calibration.regression import Regression
+from fastserve.compression.pruning.columns import removal_order, unit_columns
 
 
 def inputs(tokens: int = 400, width: int = 8) -> Tensor:
@@ -37,7 +38,7 @@ def test_errors_are_those_of_the_columns_that_are_left(unit: int) -> None:
     x = inputs()
     y = x @ torch.randn(8, 5, dtype=torch.float64) + torch.randn(400, 5, dtype=torch.float64)
     found = regression(x, y)
-    gone = removal(found, unit, 8 // unit - 1)
+    gone = removal_order(found, unit, 8 // unit - 1)
     least = error(x, y, found, torch.arange(8))
     for count, expected in enumerate(gone.errors.tolist()):
         kept = torch.tensor([u for u in range(8 // unit) if u not in gone.order[:count].tolist()])
@@ -51,7 +52,7 @@ def test_the_first_to_go_costs_least_of_all() -> None:
     y = x @ torch.randn(8, 5, dtype=torch.float64)
     found = regression(x, y)
     costs = [error(x, y, found, torch.tensor([u for u in range(8) if u != gone])) for gone in range(8)]
-    assert removal(found, 1, 1).order.tolist() == [min(range(8), key=costs.__getitem__)]
+    assert removal_order(found, 1, 1).order.tolist() == [min(range(8), key=costs.__getitem__)]
 
 
 def test_a_column_that_others_can_replace_goes_before_a_small_one_that_they_cannot() -> None:
@@ -60,7 +61,7 @@ def test_a_column_that_others_can_replace_goes_before_a_small_one_that_they_cann
     y = x @ torch.tensor([[3.0, 3.0, 0.5, 3.0]], dtype=torch.float64).T
     weight = torch.tensor([[3.0, 3.0, 0.5, 3.0]])
     found = Regression.towards(weight, y.T @ x / 500, x.T @ x / 500, tokens=10**7)
-    assert removal(found, 1, 1).order.item() in (0, 1, 3)
+    assert removal_order(found, 1, 1).order.item() in (0, 1, 3)
 
 
 def test_a_direction_without_inputs_keeps_its_weight() -> None:
@@ -79,7 +80,7 @@ def test_directions_of_equal_inputs_can_be_left_out() -> None:
     weight = torch.randn(5, 8)
     hessian = x.T @ x / len(x)
     found = Regression.towards(weight, weight.double() @ hessian, hessian, tokens=10**4)
-    gone = removal(found, 1, 1)
+    gone = removal_order(found, 1, 1)
     assert gone.order.item() in (6, 7)
     assert gone.errors[1] < 1e-2 * (weight.double() @ hessian * weight).sum()
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from tests.compression.conftest import RunStep, SaveTiny, make_context
 
-from fastserve.compression.calibration.objective import FeatureWeights, Objective, paired_layers
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.smaller_state import SmallerState, StudentSizes, evenly
 from fastserve.compression.state.model_state import SavedState, State, StateWriter
 from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.training.distill import Distill
 from fastserve.compression.training.losses import LogitLoss
+from fastserve.compression.training.objective import FeatureWeights, Objective, paired_layers
+from fastserve.compression.training.student_state import StudentSizes, StudentState, evenly
 from fastserve.compression.training.training_attention import use_plain_attention
 from fastserve_kernels.formats import Bitmap
 
@@ -46,7 +46,7 @@ def test_a_narrower_student_comes_nearer_to_its_teacher(
 
 
 def test_the_student_may_be_the_model_so_far(source: SourceState, tmp_path: Path) -> None:
-    before = SmallerState(source, StudentSizes(num_hidden_layers=2))
+    before = StudentState(source, StudentSizes(num_hidden_layers=2))
     step = Distill(steps=20, learning_rate=3e-3, next_token=0.0, hidden_states=0.1, attention=0.1)
     step.run(before, StateWriter(tmp_path / "after"), make_context(source))
     after = SavedState(tmp_path / "after")
@@ -57,7 +57,7 @@ def test_the_student_may_be_the_model_so_far(source: SourceState, tmp_path: Path
 @pytest.mark.parametrize("weights", [FeatureWeights(hidden_states=1.0), FeatureWeights(attention=1.0)])
 @pytest.mark.parametrize("sizes", [SMALL, StudentSizes(num_hidden_layers=2)])
 def test_features_are_learnt(source: SourceState, weights: FeatureWeights, sizes: StudentSizes) -> None:
-    student = SmallerState(source, sizes).transformers_model(torch.float32)
+    student = StudentState(source, sizes).transformers_model(torch.float32)
     teacher = source.transformers_model(torch.float32).requires_grad_(False)
     torch.manual_seed(0)
     objective = Objective(student, teacher, LogitLoss(0.0, 0.0), weights)
@@ -92,13 +92,13 @@ def test_the_loss_of_the_next_token_is_transformers_own(source: SourceState) -> 
 
 
 def test_a_student_as_large_as_its_teacher_is_the_teacher(source: SourceState) -> None:
-    student = SmallerState(source, StudentSizes())
+    student = StudentState(source, StudentSizes())
     for index in range(source.num_layers):
         torch.testing.assert_close(student.dense_layer(index), source.dense_layer(index), atol=0, rtol=0)
 
 
 def test_a_student_has_whole_heads_of_its_teacher(source: SourceState) -> None:
-    student = SmallerState(source, StudentSizes(num_attention_heads=2))
+    student = StudentState(source, StudentSizes(num_attention_heads=2))
     part, whole = student.dense_layer(0), source.dense_layer(0)
     assert torch.equal(part["self_attn.q_proj.weight"], whole["self_attn.q_proj.weight"][:32])
     assert torch.equal(part["self_attn.k_proj.weight"], whole["self_attn.k_proj.weight"][:16])

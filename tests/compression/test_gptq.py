@@ -7,11 +7,11 @@ import torch
 from tests.compression.conftest import RunStep
 from torch import Tensor
 
-from fastserve.compression.calibration.hessian import damped, inverse_factor, target
-from fastserve.compression.pruning.patterns import mask_of
-from fastserve.compression.quantization.gptq import Gptq, pack, quantize, round_columns
+from fastserve.compression.calibration.hessian import damped, drift_corrected, inverse_factor
+from fastserve.compression.quantization.gptq import Gptq, gptq_quantize, pack, round_columns
 from fastserve.compression.quantization.grid import Grid, search
-from fastserve.compression.quantization.refinement import descend, fit_scales
+from fastserve.compression.quantization.refinement import coordinate_descent, fit_scales
+from fastserve.compression.sparsity_patterns import mask_of
 from fastserve.compression.state.source_state import SourceState
 from fastserve_kernels.formats import Bitmap, Dense, Int4, Int8, Sparse24, Sparse24Int4
 from fastserve_kernels.formats.compressed_tensors import bits_of
@@ -40,15 +40,17 @@ def cost(difference: Tensor, hessian: Tensor) -> float:
 
 def nearest(weight: Tensor) -> tuple[Grid, Tensor]:
     grid = search(weight, 4, 64, False, torch.float32)
-    return grid, grid.nearest(weight)
+    return grid, grid.quantize(weight)
 
 
 def test_the_output_error_is_much_less_than_that_of_rounding_to_nearest(
     weight: Tensor, hessian: Tensor
 ) -> None:
-    grid, codes = quantize(weight, hessian, 4, 64, False, torch.float32)
+    grid, codes = gptq_quantize(weight, hessian, 4, 64, False, torch.float32)
     plain, rounded = nearest(weight)
-    assert cost(grid.values(codes) - weight, hessian) < 0.4 * cost(plain.values(rounded) - weight, hessian)
+    assert cost(grid.dequantize(codes) - weight, hessian) < 0.4 * cost(
+        plain.dequantize(rounded) - weight, hessian
+    )
 
 
 def test_columns_are_rounded_as_the_paper_has_it(weight: Tensor, hessian: Tensor) -> None:
@@ -56,7 +58,7 @@ def test_columns_are_rounded_as_the_paper_has_it(weight: Tensor, hessian: Tensor
     grid, _ = nearest(weight)
     order = torch.arange(COLUMNS)
     codes = round_columns(weight, inverse_factor(hessian), order, grid)
-    scales, zeros = grid.columns()
+    scales, zeros = grid.per_weight()
     left, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
     expected = torch.empty_like(codes)
     for column in range(COLUMNS):
@@ -70,24 +72,24 @@ def test_columns_are_rounded_as_the_paper_has_it(weight: Tensor, hessian: Tensor
 
 def test_descent_and_new_scales_only_lower_the_error(weight: Tensor, hessian: Tensor) -> None:
     grid, codes = nearest(weight)
-    before = cost(grid.values(codes) - weight, hessian)
-    better = descend(weight, hessian, grid, codes)
-    after = cost(grid.values(better) - weight, hessian)
+    before = cost(grid.dequantize(codes) - weight, hessian)
+    better = coordinate_descent(weight, hessian, grid, codes)
+    after = cost(grid.dequantize(better) - weight, hessian)
     assert after < 0.7 * before
     scaled = fit_scales(weight, hessian, grid, better)
-    assert cost(scaled.values(better) - weight, hessian) < after
+    assert cost(scaled.dequantize(better) - weight, hessian) < after
 
 
 def test_no_single_code_can_be_better_after_descent(weight: Tensor, hessian: Tensor) -> None:
     grid, codes = nearest(weight)
     for _ in range(20):
-        codes = descend(weight, hessian, grid, codes)
-    least = cost(grid.values(codes) - weight, hessian)
+        codes = coordinate_descent(weight, hessian, grid, codes)
+    least = cost(grid.dequantize(codes) - weight, hessian)
     for column in range(0, COLUMNS, 17):
         for step in (-1, 1):
             changed = codes.clone()
             changed[5, column] = (changed[5, column] + step).clamp(0, 15)
-            assert cost(grid.values(changed) - weight, hessian) >= least * (1 - 1e-5)
+            assert cost(grid.dequantize(changed) - weight, hessian) >= least * (1 - 1e-5)
 
 
 def test_inputs_that_have_drifted_are_made_up_for() -> None:
@@ -97,30 +99,30 @@ def test_inputs_that_have_drifted_are_made_up_for() -> None:
     weight = torch.randn(8, 32, generator=generator)
     hessian, drift = now.T @ now / 500, (before - now).T @ now / 500
     torch.testing.assert_close(
-        now @ target(weight, hessian, drift, 1.0).T, before @ weight.T, rtol=0, atol=1e-3
+        now @ drift_corrected(weight, hessian, drift, 1.0).T, before @ weight.T, rtol=0, atol=1e-3
     )
-    assert torch.equal(target(weight, hessian, drift, 0.0), weight)
+    assert torch.equal(drift_corrected(weight, hessian, drift, 0.0), weight)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_what_is_pruned_stays_zero(weight: Tensor, hessian: Tensor, symmetric: bool) -> None:
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(3)) < 0.5
-    grid, codes = quantize(weight * mask, hessian, 4, 64, symmetric, torch.bfloat16, mask)
-    assert not grid.values(codes)[~mask].any()
-    assert grid.values(codes)[mask].any()
+    grid, codes = gptq_quantize(weight * mask, hessian, 4, 64, symmetric, torch.bfloat16, mask)
+    assert not grid.dequantize(codes)[~mask].any()
+    assert grid.dequantize(codes)[mask].any()
 
 
 def test_two_of_four_stay_packed(weight: Tensor, hessian: Tensor) -> None:
     sparse = Sparse24.pack(weight)
-    grid, codes = quantize(sparse.dequantize(), hessian, 4, 64, True, torch.bfloat16, mask_of(sparse))
+    grid, codes = gptq_quantize(sparse.dequantize(), hessian, 4, 64, True, torch.bfloat16, mask_of(sparse))
     packed = pack(grid, codes, sparse)
     assert isinstance(packed, Sparse24Int4)
-    assert torch.equal(packed.dequantize(), grid.values(codes))
+    assert torch.equal(packed.dequantize(), grid.dequantize(codes))
 
 
 def test_other_patterns_become_plain_codes(weight: Tensor, hessian: Tensor) -> None:
     sparse = Bitmap.pack(weight, density=0.5)
-    grid, codes = quantize(sparse.dequantize(), hessian, 4, 64, True, torch.bfloat16, mask_of(sparse))
+    grid, codes = gptq_quantize(sparse.dequantize(), hessian, 4, 64, True, torch.bfloat16, mask_of(sparse))
     assert isinstance(pack(grid, codes, sparse), Int4)
 
 

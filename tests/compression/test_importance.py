@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.compression.conftest import RunStep
 
-from fastserve.compression.calibration.importance import FILE, measured
+from fastserve.compression.calibration.importance import FILE, measure_importance
 from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.calibration.layer_step import LayerStep
 from fastserve.compression.calibration.sensitivity import Sensitivity
@@ -23,7 +23,7 @@ NAMES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 class WatchWeighed(LayerStep, frozen=True, kw_only=True, tag="watch_weighed"):
     """Changes nothing, and keeps the moments of the second layer."""
 
-    weighs_tokens: ClassVar[bool] = True
+    weights_tokens: ClassVar[bool] = True
     seen: ClassVar[dict[str, torch.Tensor]] = {}
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
@@ -36,7 +36,7 @@ def test_a_token_counts_the_square_of_its_slopes(
     source: SourceState, context: Context, tmp_path: Path
 ) -> None:
     """For labels drawn anew: means over many draws agree, those of one come near."""
-    found = measured(source, StateWriter(tmp_path / "step"), context).of_layer("model.layers.1.")
+    found = measure_importance(source, StateWriter(tmp_path / "step"), context).of_layer("model.layers.1.")
     expected = slopes_of_whole_model(source, context, "model.layers.1.self_attn.v_proj")
     given = found["self_attn.v_proj"].tokens
     assert given.shape == context.calibration.shape
@@ -64,7 +64,7 @@ def test_moments_are_weighed_by_it(
     source: SourceState, context: Context, run_step: RunStep, tmp_path: Path
 ) -> None:
     run_step(WatchWeighed(), source)
-    counts = measured(source, StateWriter(tmp_path / "step"), context).of_layer("model.layers.1.")
+    counts = measure_importance(source, StateWriter(tmp_path / "step"), context).of_layer("model.layers.1.")
     model = source.transformers_model(torch.float32)
     inputs: dict[str, torch.Tensor] = {}
     for name in NAMES:
@@ -89,6 +89,6 @@ def test_it_is_measured_once(source: SourceState, context: Context, tmp_path: Pa
         seen.append(index)
 
     for _ in range(2):
-        measured(source, StateWriter(tmp_path / "step"), context, see)
+        measure_importance(source, StateWriter(tmp_path / "step"), context, see)
     assert seen == [2, 1, 0]
     assert [file.name for file in (tmp_path / "step").iterdir()] == [FILE]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tests.compression.conftest import RunStep
 from torch import Tensor
 
+from fastserve.compression.calibration.regression import Regression
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.low_rank.low_rank_step import LowRankStep, squared_singular_values, truncate
 from fastserve.compression.low_rank.ranks import Options, ranks_for_error, ranks_for_size
-from fastserve.compression.quantization.columns import Regression
 from fastserve.compression.state.model_state import SavedState
 from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context

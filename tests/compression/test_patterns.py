@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastserve.compression.pruning.patterns import (
+from fastserve.compression.sparsity_patterns import (
     ROWS,
     UNSTRUCTURED,
+    BlockPattern,
     Pattern,
     PatternName,
     Scope,
-    Tiles,
     TwoOfFour,
     mask_of,
     parse_pattern,
@@ -32,7 +32,7 @@ from fastserve_kernels.formats import (
     Weight,
 )
 
-BLOCKS = Tiles(16, 32)
+BLOCKS = BlockPattern(16, 32)
 PATTERNS = (UNSTRUCTURED, ROWS, TwoOfFour(), BLOCKS)
 FORMATS: dict[Pattern, type[Weight]] = {
     UNSTRUCTURED: Bitmap,
@@ -53,7 +53,7 @@ def random(seed: int, rows: int = 48, columns: int = 64) -> Tensor:
 @given(seeds)
 def test_two_of_each_four_are_kept_and_they_cost_most(seed: int) -> None:
     costs = random(seed).abs()
-    fours, kept = costs.unflatten(1, (-1, 4)), TwoOfFour().choose(costs).unflatten(1, (-1, 4))
+    fours, kept = costs.unflatten(1, (-1, 4)), TwoOfFour().mask(costs).unflatten(1, (-1, 4))
     assert (kept.sum(-1) == 2).all()
     assert (fours.where(kept, torch.inf).amin(-1) >= fours.where(~kept, 0).amax(-1)).all()
 
@@ -61,7 +61,7 @@ def test_two_of_each_four_are_kept_and_they_cost_most(seed: int) -> None:
 @given(seeds, sparsities, st.sampled_from(("row", "matrix")))
 def test_single_weights_are_left_out_by_exact_count(seed: int, sparsity: float, scope: Scope) -> None:
     costs = random(seed).abs()
-    kept = UNSTRUCTURED.choose(costs, sparsity, scope)
+    kept = UNSTRUCTURED.mask(costs, sparsity, scope)
     if scope == "row":
         assert (kept.sum(1) == 64 - round(sparsity * 64)).all()
     else:
@@ -70,10 +70,10 @@ def test_single_weights_are_left_out_by_exact_count(seed: int, sparsity: float, 
 
 
 @given(seeds, sparsities)
-def test_tiles_are_kept_whole_and_by_exact_count(seed: int, sparsity: float) -> None:
-    for tiles, count in ((BLOCKS, 6), (ROWS, 48)):
+def test_blocks_are_kept_whole_and_by_exact_count(seed: int, sparsity: float) -> None:
+    for pattern, count in ((BLOCKS, 6), (ROWS, 48)):
         costs = random(seed).abs()
-        means = tiles.means(tiles.choose(costs, sparsity).float())
+        means = pattern.block_means(pattern.mask(costs, sparsity).float())
         assert ((means == 0) | (means == 1)).all()
         assert means.numel() == count
         assert means.sum() == count - round(sparsity * count)
@@ -83,7 +83,7 @@ def test_the_block_of_the_least_sum_goes() -> None:
     costs = torch.ones(32, 64)
     costs[16:, 32:] = 0.9
     costs[0, 0] = 0
-    kept = BLOCKS.choose(costs, 0.25)
+    kept = BLOCKS.mask(costs, 0.25)
     assert not kept[16:, 32:].any()
     assert kept.sum() == 3 * 16 * 32
 
@@ -92,7 +92,7 @@ def test_the_block_of_the_least_sum_goes() -> None:
 def test_a_mask_is_read_back_as_it_was_packed(seed: int, pattern: Pattern) -> None:
     weight = random(seed).bfloat16()
     weight[:, :3] = 0  # What is kept may be 0.
-    mask = pattern.choose(random(seed + 1).abs(), 0.5)
+    mask = pattern.mask(random(seed + 1).abs(), 0.5)
     packed = pattern.pack(weight, mask)
     assert type(packed) is FORMATS[pattern]
     found = mask_of(packed)
@@ -104,7 +104,7 @@ def test_a_mask_is_read_back_as_it_was_packed(seed: int, pattern: Pattern) -> No
 @given(seeds, patterns)
 def test_new_values_come_in_the_same_places_and_dtype(seed: int, pattern: Pattern) -> None:
     weight, other = random(seed).bfloat16(), random(seed + 2)
-    mask = pattern.choose(weight.float().abs(), 0.5)
+    mask = pattern.mask(weight.float().abs(), 0.5)
     repacked = repack(pattern.pack(weight, mask), other)
     assert type(repacked) is FORMATS[pattern]
     assert torch.equal(repacked.dequantize(), other.bfloat16().float() * mask)
@@ -114,7 +114,7 @@ def test_two_of_four_in_four_bits_has_a_mask_too() -> None:
     weight = random(0)
     found = mask_of(Sparse24Int4.pack(weight, 32))
     assert found is not None
-    assert torch.equal(found, TwoOfFour().choose(weight.abs()))
+    assert torch.equal(found, TwoOfFour().mask(weight.abs()))
 
 
 def test_dense_weights_codes_and_factors_leave_nothing_out() -> None:
@@ -136,8 +136,8 @@ def test_a_dense_weight_takes_new_values_and_codes_do_not() -> None:
         ("unstructured", UNSTRUCTURED),
         ("rows", ROWS),
         ("2:4", TwoOfFour()),
-        ("block 32x64", Tiles(32, 64)),
-        ("block 128x16", Tiles(128, 16)),
+        ("block 32x64", BlockPattern(32, 64)),
+        ("block 128x16", BlockPattern(128, 16)),
     ],
 )
 def test_a_pattern_is_spelt_one_way(name: str, pattern: Pattern) -> None:

@@ -10,27 +10,34 @@ from tests.compression.conftest import RunStep
 from torch import Tensor
 
 from fastserve.compression.calibration.hessian import damped
+from fastserve.compression.calibration.linear_report import output_error
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.pruning.admm import Admm, admm_mask
 from fastserve.compression.pruning.magnitude import Magnitude, quantile, weight_histogram
-from fastserve.compression.pruning.patterns import ROWS, UNSTRUCTURED, Pattern, Tiles, TwoOfFour, mask_of
 from fastserve.compression.pruning.pruning_step import PruningStep
 from fastserve.compression.pruning.reconstruction import reconstruct
 from fastserve.compression.pruning.sparsegpt import SparseGpt, sparsegpt_mask
 from fastserve.compression.pruning.wanda import Wanda, wanda_mask
 from fastserve.compression.quantization.round_to_nearest import Round
-from fastserve.compression.report.linear_report import output_error
+from fastserve.compression.sparsity_patterns import (
+    ROWS,
+    UNSTRUCTURED,
+    BlockPattern,
+    Pattern,
+    TwoOfFour,
+    mask_of,
+)
 from fastserve.compression.state.model_state import State
 from fastserve.compression.state.source_state import SourceState
 from fastserve_kernels.formats import Bitmap, BlockSparse, Dense, Sparse24
 
-BLOCKS = Tiles(16, 16)
+BLOCKS = BlockPattern(16, 16)
 PATTERNS = (UNSTRUCTURED, TwoOfFour(), BLOCKS)
 STEPS = (Magnitude, Wanda, SparseGpt, Admm)
 
 
 def problem(rows: int = 64, columns: int = 256) -> tuple[Tensor, Tensor]:
-    """A weight, and the damped gram of correlated inputs of many sizes."""
+    """A weight, and the damped Hessian of correlated inputs of many sizes."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(columns // 2, columns, generator=generator)
     x = torch.randn(1024, columns // 2, generator=generator) @ mixing
@@ -45,7 +52,7 @@ def test_the_more_a_method_looks_at_the_smaller_is_the_error(pattern: Pattern) -
     errors = [
         output_error(pruned - weight, weight, hessian)
         for pruned in (
-            weight * pattern.choose(weight.abs(), 0.5),
+            weight * pattern.mask(weight.abs(), 0.5),
             weight * wanda,
             reconstruct(weight, hessian, wanda),
             reconstruct(weight, hessian, sparsegpt_mask(weight, hessian, pattern, 0.5)),
@@ -79,7 +86,7 @@ def test_masks_have_their_pattern_and_their_count(method: Any, pattern: Pattern)
 def test_uncorrelated_inputs_leave_nothing_to_look_at_but_sizes(method: Any) -> None:
     weight, sizes = problem()[0], torch.linspace(0.5, 2, 256)
     mask = method(weight, sizes.square().diag(), TwoOfFour(), 0.5)
-    assert torch.equal(mask, TwoOfFour().choose((weight * sizes).abs()))
+    assert torch.equal(mask, TwoOfFour().mask((weight * sizes).abs()))
 
 
 def test_wanda_compares_single_weights_within_their_row() -> None:

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastserve.compression.calibration.hessian import damped
-from fastserve.compression.pruning.patterns import UNSTRUCTURED, Pattern, TwoOfFour
 from fastserve.compression.pruning.reconstruction import reconstruct
+from fastserve.compression.sparsity_patterns import UNSTRUCTURED, Pattern, TwoOfFour
 
 
 def problem(seed: int, rows: int = 12, columns: int = 32, tokens: int = 40) -> tuple[Tensor, Tensor]:
-    """A weight, and the gram of inputs of which some are much larger than others."""
+    """A weight, and the Hessian of inputs of which some are much larger than others."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(columns, columns, generator=generator)
     sizes = torch.randn(columns, generator=generator).exp()
@@ -30,7 +30,7 @@ def output_error(weight: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
 @settings(max_examples=30)
 def test_no_row_is_worse_than_its_masked_weight(seed: int, pattern: Pattern) -> None:
     weight, hessian = problem(seed)
-    hessian, mask = damped(hessian), pattern.choose(weight.abs(), 0.5)
+    hessian, mask = damped(hessian), pattern.mask(weight.abs(), 0.5)
     solved = reconstruct(weight, hessian, mask)
     assert not solved[~mask].any()
     before, after = output_error(weight * mask, weight, hessian), output_error(solved, weight, hessian)
@@ -39,7 +39,7 @@ def test_no_row_is_worse_than_its_masked_weight(seed: int, pattern: Pattern) -> 
 
 def test_it_comes_near_the_solution_of_the_normal_equations() -> None:
     weight, hessian = problem(0)
-    hessian, mask = damped(hessian), UNSTRUCTURED.choose(weight.abs(), 0.5)
+    hessian, mask = damped(hessian), UNSTRUCTURED.mask(weight.abs(), 0.5)
     exact = torch.zeros_like(weight)
     for row, kept, found in zip(weight, mask, exact, strict=True):
         found[kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ row)
@@ -55,6 +55,6 @@ def test_what_is_kept_whole_stays_as_it_is() -> None:
 def test_inputs_that_are_always_0_do_no_harm() -> None:
     weight, hessian = problem(2)
     hessian[:, :4] = hessian[:4] = 0
-    mask = UNSTRUCTURED.choose(weight.abs(), 0.5)
+    mask = UNSTRUCTURED.mask(weight.abs(), 0.5)
     assert reconstruct(weight, damped(hessian), mask).isfinite().all()
     assert torch.allclose(reconstruct(weight, damped(torch.zeros_like(hessian)), mask), weight * mask)

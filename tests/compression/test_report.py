@@ -10,8 +10,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from fastserve.compression.pipeline import StepNotes
-from fastserve.compression.report.linear_report import LinearReport
+from fastserve.compression.calibration.linear_report import LinearReport
 from fastserve.compression.report.report import (
     ModelFigures,
     Report,
@@ -24,7 +23,8 @@ from fastserve.compression.report.report import (
     whole_rows,
     write_report,
 )
-from fastserve.compression.training.trainer import Point
+from fastserve.compression.step import StepNotes
+from fastserve.compression.training.trainer import CurvePoint
 
 
 def test_the_linears_of_all_layers_come_in_the_order_of_the_layers() -> None:
@@ -38,7 +38,7 @@ def test_the_linears_of_all_layers_come_in_the_order_of_the_layers() -> None:
 def test_a_curve_is_told_from_other_notes() -> None:
     point = {"step": 1, "tokens": 64, "minutes": 0.5, "training": None, "held_out": 3.25}
     (step,) = step_reports([StepNotes("distill", {"losses": [point], "ranks": {"a": 4}, "layer norms": 1})])
-    assert step.curve == [Point(**point)]  # type: ignore[arg-type]
+    assert step.curve == [CurvePoint(**point)]  # type: ignore[arg-type]
     assert step.notes == {"ranks": {"a": 4}, "layer norms": 1}
 
 

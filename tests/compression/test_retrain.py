@@ -9,12 +9,12 @@ import torch
 from tests.compression.conftest import make_context
 from transformers import LlamaConfig
 
-from fastserve.compression.calibration.objective import Objective
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.patterns import mask_of
+from fastserve.compression.sparsity_patterns import mask_of
 from fastserve.compression.state.model_state import Part, SavedState, State, StateWriter
 from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.training import trainer as training
+from fastserve.compression.training.objective import Objective
 from fastserve.compression.training.retrain import Retrain
 from fastserve_kernels.formats import Bitmap, BlockSparse, Dense, Int4, LowRank, Sparse24, Weight
 

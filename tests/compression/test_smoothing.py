@@ -8,10 +8,11 @@ from tests.compression.conftest import RunStep, SaveTiny
 from torch import Tensor
 from transformers import AutoConfig
 
+from fastserve.compression.calibration.layer import round_rows
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.quantization.awq import Awq
 from fastserve.compression.quantization.round_to_nearest import Round
-from fastserve.compression.quantization.w8a8 import W8A8Step, candidates, round_rows
+from fastserve.compression.quantization.w8a8 import W8A8Step, candidate_scales
 from fastserve.compression.state.model_state import State
 from fastserve.compression.state.source_state import SourceState
 from fastserve_kernels.formats import W8A8, Weight
@@ -90,5 +91,5 @@ def test_smoothing_helps_where_channels_differ() -> None:
     def error(factors: Tensor) -> float:
         return float((round_rows(x / factors, 127) @ (weight * factors).T - x @ weight.T).norm())
 
-    best = min(error(factors) for factors in candidates(x, weight))
+    best = min(error(factors) for factors in candidate_scales(x, weight))
     assert best < 0.3 * error(torch.ones(64))

@@ -11,6 +11,7 @@ from tests.compression.conftest import RunStep, SaveTiny, make_context
 from transformers import AutoModelForCausalLM
 
 from fastserve.compression.calibration.layer import Layer
+from fastserve.compression.calibration.regression import Regression
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.pruning import structure
 from fastserve.compression.pruning.model_shape import parameters
@@ -22,11 +23,10 @@ from fastserve.compression.pruning.structure_survey import (
     sizes_within,
     total_cost,
 )
-from fastserve.compression.quantization.columns import Regression
 from fastserve.compression.state.model_state import SavedState, dense
 from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context
-from fastserve.evaluation.evaluation import WholeSequences
+from fastserve.evaluation.evaluation import SequenceRunner
 from fastserve.models.model_loader import load_model
 
 
@@ -55,7 +55,7 @@ def test_a_smaller_model_is_an_ordinary_checkpoint(
     token_ids = make_context(source).calibration[0]
     with torch.no_grad():
         expected = theirs(token_ids[None]).logits[0]
-    found = ours.logits(WholeSequences(ours, 32).hidden(token_ids[None])[0])
+    found = ours.logits(SequenceRunner(ours, 32).hidden(token_ids[None])[0])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -142,7 +142,7 @@ def test_an_interrupted_run_ends_in_the_same_model(
     for index in range(3):
         for name, tensor in dense(whole.layer(index)).items():
             assert torch.equal(tensor, dense(again.layer(index))[name])
-    assert not (again.directory / structure.UNCUT).exists()
+    assert not (again.directory / structure.MASKED).exists()
 
 
 def _fail_at(index: int) -> Callable[[Layer, str], Regression]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastserve.compression.state.model_state import DONE, StateWriter
 from fastserve.compression.training import trainer as training
 from fastserve.compression.training.retrain import Retrain
-from fastserve.compression.training.trainer import BEST, CHECKPOINT, Point, Training, window_order
+from fastserve.compression.training.trainer import BEST, CHECKPOINT, CurvePoint, Trainer, window_order
 
 TEXT = torch.arange(20).view(10, 2)
 QUIET = Progress(disable=True)
@@ -25,11 +25,11 @@ class Killed(Exception):
 
 def train(
     directory: Path, loss: Callable[[Tensor, Tensor], Tensor], plan: Retrain
-) -> tuple[Tensor, list[Point]]:
+) -> tuple[Tensor, list[CurvePoint]]:
     """Trains one vector to a loss of it and of windows; returns what it became, and the curve."""
     vector = nn.Parameter(torch.ones(3))
     directory.mkdir(exist_ok=True)
-    run = Training(plan, {"vector": vector}, lambda windows: loss(vector, windows), directory, seed=0)
+    run = Trainer(plan, {"vector": vector}, lambda windows: loss(vector, windows), directory, seed=0)
     return vector.detach(), run.run(TEXT, TEXT[:2], QUIET)
 
 
@@ -137,7 +137,7 @@ def test_masked_gradients_change_nothing(tmp_path: Path) -> None:
 
     plan = Retrain(steps=5, learning_rate=0.1, weight_decay=0.1)
     loss: Callable[[Tensor], Tensor] = lambda _: ((vector - 5) ** 2).sum()  # noqa: E731
-    Training(plan, {"vector": vector}, loss, tmp_path, 0, mask).run(TEXT, TEXT[:1], QUIET)
+    Trainer(plan, {"vector": vector}, loss, tmp_path, 0, mask).run(TEXT, TEXT[:1], QUIET)
     assert vector[1] == 0
     assert (vector[[0, 2]] > 1).all()
 
@@ -158,17 +158,17 @@ def test_what_was_trained_to_the_end_is_not_trained_again(tmp_path: Path) -> Non
         raise AssertionError("it trains again")
 
     plan, vector = Retrain(steps=4), nn.Parameter(torch.ones(3))
-    curve = Training(plan, {"vector": vector}, lambda w: shrink(vector, w), tmp_path, 0).run(
+    curve = Trainer(plan, {"vector": vector}, lambda w: shrink(vector, w), tmp_path, 0).run(
         TEXT, TEXT[:1], QUIET
     )
     fresh = nn.Parameter(torch.ones(3))
-    assert Training(plan, {"vector": fresh}, fail, tmp_path, 0).run(TEXT, TEXT[:1], QUIET) == curve
+    assert Trainer(plan, {"vector": fresh}, fail, tmp_path, 0).run(TEXT, TEXT[:1], QUIET) == curve
     assert torch.equal(fresh, vector)
 
 
 def test_the_checkpoints_go_when_the_state_is_whole(tmp_path: Path) -> None:
     vector = nn.Parameter(torch.ones(3))
-    run = Training(Retrain(steps=2), {"vector": vector}, lambda w: shrink(vector, w), tmp_path, seed=0)
+    run = Trainer(Retrain(steps=2), {"vector": vector}, lambda w: shrink(vector, w), tmp_path, seed=0)
     run.run(TEXT, TEXT[:1], QUIET)
     assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, BEST}
     StateWriter(tmp_path).finish()

@@ -22,7 +22,7 @@ from fastserve.checkpoints.kv_cache_scheme import (
 )
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.engine.kv_scales import measure_scales
-from fastserve.evaluation.evaluation import WholeSequences
+from fastserve.evaluation.evaluation import SequenceRunner
 from fastserve.models.kv_cache import LARGEST
 from fastserve.models.kv_rounding import candidate_scales, least_error, rounded, squared_errors
 from fastserve.models.model_loader import load_model
@@ -159,7 +159,7 @@ def test_logits_over_a_cache_of_8_bits_are_close(
     token_ids = torch.tensor(sequences[0])
     scales = measure_scales(model, dtype, token_ids[None])
     exact, found = (
-        model.logits(WholeSequences(model, len(token_ids), kv_cache).hidden(token_ids[None])[0])
+        model.logits(SequenceRunner(model, len(token_ids), kv_cache).hidden(token_ids[None])[0])
         for kv_cache in (None, (dtype, scales))
     )
     difference = (found - exact).norm() / (exact - exact.mean(-1, keepdim=True)).norm()

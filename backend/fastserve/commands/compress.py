@@ -22,7 +22,7 @@ from fastserve.atomic_write import WriteError
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import ModelFiles, locate
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pipeline import checked, compress
+from fastserve.compression.pipeline import compress, load_source
 from fastserve.compression.recipe import PRESETS, Recipe, preset, read_recipe
 from fastserve.compression.report.report import (
     ModelFigures,
@@ -53,6 +53,7 @@ ERRORS = (ModelError, RecipeError, TextError, WriteError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `fastserve compress`."""
     parser.add_argument(
         "model", nargs="?", default="", help="directory, GGUF file or hub name (default: the default model)"
     )
@@ -74,8 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluation", nargs="+", metavar="FILE", help="text to judge by, in place of the recipe's"
     )
-    parser.add_argument("--samples", type=int, metavar="N", help="windows of calibration text, likewise")
-    parser.add_argument("--seed", type=int, metavar="N", help="of what is drawn at random, likewise")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="windows of calibration text, in place of the recipe's"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed, in place of the recipe's")
     parser.add_argument(
         "--restart", action="store_true", help="begin anew, not where an interrupted run was stopped"
     )
@@ -93,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
     files, out = locate(arguments.model), arguments.out
     device = choose_device(arguments.device)
-    source = checked(files, recipe, out)
+    source = load_source(files, recipe, out)
     print(_size_line(bytes_on_disk(files.checkpoint), estimated_bytes(recipe, source)), file=sys.stderr)
     with _progress() as progress:
         started = time.monotonic()
@@ -188,7 +191,7 @@ def with_figures(
 def _quality(
     evaluation: Evaluation, files: ModelFiles, result: str, device: torch.device, progress: Progress
 ) -> Quality:
-    """Of the result, beside the original."""
+    """The quality of the result, beside the original."""
     windows = evaluation_windows(evaluation, files.tokenizer)
     before, after = (
         load_model(path, "float32", device, one_layer_at_a_time=True)

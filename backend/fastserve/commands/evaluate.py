@@ -31,6 +31,7 @@ ERRORS = (ModelError, RequestError, TextError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `fastserve evaluate`."""
     parser.add_argument(
         "model", nargs="?", default="", help="directory, GGUF file or hub name (default: the default model)"
     )
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Evaluates, prints a table or JSON, and returns the exit status. Raises ConfigError and those in
+    ERRORS."""
     _check(arguments)
     files = locate(arguments.model)
     model = _load(files, arguments.quantization, arguments)
@@ -138,7 +141,7 @@ def _run_tasks(
 
 
 def quality_table(name: str, quality: Quality) -> Table:
-    """Of a model, and of its reference if there is one."""
+    """The table of a model's quality, and of its reference's if there is one."""
     table = Table("model", "perplexity", "KL, nats/token", "top-1 agreement", "tokens")
     if quality.reference_perplexity is not None:
         table.add_row("reference", f"{quality.reference_perplexity:.4f}", "", "", str(quality.tokens))

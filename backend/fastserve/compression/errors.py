@@ -1,4 +1,4 @@
-"""The one error of recipes and of the models that they are for."""
+"""The error of recipes and of the models that they are for."""
 
 from __future__ import annotations
 

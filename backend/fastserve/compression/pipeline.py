@@ -1,12 +1,10 @@
-"""From a model and a recipe to a checkpoint: the steps one after the other, each from a state to the next."""
+"""Compression from a model and a recipe to a checkpoint: each step turns one state into the next."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -19,20 +17,12 @@ from fastserve.compression.recipe import Recipe, check_recipe
 from fastserve.compression.state.export import export
 from fastserve.compression.state.model_state import SavedState, State, StateWriter
 from fastserve.compression.state.source_state import SourceState
-from fastserve.compression.step import Context, Step
+from fastserve.compression.step import Context, Step, StepNotes
 from fastserve.corpus.windows import calibration_windows
 
 PARTIAL = ".partial"
 """Added to the name of the result's directory: where an unfinished run keeps its states."""
 RUN = "run.json"
-
-
-@dataclass(frozen=True)
-class StepNotes:
-    """What a step had to say."""
-
-    step: str
-    notes: dict[str, Any]
 
 
 def compress(
@@ -49,9 +39,9 @@ def compress(
     anew. Raises RecipeError, TextError for calibration text that cannot be used, ModelError if the model
     cannot be read, and WriteError on a full disk, after which the same call goes on.
     """
-    source = checked(files, recipe, out)
+    source = load_source(files, recipe, out)
     work = out.with_name(out.name + PARTIAL)
-    _open_work(work, _digest(recipe, source), restart)
+    _open_work_directory(work, _digest(recipe, source), restart)
     text = calibration_windows(recipe.calibration, files.tokenizer, recipe.seed)
     context = Context(source, text.measured, text.training, text.held_out, device, progress, recipe.seed)
     state: State = source
@@ -65,9 +55,12 @@ def compress(
     return notes
 
 
-def checked(files: ModelFiles, recipe: Recipe, out: Path) -> SourceState:
-    """The model as it came. Raises RecipeError if the recipe cannot be followed with it, or `out` exists;
-    ModelError if it cannot be read."""
+def load_source(files: ModelFiles, recipe: Recipe, out: Path) -> SourceState:
+    """The model as it came, checked against the recipe.
+
+    Raises RecipeError if the recipe cannot be followed with it, or `out` exists; ModelError if the model
+    cannot be read.
+    """
     if out.exists():
         raise RecipeError(f"out: {out} exists already; name a directory that does not")
     source = SourceState(files.checkpoint)
@@ -76,7 +69,7 @@ def checked(files: ModelFiles, recipe: Recipe, out: Path) -> SourceState:
 
 
 def _run(step: Step, directory: Path, before: State, context: Context) -> SavedState:
-    """The state after a step, which is there already if an interrupted run came so far."""
+    """The state after a step; read, not computed, if an interrupted run came so far."""
     after = StateWriter(directory)
     if not after.is_finished:
         torch.manual_seed(context.seed)
@@ -86,12 +79,13 @@ def _run(step: Step, directory: Path, before: State, context: Context) -> SavedS
 
 
 def _digest(recipe: Recipe, source: SourceState) -> str:
-    """Of what the result depends on."""
+    """A hash of what the result depends on: the recipe and the model."""
     return hashlib.sha256(msgspec.json.encode(recipe) + source.digest().encode()).hexdigest()
 
 
-def _open_work(work: Path, digest: str, restart: bool) -> None:
-    """Raises RecipeError if it holds an unfinished run of something else."""
+def _open_work_directory(work: Path, digest: str, restart: bool) -> None:
+    """Makes the directory of the states. Raises RecipeError if it holds an unfinished run of something
+    else."""
     if restart:
         shutil.rmtree(work, ignore_errors=True)
     if not (work / RUN).is_file():

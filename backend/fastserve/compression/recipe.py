@@ -13,18 +13,18 @@ from transformers import PretrainedConfig
 
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.state.meta_model import MetaModel
-from fastserve.compression.step import Kind
+from fastserve.compression.step import WeightKind
 from fastserve.compression.steps import STEPS, AnyStep
 from fastserve.corpus.sources import Calibration, Evaluation
 
 
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What `fastserve compress` does."""
+    """A recipe of `fastserve compress`."""
 
     steps: Annotated[tuple[AnyStep, ...], Meta(min_length=1)]
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
-    seed: Annotated[int, Meta(ge=0, description="of what is drawn at random")] = 0
+    seed: Annotated[int, Meta(ge=0, description="random seed")] = 0
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -56,7 +56,7 @@ def parse_recipe(data: object) -> Recipe:
 
 def check_recipe(recipe: Recipe, config: PretrainedConfig) -> None:
     """Raises RecipeError if a step is impossible with a model of this config, or after those before it."""
-    kinds: dict[str, Kind] = dict.fromkeys(_linears(MetaModel.of(config)), "dense")
+    kinds: dict[str, WeightKind] = dict.fromkeys(_linears(MetaModel.of(config)), "dense")
     for index, step in enumerate(recipe.steps):
         where = f"steps[{index}] ({step.name})"
         try:
@@ -71,17 +71,14 @@ def check_recipe(recipe: Recipe, config: PretrainedConfig) -> None:
                 f"{where}: targets: got {', '.join(targets)}, which match no linear; there are {some}, ..."
             )
         for name in selected:
-            if kinds[name] not in step.takes:
+            if kinds[name] not in step.accepts:
                 raise RecipeError(
-                    f"{where}: {name} is left {_PHRASES[kinds[name]]} by a step before; allowed here: "
-                    f"{', '.join(sorted(step.takes))}. Put this step first, or give it other `targets`"
+                    f"{where}: {name} is left {kinds[name]} by a step before; allowed here: "
+                    f"{', '.join(sorted(step.accepts))}. Put this step first, or give it other `targets`"
                 )
-            kinds[name] = step.leaves or kinds[name]
+            kinds[name] = step.produces or kinds[name]
         config = step.config_after(config)
         kinds = {name: kinds[name] for name in _linears(MetaModel.of(config))}
-
-
-_PHRASES = {"dense": "dense", "sparse": "sparse", "low rank": "of low rank", "codes": "quantized"}
 
 
 def _linears(meta_model: MetaModel) -> list[str]:

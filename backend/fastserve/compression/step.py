@@ -1,9 +1,9 @@
-"""What a recipe is made of: steps, each of which turns the state of a model into the next one."""
+"""Steps: what a recipe is made of. Each turns the state of a model into the next one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import torch
@@ -14,14 +14,14 @@ from transformers import PretrainedConfig
 from fastserve.compression.state.model_state import State, StateWriter
 from fastserve_kernels.formats import Weight
 
-Kind = Literal["dense", "sparse", "low rank", "codes"]
-"""What a linear is between two steps, roughly: `Dense`; `Sparse24`, `Bitmap` or `BlockSparse`; `LowRank`; any
-format of fewer bits."""
+WeightKind = Literal["dense", "sparse", "low rank", "quantized"]
+"""The kind of a linear's weight between two steps: `Dense`; `Sparse24`, `Bitmap` or `BlockSparse`; `LowRank`;
+any format of fewer bits."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What all steps of a run share."""
+    """The inputs that all steps of a run share."""
 
     source: State
     """The model as it came; the teacher of what is trained."""
@@ -36,37 +36,49 @@ class Context:
     seed: int
 
 
+@dataclass(frozen=True)
+class StepNotes:
+    """The notes of a step of this name for the report, as JSON has them."""
+
+    step: str
+    notes: dict[str, Any]
+
+
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="step"):
     """An entry of a recipe. A subclass has a tag, which is its name there, and fields."""
 
-    takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse", "low rank"))
-    """What the linears that it changes may be. None takes codes: that would undo the step that made them."""
-    leaves: ClassVar[Kind | None] = None
-    """What they are afterwards; None: what they were."""
+    accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense", "sparse", "low rank"))
+    """Kinds of weights that the step can change. None takes quantized ones: that would undo the
+    quantization."""
+    produces: ClassVar[WeightKind | None] = None
+    """The kind of the weights that it changed; None: as before."""
     changes_outer: ClassVar[bool] = False
-    """Whether it is the embedding and the head that it changes."""
+    """Whether the step changes the embedding and the head."""
 
     @property
     def name(self) -> str:
-        """As a recipe spells it."""
+        """The name of the step in a recipe."""
         return str(type(self).__struct_config__.tag)
 
     def selects(self, linear: str) -> bool:
-        """Whether it changes the linear of this full name."""
+        """Whether the step changes the linear of this full name, `model.layers.3.mlp.down_proj`."""
         return True
 
     def check(self, config: PretrainedConfig) -> None:
         """Raises RecipeError for what is impossible with a model of this config."""
 
     def config_after(self, config: PretrainedConfig) -> PretrainedConfig:
-        """That of the model afterwards, of whose size the run may decide a little."""
+        """The config of the model after the step. Sizes that the run chooses are approximate in it."""
         return config
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
-        """A weight in the format in which this step leaves one like the given: its size is right, its values
-        are of no use. `dtype` is that of dense weights. None: what size it will be, only the run can tell."""
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
+        """A dummy weight in the format that this step turns `weight` into: of the right size, without
+        meaning.
+
+        `dtype` is that of dense weights. None: only the run can tell the size.
+        """
         return weight
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
-        """Writes the next state, whole. What `after` already holds of an interrupted run is gone on from."""
+        """Writes the whole next state; goes on from what `after` holds of an interrupted run."""
         raise NotImplementedError

@@ -40,5 +40,5 @@ AnyStep = (
     | W8A8Step
     | Wanda
 )
-"""What a recipe is decoded to: the tag of each says which it is."""
+"""The union that steps of a recipe are decoded to, by their tags."""
 STEPS: dict[str, type[Step]] = {str(kind.__struct_config__.tag): kind for kind in get_args(AnyStep)}

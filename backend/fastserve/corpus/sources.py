@@ -1,4 +1,4 @@
-"""Which text compression measures and trains on, and which text judges what came of it."""
+"""Text sources: calibration text, which steps measure and train on, and evaluation text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from msgspec import Meta, Struct
 class Calibration(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The text that steps measure and train on."""
 
-    files: Annotated[tuple[str, ...], Meta(description="of plain text; none: what comes with FastServe")] = ()
+    files: Annotated[
+        tuple[str, ...], Meta(description="plain text files; none: what comes with FastServe")
+    ] = ()
     samples: Annotated[int, Meta(ge=2, le=65536, description="windows, to measure on")] = 128
     length: Annotated[int, Meta(ge=16, le=32768, description="tokens of a window")] = 512
 
@@ -18,6 +20,8 @@ class Calibration(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 class Evaluation(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The text that results are judged by; no step sees it."""
 
-    files: Annotated[tuple[str, ...], Meta(description="of plain text; none: what comes with FastServe")] = ()
+    files: Annotated[
+        tuple[str, ...], Meta(description="plain text files; none: what comes with FastServe")
+    ] = ()
     length: Annotated[int, Meta(ge=16, le=32768, description="tokens of a window")] = 512
     tokens: Annotated[int, Meta(ge=0, description="at most; 0: all of the text")] = 0

@@ -1,4 +1,4 @@
-"""The text that compression measures, trains and is judged on: from text to windows of token ids."""
+"""Windows of token ids from calibration and evaluation text."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fastserve.text.tokenizer import Tokenizer
 
 BETWEEN_DOCUMENTS = "\n\n"
 HELD_OUT_EVERY = 10
-"""Of so many windows of calibration text the last one is held out."""
+"""One window of so many of the calibration text is held out."""
 HELD_OUT_TOKENS = 4096
-"""Of these that are looked at: about so many."""
+"""Held-out tokens that are evaluated, about."""
 
 
 class TextError(ValueError):
@@ -27,12 +27,13 @@ class TextError(ValueError):
 
 
 def calibration_text() -> str:
-    """What comes with FastServe to measure and train on, about 620 kB. See `corpus/texts/README.md`."""
+    """The calibration text that comes with FastServe, about 620 kB. See `corpus/texts/README.md`."""
     return _packaged("calibration")
 
 
 def evaluation_text() -> str:
-    """What comes with FastServe to judge by, about 200 kB: other documents than those of calibration."""
+    """The evaluation text that comes with FastServe, about 200 kB: other documents than those of
+    calibration."""
     return _packaged("evaluation")
 
 
@@ -79,18 +80,18 @@ def token_windows(
 
 @dataclass(frozen=True)
 class CalibrationWindows:
-    """Of the calibration text, each [samples, length] int64."""
+    """Windows of the calibration text, each tensor [samples, length] int64."""
 
     measured: Tensor
-    """As many as are asked for, to measure on."""
+    """As many windows as are asked for, to measure on."""
     training: Tensor
-    """All that are not held out, and those half a window further on: tokens come in two contexts."""
+    """All windows that are not held out, and those half a window further on: tokens come in two contexts."""
     held_out: Tensor
-    """Of every tenth window, so that these too come from all over the text."""
+    """Some of every tenth window, so that these too come from all over the text."""
 
 
 def calibration_windows(source: Calibration, tokenizer: Path, seed: int) -> CalibrationWindows:
-    """Of `source.samples` and `source.length`. Raises TextError."""
+    """The windows of a calibration source, of `source.samples` and `source.length`. Raises TextError."""
     text = read_text(source.files) if source.files else calibration_text()
     start, ids = _encode(tokenizer, text)
     windows = _cut(start, ids, source.length)
@@ -121,7 +122,7 @@ def evaluation_windows(source: Evaluation, tokenizer: Path) -> Tensor:
 
 
 def _encode(tokenizer: Tokenizer | Path, text: str) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before every text, and the text."""
+    """The ids that the tokenizer puts before every text, and those of the text."""
     if isinstance(tokenizer, Path):
         tokenizer = Tokenizer(tokenizer)
     return tokenizer.backend.encode("").ids, tokenizer.backend.encode(text, add_special_tokens=False).ids

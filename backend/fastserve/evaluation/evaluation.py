@@ -1,4 +1,4 @@
-"""How good a model is: its perplexity on fixed windows of text, and how near it stays to another model."""
+"""Evaluation of a model: its perplexity on fixed windows of text, and its divergence from another model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastserve_kernels.attention_metadata import AttentionMetadata
 
 BLOCK_SIZE = 16
 TOKENS_AT_ONCE = 8192
-"""Whose hidden states wait for each other between two layers: a layer is read once for all of them."""
+"""Tokens whose hidden states wait for each other between two layers: a layer is read once for all of them."""
 LOGITS_AT_ONCE = 1 << 21
 """Elements of a chunk of logits, 8 MiB in float32: whole windows of a large vocabulary would fill memory."""
 KVCacheFormat = tuple[torch.dtype, list[KVScales] | None]
@@ -29,7 +29,7 @@ KVCacheFormat = tuple[torch.dtype, list[KVScales] | None]
 
 @dataclass(frozen=True)
 class Quality:
-    """Of a model, over all predicted tokens of the windows."""
+    """The quality of a model, over all predicted tokens of the windows."""
 
     perplexity: float
     """exp of the mean negative log likelihood of each token given those before it in its window."""
@@ -40,10 +40,10 @@ class Quality:
     tokens: int
     """Predicted: the first of each window is not."""
     reference_perplexity: float | None = None
-    """That of the reference on the same tokens."""
+    """The perplexity of the reference on the same tokens."""
 
 
-class WholeSequences:
+class SequenceRunner:
     """Runs a model over whole sequences, in a cache of its own that has room for one."""
 
     def __init__(self, model: CausalLM, max_length: int, kv_cache: KVCacheFormat | None = None) -> None:
@@ -63,8 +63,8 @@ class WholeSequences:
 
     @torch.inference_mode()
     def hidden(self, sequences: Tensor) -> list[Tensor]:
-        """What `logits` of the model wants of each token of sequences [samples, T] int64: [T, hidden] of each
-        sequence."""
+        """The final hidden states [T, hidden] of each of the sequences [samples, T] int64, as the model's
+        `logits` takes them."""
         count = sequences.shape[1]
         metadata = AttentionMetadata.build([count], [count], [self._blocks], BLOCK_SIZE, self.model.device)
         token_ids = sequences.to(self.model.device).unbind()
@@ -80,7 +80,7 @@ def evaluate(
     progress: Progress | None = None,
     kv_cache: KVCacheFormat | None = None,
 ) -> Quality:
-    """Judges a model by windows [samples, length] int64, and beside a reference of the same vocabulary.
+    """Evaluates a model on windows [samples, length] int64, and beside a reference of the same vocabulary.
 
     Both compute in the dtype they were loaded with; float32 is meant. They may be loaded one layer at a time.
     `kv_cache`: of the model, not of the reference. Raises ValueError if the windows are longer than a model
@@ -91,16 +91,18 @@ def evaluate(
             f"reference: its vocabulary has {reference.vocab_size} tokens, not {model.vocab_size}"
         )
     samples, length = windows.shape
-    sequences = WholeSequences(model, length, kv_cache)
-    reference_sequences = None if reference is None else WholeSequences(reference, length)
+    sequences = SequenceRunner(model, length, kv_cache)
+    reference_sequences = None if reference is None else SequenceRunner(reference, length)
     sums = _Sums()
     parts = windows.split(max(1, TOKENS_AT_ONCE // length))
     for part in (progress or Progress(disable=True)).track(parts, description="evaluate"):
-        _judge(part, sequences, reference_sequences, sums)
+        _evaluate_windows(part, sequences, reference_sequences, sums)
     return sums.quality(samples * (length - 1), reference is not None)
 
 
-def _judge(windows: Tensor, sequences: WholeSequences, reference: WholeSequences | None, sums: _Sums) -> None:
+def _evaluate_windows(
+    windows: Tensor, sequences: SequenceRunner, reference: SequenceRunner | None, sums: _Sums
+) -> None:
     """Adds up what is found on windows that go through the layers together."""
     model, following = sequences.model, windows[:, 1:].flatten()
     hidden = _predicting(sequences, windows)
@@ -114,7 +116,7 @@ def _judge(windows: Tensor, sequences: WholeSequences, reference: WholeSequences
             sums.add_reference(log_p, log_q, targets)
 
 
-def _predicting(sequences: WholeSequences, windows: Tensor) -> Tensor:
+def _predicting(sequences: SequenceRunner, windows: Tensor) -> Tensor:
     """The hidden states [tokens, hidden] of all tokens but the windows' last ones."""
     predicting = torch.cat([hidden[:-1] for hidden in sequences.hidden(windows)])
     heap.trim()
@@ -123,7 +125,7 @@ def _predicting(sequences: WholeSequences, windows: Tensor) -> Tensor:
 
 @dataclass
 class _Sums:
-    """Over the tokens so far."""
+    """Sums over the tokens so far."""
 
     loss: float = 0.0
     reference_loss: float = 0.0
@@ -144,7 +146,7 @@ class _Sums:
 
 
 def log_probabilities(model: CausalLM, hidden: Tensor) -> Tensor:
-    """Of every token that may follow each row of hidden [n, hidden]: [n, vocab] float32."""
+    """The log-probabilities [n, vocab] float32 of the token that follows each row of hidden [n, hidden]."""
     return model.logits(hidden).log_softmax(-1)
 
 

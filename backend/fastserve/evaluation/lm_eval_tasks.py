@@ -13,16 +13,16 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fastserve.embedded import Model, ModelServer
-from fastserve.evaluation.evaluation import WholeSequences, log_probabilities
+from fastserve.evaluation.evaluation import SequenceRunner, log_probabilities
 from fastserve.models.causal_lm import CausalLM
 from fastserve.text.tokenizer import Tokenizer
 
 MAX_LENGTH = 2048
 """Tokens of a context and its continuation; longer ones lose their beginning."""
 MAX_NEW_TOKENS = 256
-"""For a task that does not say how many."""
+"""New tokens for a task that does not say how many."""
 TokenRequest = tuple[tuple[str, str], list[int], list[int]]
-"""As lm-eval has it: the texts, and the tokens of the context and of its continuation."""
+"""A request of lm-eval: the texts, and the tokens of the context and of its continuation."""
 
 
 def run_tasks(
@@ -55,24 +55,27 @@ class EvaluatedModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a text."""
         return self._tokenizer.eos_token_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """Before a text that has no context."""
+        """The token before a text that has no context."""
         return self._begin[0] if self._begin else self.eot_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """The token ids of a text, begun as the tokenizer begins every text unless `add_special_tokens` is
+        False."""
         ids: list[int] = self._tokenizer.backend.encode(string, add_special_tokens=False).ids
         has_begin = ids[: len(self._begin)] == self._begin
         return ids if has_begin or add_special_tokens is False else self._begin + ids
 
     def _loglikelihood_tokens(self, requests: list[TokenRequest], **_: Any) -> list[tuple[float, bool]]:
-        sequences = WholeSequences(self.model, self._max_length)
+        sequences = SequenceRunner(self.model, self._max_length)
         return [self._score(sequences, context, continuation) for _, context, continuation in requests]
 
     def _score(
-        self, sequences: WholeSequences, context: list[int], continuation: list[int]
+        self, sequences: SequenceRunner, context: list[int], continuation: list[int]
     ) -> tuple[float, bool]:
         """The log likelihood of the continuation, and whether each of its tokens is the likeliest."""
         ids = torch.tensor([*context, *continuation][-(self._max_length + 1) :])
@@ -83,10 +86,11 @@ class EvaluatedModel(TemplateLM):
         return float(scores.gather(-1, targets).sum()), is_greedy
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        sequences = WholeSequences(self.model, self._max_length)
+        """The log likelihoods of whole texts, in nats."""
+        sequences = SequenceRunner(self.model, self._max_length)
         return [self._rolling(sequences, request.args[0]) for request in requests]
 
-    def _rolling(self, sequences: WholeSequences, text: str) -> float:
+    def _rolling(self, sequences: SequenceRunner, text: str) -> float:
         """The log likelihood of a text of any length, each token scored once."""
         windows = get_rolling_token_windows(
             token_list=self.tok_encode(text, add_special_tokens=False),
@@ -97,6 +101,7 @@ class EvaluatedModel(TemplateLM):
         return sum(self._score(sequences, *make_disjoint_window(window))[0] for window in windows)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The continuations of contexts, up to a stop string."""
         with ModelServer(self._load_engine()) as server:
             tasks = [self._submit(server, *request.args) for request in requests]
             return [task.result() for task in tasks]

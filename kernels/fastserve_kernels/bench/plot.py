@@ -30,7 +30,8 @@ def roofline(report: Report, path: Path) -> None:
         points = [
             (x, one.teraflops) for x, one in zip(intensities, report.rows, strict=True) if one.name == name
         ]
-        axes.scatter(*zip(*points, strict=True), s=12, label=name)
+        xs, ys = zip(*points, strict=True)
+        axes.scatter(xs, ys, s=12, label=name)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
     axes.set_title(report.environment.get("device", ""))
     axes.grid(alpha=0.3, which="both")

@@ -196,7 +196,7 @@ class NF4(Weight):
             codebook = torch.tensor(NORMAL_FLOAT_4, device=weight.device)
         check_tensor("codebook", codebook, (16,), (torch.float32,))
         largest = weight.float().unflatten(1, (-1, group_size)).abs().amax(-1)
-        scales = _representable(largest / codebook.abs().max(), scale_dtype or weight.dtype)
+        scales = representable(largest / codebook.abs().max(), scale_dtype or weight.dtype)
         ordered, order = codebook.sort()
         between = (ordered[:-1] + ordered[1:]) / 2
         nearest = torch.bucketize(weight.float() / spread(scales, group_size), between)
@@ -248,7 +248,7 @@ class FP8(Weight):
         weight = check_weight(weight)
         group_size = _group_size(group_size, weight)
         largest = weight.float().unflatten(1, (-1, group_size)).abs().amax(-1)
-        scales = _representable(largest / LARGEST_FP8, scale_dtype or weight.dtype)
+        scales = representable(largest / LARGEST_FP8, scale_dtype or weight.dtype)
         scaled = (weight.float() / spread(scales, group_size)).clamp(-LARGEST_FP8, LARGEST_FP8)
         return cls(scaled.to(torch.float8_e4m3fn), scales, group_size)
 
@@ -336,22 +336,29 @@ def round_to_integers(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes [N, K] float32 from 0 to 2^bits - 1, scales and zeros; None: the zero is 2^(bits - 1)."""
     groups = weight.float().unflatten(1, (-1, group_size))
-    largest_code = 2**bits - 1
-    if symmetric:
-        low = -groups.abs().amax(-1)
-        high = -low
-    else:
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scales = _representable((high - low) / largest_code, scale_dtype or weight.dtype)
-    if symmetric:
-        zeros = torch.full_like(scales, 2 ** (bits - 1))
-    else:
-        zeros = (-low / scales.float()).round().clamp(0, largest_code).to(scales.dtype)
-    codes = (groups / scales.float()[..., None]).round() + zeros.float()[..., None]
-    return codes.clamp(0, largest_code).flatten(1), scales, None if symmetric else zeros
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales, zeros = scales_and_zeros(low, high, bits, symmetric, scale_dtype or weight.dtype)
+    offsets = 2.0 ** (bits - 1) if zeros is None else zeros.float()[..., None]
+    codes = (groups / scales.float()[..., None]).round() + offsets
+    return codes.clamp(0, 2**bits - 1).flatten(1), scales, zeros
 
 
-def _representable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def scales_and_zeros(
+    low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and whole zero points, of any one shape, for codes from 0 to 2^bits - 1 of ranges that include 0.
+
+    Symmetric: scale = 2 max(-low, high) / (2^bits - 1), and None: the zero point is 2^(bits - 1). Else scale =
+    (high - low) / (2^bits - 1), zero = round(-low / scale). Raises ValueError if the dtype cannot hold a scale.
+    """
+    largest = 2**bits - 1
+    if symmetric:
+        return representable(2 * torch.maximum(-low, high) / largest, dtype), None
+    scales = representable((high - low) / largest, dtype)
+    return scales, (-low / scales.float()).round().clamp(0, largest).to(dtype)
+
+
+def representable(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The scales in this dtype, none so small that it loses precision, let alone that it is 0."""
     if dtype not in FLOATS:
         raise ValueError(f"scale_dtype must be float32, float16 or bfloat16, not {name_of(dtype)}")

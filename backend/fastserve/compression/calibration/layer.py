@@ -1,4 +1,4 @@
-"""A decoder layer while it is compressed, and what the calibration text looks like where it enters it."""
+"""A decoder layer while it is compressed, and the statistics of the activations that reach its linears."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastserve.compression.calibration.calls import Calls
-from fastserve.compression.pruning.patterns import mask_of
+from fastserve.compression.calibration.layer_forward import LayerForward
+from fastserve.compression.sparsity_patterns import mask_of
 from fastserve_kernels.formats import W8A8, Weight
 
 Stage = tuple[str, ...]
-"""The local names of linears that share an input."""
+"""The local names of linears that share an input, in the order in which they run."""
 TOKENS_OF_A_BATCH = 1024
-"""Whose hidden states pass through a layer together. Four times as many took a quarter of a gigabyte more
-(hidden size 576)."""
+"""Tokens that pass through a layer together. Four times as many took a quarter of a gigabyte more (hidden
+size 576)."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the input x of a linear, means over all calibration tokens, float32.
+    """Activation statistics of the input x of a linear: means over all calibration tokens, float32.
 
-    Where the step weighs tokens, each has the weight that it counts for the linear (`importance`)."""
+    Where the step weights tokens, the means are weighted by their importance for the linear.
+    """
 
     hessian: Tensor
     """[K, K] E[x x^T]."""
@@ -35,13 +36,13 @@ class Moments:
     """[K, K] E[(x_before - x) x^T], where x_before is the input in the model before this step; None unless
     the step has a reference."""
     importance: float
-    """What a token counts on average; 1 unless the step weighs tokens."""
+    """Mean weight of a token; 1 unless the step weights tokens."""
     tokens: int
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What the tokens and the outputs of a linear count (`importance`)."""
+class ImportanceWeights:
+    """Importance of the tokens and of the outputs of a linear."""
 
     tokens: Tensor
     """[samples, T] float32 |g|^2 of each token."""
@@ -57,18 +58,18 @@ class Layer:
         index: int,
         prefix: str,
         part: dict[str, Tensor | Weight],
-        calls: Calls,
+        calls: LayerForward,
         hidden: Tensor,
-        reference: Calls,
+        reference: LayerForward,
         reference_hidden: Tensor | None,
-        importance: Mapping[str, Counts] | None = None,
+        importance: Mapping[str, ImportanceWeights] | None = None,
     ) -> None:
         """`hidden` [sequences, T, hidden] float32 are the states before the layer; `reference` is the layer
         before this step, and `reference_hidden` what enters it in the model before this step, or None.
-        `importance` has for each linear by local name what tokens and outputs count; None: all alike."""
+        `importance` has the weights of tokens and outputs of each linear by local name; None: all alike."""
         self.index = index
         self.prefix = prefix
-        """Of full names: `model.layers.3.`"""
+        """What the full names of its linears begin with: `model.layers.3.`"""
         self.module = calls.module
         self._part = part
         self._before = {name: weight for name, weight in part.items() if isinstance(weight, Weight)}
@@ -94,7 +95,7 @@ class Layer:
         return found
 
     def is_pruned(self, name: str) -> bool:
-        """Whether a linear's weight leaves some out, or did before this step."""
+        """Whether a linear's weight is sparse, or was before this step."""
         return any(mask_of(weight) is not None for weight in (self.weight(name), self._before[name]))
 
     def dense(self, name: str) -> Tensor:
@@ -102,11 +103,11 @@ class Layer:
         return self.weight(name).dequantize()
 
     def other(self, name: str) -> Tensor:
-        """A norm or a bias, float32, as it is now: `input_layernorm.weight`."""
+        """A norm or a bias, float32, by local name as it is now: `input_layernorm.weight`."""
         return self._tensor(name).float()
 
     def original(self, name: str) -> Tensor:
-        """A linear's weight [N, K] float32 before this step, or when it was last taken for that."""
+        """A linear's weight [N, K] float32 before this step, or as of the last `reset_original`."""
         if name in self._equivalents:
             return self._equivalents[name]
         weight = self._reference.module.get_submodule(name).weight
@@ -115,11 +116,11 @@ class Layer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which dense weights are kept between steps."""
+        """The dtype in which dense weights are kept between steps."""
         return next(part.dtype for part in self._part.values() if isinstance(part, Tensor))
 
     def in_order(self, names: Container[str]) -> Iterator[str]:
-        """Those of its linears that are among the names, in the order in which they run."""
+        """The linears of the layer that are among the names, in the order in which they run."""
         return (name for stage in self.stages for name in stage if name in names)
 
     def stage_of(self, name: str) -> Stage:
@@ -152,20 +153,21 @@ class Layer:
         """Gives the layer a tensor that transformers knows nothing of: a scale."""
         self._part[name] = tensor
 
-    def take_for_original(self, name: str) -> None:
-        """From now on errors of a linear are measured against what it is now. For a change that another one
-        undoes: of columns whose inputs are scaled the other way."""
+    def reset_original(self, name: str) -> None:
+        """Makes the present weight of a linear what its errors are measured against: after a change that
+        another one undoes, as scaling columns and, the other way, their inputs."""
         self._equivalents[name] = self.dense(name)
 
     def moments(self, name: str) -> Moments:
-        """Of the input of a linear, with the layer as it is now."""
+        """Statistics of the input of a linear, with the layer as it is now."""
         stage = self.stage_of(name)
         if stage not in self._moments:
             self._moments[stage] = self._latest[stage] = self._measure(stage)
         return self._moments[stage][name]
 
     def latest_moments(self, name: str) -> Moments:
-        """Those that were measured last, even if the layer has changed since."""
+        """Statistics of the input of a linear that were measured last, even if the layer has changed
+        since."""
         latest = self._latest.get(self.stage_of(name))
         return self.moments(name) if latest is None else latest[name]
 
@@ -174,7 +176,7 @@ class Layer:
         return self._calls(hidden)
 
     def run_reference(self, hidden: Tensor) -> Tensor:
-        """The same of the layer before this step."""
+        """The output [sequences, T, hidden] of the layer before this step for such hidden states."""
         return self._reference(hidden)
 
     def inputs(self, names: tuple[str, ...], hidden: Tensor) -> tuple[Tensor, ...]:
@@ -182,7 +184,7 @@ class Layer:
         return self._calls.inputs(names, hidden)
 
     def reference_inputs(self, names: tuple[str, ...], hidden: Tensor) -> tuple[Tensor, ...]:
-        """The same of the layer before this step."""
+        """What enters these modules [tokens, K] of the layer before this step."""
         return self._reference.inputs(names, hidden)
 
     def batches(self) -> Iterator[Tensor]:
@@ -191,26 +193,28 @@ class Layer:
         return iter(_split(self._hidden))
 
     def reference_batches(self) -> Iterator[Tensor]:
-        """Those before it in the model before this step, if the step has a reference."""
+        """The hidden states before the layer in the model before this step. Raises ValueError if the step has
+        no reference."""
         if self._reference_hidden is None:
             raise ValueError("reference_batches needs a step that is `with_reference`")
         return iter(_split(self._reference_hidden))
 
-    def counts(self, name: str) -> Iterator[Tensor]:
-        """What the tokens of each of the `batches` count for a linear, [tokens, 1]."""
+    def token_weights(self, name: str) -> Iterator[Tensor]:
+        """The importance [tokens, 1] of the tokens of each of the `batches` for a linear; 1 unless the step
+        weights tokens."""
         if self._importance is None:
             return (batch.new_ones(batch.shape[0] * batch.shape[1], 1) for batch in self.batches())
         tokens = _split(self._importance[name].tokens)
         return (of_batch.to(self._hidden.device).view(-1, 1) for of_batch in tokens)
 
-    def rows(self, name: str) -> Tensor:
-        """What the outputs of a linear count, [N]; the step must be one that weighs tokens."""
+    def output_weights(self, name: str) -> Tensor:
+        """The importance [N] of the outputs of a linear; the step must be one that weights tokens."""
         assert self._importance is not None
         return self._importance[name].rows.to(self._hidden.device)
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Lets the hidden states pass through: they are those before the next layer now."""
+        """Passes the hidden states through the layer: they are those before the next layer then."""
         for batch in self.batches():
             batch.copy_(self.run(batch))
         if self._reference_hidden is not None:
@@ -248,9 +252,9 @@ class Layer:
 
     @torch.no_grad()
     def _measure(self, stage: Stage) -> dict[str, Moments]:
-        """Of each linear of a stage; one for all of them where tokens count alike."""
+        """Statistics of each linear of a stage; one for all of them where tokens weigh alike."""
         sums = {name: _Sums() for name in (stage if self._importance else stage[:1])}
-        counts = zip(*(self.counts(name) for name in sums), strict=True)
+        counts = zip(*(self.token_weights(name) for name in sums), strict=True)
         for index, (batch, of_batch) in enumerate(zip(self.batches(), counts, strict=True)):
             x = self._calls.input(stage[0], batch)
             before = None
@@ -272,16 +276,17 @@ def _split(hidden: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Sums:
-    """Over tokens, each times what it counts."""
+    """Importance-weighted sums over tokens."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._tokens = 0
 
     def add(self, x: Tensor, before: Tensor | None, counts: Tensor) -> None:
-        """x [tokens, K] as it is and as it was before the step, and what the tokens count [tokens, 1]."""
+        """Adds x [tokens, K] as it is and as it was before the step, and the weights of the tokens [tokens,
+        1]."""
         counted = x * counts
-        found = {"gram": x.T @ counted, "mean": counted.sum(0), "magnitude": counted.abs().sum(0)}
+        found = {"hessian": x.T @ counted, "mean": counted.sum(0), "magnitude": counted.abs().sum(0)}
         found["counts"] = counts.sum()
         if before is not None:
             found["drift"] = (before - x).T @ counted
@@ -297,12 +302,16 @@ class _Sums:
         means = {name: total / counts for name, total in self._sums.items()}
         importance = float(counts) / self._tokens
         return Moments(
-            means["gram"], means["mean"], means["magnitude"], means.get("drift"), importance, self._tokens
+            means["hessian"], means["mean"], means["magnitude"], means.get("drift"), importance, self._tokens
         )
 
 
+def round_rows(x: Tensor, largest: float) -> Tensor:
+    """The rows of x [..., K], each rounded to steps of max|x| / largest: 8 bits, as `W8A8` has activations
+    (127) and weights (127.5)."""
+    steps = (x.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(x.dtype).tiny)
+    return (x / steps).round().clamp(-128, 127) * steps
+
+
 def _round_activations(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """As the operator of `W8A8` rounds each token: to 8 bits, symmetric."""
-    x = given[0]
-    step = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
-    return ((x / step).round() * step, *given[1:])
+    return (round_rows(given[0], 127), *given[1:])

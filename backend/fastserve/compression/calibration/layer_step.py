@@ -1,4 +1,4 @@
-"""Steps that take the layers of a model one at a time; an interrupted run is gone on from.
+"""Layer-by-layer compression: a step takes one decoder layer at a time, and an interrupted run can go on.
 
 After each layer two files are written: the layer, and the hidden states before the next one. To go on is to
 read the latter.
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from fastserve import heap
-from fastserve.compression.calibration.calls import Calls
-from fastserve.compression.calibration.importance import Importance, measured
+from fastserve.compression.calibration.importance import Importance, measure_importance
 from fastserve.compression.calibration.layer import Layer
-from fastserve.compression.report.linear_report import linear_report
+from fastserve.compression.calibration.layer_forward import LayerForward
+from fastserve.compression.calibration.linear_report import linear_report
 from fastserve.compression.state.meta_model import EMBEDDING, MetaModel
 from fastserve.compression.state.model_state import SCRATCH, State, StateWriter, read_part, write_part
 from fastserve.compression.step import Context, Step
 from fastserve_kernels.formats import Dense, Weight
 
 REPORT_TOKENS = 4096
-"""That a step which measures nothing is reported by."""
+"""Tokens whose activations a step without calibration is reported by."""
 HIDDEN = f"{SCRATCH}hidden.safetensors"
 
 
@@ -37,17 +37,19 @@ class LayerStep(Step, frozen=True, kw_only=True):
     """
 
     targets: tuple[str, ...] = ("*",)
-    """Which linears: patterns of full names as a shell has them, as in `model.layers.3.mlp.down_proj`."""
+    """The linears that the step changes: shell patterns of full names such as
+    `model.layers.3.mlp.down_proj`."""
 
     with_reference: ClassVar[bool] = False
-    """Whether `compress` looks at the hidden states of the model before this step too."""
-    weighs_tokens: ClassVar[bool] = False
-    """Whether a token counts by how much predictions depend on a linear's output for it (`importance`)."""
+    """Whether `compress` uses the hidden states of the model before this step too."""
+    weights_tokens: ClassVar[bool] = False
+    """Whether tokens are weighted by how much predictions depend on a linear's output for them
+    (`importance`)."""
 
     @property
     def measures(self) -> bool:
-        """Whether `compress` goes by what the calibration text looks like. If not, it is run through the
-        layers for the report alone, and little of it is enough."""
+        """Whether `compress` uses activation statistics. If not, calibration text is run through the layers
+        for the report alone, and little of it is enough."""
         return True
 
     def selects(self, linear: str) -> bool:
@@ -55,6 +57,7 @@ class LayerStep(Step, frozen=True, kw_only=True):
         return any(fnmatchcase(linear, pattern) for pattern in self.targets)
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
+        """Compresses layer by layer."""
         run_layers(self, before, after, context)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
@@ -63,8 +66,8 @@ class LayerStep(Step, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class _Front:
-    """How far a step has come: the states before layer `index`."""
+class _Position:
+    """How far a step has come: the hidden states before layer `index`."""
 
     index: int
     hidden: Tensor
@@ -73,24 +76,24 @@ class _Front:
 
 @torch.no_grad()
 def run_layers(step: LayerStep, before: State, after: StateWriter, context: Context) -> None:
-    """Writes the state after a step whose `compress` takes a layer."""
-    importance = measured(before, after, context) if step.weighs_tokens else None
+    """Runs a step over all layers, first to last, and writes the state after it."""
+    importance = measure_importance(before, after, context) if step.weights_tokens else None
     meta_model = MetaModel(before.config, context.device)
     windows = context.calibration if step.measures else _few(context.calibration)
     hidden, calls = meta_model.embed(_embedding(before), windows)
-    front = _read_front(after) or _Front(0, hidden, hidden.clone() if step.with_reference else None)
+    position = _read_position(after) or _Position(0, hidden, hidden.clone() if step.with_reference else None)
     del hidden
-    task = context.progress.add_task(step.name, total=before.num_layers, completed=front.index)
-    for index in range(front.index, before.num_layers):
-        layer = _layer(meta_model, before, index, calls[index], front, importance)
+    task = context.progress.add_task(step.name, total=before.num_layers, completed=position.index)
+    for index in range(position.index, before.num_layers):
+        layer = _layer(meta_model, before, index, calls[index], position, importance)
         names = tuple(name for name in meta_model.linears(index) if step.selects(f"{layer.prefix}{name}"))
         step.compress(layer, names)
         reports = [linear_report(layer, name) for name in names]
         layer.advance()
         after.write_layer(index, layer.part)
         after.note(f"layer {index}", [report.__dict__ for report in reports])
-        front = _Front(index + 1, front.hidden, front.reference)
-        _write_front(after, front)
+        position = _Position(index + 1, position.hidden, position.reference)
+        _write_position(after, position)
         del layer
         heap.trim()
         context.progress.advance(task)
@@ -106,7 +109,7 @@ def survey_layers(name: str, state: State, context: Context, importance: Importa
     hidden, calls = meta_model.embed(_embedding(state), context.calibration)
     task = context.progress.add_task(name, total=state.num_layers)
     for index in range(state.num_layers):
-        layer = _layer(meta_model, state, index, calls[index], _Front(index, hidden, None), importance)
+        layer = _layer(meta_model, state, index, calls[index], _Position(index, hidden, None), importance)
         yield layer
         layer.advance()
         context.progress.advance(task)
@@ -129,27 +132,29 @@ def _layer(
     before: State,
     index: int,
     call: Mapping[str, Any],
-    front: _Front,
+    position: _Position,
     importance: Importance | None,
 ) -> Layer:
     tensors = before.dense_layer(index)
-    calls = Calls(meta_model.materialize(index, tensors), dict(call))
-    reference = Calls(meta_model.materialize(index, tensors), dict(call))
+    calls = LayerForward(meta_model.materialize(index, tensors), dict(call))
+    reference = LayerForward(meta_model.materialize(index, tensors), dict(call))
     prefix = f"{meta_model.prefix}{index}."
     counts = None if importance is None else importance.of_layer(prefix)
-    return Layer(index, prefix, before.layer(index), calls, front.hidden, reference, front.reference, counts)
+    return Layer(
+        index, prefix, before.layer(index), calls, position.hidden, reference, position.reference, counts
+    )
 
 
-def _read_front(after: StateWriter) -> _Front | None:
+def _read_position(after: StateWriter) -> _Position | None:
     path = after.directory / HIDDEN
     if not path.is_file():
         return None
     part: dict[str, Any] = dict(read_part(path))
-    return _Front(int(part["index"]), part["hidden"], part.get("reference"))
+    return _Position(int(part["index"]), part["hidden"], part.get("reference"))
 
 
-def _write_front(after: StateWriter, front: _Front) -> None:
-    part: dict[str, Tensor] = {"index": torch.tensor(front.index), "hidden": front.hidden}
-    if front.reference is not None:
-        part["reference"] = front.reference
+def _write_position(after: StateWriter, position: _Position) -> None:
+    part: dict[str, Tensor] = {"index": torch.tensor(position.index), "hidden": position.hidden}
+    if position.reference is not None:
+        part["reference"] = position.reference
     write_part(after.directory / HIDDEN, part)

@@ -1,10 +1,10 @@
-"""How much a model's predictions change with a linear's weight, to second order.
+"""Fisher information: how much a model's predictions change with a linear's weight, to second order.
 
 A change D of a weight changes the output of its linear by D x, and the divergence KL(p || p') of the model's
 predictions by (g . D x)^2 / 2 per token, in expectation over labels drawn from p, with g the gradient of
 their log-probability (the Fisher information). A token's |g|^2 may depend on its x: the first of a text has
-the largest inputs, and for most linears hardly any slope. So inputs are weighed by it, and the rest is taken
-apart row by row: E[g_n^2] / 2 times the output error E[(D x)_n^2 |g|^2] / E[|g|^2].
+the largest inputs, and for most linears hardly any gradient. So inputs are weighted by it, and the rest is
+taken apart row by row: E[g_n^2] / 2 times the output error E[(D x)_n^2 |g|^2] / E[|g|^2].
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastserve import heap
-from fastserve.compression.calibration.calls import Calls
+from fastserve.compression.calibration.layer_forward import LayerForward
 from fastserve.compression.state.meta_model import EMBEDDING, HEAD, NORM, MetaModel
 from fastserve.compression.state.model_state import State, dense, save_tensors
 
 LEAST = 1e-30
-"""Added to |g|^2, so that a linear that nothing depends on has a gram too."""
+"""Added to |g|^2, so that a linear that nothing depends on has a Hessian too."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of a linear, means over tokens."""
+    """Fisher information of a linear: means over tokens."""
 
     hessian: Tensor
     """[K, K] E[x x^T |g|^2] / E[|g|^2] of its inputs."""
@@ -42,7 +42,8 @@ class Sensitivity:
 def sensitivities(
     state: State, token_ids: Tensor, device: torch.device, seed: int, scratch: Path
 ) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
-    """Of the linears of each layer by local name, the last layer first, on windows of text [samples, T].
+    """Yields each layer's index and the sensitivity of its linears by local name, the last layer first, on
+    windows of text [samples, T].
 
     One layer at a time is in memory; the hidden states before each wait in files in the directory `scratch`.
     """
@@ -52,19 +53,19 @@ def sensitivities(
     files = [scratch / f"states-{index:04d}.safetensors" for index in range(state.num_layers)]
     for index, file in enumerate(files):
         save_tensors({"hidden": hidden}, file, {})
-        layer = Calls(meta_model.materialize(index, state.dense_layer(index)), calls[index])
+        layer = LayerForward(meta_model.materialize(index, state.dense_layer(index)), calls[index])
         with torch.no_grad():
             for sequence in hidden.split(1):
                 sequence.copy_(layer(sequence))
     _head_backward(meta_model, outer, hidden, seed)
-    slopes = hidden
+    gradients = hidden
     del outer
     for index, file in reversed(list(enumerate(files))):
-        layer = Calls(meta_model.materialize(index, state.dense_layer(index)), calls[index])
+        layer = LayerForward(meta_model.materialize(index, state.dense_layer(index)), calls[index])
         entering = load_file(file, str(device))["hidden"]
         file.unlink()
         heap.trim()
-        yield index, _of_layer(layer, meta_model.linears(index), entering, slopes)
+        yield index, _layer_sensitivities(layer, meta_model.linears(index), entering, gradients)
 
 
 @torch.enable_grad()
@@ -84,43 +85,45 @@ def _head_backward(meta_model: MetaModel, outer: dict[str, Tensor], hidden: Tens
             probabilities = (normed @ head.T).softmax(-1)
             labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             # By the logits, log p of a label has the gradient 1 there, and -p everywhere.
-            slope_of_normed = head[labels] - probabilities @ head
-        normed.backward(slope_of_normed)
+            gradient_of_normed = head[labels] - probabilities @ head
+        normed.backward(gradient_of_normed)
         assert leaf.grad is not None
         sequence.copy_(leaf.grad)
 
 
 @torch.enable_grad()
-def _of_layer(layer: Calls, names: tuple[str, ...], hidden: Tensor, slopes: Tensor) -> dict[str, Sensitivity]:
-    """Of a layer's linears by local name, given the gradients [samples, T, hidden] by its output: they are
-    replaced by those by its input."""
+def _layer_sensitivities(
+    layer: LayerForward, names: tuple[str, ...], hidden: Tensor, gradients: Tensor
+) -> dict[str, Sensitivity]:
+    """Sensitivities of a layer's linears by local name, given the gradients [samples, T, hidden] by its
+    output, which are replaced by those by its input."""
     # What is kept is written in place: small tensors that stay, made between large ones that go, would leave
     # holes that nothing large fits into.
     hessians: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
-    tokens = {name: slopes.new_empty(slopes.shape[:2]) for name in names}
+    tokens = {name: gradients.new_empty(gradients.shape[:2]) for name in names}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def note(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
             x = given[0].detach().flatten(0, -2)
-            out.register_hook(lambda slope: add(x, slope.flatten(0, -2)))
+            out.register_hook(lambda gradient: add(x, gradient.flatten(0, -2)))
 
-        def add(x: Tensor, slope: Tensor) -> None:
-            squares = slope.square().sum(-1) + LEAST
-            weighed = x * squares.sqrt()[:, None]
-            hessians[name] = _added(hessians.get(name), weighed.T @ weighed)
-            rows[name] = _added(rows.get(name), slope.square().sum(0))
+        def add(x: Tensor, gradient: Tensor) -> None:
+            squares = gradient.square().sum(-1) + LEAST
+            weighted = x * squares.sqrt()[:, None]
+            hessians[name] = _added(hessians.get(name), weighted.T @ weighted)
+            rows[name] = _added(rows.get(name), gradient.square().sum(0))
             tokens[name][number].copy_(squares)
 
         return note
 
     hooks = [layer.module.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     for number in range(len(hidden)):
-        sequence, slope = hidden[number, None], slopes[number, None]
+        sequence, gradient = hidden[number, None], gradients[number, None]
         leaf = sequence.detach().requires_grad_()
-        layer(leaf).backward(slope)
+        layer(leaf).backward(gradient)
         assert leaf.grad is not None
-        slope.copy_(leaf.grad)
+        gradient.copy_(leaf.grad)
     for hook in hooks:
         hook.remove()
     return {name: _sensitivity(hessians[name], rows[name], tokens[name]) for name in names}
@@ -131,5 +134,5 @@ def _added(total: Tensor | None, more: Tensor) -> Tensor:
 
 
 def _sensitivity(hessian: Tensor, rows: Tensor, tokens: Tensor) -> Sensitivity:
-    """Of sums over tokens."""
+    """A sensitivity from sums over tokens."""
     return Sensitivity(hessian / tokens.sum(), rows / tokens.numel(), tokens)

@@ -1,4 +1,4 @@
-"""Low rank: a weight W [N, K] becomes up [N, R] times down [R, K].
+"""Low-rank decomposition with whitening: a weight W [N, K] becomes up [N, R] times down [R, K].
 
 Truncated singular values lose least of the weight. What counts are its outputs, and inputs have few
 directions: with E[x x^T] = L L^T (Cholesky) the singular values of W L are what outputs are made of
@@ -21,19 +21,19 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fastserve.compression.calibration.importance import measured
+from fastserve.compression.calibration.importance import measure_importance
 from fastserve.compression.calibration.layer import Layer, Moments
 from fastserve.compression.calibration.layer_step import LayerStep, run_layers
+from fastserve.compression.calibration.regression import Regression
 from fastserve.compression.calibration.sensitivity import Sensitivity
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.low_rank.ranks import Options, ranks_for_error, ranks_for_size
-from fastserve.compression.quantization.columns import Regression
 from fastserve.compression.state.model_state import State, StateWriter, read_notes
-from fastserve.compression.step import Context, Kind
+from fastserve.compression.step import Context, WeightKind
 from fastserve_kernels.formats import Dense, LowRank, Weight
 
 LEAST = 1e-3
-"""What an output counts, at least, relative to the mean of a linear's."""
+"""Least importance of an output, relative to the mean of a linear's."""
 
 
 class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
@@ -43,7 +43,8 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
         Annotated[float, Meta(gt=0, lt=1, description="part of the targets' to keep, at most")] | None
     ) = None
     error: (
-        Annotated[float, Meta(gt=0, lt=1, description="of each target's outputs, relative, at most")] | None
+        Annotated[float, Meta(gt=0, lt=1, description="largest relative error of each target's outputs")]
+        | None
     ) = None
     weights: Annotated[
         Literal["whitened", "svd"], Meta(description="nearest by their outputs, or by themselves")
@@ -51,18 +52,20 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
     update: Annotated[
         bool, Meta(description="whether linears make up for what the layers before them lost")
     ] = True
-    multiple: Annotated[int, Meta(ge=1, description="of which ranks are")] = 16
+    multiple: Annotated[int, Meta(ge=1, description="what ranks are multiples of")] = 16
 
-    takes: ClassVar[frozenset[Kind]] = frozenset(("dense",))
-    leaves: ClassVar[Kind | None] = "low rank"
+    accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense",))
+    produces: ClassVar[WeightKind | None] = "low rank"
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError unless either `parameters` or `error` is given."""
         if (self.parameters is None) == (self.error is None):
             raise RecipeError(
                 f"parameters, error: got {self.parameters} and {self.error}; allowed: one of the two"
             )
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight | None:
+        """Zeros of the rank that keeps the share of `parameters`; None if ranks follow from `error`."""
         if self.parameters is None:
             return None
         rows, columns = weight.out_features, weight.in_features
@@ -70,6 +73,7 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
         return LowRank(torch.zeros(rank, columns, dtype=dtype), torch.zeros(rows, rank, dtype=dtype))
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
+        """Chooses the ranks, then truncates layer by layer."""
         self._survey(before, after, context)
         truncation = _Truncation(
             targets=self.targets,
@@ -80,10 +84,10 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
         run_layers(truncation, before, after, context)
 
     def _survey(self, before: State, after: StateWriter, context: Context) -> None:
-        """Notes the ranks."""
+        """Chooses the rank of each linear and notes them."""
         options: dict[str, Options] = {}
 
-        def see(index: int, found: dict[str, Sensitivity]) -> None:
+        def on_layer(index: int, found: dict[str, Sensitivity]) -> None:
             for local, linear in before.linears(index).items():
                 name = f"{before.meta_model.prefix}{index}.{local}"
                 if self.selects(name):
@@ -92,10 +96,10 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
                 after.note("ranks", self._ranks(options))
 
         if self.weights == "whitened":
-            measured(before, after, context, see)
+            measure_importance(before, after, context, on_layer)
         elif "ranks" not in read_notes(after.directory):
             for index in reversed(range(before.num_layers)):
-                see(index, {})
+                on_layer(index, {})
 
     def _ranks(self, options: dict[str, Options]) -> dict[str, int]:
         if self.parameters is not None:
@@ -104,7 +108,8 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
         return ranks_for_error(options, self.error)
 
     def _options(self, linear: Weight, found: Sensitivity | None, context: Context) -> Options:
-        """By the divergence of the model's predictions, or by the relative error of the weight."""
+        """The ranks a linear may have; errors are the divergence of predictions, or relative ones of the
+        weight."""
         weight = linear.dequantize().to(context.device)
         if found is None:
             squares = squared_singular_values(weight, None, None)
@@ -113,7 +118,7 @@ class LowRankStep(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
             inputs = Regression.towards(
                 weight, weight @ found.hessian, found.hessian, context.calibration.numel()
             )
-            squares = squared_singular_values(weight, inputs.steady_gram(inputs.ridge), found.rows / 2)
+            squares = squared_singular_values(weight, inputs.damped_hessian(inputs.ridge), found.rows / 2)
         return Options.of((linear.out_features, linear.in_features), squares.cpu(), self.multiple)
 
 
@@ -121,7 +126,7 @@ class _Truncation(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
     """Gives each linear the rank that was chosen for it."""
 
     ranks: dict[str, int]
-    """By full name; 0: it stays dense."""
+    """The rank of each linear by full name; 0: it stays dense."""
     whitened: bool
     update: bool
 
@@ -130,7 +135,7 @@ class _Truncation(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
         return self.update
 
     @property
-    def weighs_tokens(self) -> bool:  # type: ignore[override]
+    def weights_tokens(self) -> bool:  # type: ignore[override]
         return self.whitened
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
@@ -146,14 +151,17 @@ class _Truncation(LayerStep, frozen=True, kw_only=True, tag="low_rank"):
         best = found.solve_all() if self.update else weight
         if rank == 0:
             return Dense(best.to(layer.dtype))
-        hessian = found.steady_gram(found.ridge) if self.whitened else None
-        down, up = truncate(best, hessian, layer.rows(name) if self.whitened else None, rank)
+        hessian = found.damped_hessian(found.ridge) if self.whitened else None
+        down, up = truncate(best, hessian, layer.output_weights(name) if self.whitened else None, rank)
         return LowRank(down.to(layer.dtype), up.to(layer.dtype))
 
 
 def squared_singular_values(weight: Tensor, hessian: Tensor | None, counts: Tensor | None) -> Tensor:
-    """Of D W L, largest first: [min(N, K)] float64. L L^T is the gram [K, K], D^2 the diagonal matrix of what
-    each output counts [N]; None stands for the identity."""
+    """The squared singular values [min(N, K)] float64 of D W L, largest first.
+
+    L L^T is the Hessian [K, K], D^2 the diagonal matrix of the importance of each output [N]; None stands for
+    the identity.
+    """
     product = _scales(weight, counts) * _whitened(weight, hessian)
     smaller = product @ product.T if len(product) < product.shape[1] else product.T @ product
     return torch.linalg.eigvalsh(smaller).flip(0).clamp_min(0)

@@ -1,4 +1,4 @@
-"""Which rank each linear gets: the least error for a number of parameters, or the least rank for an error.
+"""Rank allocation: the least error for a number of parameters, or the least rank for an error.
 
 A weight [N, K] of rank R has R (N + K) parameters in place of N K: from R = N K / (N + K) on nothing is
 saved, and the weight stays dense.
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 _HALVINGS = 200
-"""Of the range of prices: enough for its width to be nothing in float64."""
+"""Bisections of the range of prices: enough for its width to be nothing in float64."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a weight [N, K] may become, by falling number of parameters; the first is to stay dense."""
+    """The ranks that a weight [N, K] may get, by falling number of parameters; the first is to stay dense."""
 
     ranks: Tensor
     """[options] int64; 0: dense."""
@@ -31,8 +31,11 @@ class Options:
 
     @classmethod
     def of(cls, shape: tuple[int, int], squares: Tensor, multiple: int) -> Options:
-        """`squares` [min(N, K)] float64 are the squared singular values, largest first; the error is the sum
-        of those left out. Ranks are multiples of `multiple`."""
+        """The options of a weight of this shape: ranks are multiples of `multiple`.
+
+        `squares` [min(N, K)] float64 are the squared singular values, largest first; an error is the sum of
+        those left out.
+        """
         n, k = shape
         largest = (n * k - 1) // (n + k)
         ranks = torch.arange(largest // multiple * multiple, 0, -multiple)
@@ -48,7 +51,7 @@ class Options:
 
 
 def ranks_for_size(options: Mapping[str, Options], part: float) -> dict[str, int]:
-    """For each linear its rank, or 0 to stay dense: the least sum of errors with at most this part of all
+    """The rank of each linear, or 0 to stay dense: the least sum of errors with at most this part of all
     their parameters.
 
     At a price of a parameter each linear chooses for itself; the price is raised until they keep within the
@@ -73,7 +76,7 @@ def ranks_for_size(options: Mapping[str, Options], part: float) -> dict[str, int
 
 
 def ranks_for_error(options: Mapping[str, Options], error: float) -> dict[str, int]:
-    """For each linear the least rank, or 0 to stay dense, whose error is at most this part of the norm of its
+    """The least rank of each linear, or 0 to stay dense, whose error is at most this part of the norm of its
     outputs."""
     return {
         name: int(each.ranks[int((each.errors <= error**2 * each.whole).nonzero().max())])

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.quantization.columns import unit_columns
+from fastserve.compression.pruning.columns import unit_columns
 from fastserve.compression.state.meta_model import MetaModel
 from fastserve.compression.state.model_state import Part
 from fastserve_kernels.formats import Dense, Weight
@@ -22,24 +22,25 @@ _NORMS_OF_HEADS = {"self_attn.q_norm", "self_attn.k_norm"}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of every layer; those of a model are alike."""
+class DecoderShape:
+    """The sizes of a decoder; all layers of a model are alike."""
 
     layers: tuple[int, ...]
-    """Those that are kept, by their index in the model as it came."""
+    """The layers that are kept, by their index in the model as it came."""
     kv_heads: int
-    """Kept with the query heads that read them."""
+    """Key/value heads that are kept, with the query heads that read them."""
     channels: int
-    """Of the MLP."""
+    """Channels of the MLP."""
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> Shape:
+    def of(cls, config: PretrainedConfig) -> DecoderShape:
+        """The shape of a model of this config, unpruned."""
         return cls(
             tuple(range(config.num_hidden_layers)), config.num_key_value_heads, config.intermediate_size
         )
 
     def config(self, config: PretrainedConfig) -> PretrainedConfig:
-        """That of a model of this shape, all else as in the given one."""
+        """The config of a model of this shape, all else as in the given one."""
         smaller = copy.deepcopy(config)
         smaller.head_dim = head_dim(config)
         smaller.num_attention_heads = self.kv_heads * heads_per_kv_head(config)
@@ -52,11 +53,13 @@ class Shape:
 
 
 def heads_per_kv_head(config: PretrainedConfig) -> int:
+    """Query heads that share a key/value head (grouped-query attention)."""
     heads: int = config.num_attention_heads
     return heads // int(config.num_key_value_heads)
 
 
 def head_dim(config: PretrainedConfig) -> int:
+    """Channels of a head."""
     given = getattr(config, "head_dim", None)
     return int(given or config.hidden_size // config.num_attention_heads)
 
@@ -74,11 +77,11 @@ def check_layers(config: PretrainedConfig) -> None:
 
 
 def parameters(config: PretrainedConfig) -> int:
-    """Of a whole model; a head that is the embedding counts once."""
+    """The number of parameters of a whole model; a head that is the embedding counts once."""
     return sum(parameter.numel() for parameter in MetaModel.of(config).model.parameters())
 
 
-def cut(part: Part, shape: Shape, config: PretrainedConfig) -> dict[str, Tensor | Weight]:
+def prune_layer(part: Part, shape: DecoderShape, config: PretrainedConfig) -> dict[str, Tensor | Weight]:
     """A layer of a model of this config without the heads and channels that are to go, on which its output
     does not depend: their columns of o_proj and down_proj are zero."""
     head = head_dim(config)

@@ -1,25 +1,25 @@
-"""What remains of a pruned weight, solved anew: the least squares of its output, with the mask held."""
+"""Reconstruction of a pruned weight: least squares of its output with the mask held."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastserve.compression.calibration.hessian import normalised
+from fastserve.compression.calibration.hessian import normalized
 
 ITERATIONS = 20
-"""Of conjugate gradients. The error is then within 0.1 % of the exact solution's, which a factorisation for
-each row would take ten times as long to find."""
+"""Iterations of conjugate gradients. The error is then within 0.1 % of the exact solution's, which a
+factorization for each row would take ten times as long to find."""
 
 
 def reconstruct(weight: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
-    """The weight V [N, K] that minimises tr((V - W) G (V - W)^T) and is 0 where the mask [N, K] is false.
+    """The weight V [N, K] that minimizes tr((V - W) H (V - W)^T) and is 0 where the mask [N, K] is false.
 
-    W is the weight before pruning, G the gram [K, K] of its inputs, with no 0 on its diagonal. Conjugate
+    W is the weight before pruning, H the Hessian [K, K] of its inputs, with no 0 on its diagonal. Conjugate
     gradients on all rows at once, with Jacobi's preconditioner: each iteration is better than the one before,
     and they start with W where the mask is true.
     """
-    hessian, scales = normalised(hessian)
+    hessian, scales = normalized(hessian)
     target = weight * scales
     solution = target * mask
     residual = ((target - solution) @ hessian) * mask

@@ -18,28 +18,29 @@ from msgspec import Meta
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from fastserve.compression.calibration.importance import measured
+from fastserve.compression.calibration.importance import measure_importance
 from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.calibration.layer_step import LayerStep, run_layers
+from fastserve.compression.calibration.regression import Regression
 from fastserve.compression.errors import RecipeError
+from fastserve.compression.pruning.columns import kept_units, unit_columns
 from fastserve.compression.pruning.model_shape import (
     BEFORE_MLP,
     DOWN,
+    DecoderShape,
     O,
-    Shape,
     check_layers,
-    cut,
     head_dim,
     heads_per_kv_head,
     parameters,
+    prune_layer,
 )
 from fastserve.compression.pruning.structure_survey import Sizes, choose_shape, sizes_within, survey
-from fastserve.compression.quantization.columns import Regression, kept_units, unit_columns
 from fastserve.compression.state.model_state import SCRATCH, SavedState, State, StateWriter, read_notes
-from fastserve.compression.step import Context, Kind, Step
+from fastserve.compression.step import Context, Step, WeightKind
 from fastserve_kernels.formats import Dense
 
-UNCUT = f"{SCRATCH}uncut"
+MASKED = f"{SCRATCH}masked"
 """The directory, within the step's own, of the model with zeros for what is to leave."""
 
 
@@ -53,12 +54,15 @@ class Structure(Step, frozen=True, kw_only=True, tag="structure"):
     kv_heads: Annotated[
         int, Meta(ge=0, description="to remove in each layer, with the heads that read them")
     ] = 0
-    channels: Annotated[int, Meta(ge=0, description="of the MLP to remove in each layer")] = 0
-    multiple: Annotated[int, Meta(ge=1, description="of channels that `parameters` keeps")] = 64
+    channels: Annotated[int, Meta(ge=0, description="channels of the MLP to remove in each layer")] = 0
+    multiple: Annotated[
+        int, Meta(ge=1, description="what the number of channels that `parameters` keeps is a multiple of")
+    ] = 64
 
-    takes: ClassVar[frozenset[Kind]] = frozenset(("dense",))
+    accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense",))
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError for layers of another architecture, and for sizes that leave nothing."""
         check_layers(config)
         whole = Sizes(config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
         given = {name: getattr(self, name) for name in Sizes._fields}
@@ -77,19 +81,22 @@ class Structure(Step, frozen=True, kw_only=True, tag="structure"):
             )
 
     def config_after(self, config: PretrainedConfig) -> PretrainedConfig:
+        """The config after pruning; of `parameters`, that of one of the candidates of about that size."""
         # All candidates are of about the same size; the last one has all layers, if any has.
         sizes = self._candidates(config)[-1]
-        return Shape(tuple(range(sizes.layers)), sizes.kv_heads, sizes.channels).config(config)
+        return DecoderShape(tuple(range(sizes.layers)), sizes.kv_heads, sizes.channels).config(config)
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
+        """Chooses the shape, zeroes what is to leave while the rest is solved anew, and cuts the zeros
+        away."""
         shape = self._shape(before, after, context)
-        uncut = after.directory / UNCUT
-        if not (uncut / "config.json").is_file():
+        masked_directory = after.directory / MASKED
+        if not (masked_directory / "config.json").is_file():
             group = head_dim(before.config) * heads_per_kv_head(before.config)
-            run_layers(_Masking(shape=shape, group=group), before, StateWriter(uncut), context)
-        masked = SavedState(uncut)
+            run_layers(_Masking(shape=shape, group=group), before, StateWriter(masked_directory), context)
+        masked = SavedState(masked_directory)
         for index, old in enumerate(shape.layers):
-            after.write_layer(index, cut(masked.layer(old), shape, before.config))
+            after.write_layer(index, prune_layer(masked.layer(old), shape, before.config))
         after.write_outer(masked.outer())
         after.write_config(shape.config(before.config))
 
@@ -99,16 +106,16 @@ class Structure(Step, frozen=True, kw_only=True, tag="structure"):
         whole = Sizes(config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
         return [Sizes(*(size - getattr(self, name) for name, size in whole._asdict().items()))]
 
-    def _shape(self, before: State, after: StateWriter, context: Context) -> Shape:
-        """That which an interrupted run chose, if there was one."""
+    def _shape(self, before: State, after: StateWriter, context: Context) -> DecoderShape:
+        """The shape to prune to: that of an interrupted run if it chose one."""
         noted = read_notes(after.directory).get("shape")
         if noted is not None:
-            return Shape(tuple(noted["layers"]), noted["kv_heads"], noted["channels"])
+            return DecoderShape(tuple(noted["layers"]), noted["kv_heads"], noted["channels"])
         candidates = self._candidates(before.config)
         if self.parameters is None and not self.layers:
-            shape = Shape(tuple(range(before.num_layers)), *candidates[0][1:])
+            shape = DecoderShape(tuple(range(before.num_layers)), *candidates[0][1:])
         else:
-            importance = measured(before, StateWriter(after.directory / UNCUT), context)
+            importance = measure_importance(before, StateWriter(after.directory / MASKED), context)
             costs = survey(before, context, importance)
             shape = choose_shape(costs, candidates)
             after.note("influence", [layer.influence for layer in costs])
@@ -122,26 +129,26 @@ class Structure(Step, frozen=True, kw_only=True, tag="structure"):
 class _Masking(LayerStep, frozen=True, kw_only=True, tag="structure"):
     """Zeros for what is to leave, and the rest solved anew."""
 
-    shape: Shape
+    shape: DecoderShape
     group: int
     """Columns of o_proj that belong to a key/value head."""
     targets: tuple[str, ...] = ()
     with_reference: ClassVar[bool] = True
-    weighs_tokens: ClassVar[bool] = True
+    weights_tokens: ClassVar[bool] = True
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
         if layer.index not in self.shape.layers:
-            _silence(layer)
+            _make_identity(layer)
             return
         for name, unit, count in ((O, self.group, self.shape.kv_heads), (DOWN, 1, self.shape.channels)):
             found = regression(layer, name)
-            columns = unit_columns(kept_units(found.weighed(layer.rows(name)), unit, count), unit)
+            columns = unit_columns(kept_units(found.weighted(layer.output_weights(name)), unit, count), unit)
             weight = torch.zeros_like(layer.dense(name))
             weight[:, columns] = found.solve(columns)
             layer.replace(name, Dense(weight.to(layer.dtype)))
 
 
-def _silence(layer: Layer) -> None:
+def _make_identity(layer: Layer) -> None:
     """Makes a layer an identity."""
     for name in (O, DOWN):
         layer.replace(name, Dense(torch.zeros_like(layer.dense(name)).to(layer.dtype)), _no_bias(layer, name))
@@ -153,14 +160,14 @@ def _no_bias(layer: Layer, name: str) -> Tensor | None:
 
 
 def regression(layer: Layer, name: str) -> Regression:
-    """Of what o_proj or down_proj would have to add to the hidden states for them to be those of the model
-    before, from its inputs."""
+    """The regression, on the inputs of o_proj or down_proj, of what these would have to add to the hidden
+    states for them to be those of the model before."""
     weight, bias = layer.dense(name), f"{name}.bias"
     offset = layer.other(bias) if bias in layer.part else 0.0
     cross, hessian = torch.zeros_like(weight), weight.new_zeros(weight.shape[1], weight.shape[1])
     total, tokens = 0.0, 0
     for now, before, counts in zip(
-        layer.batches(), layer.reference_batches(), layer.counts(name), strict=True
+        layer.batches(), layer.reference_batches(), layer.token_weights(name), strict=True
     ):
         if name == O:
             entering, (x,) = now.flatten(0, -2), layer.inputs((O,), now)

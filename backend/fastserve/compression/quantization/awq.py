@@ -1,4 +1,4 @@
-"""Activation-aware scaling: AWQ (Lin et al., arXiv 2306.00978).
+"""Activation-aware scale search: AWQ (Lin et al., arXiv 2306.00978).
 
 Columns whose inputs are large are made larger before rounding, which then costs the output less. What is
 tried is magnitude^p / largest^(1 - p) and magnitude^p, with the mean magnitude of the inputs and the largest
@@ -20,15 +20,15 @@ from fastserve.compression.calibration.layer_step import LayerStep
 from fastserve.compression.quantization.grid import Grid
 from fastserve.compression.quantization.quantizing_step import Bits, GroupSize, check_groups, targeted_linears
 from fastserve.compression.quantization.smoothing import check_model_type, shared, smooth, smoothable
-from fastserve.compression.step import Kind
+from fastserve.compression.step import WeightKind
 
 POWERS = tuple(step / 10 for step in range(1, 11))
-"""That are tried."""
+"""Exponents that the search tries."""
 _SMALLEST = 1e-4
-"""Of magnitudes, against their mean."""
+"""Least magnitude, relative to the mean."""
 
 
-def candidates(magnitude: Tensor, weight: Tensor) -> Iterator[Tensor]:
+def candidate_scales(magnitude: Tensor, weight: Tensor) -> Iterator[Tensor]:
     """Factors [K] for inputs of this mean magnitude [K] and a weight [N, K]; around 1."""
     magnitude = (magnitude / magnitude.mean()).clamp(min=_SMALLEST)
     largest = weight.abs().amax(0)
@@ -39,32 +39,34 @@ def candidates(magnitude: Tensor, weight: Tensor) -> Iterator[Tensor]:
 
 
 def output_cost(difference: Tensor, hessian: Tensor) -> float:
-    """E||D x||^2 for a difference D [N, K] of weights and the gram matrix [K, K] of the inputs."""
+    """E||D x||^2 for a difference D [N, K] of weights and the Hessian [K, K] of the inputs."""
     return float(((difference @ hessian) * difference).sum())
 
 
 class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
     """Scales columns by what their inputs are like, for the step after it to round them better."""
 
-    takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse"))
-    weighs_tokens: ClassVar[bool] = True
+    accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense", "sparse"))
+    weights_tokens: ClassVar[bool] = True
 
     bits: Bits = 4
     group_size: GroupSize = 64
     symmetric: Annotated[bool, Meta(description="as in the step that rounds")] = False
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError for a model type without known norms, or groups that do not divide a linear."""
         check_model_type("awq", config)
         check_groups(self.group_size, dict(targeted_linears(self, config)))
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        """Searches and applies scales, stage by stage."""
         for stage in layer.stages:
             if smoothable(stage, names):
-                factors = self.best(layer, stage)
+                factors = self.search_scales(layer, stage)
                 if factors is not None:
                     smooth(layer, stage, factors)
 
-    def best(self, layer: Layer, stage: tuple[str, ...]) -> Tensor | None:
+    def search_scales(self, layer: Layer, stage: tuple[str, ...]) -> Tensor | None:
         """The factors [K] with which rounding a stage costs least; None if without any it does."""
         weights = [layer.dense(name) for name in stage]
         moments = [layer.moments(name) for name in stage]
@@ -76,18 +78,21 @@ class Awq(LayerStep, frozen=True, kw_only=True, tag="awq"):
                 for weight, each in zip(weights, moments, strict=True)
             )
 
-        return cheapest(cost, (shared(f, layer, stage) for f in candidates(magnitude, torch.cat(weights))))
+        return least_cost(
+            cost, (shared(f, layer, stage) for f in candidate_scales(magnitude, torch.cat(weights)))
+        )
 
     def rounded(self, weight: Tensor, factors: Tensor, layer: Layer) -> Tensor:
         """A weight [N, K] after rounding its columns times factors [K]."""
         scaled = weight * factors
         group_size = self.group_size or weight.shape[1]
-        grid = Grid.whole_range(scaled, self.bits, group_size, layer.dtype, self.symmetric)
-        return grid.values(grid.nearest(scaled)) / factors
+        grid = Grid.min_max(scaled, self.bits, group_size, layer.dtype, self.symmetric)
+        return grid.dequantize(grid.quantize(scaled)) / factors
 
 
-def cheapest(cost: Callable[[Tensor], float], tried: Iterator[Tensor]) -> Tensor | None:
-    """Of the factors [K] that are tried; None if none of them costs less than no factors do."""
+def least_cost(cost: Callable[[Tensor], float], tried: Iterator[Tensor]) -> Tensor | None:
+    """The factors [K] of least cost among those tried; None if none of them costs less than no scaling
+    does."""
     best: Tensor | None = None
     least: float | None = None
     for factors in tried:

@@ -1,4 +1,4 @@
-"""What rounding a weight takes from the mean of the output, given back through the bias."""
+"""Bias correction: the bias gives back what rounding a weight takes from the mean of the output."""
 
 from __future__ import annotations
 

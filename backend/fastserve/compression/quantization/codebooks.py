@@ -1,4 +1,4 @@
-"""Codebooks: sixteen values of any size, times a scale of the group."""
+"""Codebook (non-linear) quantization: sixteen values of any size, times a scale of the group."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fastserve.compression.quantization.quantizing_step import GroupSize, Quanti
 from fastserve_kernels.formats import NF4, NORMAL_FLOAT_4, Weight
 from fastserve_kernels.formats.weight import pack_pairs, spread, unpack_pairs
 
-TURNS = 20
-"""Of k-means; the last ones hardly change anything."""
+ITERATIONS = 20
+"""Iterations of k-means; the last ones hardly change anything."""
 
 
 def k_means(weight: Tensor, group_size: int, costs: Tensor, dtype: torch.dtype) -> NF4:
@@ -26,7 +26,7 @@ def k_means(weight: Tensor, group_size: int, costs: Tensor, dtype: torch.dtype) 
     weight = weight.float()
     packed = NF4.pack(weight, group_size, scale_dtype=torch.float32)
     codes, scales, codebook = unpack_pairs(packed.codes).long(), packed.scales, packed.codebook
-    for _ in range(TURNS):
+    for _ in range(ITERATIONS):
         per_column = spread(scales, group_size)
         codebook = _entries(weight, codes, per_column, costs, codebook)
         codes = _nearest(weight / per_column, codebook)
@@ -45,7 +45,7 @@ def _entries(weight: Tensor, codes: Tensor, scales: Tensor, costs: Tensor, befor
 
 
 def _nearest(values: Tensor, codebook: Tensor) -> Tensor:
-    """Of an ascending codebook."""
+    """The indices of the nearest entries of an ascending codebook."""
     return torch.bucketize(values, (codebook[:-1] + codebook[1:]) / 2)
 
 
@@ -67,12 +67,15 @@ class Codebook(QuantizingStep, frozen=True, kw_only=True, tag="codebook"):
 
     @property
     def measures(self) -> bool:
+        """True for k-means, whose columns are weighted, and for bias correction."""
         return self.codebook == "k-means" or self.bias_correction
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        """The weight as NF4, which k-means has the size of."""
         return NF4.pack(weight.dequantize(), self.group_size, scale_dtype=dtype)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        """Quantizes the linears of these names to NF4 or to a codebook of their own."""
         for name in layer.in_order(names):
             weight, moments = layer.dense(name), layer.moments(name)
             group_size = self.group_size or weight.shape[1]

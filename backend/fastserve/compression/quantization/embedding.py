@@ -26,9 +26,11 @@ class Embedding(Step, frozen=True, kw_only=True, tag="embedding"):
     changes_outer: ClassVar[bool] = True
 
     def selects(self, linear: str) -> bool:
+        """False: no linear of a layer changes."""
         return False
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError if groups do not divide the columns of the embedding or the head."""
         meta_model = MetaModel.of(config)
         for name in meta_model.outer_matrices():
             columns = meta_model.model.get_parameter(f"{name}.weight").shape[1]
@@ -38,12 +40,14 @@ class Embedding(Step, frozen=True, kw_only=True, tag="embedding"):
                     f"{name}"
                 )
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        """The weight on its min-max grid."""
         dense = weight.dequantize()
-        grid = Grid.whole_range(dense, self.bits, self.group_size, dtype, self.symmetric)
-        return grid.pack(grid.nearest(dense))
+        grid = Grid.min_max(dense, self.bits, self.group_size, dtype, self.symmetric)
+        return grid.pack(grid.quantize(dense))
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
+        """Copies the layers, and quantizes the embedding and the head."""
         for index in range(before.num_layers):
             after.write_layer(index, before.layer(index))
         outer = {
@@ -59,4 +63,4 @@ class Embedding(Step, frozen=True, kw_only=True, tag="embedding"):
             raise RecipeError(f"embedding: {name} is {type(weight).__name__}; allowed: a dense one")
         dense = weight.dequantize()
         grid = search(dense, self.bits, self.group_size, self.symmetric, weight.weight.dtype)
-        return grid.pack(grid.nearest(dense))
+        return grid.pack(grid.quantize(dense))

@@ -1,10 +1,10 @@
 """Rounding with second-order correction: GPTQ (Frantar et al., arXiv 2210.17323), for inputs that drift.
 
-Columns are rounded one after the other, those of the largest inputs first; what rounding one costs the output
-is made up for by those still to come. The groups' grids are chosen before, so that columns keep their groups.
-Where the inputs are no longer those of the model before the step, because earlier layers are rounded already,
-the target is the weight that maps what comes now to what came out then (as GPTAQ has it, arXiv 2504.02692).
-Codes and scales are refined afterwards (`refinement.py`).
+Columns are rounded one after the other, those of the largest inputs first (act order); what rounding one
+costs the output is made up for by those still to come. The groups' grids are chosen before, so that columns
+keep their groups. Where the inputs are no longer those of the model before the step, because earlier layers
+are rounded already, the target is the weight that maps what comes now to what came out then (as GPTAQ has it,
+arXiv 2504.02692). Codes and scales are refined afterwards (`refinement.py`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from fastserve.compression.calibration.hessian import damped, inverse_factor, target
+from fastserve.compression.calibration.hessian import Damping, Drift, damped, drift_corrected, inverse_factor
 from fastserve.compression.calibration.layer import Layer
-from fastserve.compression.pruning.patterns import mask_of
 from fastserve.compression.quantization.grid import Grid, search
 from fastserve.compression.quantization.quantizing_step import Bits, GroupSize, QuantizingStep
 from fastserve.compression.quantization.refinement import COLUMNS, refine
+from fastserve.compression.sparsity_patterns import mask_of
 from fastserve_kernels.formats import Int4, Sparse24, Sparse24Int4, Weight
 from fastserve_kernels.formats.weight import GROUP_SIZES, pack_pairs, unpack_pairs
 
@@ -30,10 +30,10 @@ def round_columns(
 ) -> Tensor:
     """The codes [N, K] of a weight [N, K]; where the mask is false they are those of 0.
 
-    `factor` [K, K] is the upper Cholesky factor of the inverse of the inputs' gram matrix, whose rows and
+    `factor` [K, K] is the upper Cholesky factor of the inverse of the Hessian, whose rows and
     columns are in the `order` [K] in which columns are rounded.
     """
-    scales, zeros = (tensor[:, order].T.contiguous() for tensor in grid.columns())
+    scales, zeros = (tensor[:, order].T.contiguous() for tensor in grid.per_weight())
     left = weight[:, order].T.contiguous()
     free = None if mask is None else mask[:, order].T
     codes = torch.empty_like(left)
@@ -53,7 +53,7 @@ def round_columns(
     return codes.T[:, order.argsort()].contiguous()
 
 
-def quantize(
+def gptq_quantize(
     weight: Tensor,
     hessian: Tensor,
     bits: int,
@@ -63,7 +63,7 @@ def quantize(
     mask: Tensor | None = None,
     turns: int = 2,
 ) -> tuple[Grid, Tensor]:
-    """A grid and codes [N, K] for a weight [N, K] and a gram matrix [K, K] that has an inverse.
+    """A grid and codes [N, K] for a weight [N, K] and a Hessian [K, K] that has an inverse.
 
     The grid is chosen by what an error d in a column costs once the columns after it have made up for it:
     d^2 / U_kk^2, with U the factor of `round_columns`.
@@ -80,41 +80,42 @@ class Gptq(QuantizingStep, frozen=True, kw_only=True, tag="gptq"):
     """Rounds linears one by one column, each making up for those before it and for the layers before it."""
 
     with_reference: ClassVar[bool] = True
-    weighs_tokens: ClassVar[bool] = True
+    weights_tokens: ClassVar[bool] = True
 
     bits: Bits = 4
     group_size: GroupSize = 64
     symmetric: Annotated[bool, Meta(description="no zero points")] = False
-    damping: Annotated[
-        float, Meta(gt=0, le=1, description="added to the diagonal of the inputs' gram matrix, of its mean")
-    ] = 0.01
-    drift: Annotated[
-        float, Meta(ge=0, le=1, description="share of the error of earlier layers to make up for")
-    ] = 0.5
+    damping: Damping = 0.01
+    drift: Drift = 0.5
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        """The weight rounded to nearest."""
         dense = weight.dequantize()
-        grid = Grid.whole_range(dense, self.bits, self.group_size or dense.shape[1], dtype, self.symmetric)
-        return pack(grid, grid.nearest(dense), weight)
+        grid = Grid.min_max(dense, self.bits, self.group_size or dense.shape[1], dtype, self.symmetric)
+        return pack(grid, grid.quantize(dense), weight)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        """Quantizes the linears of these names, in the order in which they run."""
         for name in layer.in_order(names):
             self.compress_linear(layer, name, self.bits)
 
     def compress_linear(self, layer: Layer, name: str, bits: int) -> None:
         """Rounds one linear."""
         weight = layer.weight(name)
-        dense, hessian = self.target_of(layer, name)
+        dense, hessian = self.rounding_target(layer, name)
         group_size = self.group_size or dense.shape[1]
-        grid, codes = quantize(dense, hessian, bits, group_size, self.symmetric, layer.dtype, mask_of(weight))
+        grid, codes = gptq_quantize(
+            dense, hessian, bits, group_size, self.symmetric, layer.dtype, mask_of(weight)
+        )
         self.put(layer, name, pack(grid, codes, weight), layer.moments(name).mean)
 
-    def target_of(self, layer: Layer, name: str) -> tuple[Tensor, Tensor]:
-        """The weight [N, K] that a linear is to be rounded to, and the gram matrix [K, K] of its inputs."""
+    def rounding_target(self, layer: Layer, name: str) -> tuple[Tensor, Tensor]:
+        """The weight [N, K] that a linear is to be rounded to, and the damped Hessian [K, K] of its
+        inputs."""
         weight, moments = layer.dense(name), layer.moments(name)
         hessian = damped(moments.hessian, self.damping)
         if moments.drift is not None:
-            weight = target(weight, hessian, moments.drift, self.drift)
+            weight = drift_corrected(weight, hessian, moments.drift, self.drift)
         return weight, hessian
 
 

@@ -1,9 +1,13 @@
-"""The values that the codes of a quantized weight can stand for, and the choice of them.
+"""Quantization grids: the values that a group's codes stand for, and the search for the best ones.
 
-Zero points are whole numbers from 0 to 2^bits - 1, as checkpoints of other tools have them: 0 is then one of
-the values, so every range is widened to include it. Codes and zero points of fewer bits than the kernel's
-format stand in the middle of its range: less 8 (`Int4`) or 0 (`Int8`) they are signed numbers of that many
-bits.
+Linear quantization is x_int = round((x - x_min) / (x_max - x_min) (2^n - 1)), its value x_int scale + x_min
+with scale = (x_max - x_min) / (2^n - 1): off by at most half a step. The range [x_min, x_max] is that of the
+weights that share it: a group of columns, a row (channel), or the whole tensor; symmetric, it is [-a, a] with
+a = max|x|. Checkpoints of other tools have whole zero points, -x_min / scale rounded: 0 is then one of the
+values, and every range is widened to include it. `Grid.exact` does not round them.
+
+Codes and zero points of fewer bits than the kernel's format stand in the middle of its range: less 8 (`Int4`)
+or 0 (`Int8`) they are signed numbers of that many bits.
 """
 
 from __future__ import annotations
@@ -14,10 +18,11 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels.formats import Int4, Int8
+from fastserve_kernels.formats.quantized import representable, scales_and_zeros
 from fastserve_kernels.formats.weight import pack_pairs, spread
 
-RATIOS = tuple(1 - 0.025 * step for step in range(21))
-"""Of the range that is kept to the range of the weights: what `search` tries."""
+CLIP_RATIOS = tuple(1 - 0.025 * step for step in range(21))
+"""Parts of the range of the weights that `search` tries."""
 ELEMENTS_AT_A_TIME = 1 << 20
 """Weights whose grids are searched together, so that the candidates stay in the processor's cache."""
 
@@ -34,71 +39,67 @@ class Grid:
     group_size: int
 
     @classmethod
-    def whole_range(
-        cls, weight: Tensor, bits: int, group_size: int, dtype: torch.dtype, symmetric: bool
-    ) -> Grid:
-        """Of the range of each group of a weight [N, K], widened to include 0."""
-        groups = weight.float().unflatten(1, (-1, group_size))
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        return cls.from_ranges(low, high, bits, group_size, dtype, symmetric)
+    def min_max(cls, weight: Tensor, bits: int, group_size: int, dtype: torch.dtype, symmetric: bool) -> Grid:
+        """The grid of the whole range of each group of a weight [N, K], with whole zero points."""
+        return cls.from_ranges(*group_ranges(weight, group_size), bits, group_size, dtype, symmetric)
 
     @classmethod
     def from_ranges(
         cls, low: Tensor, high: Tensor, bits: int, group_size: int, dtype: torch.dtype, symmetric: bool
     ) -> Grid:
-        """Of ranges [N, K / G] that include 0: [low, high], or [-a, a] with a the larger of the two."""
-        largest = 2**bits - 1
-        if symmetric:
-            return cls(_stored(2 * torch.maximum(-low, high) / largest, dtype), None, bits, group_size)
-        scales = _stored((high - low) / largest, dtype)
-        zeros = (-low / scales.float()).round().clamp(0, largest)
-        return cls(scales, zeros.to(dtype), bits, group_size)
+        """The grid of ranges [N, K / G], widened to include 0, with whole zero points."""
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        return cls(*scales_and_zeros(low, high, bits, symmetric, dtype), bits, group_size)
 
     @classmethod
-    def from_minimums(
-        cls, scales: Tensor, minimums: Tensor, bits: int, group_size: int, dtype: torch.dtype
+    def exact(
+        cls, low: Tensor, high: Tensor, bits: int, group_size: int, dtype: torch.dtype, symmetric: bool
     ) -> Grid:
-        """The grid code * scale + minimum, whose zero points are no whole numbers.
+        """The grid of ranges [N, K / G] as they are, whose zero points are no whole numbers.
 
-        A group of equal elements, whose scale is 0, has them at code 0, as the value of a scale of its own.
-        Where the dtype would move a value by more than 1/32 of a step it is float32 instead.
+        A group of equal weights has them at code 0, as the value of a scale of its own. Where the dtype would
+        move a value by more than 1/32 of a step it is float32 instead.
         """
-        flat = scales == 0
-        stored = _stored(torch.where(flat, minimums.abs(), scales), dtype)
-        zeros = -minimums / stored.double()
+        low, high = low.double(), high.double()
+        if symmetric:
+            high = torch.maximum(low.abs(), high.abs())
+            low = -high
+        steps = (high - low) / (2**bits - 1)
+        stored = representable(torch.where(steps == 0, low.abs(), steps), dtype)
+        zeros = -low / stored.double()
         if dtype != torch.float32 and (zeros.to(dtype) - zeros).abs().max() > 1 / 32:
-            return cls.from_minimums(scales, minimums, bits, group_size, torch.float32)
+            return cls.exact(low, high, bits, group_size, torch.float32, symmetric)
         return cls(stored, zeros.to(dtype), bits, group_size)
 
-    def nearest(self, weight: Tensor) -> Tensor:
+    def quantize(self, weight: Tensor) -> Tensor:
         """The codes [N, K] float32 of the values that are nearest to a weight [N, K]."""
-        scales, zeros = self.columns()
+        scales, zeros = self.per_weight()
         return (weight / scales + zeros).round_().clamp_(0, 2**self.bits - 1)
 
-    def values(self, codes: Tensor) -> Tensor:
-        """What codes [N, K] stand for, float32."""
-        scales, zeros = self.columns()
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """The values [N, K] float32 of codes [N, K]."""
+        scales, zeros = self.per_weight()
         return (codes - zeros) * scales
 
-    def columns(self) -> tuple[Tensor, Tensor]:
-        """Scales and zero points of every weight, [N, K] float32."""
+    def per_weight(self) -> tuple[Tensor, Tensor]:
+        """The scale and the zero point of every weight, [N, K] float32 each."""
         scales = spread(self.scales, self.group_size)
         if self.zeros is None:
             return scales, torch.full_like(scales, 2.0 ** (self.bits - 1))
         return scales, spread(self.zeros, self.group_size)
 
     def with_scales(self, scales: Tensor) -> Grid:
-        """The same with other scales [N, K / G], rounded to the dtype of these."""
-        return replace(self, scales=_stored(scales, self.scales.dtype))
+        """This grid with other scales [N, K / G], rounded to the dtype of these."""
+        return replace(self, scales=representable(scales, self.scales.dtype))
 
     def shifted(self, steps: int) -> Grid:
-        """The same with zero points moved, as far as they may be."""
+        """This grid with zero points moved by whole steps, as far as the codes reach."""
         if self.zeros is None:
             return self
         return replace(self, zeros=(self.zeros + steps).clamp(0, 2**self.bits - 1))
 
     def where(self, kept: Tensor, other: Grid) -> Grid:
-        """Of the groups [N, K / G] that `kept` is true for this grid, of the rest another."""
+        """This grid for the groups that `kept` [N, K / G] bool is true of, another for the rest."""
         zeros = None
         if self.zeros is not None and other.zeros is not None:
             zeros = torch.where(kept, self.zeros, other.zeros)
@@ -123,13 +124,13 @@ def search(
     symmetric: bool,
     dtype: torch.dtype,
     metric: Tensor | None = None,
-    ratios: tuple[float, ...] = RATIOS,
+    ratios: tuple[float, ...] = CLIP_RATIOS,
 ) -> Grid:
     """The grid on which rounding a weight [N, K] to nearest costs each group least.
 
-    Tried are the group's range, shrunk by each of the ratios, and zero points one step off. The cost is the
-    sum of d^2 over the group, d being what rounding changes; with a `metric` [K] that of metric_k d_k^2, and
-    with a `metric` [K / G, G, G] it is d^T metric d.
+    Tried are the min-max range clipped to each of the ratios, and zero points one step off. The cost is the
+    sum of d^2 over the group, with d the rounding error; with a `metric` [K] that of metric_k d_k^2, and with
+    one of [K / G, G, G] it is d^T metric d.
     """
     rows = max(1, ELEMENTS_AT_A_TIME // weight.shape[1])
     grids = [
@@ -149,7 +150,7 @@ def _search(
     metric: Tensor | None,
     ratios: tuple[float, ...],
 ) -> Grid:
-    best = whole = Grid.whole_range(weight, bits, group_size, dtype, symmetric)
+    best = whole = Grid.min_max(weight, bits, group_size, dtype, symmetric)
     least = _costs(weight, best, metric)
     for ratio in ratios:
         for shift in (0,) if symmetric else (0, 1, -1):
@@ -161,8 +162,8 @@ def _search(
 
 
 def _costs(weight: Tensor, grid: Grid, metric: Tensor | None) -> Tensor:
-    """Of rounding each group, [N, K / G]."""
-    difference = (grid.values(grid.nearest(weight)) - weight).unflatten(1, (-1, grid.group_size))
+    """The cost of rounding each group, [N, K / G]."""
+    difference = (grid.dequantize(grid.quantize(weight)) - weight).unflatten(1, (-1, grid.group_size))
     if metric is None:
         return difference.square().sum(-1)
     if metric.dim() == 1:
@@ -170,6 +171,7 @@ def _costs(weight: Tensor, grid: Grid, metric: Tensor | None) -> Tensor:
     return (torch.einsum("ngk,gkl->ngl", difference, metric) * difference).sum(-1)
 
 
-def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales in a dtype, none so small that it is 0 or loses precision."""
-    return scales.clamp(min=torch.finfo(dtype).tiny).to(dtype)
+def group_ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """The least and the largest weight of each group of a weight [N, K]: [N, K / G] float32 each."""
+    groups = weight.float().unflatten(1, (-1, group_size))
+    return groups.amin(-1), groups.amax(-1)

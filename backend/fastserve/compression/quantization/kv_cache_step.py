@@ -19,12 +19,12 @@ from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.calibration.layer_step import LayerStep
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.state.model_state import State, StateWriter
-from fastserve.compression.step import Context, Kind
+from fastserve.compression.step import Context, WeightKind
 from fastserve.models.kv_cache import KV_CACHE_DTYPES, LARGEST
 from fastserve.models.kv_rounding import candidate_scales, least_error, squared_errors
 
 ERRORS_OF_EVERY = 16
-"""Of so many tokens one is rounded, with each scale that is tried: 4096 of the usual 128 windows."""
+"""One token of so many is rounded with each scale that is tried: 4096 of the usual 128 windows."""
 
 
 class KVCacheScales(LayerStep, frozen=True, kw_only=True, tag="kv_cache"):
@@ -35,18 +35,20 @@ class KVCacheScales(LayerStep, frozen=True, kw_only=True, tag="kv_cache"):
     """max: the largest magnitude becomes the largest number of 8 bits; mse: of the scales around that one,
     the one with the least squared error."""
     per: Literal["head", "layer"] = "head"
-    """What shares a scale. `layer` is less exact, and is what older versions of vLLM read."""
+    """The unit that shares a scale. `layer` is less exact, and is what older versions of vLLM read."""
 
     targets: tuple[str, ...] = ()
-    """None: no linear changes."""
+    """No linear changes."""
 
-    takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse", "low rank", "codes"))
+    accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense", "sparse", "low rank", "quantized"))
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError for `targets`: the scales are those of all layers."""
         if self.targets:
             raise RecipeError(f"targets: got {', '.join(self.targets)}; allowed: none, it is for all layers")
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
+        """Measures layer by layer, and writes the scheme into the config."""
         super().run(before, after, context)
         config = copy.deepcopy(before.config)
         quantization = getattr(config, "quantization_config", None) or {}
@@ -54,6 +56,7 @@ class KVCacheScales(LayerStep, frozen=True, kw_only=True, tag="kv_cache"):
         after.write_config(config)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        """Adds the scales of its keys and values to the layer."""
         for kind, scale in self._measure(layer).items():
             # compressed-tensors has these shapes. Where all is zero any scale will do but zero.
             shaped = scale.reshape((-1, 1, 1) if self.per == "head" else (1,))
@@ -77,7 +80,7 @@ class KVCacheScales(LayerStep, frozen=True, kw_only=True, tag="kv_cache"):
         measure: Callable[[str, Tensor], Tensor],
         combine: Callable[[Tensor, Tensor], Tensor],
     ) -> dict[str, Tensor]:
-        """What `measure` makes of keys and of values [tokens, heads, dim], batch by batch, put together.
+        """The results of `measure` on keys and on values [tokens, heads, dim] of each batch, combined.
 
         A layer that shares a scale counts as one head.
         """

@@ -1,4 +1,4 @@
-"""Bits for each row, or each linear, to a given average: few where the model's predictions bear it.
+"""Mixed precision: bits for each row, or each linear, to a given average; few where predictions bear it.
 
 What a width costs a row is estimated by `sensitivity.py` from the errors of its rounding, each weighted by
 what `gptq.py` leaves of it. All then pay the same price for a bit, the least that the average allows. The
@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.calibration.hessian import damped, inverse_factor
-from fastserve.compression.calibration.importance import measured
+from fastserve.compression.calibration.importance import measure_importance
 from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.calibration.sensitivity import Sensitivity
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.patterns import mask_of
-from fastserve.compression.quantization.gptq import Gptq, quantize
+from fastserve.compression.quantization.gptq import Gptq, gptq_quantize
 from fastserve.compression.quantization.grid import search
 from fastserve.compression.quantization.quantizing_step import Bits
+from fastserve.compression.sparsity_patterns import mask_of
 from fastserve.compression.state.model_state import SCRATCH, State, StateWriter, read_part, write_part
 from fastserve.compression.step import Context
 from fastserve_kernels.formats import IntRows, Weight
@@ -31,9 +31,9 @@ from fastserve_kernels.formats.int_rows import rows_by_width
 
 FILE = f"{SCRATCH}bits.safetensors"
 RATIOS = (1.0, 0.9, 0.8, 0.7)
-"""Of ranges, in an estimate: `grid.RATIOS` would take longer and change little."""
+"""Clipping that an estimate tries: `grid.CLIP_RATIOS` would take longer and change little."""
 BITS_OF_A_WIDTH = 8
-"""In `IntRows`."""
+"""Bits that `IntRows` needs to store the width of a row."""
 BISECTIONS = 100
 
 
@@ -68,7 +68,7 @@ def allocate(costs: Tensor, sizes: Tensor, widths: Tensor, budget: float) -> Ten
 class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
     """Rounds linears as `gptq` does, each row to as many bits as it needs."""
 
-    bits: Annotated[float, Meta(ge=2, le=8, description="of a code, on average over all weights")] = 4.0  # type: ignore[assignment]
+    bits: Annotated[float, Meta(ge=2, le=8, description="bits of a code, on average over all weights")] = 4.0  # type: ignore[assignment]
     widths: Annotated[tuple[Bits, ...], Meta(min_length=2, description="to choose from")] = (2, 3, 4, 5, 6, 8)
     per: Annotated[
         Literal["row", "linear"],
@@ -76,11 +76,13 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
     ] = "row"
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError if `bits` does not lie between the widths, or a linear cannot be quantized."""
         super().check(config)
         if not min(self.widths) <= self.bits <= max(self.widths):
             raise RecipeError(f"bits: got {self.bits}; allowed: what lies between the widths {self.widths}")
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        """Rows of the two widths around `bits`, as many of each as give that average."""
         dense, widths = weight.dequantize().to(dtype), sorted(self.widths)
         codes = float(self._sizes((1, dense.shape[1])))
         bits = self.bits if self.per == "linear" else max(self.bits - BITS_OF_A_WIDTH / codes, widths[0])
@@ -90,6 +92,7 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         return IntRows.pack(dense, given, self.group_size, self.symmetric)
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
+        """Allocates bits by sensitivity, then quantizes with GPTQ layer by layer."""
         costs: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, int]] = {}
 
@@ -102,7 +105,7 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
             if index == 0:
                 write_part(after.directory / FILE, self._allocated(costs, shapes))
 
-        measured(before, after, context, estimate)
+        measure_importance(before, after, context, estimate)
         given = dict(read_part(after.directory / FILE))
         fields = {name: getattr(self, name) for name in Gptq.__struct_fields__ if name != "bits"}
         _Allocated(**fields, per=self.per, given=given).run(before, after, context)
@@ -115,7 +118,7 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         costs = []
         for width in sorted(self.widths):
             grid = search(weight, width, group_size, self.symmetric, torch.float32, remaining, RATIOS)
-            errors = (grid.values(grid.nearest(weight)) - weight).square() @ remaining
+            errors = (grid.dequantize(grid.quantize(weight)) - weight).square() @ remaining
             costs.append((errors * sensitivity.rows / 2).double())
         of_rows = torch.stack(costs, 1)
         return of_rows if self.per == "row" else of_rows.sum(0, keepdim=True)
@@ -144,7 +147,7 @@ class MixedPrecision(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
 
 
 class _Allocated(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
-    """With the bits [N] uint8 of each linear's rows, by full name."""
+    """GPTQ with the bits [N] uint8 of each linear's rows, by full name."""
 
     per: str
     given: dict[str, Any]
@@ -158,7 +161,7 @@ class _Allocated(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
                 self._compress_rows(layer, name, bits)
 
     def _compress_rows(self, layer: Layer, name: str, bits: Tensor) -> None:
-        weight, hessian = self.target_of(layer, name)
+        weight, hessian = self.rounding_target(layer, name)
         mask = mask_of(layer.weight(name))
         group_size = self.group_size or weight.shape[1]
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
@@ -166,7 +169,7 @@ class _Allocated(Gptq, frozen=True, kw_only=True, tag="mixed_precision"):
         zeros = None if self.symmetric else torch.empty_like(scales)
         for width, rows in rows_by_width(bits):
             of_rows = None if mask is None else mask[rows]
-            grid, found = quantize(
+            grid, found = gptq_quantize(
                 weight[rows], hessian, width, group_size, self.symmetric, layer.dtype, of_rows
             )
             codes[rows], scales[rows] = found.byte(), grid.scales

@@ -1,4 +1,4 @@
-"""What the steps that round weights to few bits share."""
+"""The base class of steps that quantize linears."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastserve.compression.calibration.layer_step import LayerStep
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.quantization.bias_correction import corrected_bias
 from fastserve.compression.state.meta_model import MetaModel
-from fastserve.compression.step import Kind
+from fastserve.compression.step import WeightKind
 from fastserve_kernels.formats import Weight
 
-Bits = Annotated[int, Meta(ge=2, le=8, description="of a code")]
+Bits = Annotated[int, Meta(ge=2, le=8, description="bits of a code")]
 GroupSize = Annotated[
     Literal[32, 64, 128] | None, Meta(description="columns of a row that share a scale; null: all of them")
 ]
@@ -26,14 +26,16 @@ GroupSize = Annotated[
 class QuantizingStep(LayerStep, frozen=True, kw_only=True):
     """A step after which linears are codes of few bits."""
 
-    takes: ClassVar[frozenset[Kind]] = frozenset(("dense", "sparse"))
-    leaves: ClassVar[Kind | None] = "codes"
+    accepts: ClassVar[frozenset[WeightKind]] = frozenset(("dense", "sparse"))
+    produces: ClassVar[WeightKind | None] = "quantized"
 
     bias_correction: Annotated[
         bool, Meta(description="add to biases what rounding takes from the mean of the output")
     ] = False
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError if groups do not divide a linear, or biases are to be corrected where there are
+        none."""
         linears = dict(targeted_linears(self, config))
         check_groups(getattr(self, "group_size", None), linears)
         if self.bias_correction and all(linear.bias is None for linear in linears.values()):

@@ -1,6 +1,6 @@
-"""Codes and scales that are there already, improved in turns: the output error falls with every turn.
+"""Refinement of codes and scales in turns, by coordinate descent: the output error falls with every turn.
 
-The error of a row is (q - w) H (q - w)^T, with q its values, w its target and H the gram matrix of the
+The error of a row is (q - w) H (q - w)^T, with q its values, w its target and H the Hessian of the
 inputs. The codes of a row are improved one at a time (coordinate descent, as in QuantEase, arXiv 2309.01885);
 then the scales of all its groups at once, by least squares.
 """
@@ -13,9 +13,10 @@ from torch import Tensor
 from fastserve.compression.quantization.grid import Grid
 
 COLUMNS = 128
-"""Gone through before their changes reach all the others."""
+"""Columns that are descended along before their changes reach all others."""
 _PULL = 1e-3
-"""Of scales to what they were, against the curvature of the error: decides where a group has no say in it."""
+"""Pull of scales to what they were, relative to the curvature of the error: decides where a group has
+none."""
 _FURTHEST = 1.5
 """Factor by which a scale may change in one turn."""
 
@@ -26,13 +27,15 @@ def refine(
     """A grid and codes [N, K] of less error for a target [N, K]; where the mask is false values stay 0."""
     for _ in range(turns):
         grid = fit_scales(weight, hessian, grid, codes)
-        codes = descend(weight, hessian, grid, codes, mask)
+        codes = coordinate_descent(weight, hessian, grid, codes, mask)
     return grid, codes
 
 
-def descend(weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, mask: Tensor | None = None) -> Tensor:
+def coordinate_descent(
+    weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """Gives each code in turn its best value while the others stay. Twice over all columns."""
-    scales, zeros = (tensor.T.contiguous() for tensor in grid.columns())
+    scales, zeros = (tensor.T.contiguous() for tensor in grid.per_weight())
     codes = codes.T.contiguous().clone()
     values = (codes - zeros) * scales
     slopes = hessian @ (values - weight.T)
@@ -58,7 +61,7 @@ def descend(weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, mask: Te
 def fit_scales(weight: Tensor, hessian: Tensor, grid: Grid, codes: Tensor) -> Grid:
     """The scales with which the codes come nearest to the target, the zero points held."""
     size = grid.group_size
-    steps = codes - grid.columns()[1]
+    steps = codes - grid.per_weight()[1]
     groups = (-1, steps.shape[1] // size, size)
     curvature = torch.stack(
         [

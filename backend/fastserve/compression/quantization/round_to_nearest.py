@@ -1,4 +1,4 @@
-"""Rounding to nearest, one weight at a time: the reference that the others are measured against."""
+"""Round to nearest (RTN), one weight at a time: the baseline that the others are measured against."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from transformers import PretrainedConfig
 from fastserve.compression.calibration.hessian import damped
 from fastserve.compression.calibration.layer import Layer
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.patterns import mask_of
 from fastserve.compression.quantization.gptq import pack
-from fastserve.compression.quantization.grid import Grid, search
-from fastserve.compression.quantization.quantizing_step import Bits, QuantizingStep
-from fastserve.compression.quantization.uniform import GroupSize, quantize
+from fastserve.compression.quantization.grid import Grid, group_ranges, search
+from fastserve.compression.quantization.quantizing_step import Bits, GroupSize, QuantizingStep
+from fastserve.compression.sparsity_patterns import mask_of
 from fastserve_kernels.formats import Weight
 
 Clip = Literal["none", "weights", "outputs"]
@@ -29,7 +28,7 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
 
     bits: Bits = 8
     group_size: Annotated[
-        GroupSize,
+        GroupSize | Literal["tensor"],
         Meta(description='columns of a row that share a range; null: all of them; "tensor": all rows do too'),
     ] = 64
     symmetric: Annotated[bool, Meta(description="a range from -a to a")] = False
@@ -44,21 +43,26 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
 
     @property
     def measures(self) -> bool:
+        """True where the range is clipped for the outputs, and for bias correction."""
         return self.clip == "outputs" or self.bias_correction
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError for groups that do not fit, and for clipping of ranges that are not searched."""
         super().check(config)
         if self.clip != "none" and (self.group_size == "tensor" or self.zero_points == "exact"):
             raise RecipeError(
                 f'clip: got "{self.clip}"; allowed: "none" with group_size "tensor" or zero_points "exact"'
             )
 
-    def sketch(self, weight: Weight, dtype: torch.dtype) -> Weight:
+    def dummy_output(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        """The weight on its min-max grid."""
         dense = weight.dequantize()
         grid = msgspec.structs.replace(self, clip="none").grid(dense, dense, dtype)
-        return pack(grid, grid.nearest(dense), weight)
+        return pack(grid, grid.quantize(dense), weight)
 
     def compress(self, layer: Layer, names: tuple[str, ...]) -> None:
+        """Rounds the linears of these names to nearest. Raises RecipeError for a sparse one with exact zero
+        points."""
         for name in layer.in_order(names):
             if self.zero_points == "exact" and mask_of(layer.weight(name)) is not None:
                 raise RecipeError(
@@ -68,26 +72,24 @@ class Round(QuantizingStep, frozen=True, kw_only=True, tag="round"):
             weight = layer.dense(name)
             moments = layer.moments(name)
             grid = self.grid(weight, moments.hessian, layer.dtype)
-            packed = pack(grid, grid.nearest(weight), layer.weight(name))
+            packed = pack(grid, grid.quantize(weight), layer.weight(name))
             self.put(layer, name, packed, moments.mean)
 
     def grid(self, weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Grid:
-        """For a weight [N, K] and the gram matrix [K, K] of its inputs."""
-        columns = weight.shape[1]
-        group_size = self.group_size if isinstance(self.group_size, int) else columns
-        if self.zero_points == "exact":
-            return quantize(weight, self.bits, self.symmetric, self.group_size).grid(dtype)
+        """The grid for a weight [N, K], given the Hessian [K, K] of its inputs."""
+        size = self.group_size if isinstance(self.group_size, int) else weight.shape[1]
+        if self.clip != "none":
+            metric = diagonal_blocks(damped(hessian, DAMPING), size) if self.clip == "outputs" else None
+            return search(weight, self.bits, size, self.symmetric, dtype, metric)
         if self.group_size == "tensor":
-            low, high = (value.expand(len(weight), 1) for value in (weight.amin(), weight.amax()))
-            low, high = low.clamp(max=0), high.clamp(min=0)
-            return Grid.from_ranges(low, high, self.bits, columns, dtype, self.symmetric)
-        if self.clip == "none":
-            return Grid.whole_range(weight, self.bits, group_size, dtype, self.symmetric)
-        metric = blocks(damped(hessian, DAMPING), group_size) if self.clip == "outputs" else None
-        return search(weight, self.bits, group_size, self.symmetric, dtype, metric)
+            low, high = (value.float().expand(len(weight), 1) for value in weight.aminmax())
+        else:
+            low, high = group_ranges(weight, size)
+        from_ranges = Grid.exact if self.zero_points == "exact" else Grid.from_ranges
+        return from_ranges(low, high, self.bits, size, dtype, self.symmetric)
 
 
-def blocks(hessian: Tensor, group_size: int) -> Tensor:
-    """Those on the diagonal [K / G, G, G] of a matrix [K, K]."""
-    starts = range(0, len(hessian), group_size)
-    return torch.stack([hessian[start : start + group_size, start : start + group_size] for start in starts])
+def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """The blocks [K / G, G, G] on the diagonal of a matrix [K, K], G being their size."""
+    starts = range(0, len(matrix), size)
+    return torch.stack([matrix[start : start + size, start : start + size] for start in starts])

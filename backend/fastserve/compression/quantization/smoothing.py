@@ -1,6 +1,7 @@
-"""Columns of a linear made larger and its inputs smaller by the same factor, in what comes before it.
+"""Scaling of a linear's columns, undone in what comes before it: AWQ's scales and SmoothQuant's smoothing.
 
-The model computes what it did, but rounds otherwise. What comes before is a norm, or another linear whose
+Columns become larger and their inputs smaller by the same factor: the model computes what it did, but rounds
+otherwise. What comes before is a norm, or another linear whose
 rows reach the columns one to one: v_proj for o_proj (through attention, which mixes tokens, not channels) and
 up_proj for down_proj.
 """
@@ -15,17 +16,17 @@ from transformers import PretrainedConfig
 
 from fastserve.compression.calibration.layer import Layer, Stage
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.patterns import repack
+from fastserve.compression.sparsity_patterns import repack
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Whose layers are built in this way."""
+"""Model types whose layers are built in this way."""
 BEFORE = {
     "self_attn.q_proj": "input_layernorm",
     "self_attn.o_proj": "self_attn.v_proj",
     "mlp.gate_proj": "post_attention_layernorm",
     "mlp.down_proj": "mlp.up_proj",
 }
-"""What comes before the stage of a linear."""
+"""The module before the stage of a linear."""
 
 
 def check_model_type(field: str, config: PretrainedConfig) -> None:
@@ -64,7 +65,7 @@ def smooth(layer: Layer, stage: Stage, factors: Tensor) -> None:
         factors = torch.where(divided != 0, norm / divided, factors)
     for name in stage:
         layer.replace(name, repack(layer.weight(name), layer.dense(name) * factors))
-        layer.take_for_original(name)
+        layer.reset_original(name)
 
 
 def _divide_rows(layer: Layer, name: str, factors: Tensor) -> None:
@@ -72,7 +73,7 @@ def _divide_rows(layer: Layer, name: str, factors: Tensor) -> None:
         factors = _by_head(factors, layer, name)[:, 0].flatten()
     bias = layer.other(f"{name}.bias") / factors if f"{name}.bias" in layer.part else None
     layer.replace(name, repack(layer.weight(name), layer.dense(name) / factors[:, None]), bias)
-    layer.take_for_original(name)
+    layer.reset_original(name)
 
 
 def _by_head(factors: Tensor, layer: Layer, name: str) -> Tensor:

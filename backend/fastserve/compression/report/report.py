@@ -1,4 +1,4 @@
-"""What compression did to a model, layer by layer and as a whole, and what that cost."""
+"""The report: the effect of compression on a model, layer by layer and as a whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import torch
@@ -17,11 +17,9 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 
 from fastserve.atomic_write import write_bytes
-from fastserve.compression.report.linear_report import LinearReport
-from fastserve.compression.training.trainer import Point
-
-if TYPE_CHECKING:
-    from fastserve.compression.pipeline import StepNotes
+from fastserve.compression.calibration.linear_report import LinearReport
+from fastserve.compression.step import StepNotes
+from fastserve.compression.training.trainer import CurvePoint
 
 FILE = "report.json"
 LAYER, CURVE = "layer ", "losses"
@@ -31,15 +29,15 @@ _PACKAGES = ("fastserve", "torch", "transformers")
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did."""
+    """The effect of a step."""
 
     step: str
     linears: list[LinearReport]
-    """Those that it changed, first layer to last."""
-    curve: list[Point]
-    """If it trained."""
+    """The linears that the step changed, first layer to last."""
+    curve: list[CurvePoint]
+    """The training curve, if the step trained."""
     notes: dict[str, Any]
-    """What else it had to say."""
+    """Everything else that the step noted."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,15 @@ class ModelFigures:
 
     bytes_on_disk: int
     bytes_per_token: int | None = None
-    """Of weights that one token of a lone sequence reads."""
+    """Bytes of weights that one token of a lone sequence reads."""
     perplexity: float | None = None
     tokens_per_second: dict[str, float] | None = None
-    """By batch size."""
+    """Output tokens per second by batch size."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Of a run of `fastserve compress`."""
+    """The report of a run of `fastserve compress`."""
 
     model: str
     result: str
@@ -74,11 +72,11 @@ class Report:
     date: str
     """When it was finished, ISO 8601."""
     seconds: float
-    """That the steps took, in this run."""
+    """Seconds that the steps took, in this run."""
 
 
 def step_reports(notes: list[StepNotes]) -> list[StepReport]:
-    """From the notes that the steps left."""
+    """The reports of the steps, from their notes."""
     return [_step_report(note.step, note.notes) for note in notes]
 
 
@@ -89,7 +87,7 @@ def _step_report(step: str, notes: Mapping[str, Any]) -> StepReport:
     return StepReport(
         step=step,
         linears=msgspec.convert(linears, list[LinearReport]),
-        curve=msgspec.convert(notes.get(CURVE, []), list[Point]),
+        curve=msgspec.convert(notes.get(CURVE, []), list[CurvePoint]),
         notes=rest,
     )
 
@@ -99,7 +97,7 @@ def _is_layer(key: str) -> bool:
 
 
 def bytes_on_disk(checkpoint: Path) -> int:
-    """Of a GGUF file, or of a directory's safetensors."""
+    """The size of a GGUF file, or of a directory's safetensors."""
     if checkpoint.is_file():
         return checkpoint.stat().st_size
     return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
@@ -117,6 +115,7 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that figures depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
@@ -145,7 +144,7 @@ def terminal_report(report: Report) -> RenderableType:
 
 
 def whole_rows(report: Report) -> list[tuple[str, str, str, str]]:
-    """What is said of the whole model: the figure, before, after, and how they compare."""
+    """The figures of the whole model: name, before, after, and how they compare."""
     before, after = report.before, report.after
     rows = [
         _row("size on disk, MB", before.bytes_on_disk / 1e6, after.bytes_on_disk / 1e6, "{:.1f}"),

@@ -1,4 +1,4 @@
-"""How large a result will be, from shapes and formats alone, before anything is computed.
+"""The estimated size of a result, from shapes and formats alone, before anything is computed.
 
 A strip of each kind of linear is taken through the steps: packed as they would pack it, its values of no use,
 and stored as the export would store it. What all rows of a linear have alike need not be measured on all.
@@ -18,11 +18,11 @@ from fastserve.compression.step import Step
 from fastserve_kernels.formats import Dense, Weight
 
 ROWS = 128
-"""Of a strip: the height of the tallest block that a pattern has."""
+"""Rows of a strip: the height of the tallest block that a pattern has."""
 
 
 def estimated_bytes(recipe: Recipe, source: State) -> int | None:
-    """Of the weights on disk after a recipe that `check_recipe` lets pass; None: only its run can tell.
+    """Bytes of the weights on disk after a recipe that `check_recipe` lets pass; None: only its run can tell.
 
     `source` is the model as it came.
     """
@@ -67,10 +67,10 @@ def _parts(meta_model: MetaModel) -> Iterator[tuple[str, tuple[tuple[int, ...], 
 
 
 def _strip(shape: tuple[int, ...], steps: Sequence[Step], dtype: torch.dtype) -> Weight | None:
-    """Of a matrix [N, K] after the steps: min(N, ROWS) of its rows."""
+    """A dummy weight of min(N, ROWS) rows of a matrix [N, K] after the steps."""
     generator = torch.Generator().manual_seed(0)
     strip: Weight | None = Dense(torch.randn(min(shape[0], ROWS), shape[1], generator=generator).to(dtype))
     for step in steps:
         if strip is not None:
-            strip = step.sketch(strip, dtype)
+            strip = step.dummy_output(strip, dtype)
     return strip

@@ -1,4 +1,4 @@
-"""How fast models generate, in the engine inside this process; beside each other, in turns."""
+"""Generation speed of models in the engine inside this process, measured in turns."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def measure_speeds(
     prompt_tokens: int = 32,
     output_tokens: int = 128,
 ) -> dict[str, Speeds]:
-    """Of each model, given by a name of any kind and its path: the medians of `rounds` runs.
+    """The speeds of each model, given by any name and its path: medians of `rounds` runs.
 
     `tokenizer`: the directory of the one that all of them have; prompts are ordinary text. The models take
     turns, so that the machine's drift falls on all of them, and only that whose turn it is is in memory.
@@ -68,7 +68,7 @@ def measure_speeds(
 
 
 def _turn(path: str, warm_up: list[Job], jobs: Mapping[int, list[Job]]) -> Speeds:
-    """Of one model, which is loaded for it, with the jobs of each batch size."""
+    """The speeds of one model, which is loaded for it, with the jobs of each batch size."""
     with closing(InProcessTarget(path, kv_cache_bytes=KV_CACHE_BYTES)) as target:
         run_load(target, warm_up, WARM_UP_JOBS)
         return {
@@ -77,7 +77,7 @@ def _turn(path: str, warm_up: list[Job], jobs: Mapping[int, list[Job]]) -> Speed
 
 
 def bytes_per_token(model: CausalLM) -> int | None:
-    """Of weights that a token of a lone sequence reads: all but the embedding, of which it reads a row.
+    """Bytes of weights that a token of a lone sequence reads: all but the embedding, of which it reads a row.
 
     None for a model that our decoder does not run.
     """
@@ -89,7 +89,7 @@ def bytes_per_token(model: CausalLM) -> int | None:
 
 
 def _tensor_bytes(value: object) -> int:
-    """Of all tensors in lists, tuples and dataclasses."""
+    """Bytes of all tensors in lists, tuples and dataclasses."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""How the weights of a result are stored: each as tensors of its module, with a word in `config.json`."""
+"""Encoders: how weights are stored as tensors of their modules, and what `config.json` says of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Encoder(Protocol):
         """The tensors by local name of the module of this name."""
 
     def config(self, kv_cache: dict[str, Any] | None) -> dict[str, Any]:
-        """What `config.json` must have besides, of all weights; `kv_cache` is its `kv_cache_scheme`."""
+        """The entries of `config.json` for all weights; `kv_cache` is its `kv_cache_scheme`."""
 
 
 def expressible(name: str, weight: Weight) -> bool:
@@ -54,6 +54,7 @@ class CompressedTensorsEncoder:
         """Names of modules by their scheme and format, as JSON."""
 
     def encode(self, name: str, weight: Weight) -> dict[str, Tensor]:
+        """The tensors of a module as compressed-tensors has them."""
         if isinstance(weight, Sparse24 | Sparse24Int4):
             self._two_of_four.append(name)
             weight = with_zeros(weight)
@@ -66,6 +67,7 @@ class CompressedTensorsEncoder:
         return dict(stored.tensors)
 
     def config(self, kv_cache: dict[str, Any] | None) -> dict[str, Any]:
+        """The `quantization_config` of compressed-tensors, and the names of the 2:4 modules."""
         sparse = {CONFIG_KEY: self._two_of_four} if self._two_of_four else {}
         if not self._groups and kv_cache is None:
             return sparse
@@ -101,6 +103,7 @@ class OwnEncoder:
         self._entries: dict[str, Any] = {}
 
     def encode(self, name: str, weight: Weight) -> dict[str, Tensor]:
+        """The tensors of a module by the fields of its format."""
         if isinstance(weight, Dense):
             return {"weight": weight.weight}
         tensors, entry = weight_tensors(weight)
@@ -108,6 +111,7 @@ class OwnEncoder:
         return tensors
 
     def config(self, kv_cache: dict[str, Any] | None) -> dict[str, Any]:
+        """The `quantization_config` of our own layout (docs/formats.md)."""
         quantization = {
             "quant_method": "fastserve",
             "version": VERSION,

@@ -77,7 +77,7 @@ def _write_configs(state: State, encoder: Encoder, directory: Path) -> None:
 
 
 def _copy_tokenizer(source: Path, directory: Path) -> None:
-    """And the generation config of the source, if it has one, in place of the config's."""
+    """Copies the tokenizer's files, and the source's generation config, if any, in place of the config's."""
     for pattern in (*_TOKENIZER_FILES, GENERATION_CONFIG):
         for file in sorted(source.glob(pattern)):
             if file.is_file():

@@ -34,11 +34,11 @@ class MetaModel:
         self.layers = layers
         names = {module: name for name, module in self.model.named_modules()}
         self.prefix = f"{names[layers]}."
-        """Of the full names of what is in the layers: `model.layers.`"""
+        """What the full names of everything in the layers begin with: `model.layers.`"""
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> MetaModel:
-        """On the CPU."""
+        """The meta model of a config, on the CPU. Raises RecipeError."""
         return cls(config, torch.device("cpu"))
 
     def check(self) -> None:
@@ -60,6 +60,7 @@ class MetaModel:
 
     @property
     def num_layers(self) -> int:
+        """The number of decoder layers."""
         return len(self.layers)
 
     def linears(self, index: int) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A model between two steps, whole and on disk, and the writing of one."""
+"""The state of a model between two steps, whole and on disk, and its writer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from fastserve_kernels.formats import Weight
 from fastserve_kernels.formats.weight_io import tensor_fields, weight_from_tensors, weight_tensors
 
 Part = Mapping[str, Tensor | Weight]
-"""Of a model: matrices by the name of their module, other tensors by their own."""
+"""Part of a model: matrices by the name of their module, other tensors by their own."""
 OUTER = "outer"
 NOTES, DONE = "notes.json", "done"
 SCRATCH = "scratch-"
-"""How the names of files and directories begin that only an unfinished step needs."""
+"""The prefix of files and directories that only an unfinished step needs."""
 
 
 class State(ABC):
@@ -51,11 +51,12 @@ class State(ABC):
 
     @property
     def num_layers(self) -> int:
+        """The number of decoder layers."""
         return self.meta_model.num_layers
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its norms: that in which dense weights are kept."""
+        """The dtype of the norms, in which dense weights are kept."""
         return next(part.dtype for part in self.outer().values() if isinstance(part, Tensor))
 
     def linears(self, index: int) -> dict[str, Weight]:
@@ -96,21 +97,23 @@ def dense(part: Part) -> dict[str, Tensor]:
 
 
 class SavedState(State):
-    """What a `StateWriter` wrote."""
+    """A state in a directory that a `StateWriter` wrote."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = AutoConfig.from_pretrained(directory, local_files_only=True)
 
     def layer(self, index: int) -> dict[str, Tensor | Weight]:
+        """The layer as it was written."""
         return read_part(self.directory / _layer_file(index))
 
     def outer(self) -> dict[str, Tensor | Weight]:
+        """What is outside the layers, as it was written."""
         return read_part(self.directory / f"{OUTER}.safetensors")
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What the step had to say, for the report."""
+        """What the step noted for the report."""
         return read_notes(self.directory)
 
 
@@ -124,16 +127,20 @@ class StateWriter:
         self._notes = read_notes(directory)
 
     def write_layer(self, index: int, layer: Part) -> None:
+        """Writes a layer by local names. Raises WriteError."""
         write_part(self.directory / _layer_file(index), layer)
 
     def write_outer(self, outer: Part) -> None:
+        """Writes what is outside the layers. Raises WriteError."""
         write_part(self.directory / f"{OUTER}.safetensors", outer)
 
     def write_config(self, config: PretrainedConfig) -> None:
+        """Writes the config. Raises WriteError."""
         write_bytes(self.directory / CONFIG_NAME, config.to_json_string().encode())
 
     @property
     def is_finished(self) -> bool:
+        """Whether the state is whole."""
         return (self.directory / DONE).is_file()
 
     def finish(self) -> None:
@@ -170,7 +177,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def read_part(path: Path) -> dict[str, Tensor | Weight]:
-    """What `write_part` wrote."""
+    """The part of a model in a file that `write_part` wrote."""
     with safe_open(path, framework="pt") as file:
         entries = json.loads(file.metadata()["weights"])
         names = file.keys()
@@ -184,6 +191,7 @@ def read_part(path: Path) -> dict[str, Tensor | Weight]:
 
 
 def read_notes(directory: Path) -> dict[str, Any]:
+    """The notes in a step's directory; empty if there are none yet."""
     path = directory / NOTES
     return json.loads(path.read_text()) if path.is_file() else {}
 

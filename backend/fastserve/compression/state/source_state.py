@@ -42,21 +42,25 @@ class SourceState(State):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the checkpoint's dense weights."""
         return self._checkpoint.dtype
 
     def digest(self) -> str:
-        """Of what tells this model from others: its tensors' shapes, its files' names, sizes and times."""
+        """A hash of what tells this model from others: its tensors' shapes, its files' names, sizes and
+        times."""
         files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr((stats, sorted(self._checkpoint.shapes.items()))).encode()).hexdigest()
 
     def layer(self, index: int) -> dict[str, Tensor | Weight]:
+        """A layer of the checkpoint, dequantized."""
         meta_model = self.meta_model
         matrices = {f"{name}.weight" for name in meta_model.linears(index)}
         prefix = f"{meta_model.prefix}{index}."
         return self._parts(meta_model.tensors(index), matrices, prefix)
 
     def outer(self) -> dict[str, Tensor | Weight]:
+        """What is outside the layers of the checkpoint, dequantized."""
         matrices = {f"{name}.weight" for name in self.meta_model.outer_matrices()}
         return self._parts(self.meta_model.outer_tensors(), matrices, "")
 

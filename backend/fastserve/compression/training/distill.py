@@ -15,10 +15,10 @@ from msgspec import Meta
 from transformers import PretrainedConfig
 
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.smaller_state import SmallerState, StudentSizes
 from fastserve.compression.state.model_state import State, StateWriter
 from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context
+from fastserve.compression.training.student_state import StudentSizes, StudentState
 from fastserve.compression.training.training_step import TrainingStep
 
 
@@ -29,9 +29,11 @@ class Distill(TrainingStep, frozen=True, kw_only=True, tag="distill"):
         None
     )
     student: StudentSizes | None = None
-    """Of a fresh student, whose embedding trains if it is narrower; None: the student is the model so far."""
+    """Sizes of a fresh student, whose embedding trains if it is narrower; None: the student is the model so
+    far."""
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError for an impossible student, or a teacher of another vocabulary."""
         super().check(config)
         if self.student:
             self.student.config(config)
@@ -44,10 +46,12 @@ class Distill(TrainingStep, frozen=True, kw_only=True, tag="distill"):
                 )
 
     def config_after(self, config: PretrainedConfig) -> PretrainedConfig:
+        """The config of the student."""
         return self.student.config(config) if self.student else config
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
-        start = SmallerState(before, self.student) if self.student else before
+        """Makes the student, and trains it beside the teacher."""
+        start = StudentState(before, self.student) if self.student else before
         teacher = SourceState(Path(self.teacher)) if self.teacher else context.source
         is_narrower = start.config.hidden_size < before.config.hidden_size
         self.train(start, teacher, after, context, self.embeddings or is_narrower)

@@ -1,4 +1,4 @@
-"""What training makes small: next-token and distillation losses of logits, and losses of features.
+"""Training losses: next-token and distillation losses of logits, and losses of features.
 
 p is what the teacher expects of the next token, q what the student does, both softened by a temperature T:
 p = softmax(teacher's logits / T). Divergences are multiplied by T^2, so that their gradients keep their size
@@ -37,8 +37,11 @@ def divergence(
     temperature: float = 1.0,
     skew: float = 0.1,
 ) -> Tensor:
-    """Between what two models expect of each token: [n] nats, times temperature^2, of the logarithms of what
-    they expect without a temperature, [n, vocab] float32 of the student and the teacher."""
+    """The divergence [n] of each token in nats, times temperature^2.
+
+    `log_q` and `log_p` [n, vocab] float32 are the log-probabilities of the student and of the teacher,
+    without a temperature.
+    """
     log_q, log_p = _softened(log_q, temperature), _softened(log_p, temperature)
     match kind:
         case "forward":
@@ -68,7 +71,7 @@ def _mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class LogitLoss:
-    """So much of the next token's loss, so much of the divergence from the teacher."""
+    """A weighted sum of the next token's loss and of the divergence from the teacher."""
 
     next_token: float
     distillation: float
@@ -77,8 +80,10 @@ class LogitLoss:
     skew: float = 0.1
 
     def __call__(self, student: Tensor, teacher: Tensor | None, next_ids: Tensor) -> Tensor:
-        """Of each token: [n] of logits [n, vocab] and of the ids [n] that follow. `teacher` may be None if
-        `distillation` is 0."""
+        """The loss [n] of each token, from logits [n, vocab] and the ids [n] that follow.
+
+        `teacher` may be None if `distillation` is 0.
+        """
         log_q = log_softmax(student, -1, dtype=torch.float32)
         loss = torch.zeros(len(student), device=student.device)
         if self.next_token:

@@ -15,4 +15,5 @@ class Retrain(TrainingStep, frozen=True, kw_only=True, tag="retrain"):
     """Trains all linears and norms. A pruned linear keeps its pattern, one of low rank its rank."""
 
     def run(self, before: State, after: StateWriter, context: Context) -> None:
+        """Trains the model so far beside the source model."""
         self.train(before, context.source, after, context, self.embeddings)

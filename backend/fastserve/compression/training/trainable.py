@@ -1,4 +1,4 @@
-"""A model between two steps as one whose parameters can be trained, and its way back."""
+"""Conversion of a state to a model whose parameters can be trained, and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastserve.compression.errors import RecipeError
-from fastserve.compression.pruning.patterns import mask_of, repack
+from fastserve.compression.sparsity_patterns import mask_of, repack
 from fastserve.compression.state.model_state import Part, State, StateWriter
 from fastserve_kernels.formats import Bitmap, BlockSparse, Dense, LowRank, Sparse24, Weight
 
@@ -28,7 +28,7 @@ class Trainable:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those that train, by name."""
+        """The parameters that train, by name."""
         return {name: found for name, found in self.model.named_parameters() if found.requires_grad}
 
     def mask_gradients(self) -> None:

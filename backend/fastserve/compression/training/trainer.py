@@ -1,6 +1,6 @@
 """The training loop: AdamW on windows of text, to a budget of steps or of minutes.
 
-What trains is in float32, and so is what the optimiser keeps; matrix products are in bfloat16 where the
+What trains is in float32, and so is what the optimizer keeps; matrix products are in bfloat16 where the
 device multiplies that faster. Nothing but the order of the windows is random, and that depends on the seed
 and the step alone: a run of so many steps ends in the same bytes, also if it was killed on the way and goes
 on from its checkpoint.
@@ -27,10 +27,10 @@ from fastserve.compression.training.training_plan import TrainingPlan
 MICRO_TOKENS = 1024
 """Tokens that go through the model at once; the gradients of a larger batch are summed up."""
 CHECKPOINT_SECONDS = 300
-"""Between two checkpoints, on the clock."""
+"""Seconds between two checkpoints."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_THRESHOLD = 32 << 20
-"""Bytes; glibc refuses more."""
+"""Bytes of an allocation that still come from the heap; glibc refuses more."""
 CHECKPOINT, BEST = f"{SCRATCH}checkpoint.pt", f"{SCRATCH}best.pt"
 
 Loss = Callable[[Tensor], Tensor]
@@ -38,8 +38,8 @@ Loss = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Point:
-    """Of a training curve."""
+class CurvePoint:
+    """A point of a training curve."""
 
     step: int
     tokens: int
@@ -49,7 +49,7 @@ class Point:
     held_out: float
 
 
-class Training:
+class Trainer:
     """A run of the loop, which its directory outlives."""
 
     def __init__(
@@ -69,13 +69,13 @@ class Training:
         self._seed = seed
         self._mask_gradients = mask_gradients
         self._optimizer = _optimizer(parameters, plan.weight_decay)
-        self._points: list[Point] = []
+        self._points: list[CurvePoint] = []
         self._step = 0
         self._minutes = 0.0
         self._recent: list[float] = []
         self._saved = time.monotonic()
 
-    def run(self, text: Tensor, held_out: Tensor, progress: Progress) -> list[Point]:
+    def run(self, text: Tensor, held_out: Tensor, progress: Progress) -> list[CurvePoint]:
         """Trains on `text` [samples, T], and leaves the parameters as they did best on `held_out`, which is
         shaped alike. Returns the curve.
         """
@@ -131,7 +131,7 @@ class Training:
         found = [float(self._loss(window[None])) for window in held_out]
         recent = sum(self._recent) / len(self._recent) if self._recent else None
         tokens = self._step * self._plan.batch * text.shape[1]
-        point = Point(self._step, tokens, self._minutes, recent, sum(found) / len(found))
+        point = CurvePoint(self._step, tokens, self._minutes, recent, sum(found) / len(found))
         if all(point.held_out < earlier.held_out for earlier in self._points):
             _save(self._directory / BEST, self._tensors())
         self._points.append(point)
@@ -163,7 +163,7 @@ class Training:
         checkpoint = torch.load(self._directory / CHECKPOINT, weights_only=True)
         self._load(checkpoint["parameters"])
         self._optimizer.load_state_dict(checkpoint["optimizer"])
-        self._points = [Point(**point) for point in checkpoint["points"]]
+        self._points = [CurvePoint(**point) for point in checkpoint["points"]]
         self._step, self._minutes = checkpoint["step"], checkpoint["minutes"]
         self._recent = checkpoint["recent"]
 
@@ -186,7 +186,8 @@ def keep_freed_memory() -> None:
 
 
 def window_order(step: int, batch: int, samples: int, seed: int) -> Tensor:
-    """Which windows [batch] a step takes: all of them, shuffled, then all of them shuffled otherwise."""
+    """The indices [batch] int64 of the windows of a step: all windows shuffled, then all shuffled
+    otherwise."""
     places = range(step * batch, (step + 1) * batch)
     epochs = {place // samples for place in places}
     orders = {epoch: _shuffled(samples, seed, epoch) for epoch in epochs}

@@ -43,7 +43,7 @@ def attention(
 
 
 def use_plain_attention(model: PreTrainedModel) -> None:
-    """From now on the model attends like that."""
+    """Makes the model use this attention from now on."""
     model.set_attn_implementation(NAME)
 
 

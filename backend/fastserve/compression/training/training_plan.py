@@ -1,4 +1,4 @@
-"""For how long and how fast a step trains."""
+"""The training plan: budget, learning rate and batch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fastserve.compression.step import Step
 class TrainingPlan(Step, frozen=True, kw_only=True):
     """A budget, and how it is spent."""
 
-    minutes: Annotated[float, Meta(gt=0, description="of processor time, of all cores together")] | None = (
-        None
-    )
-    steps: Annotated[int, Meta(ge=1, description="of the optimiser; in place of minutes")] | None = None
+    minutes: (
+        Annotated[float, Meta(gt=0, description="minutes of processor time, of all cores together")] | None
+    ) = None
+    steps: Annotated[int, Meta(ge=1, description="optimizer steps; in place of minutes")] | None = None
     learning_rate: Annotated[float, Meta(gt=0, description="at its highest")] = 3e-4
     warm_up: Annotated[float, Meta(ge=0, lt=1, description="share of the budget; then cosine to 0")] = 0.1
     batch: Annotated[int, Meta(ge=1, description="windows of a step")] = 2
@@ -28,6 +28,7 @@ class TrainingPlan(Step, frozen=True, kw_only=True):
     patience: Annotated[int, Meta(ge=1, description="evaluations without improvement before it ends")] = 3
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError unless either `minutes` or `steps` is given."""
         if (self.minutes is None) == (self.steps is None):
             came = "neither" if self.steps is None else "both"
             raise RecipeError(f"minutes, steps: got {came}; allowed: one of them, which is the budget")

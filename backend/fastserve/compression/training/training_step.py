@@ -1,4 +1,4 @@
-"""What steps that train have in common: the losses, the loop, the curve.
+"""The base class of steps that train: the losses, the loop, the curve.
 
 Hidden states and attention maps may be learnt from beside logits, as in TinyBERT (Jiao et al., arXiv
 1909.10351).
@@ -13,13 +13,13 @@ import torch
 from msgspec import Meta
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fastserve.compression.calibration.objective import FeatureWeights, Objective, compute_dtype
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.state.model_state import State, StateWriter
 from fastserve.compression.step import Context
 from fastserve.compression.training.losses import Divergence, LogitLoss
+from fastserve.compression.training.objective import FeatureWeights, Objective, compute_dtype
 from fastserve.compression.training.trainable import trainable, write_trained
-from fastserve.compression.training.trainer import Training
+from fastserve.compression.training.trainer import Trainer
 from fastserve.compression.training.training_plan import TrainingPlan
 
 
@@ -33,16 +33,17 @@ class TrainingStep(TrainingPlan, frozen=True, kw_only=True):
     attention: Annotated[float, Meta(ge=0, description="weight of the attention maps' loss")] = 0.0
     divergence: Divergence = "forward"
     temperature: Annotated[float, Meta(gt=0)] = 1.0
-    skew: Annotated[float, Meta(gt=0, lt=1, description="of the skewed divergences")] = 0.1
+    skew: Annotated[float, Meta(gt=0, lt=1, description="skew of the skewed divergences")] = 0.1
 
     def check(self, config: PretrainedConfig) -> None:
+        """Raises RecipeError for a budget that is not one, and if no loss has a weight."""
         super().check(config)
         if not any(self.weights_of_losses().values()):
             names = ", ".join(self.weights_of_losses())
             raise RecipeError(f"{names}: got 0 for each; allowed: at least one above 0")
 
     def weights_of_losses(self) -> dict[str, float]:
-        """By the name of the field."""
+        """The weights of the losses by the name of the field."""
         names = ("next_token", "distillation", "hidden_states", "attention")
         return {name: getattr(self, name) for name in names}
 
@@ -63,7 +64,7 @@ class TrainingStep(TrainingPlan, frozen=True, kw_only=True):
         needs_teacher = self.distillation or self.hidden_states or self.attention
         beside = frozen_model(teacher, context.device) if needs_teacher else None
         objective = Objective(model.model, beside, logit_loss, features)
-        training = Training(
+        training = Trainer(
             self,
             model.parameters | dict(objective.projections.named_parameters(prefix="projections")),
             objective,

@@ -1,4 +1,5 @@
-"""A decoder layer's module, called as its model calls it, and what enters the modules within."""
+"""The forward pass of one decoder layer: its module called as its model calls it, and the inputs of
+submodules."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Calls:
-    """A layer's weights in a module of transformers, and how that is called."""
+class LayerForward:
+    """A layer of transformers, and the arguments with which its model calls it."""
 
     def __init__(self, module: nn.Module, arguments: dict[str, Any]) -> None:
         self.module = module
@@ -24,20 +25,21 @@ class Calls:
         return self.inputs((name,), hidden)[0]
 
     def inputs(self, names: tuple[str, ...], hidden: Tensor) -> tuple[Tensor, ...]:
-        """The same of several, in the order in which they run."""
+        """What enters several modules [tokens, K], named in the order in which they run; `hidden` goes no
+        further."""
         seen: list[Tensor] = []
 
         def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             seen.append(given[0].flatten(0, -2))
             if len(seen) == len(names):
-                raise _Seen
+                raise _StopForward
 
         hooks = [
             self.module.get_submodule(name).register_forward_pre_hook(note, prepend=True) for name in names
         ]
         try:
             self(hidden)
-        except _Seen:
+        except _StopForward:
             pass
         finally:
             for hook in hooks:
@@ -45,5 +47,5 @@ class Calls:
         return tuple(seen)
 
 
-class _Seen(Exception):
-    """Ends a pass through a layer as soon as it has shown what it is for."""
+class _StopForward(Exception):
+    """Ends a forward pass as soon as all inputs that were asked for are seen."""

@@ -1,4 +1,5 @@
-"""A smaller model made of another's own weights: layers, heads, channels and columns picked evenly."""
+"""The initial student: a smaller model of another's own layers, heads, channels and columns, picked
+evenly."""
 
 from __future__ import annotations
 
@@ -11,20 +12,20 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastserve.compression.errors import RecipeError
+from fastserve.compression.pruning.columns import unit_columns
 from fastserve.compression.pruning.model_shape import (
     DOWN,
     GATE,
     UP,
+    DecoderShape,
     K,
     O,
     Q,
-    Shape,
     V,
     check_layers,
     head_dim,
     heads_per_kv_head,
 )
-from fastserve.compression.quantization.columns import unit_columns
 from fastserve.compression.state.model_state import Part, State
 from fastserve_kernels.formats import Dense, Weight
 
@@ -32,7 +33,7 @@ Size = Annotated[int, Meta(ge=1)]
 
 
 class StudentSizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Of a student, by the names of its config; None: as in the model that it is made of."""
+    """Sizes of a student, by the names of its config; None: as in the model that it is made of."""
 
     num_hidden_layers: Size | None = None
     num_attention_heads: Size | None = None
@@ -54,7 +55,7 @@ class StudentSizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             )
         layers = evenly(config.num_hidden_layers, sizes["num_hidden_layers"])
         heads = sizes["num_attention_heads"] // group
-        smaller = Shape(tuple(layers.tolist()), heads, sizes["intermediate_size"]).config(config)
+        smaller = DecoderShape(tuple(layers.tolist()), heads, sizes["intermediate_size"]).config(config)
         smaller.hidden_size = sizes["hidden_size"]
         return smaller
 
@@ -66,7 +67,7 @@ class StudentSizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         return size or largest
 
 
-class SmallerState(State):
+class StudentState(State):
     """A dense state whose matrices are picked from those of another."""
 
     def __init__(self, whole: State, sizes: StudentSizes) -> None:
@@ -83,6 +84,7 @@ class SmallerState(State):
         self._columns = {O: queries, DOWN: channels}
 
     def layer(self, index: int) -> dict[str, Tensor | Weight]:
+        """The layer [index] of the student, picked from one of the whole model."""
         return self._pick(self.whole.layer(int(self._layers[index])))
 
     def outer(self) -> dict[str, Tensor | Weight]:
@@ -108,7 +110,8 @@ class SmallerState(State):
 
 
 def evenly(count: int, kept: int) -> Tensor:
-    """Of `count` things so many, spread evenly, the first and the last among them: their indices [kept]."""
+    """The indices [kept] int64 of so many of `count` things, spread evenly, the first and the last among
+    them."""
     return torch.linspace(0, count - 1, kept).round().long()
 
 

@@ -1,4 +1,4 @@
-"""What a student is trained for: the loss of windows of text, beside a teacher's."""
+"""The training objective: the loss of a student on windows of text, beside a teacher."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastserve.compression.training.training_attention import use_plain_attentio
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """In which matrices are multiplied in training: bfloat16, but on CPUs without instructions for it."""
+    """The dtype of matrix products in training: bfloat16, but float32 on CPUs without instructions for it."""
     capable = torch.cpu.get_capabilities()
     has_bfloat16 = device.type != "cpu" or any(capable.get(name) for name in ("avx512_bf16", "amx_bf16"))
     return torch.bfloat16 if has_bfloat16 else torch.float32
@@ -28,15 +28,15 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class FeatureWeights:
-    """How much features count beside logits."""
+    """Weights of the losses of features, beside that of logits."""
 
     hidden_states: float = 0.0
     attention: float = 0.0
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Of windows [n, T]."""
+class DecoderOutputs:
+    """Outputs of a decoder for windows [n, T]."""
 
     final: Tensor
     """[n, T, hidden]: what the head takes."""
@@ -46,7 +46,7 @@ class Seen:
     """[n, heads, T, T] of each layer, if asked for."""
 
 
-class Halves:
+class DecoderAndHead:
     """A causal model of transformers as its decoder and its head."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -64,15 +64,17 @@ class Halves:
         weight: Tensor = self._head.weight
         return weight
 
-    def see(self, windows: Tensor, features: FeatureWeights) -> Seen:
-        """Of windows [n, T] int64."""
+    def forward(self, windows: Tensor, features: FeatureWeights) -> DecoderOutputs:
+        """The decoder's outputs for windows [n, T] int64."""
         found = self.model.get_decoder()(
             input_ids=windows,
             use_cache=False,
             output_hidden_states=bool(features.hidden_states),
             output_attentions=bool(features.attention),
         )
-        return Seen(found.last_hidden_state, (found.hidden_states or ())[1:], found.attentions or ())
+        return DecoderOutputs(
+            found.last_hidden_state, (found.hidden_states or ())[1:], found.attentions or ()
+        )
 
     def logits(self, products: Tensor) -> Tensor:
         """[n, vocab] of the products [n, vocab] of hidden states and the head."""
@@ -95,8 +97,8 @@ class Objective(nn.Module):
     ) -> None:
         """`teacher` may be None where only the next tokens count."""
         super().__init__()
-        self._student = Halves(student)
-        self._teacher = None if teacher is None else Halves(teacher)
+        self._student = DecoderAndHead(student)
+        self._teacher = None if teacher is None else DecoderAndHead(teacher)
         self._logit_loss = logit_loss
         self._weights = weights or FeatureWeights()
         self._device = student.device
@@ -111,9 +113,9 @@ class Objective(nn.Module):
         """The mean over the tokens of windows [n, T] int64."""
         windows = windows.to(self._device)
         with self._precision():
-            student = self._student.see(windows, self._weights)
+            student = self._student.forward(windows, self._weights)
             with torch.no_grad():
-                teacher = None if self._teacher is None else self._teacher.see(windows, self._weights)
+                teacher = None if self._teacher is None else self._teacher.forward(windows, self._weights)
             loss = self._loss_of_logits(windows, student, teacher)
             return loss if teacher is None else loss + self._loss_of_features(student, teacher)
 
@@ -121,7 +123,9 @@ class Objective(nn.Module):
         dtype = compute_dtype(self._device)
         return torch.autocast(self._device.type, dtype, enabled=dtype != torch.float32)
 
-    def _loss_of_logits(self, windows: Tensor, student: Seen, teacher: Seen | None) -> Tensor:
+    def _loss_of_logits(
+        self, windows: Tensor, student: DecoderOutputs, teacher: DecoderOutputs | None
+    ) -> Tensor:
         dtype = compute_dtype(self._device)
         next_ids = windows[:, 1:].flatten()
         hidden = student.final[:, :-1].flatten(0, 1).to(dtype)
@@ -137,7 +141,7 @@ class Objective(nn.Module):
 
         return mean_logit_loss(hidden, self._student.head.to(dtype), loss)
 
-    def _loss_of_features(self, student: Seen, teacher: Seen) -> Tensor:
+    def _loss_of_features(self, student: DecoderOutputs, teacher: DecoderOutputs) -> Tensor:
         loss = torch.zeros((), device=self._device)
         count = max(len(student.hidden_states), len(student.attentions))
         pairs = paired_layers(count, max(len(teacher.hidden_states), len(teacher.attentions)))
@@ -153,12 +157,12 @@ class Objective(nn.Module):
 
 
 def paired_layers(student: int, teacher: int) -> list[int]:
-    """Which of the teacher's layers each of the student's learns from: evenly, the last from the last."""
+    """The teacher's layer that each of the student's learns from: evenly, the last from the last."""
     return [(layer + 1) * teacher // student - 1 for layer in range(student)]
 
 
 def _projections(student: PreTrainedModel, teacher: PreTrainedModel) -> list[nn.Module]:
-    """For each of the student's layers: from its hidden states to the width of the teacher's."""
+    """A projection for each of the student's layers, from its hidden states to the width of the teacher's."""
     narrow, wide = (int(model.config.hidden_size) for model in (student, teacher))
     layers = range(int(student.config.num_hidden_layers))
     if narrow == wide:

@@ -1,4 +1,4 @@
-"""What a step did to one linear."""
+"""The errors and the size of one linear after a step."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from fastserve_kernels.formats import LowRank
 
 @dataclass(frozen=True)
 class LinearReport:
-    """Errors are relative to the linear before the step, on the inputs that reach it after it."""
+    """What a step did to a linear. Errors are relative to the linear before the step, on the inputs after
+    it."""
 
     name: str
     """`model.layers.3.mlp.down_proj`."""
     format: str
-    """As in `fastserve_kernels.formats`."""
+    """The name of the class in `fastserve_kernels.formats`."""
     bits: float
     """Stored for each weight, scales and indices included."""
     sparsity: float | None
     """Share of the weights that are 0; None if none was left out, in this step or before: a 0 is then a value
     like others."""
     rank: int | None
-    """Of `LowRank`."""
+    """The rank of a `LowRank` weight."""
     weight_error: float | None
     """||W - W'|| / ||W||, Frobenius; None if the shape is another."""
     output_error: float | None
@@ -32,7 +33,7 @@ class LinearReport:
 
 
 def linear_report(layer: Layer, name: str) -> LinearReport:
-    """Of a linear of a layer that a step is done with."""
+    """The report of a linear of a layer that a step is done with."""
     weight, now, original = layer.weight(name), layer.dense(name), layer.original(name)
     same_shape = now.shape == original.shape
     hessian = layer.latest_moments(name).hessian
@@ -48,7 +49,7 @@ def linear_report(layer: Layer, name: str) -> LinearReport:
 
 
 def output_error(difference: Tensor, weight: Tensor, hessian: Tensor) -> float:
-    """sqrt(tr(D G D^T) / tr(W G W^T)) for D and W [N, K] and the gram G [K, K] of the inputs."""
+    """sqrt(tr(D H D^T) / tr(W H W^T)) for D and W [N, K] and the Hessian H [K, K] of the inputs."""
     return float((_energy(difference, hessian) / _energy(weight, hessian)).clamp_min(0).sqrt())
 
 

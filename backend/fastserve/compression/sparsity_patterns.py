@@ -1,10 +1,10 @@
-"""Which weights pruning leaves out, and the format that holds those it keeps.
+"""Sparsity patterns: which weights pruning leaves out, and the format that holds those it keeps.
 
-| pattern | of what the cheapest are left out | format |
+| pattern | what of least saliency is left out | format |
 |---|---|---|
 | `unstructured` | single weights | `Bitmap` |
 | `rows` | whole rows | `Bitmap` |
-| `2:4` | single weights, two of each four adjacent columns | `Sparse24` |
+| `2:4` (N:M) | single weights, two of each four adjacent columns | `Sparse24` |
 | `block 32x64` | blocks of 32 rows and 64 columns | `BlockSparse` |
 
 The type of a weight says that it was pruned: `mask_of` reads from it which weights are kept, and `repack`
@@ -31,41 +31,41 @@ PatternName = Annotated[
     ),
 ]
 Scope = Literal["row", "matrix"]
-"""What competes: single weights with those of their row, or of their matrix; blocks likewise."""
+"""Where saliencies are compared: within a row, or the whole matrix (Wanda's comparison group)."""
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Leaves out the cheapest tiles of so many rows and columns; a tile costs the mean of its weights."""
+class BlockPattern:
+    """Leaves out the blocks of least saliency, which is the mean of their weights' saliencies."""
 
     rows: int
     columns: int | None
-    """None: all of the matrix's."""
+    """None: all columns of the matrix."""
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raises ValueError if a weight of shape [N, K] does not divide into tiles."""
+        """Raises ValueError if a weight of shape [N, K] does not divide into blocks."""
         if shape[0] % self.rows or shape[1] % (self.columns or 1):
             raise ValueError(f"blocks of {self.rows}x{self.columns} do not divide {shape[0]}x{shape[1]}")
 
-    def choose(self, costs: Tensor, sparsity: float, scope: Scope = "matrix") -> Tensor:
-        """A mask [N, K] bool, true where a weight is kept, given what it costs to leave each out [N, K].
+    def mask(self, saliency: Tensor, sparsity: float, scope: Scope = "matrix") -> Tensor:
+        """A mask [N, K] bool, true where a weight is kept, given the saliency of each [N, K].
 
-        Of the tiles of a scope, `round(sparsity * tiles)` go.
+        Of the blocks of a scope, `round(sparsity * blocks)` go.
         """
-        of_tiles = self.means(costs)
-        scopes = of_tiles if scope == "row" else of_tiles.flatten()[None]
+        of_blocks = self.block_means(saliency)
+        scopes = of_blocks if scope == "row" else of_blocks.flatten()[None]
         out = round(sparsity * scopes.shape[1])
         cheapest = scopes.topk(out, dim=1, largest=False, sorted=False).indices
         kept = torch.ones_like(scopes, dtype=torch.bool).scatter_(1, cheapest, False)
-        return self.spread(kept.view_as(of_tiles), costs.shape[1])
+        return self.expand_blocks(kept.view_as(of_blocks), saliency.shape[1])
 
-    def means(self, costs: Tensor) -> Tensor:
-        """What each tile costs [N / rows, K / columns]."""
-        return costs if self == UNSTRUCTURED else self._split(costs).mean((-1, -2))
+    def block_means(self, saliency: Tensor) -> Tensor:
+        """The mean [N / rows, K / columns] of each block of a saliency [N, K]."""
+        return saliency if self == UNSTRUCTURED else self._split(saliency).mean((-1, -2))
 
-    def spread(self, tiles: Tensor, width: int) -> Tensor:
-        """One value per tile [N / rows, K / columns] as one per weight [N, K], K being the width."""
-        return tiles.repeat_interleave(self.rows, 0).repeat_interleave(self.columns or width, 1)
+    def expand_blocks(self, blocks: Tensor, width: int) -> Tensor:
+        """One value per block [N / rows, K / columns] as one per weight [N, K], K being the width."""
+        return blocks.repeat_interleave(self.rows, 0).repeat_interleave(self.columns or width, 1)
 
     def pack(self, weight: Tensor, mask: Tensor) -> Weight:
         """A weight [N, K] where the mask is true."""
@@ -82,16 +82,19 @@ class Tiles:
 
 @dataclass(frozen=True)
 class TwoOfFour:
-    """Leaves out the cheaper two of each four adjacent columns."""
+    """Leaves out two of each four adjacent columns: N:M sparsity as GPUs have it."""
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError if `Sparse24` cannot hold a weight of shape [N, K]."""
         if shape[1] % 8:
             raise ValueError(f"the columns of {shape[0]}x{shape[1]} are no multiple of 8")
 
-    def choose(self, costs: Tensor, sparsity: float = 0.5, scope: Scope = "matrix") -> Tensor:
-        """As `Tiles.choose`; neither the sparsity nor the scope changes anything."""
-        fours = costs.unflatten(1, (-1, 4))
+    def mask(self, saliency: Tensor, sparsity: float = 0.5, scope: Scope = "matrix") -> Tensor:
+        """A mask [N, K] bool, true where a weight is kept, given the saliency of each [N, K].
+
+        The sparsity is a half and competes within four columns: neither argument changes anything.
+        """
+        fours = saliency.unflatten(1, (-1, 4))
         cheapest = fours.topk(2, dim=-1, largest=False).indices
         return torch.ones_like(fours, dtype=torch.bool).scatter_(-1, cheapest, False).flatten(1)
 
@@ -100,16 +103,16 @@ class TwoOfFour:
         return repack(Sparse24.pack(mask.to(weight.dtype)), weight)
 
 
-Pattern = Tiles | TwoOfFour
-UNSTRUCTURED = Tiles(1, 1)
-ROWS = Tiles(1, None)
+Pattern = BlockPattern | TwoOfFour
+UNSTRUCTURED = BlockPattern(1, 1)
+ROWS = BlockPattern(1, None)
 
 
 def parse_pattern(name: str) -> Pattern:
     """The pattern of a `PatternName`."""
     if name.startswith("block "):
         rows, columns = name.removeprefix("block ").split("x")
-        return Tiles(int(rows), int(columns))
+        return BlockPattern(int(rows), int(columns))
     named: dict[str, Pattern] = {"unstructured": UNSTRUCTURED, "rows": ROWS, "2:4": TwoOfFour()}
     return named[name]
 
@@ -140,7 +143,7 @@ def repack(like: Weight, dense: Tensor) -> Weight:
     if isinstance(like, Bitmap | Sparse24) and mask is not None:
         return dataclasses.replace(like, values=dense[mask].view_as(like.values).to(like.values.dtype))
     if isinstance(like, BlockSparse) and mask is not None:
-        tiles = Tiles(like.blocks.shape[1], like.blocks.shape[2])
-        kept = tiles._split(mask)[..., 0, 0]
-        return dataclasses.replace(like, blocks=tiles._split(dense)[kept].to(like.blocks.dtype))
+        blocks = BlockPattern(like.blocks.shape[1], like.blocks.shape[2])
+        kept = blocks._split(mask)[..., 0, 0]
+        return dataclasses.replace(like, blocks=blocks._split(dense)[kept].to(like.blocks.dtype))
     raise TypeError(f"a weight of the format {type(like).__name__} takes no new values")
