@@ -203,7 +203,7 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[ToWorker | Exception] = queue.SimpleQueue()
         self.send = self._inbox.put
         self._lock = threading.Lock()
-        self._tasks: dict[str, _Submitted] = {}
+        self._tasks: dict[str, _InFlight] = {}
         self.error: BaseException | None = None
         """Why it has ended; None: it has not."""
         self.num_servers = 0
@@ -217,7 +217,7 @@ class EngineThread:
         with self._lock:
             if self.error is not None:
                 raise _ended(self.error)
-            self._tasks[task.request.uid] = _Submitted(task, server, task.request.sampling.n)
+            self._tasks[task.request.uid] = _InFlight(task, server, task.request.sampling.n)
             self.send(Add(task.request))
 
     def fail_tasks_of(self, server: ModelServer, error: RequestError) -> None:
@@ -253,18 +253,18 @@ class EngineThread:
             by_request.setdefault(output.uid, []).append(output)
         for uid, outputs in by_request.items():
             with self._lock:
-                submitted = self._tasks.get(uid)
-                if submitted is None:
+                in_flight = self._tasks.get(uid)
+                if in_flight is None:
                     continue
-                submitted.sequences_left -= sum(output.outcome is not None for output in outputs)
-                final = submitted.sequences_left == 0
+                in_flight.sequences_left -= sum(output.outcome is not None for output in outputs)
+                final = in_flight.sequences_left == 0
                 if final:
                     del self._tasks[uid]
-            submitted.task._push(RequestOutput(uid, outputs, submitted.task.request, final))
+            in_flight.task._push(RequestOutput(uid, outputs, in_flight.task.request, final))
 
 
 @dataclass(slots=True)
-class _Submitted:
+class _InFlight:
     task: Task
     server: ModelServer
     sequences_left: int

@@ -73,7 +73,7 @@ class Engine:
         self._sampler = sampler
         self._guides = guides
         self._vocabulary = Vocabulary(runner.model.vocab_size, runner.model.vocab_size)
-        self._preparing: dict[str, tuple[Request, Future[CompiledGuide]]] = {}
+        self._waiting_for_guide: dict[str, tuple[Request, Future[CompiledGuide]]] = {}
         """Requests whose guide is being compiled, by uid."""
         self._active: dict[str, _RequestState] = {}
         """Requests that the scheduler has, by uid."""
@@ -86,7 +86,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do; when the last request has ended, that is to check the books."""
-        return bool(self._active or self._preparing or self._outputs or self._is_unchecked)
+        return bool(self._active or self._waiting_for_guide or self._outputs or self._is_unchecked)
 
     def add(self, request: Request) -> None:
         """Takes a request in. One that cannot be served ends with a failure at the next step.
@@ -94,7 +94,7 @@ class Engine:
         So does, with the request that is being served, a second one of its uid: outputs name nothing else.
         """
         self._received += 1
-        if request.uid in self._active or request.uid in self._preparing:
+        if request.uid in self._active or request.uid in self._waiting_for_guide:
             sentence = f"another request of the uid {request.uid} came while this one was served"
             self._abort(request.uid, Outcome.ERROR, _failure(RequestError(sentence, ErrorCode.INTERNAL)))
             return
@@ -106,7 +106,7 @@ class Engine:
         if request.sampling.guide is None:
             self._start(request, None)
         else:
-            self._preparing[request.uid] = (request, self._guides.compile(request.sampling.guide))
+            self._waiting_for_guide[request.uid] = (request, self._guides.compile(request.sampling.guide))
 
     def _check(self, request: Request) -> None:
         """Raises RequestError, naming the field, for a request that the model cannot serve.
@@ -145,8 +145,8 @@ class Engine:
 
     def _abort(self, uid: str, outcome: Outcome, failure: Failure | None, index: int | None = None) -> None:
         """Ends a request, or one sequence of it, wherever it is."""
-        if uid in self._preparing:
-            request, _ = self._preparing.pop(uid)
+        if uid in self._waiting_for_guide:
+            request, _ = self._waiting_for_guide.pop(uid)
             self._end(uid, range(request.sampling.n), outcome, failure)
         if (state := self._active.get(uid)) is not None:
             indices = [each for each in state.sequences if index in (None, each)]
@@ -170,7 +170,7 @@ class Engine:
         SchedulerError if blocks or sequences are left over when the last request has ended.
         """
         self._expire(time.monotonic())
-        self._start_prepared()
+        self._start_compiled()
         self._check_when_idle()
         plan = self._plan()
         if plan.scheduled:
@@ -193,21 +193,21 @@ class Engine:
 
     def _expire(self, now: float) -> None:
         requests = [state.request for state in self._active.values()]
-        requests += [request for request, _ in self._preparing.values()]
+        requests += [request for request, _ in self._waiting_for_guide.values()]
         for request in requests:
             if has_expired(request, now):
                 self.cancel(request.uid, Outcome.TIMEOUT)
 
-    def _start_prepared(self) -> None:
+    def _start_compiled(self) -> None:
         """Starts requests whose guide is compiled; waits a little for one if there is nothing else to do."""
-        if not self._preparing:
+        if not self._waiting_for_guide:
             return
-        futures = [future for _, future in self._preparing.values()]
+        futures = [future for _, future in self._waiting_for_guide.values()]
         wait(futures, 0 if self._active else GUIDE_WAIT_SECONDS, FIRST_COMPLETED)
         self._guides.abandon_heavy()
-        for uid, (request, future) in list(self._preparing.items()):
+        for uid, (request, future) in list(self._waiting_for_guide.items()):
             if future.done():
-                del self._preparing[uid]
+                del self._waiting_for_guide[uid]
                 try:
                     self._start(request, future.result())
                 except RequestError as error:
@@ -348,12 +348,12 @@ class Engine:
         Requests whose guide is being compiled have their slots already.
         """
         scheduler = self._scheduler
-        preparing = sum(request.sampling.n for request, _ in self._preparing.values())
+        waiting_for_guide = sum(request.sampling.n for request, _ in self._waiting_for_guide.values())
         return EngineStats(
             received=self._received,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
-            free_slots=scheduler.free_slots - preparing,
+            free_slots=scheduler.free_slots - waiting_for_guide,
             lowest_key=scheduler.lowest_key,
             kv_blocks_total=scheduler.pool.num_blocks,
             kv_blocks_used=scheduler.pool.num_used,

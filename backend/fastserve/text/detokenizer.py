@@ -6,7 +6,7 @@ flushed. The decoders here know the bytes of each token instead: each token cost
 all `push`es and of `flush`, joined, are exactly `backend.decode(ids)`.
 
 An answer is the continuation of its prompt: a first word has a space before it that many decoders drop at the
-beginning of a text. So a decoder may be told what came before by `follow`; what it gives then is what
+beginning of a text. So a decoder may be told what came before by `prime`; what it gives then is what
 `backend.decode(before + ids)` has more than `backend.decode(before)`.
 """
 
@@ -32,7 +32,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9a-fA-F]{2})>")
 class StreamDecoder(Protocol):
     """The text of one sequence of known token ids, as far as it is certain."""
 
-    def follow(self, token_ids: list[int]) -> None:
+    def prime(self, token_ids: list[int]) -> None:
         """Makes the sequence one that comes after these, the last CONTEXT_TOKENS of an earlier text, or all.
 
         To be called before anything is pushed. A character that they begin and the sequence completes is the
@@ -62,7 +62,7 @@ class IncrementalDetokenizer:
         self._decoder = decoder
         self._is_shown = is_shown
         context = list(islice(filter(is_shown, reversed(prompt_token_ids)), CONTEXT_TOKENS))
-        self._decoder.follow(context[::-1])
+        self._decoder.prime(context[::-1])
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that has become certain with these tokens."""
@@ -84,7 +84,7 @@ class ByteLevelDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._follows_unfinished = False
 
-    def follow(self, token_ids: list[int]) -> None:
+    def prime(self, token_ids: list[int]) -> None:
         """Keeps the bytes of an unfinished character."""
         for token_id in token_ids:
             self.push(token_id)
@@ -120,7 +120,7 @@ class ByteFallbackDecoder:
         self._left_to_strip = max_stripped
         self._start_run()
 
-    def follow(self, token_ids: list[int]) -> None:
+    def prime(self, token_ids: list[int]) -> None:
         """Keeps the bytes of an unfinished character; the beginning of the text has been before."""
         if not token_ids:
             return
@@ -190,7 +190,7 @@ class PieceDecoder:
         self._decode = decode
         self._last: list[int] = []
 
-    def follow(self, token_ids: list[int]) -> None:
+    def prime(self, token_ids: list[int]) -> None:
         """Keeps the last token."""
         self._last = token_ids[-1:]
 
