@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from fastserve.checkpoints.model_directory import model_vocab_size
 from fastserve.checkpoints.model_files import locate
@@ -27,8 +27,12 @@ from fastserve.engine.worker import ToWorker, run_engine
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.input_processor import InputProcessor
 from fastserve.text.output_processor import OutputProcessor, Response
+from fastserve.text.sampling_options import SamplingOptions
 from fastserve.text.tokenizer import Tokenizer, load_tokenizer
 from fastserve.types import Add, Cancel, Outcome, Request, RequestOutput, SequenceOutput, Shutdown, StepOutput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +86,20 @@ class Model:
         return cls(engine, tokenizer, InputProcessor(config, tokenizer, engine.max_model_len, size))
 
     @overload
-    def predict(self, prompt: str | Messages, **sampling: Any) -> str: ...
+    def predict(self, prompt: str | Messages, **sampling: Unpack[SamplingOptions]) -> str: ...
     @overload
-    def predict(self, prompt: list[str], **sampling: Any) -> list[str]: ...
+    def predict(self, prompt: list[str], **sampling: Unpack[SamplingOptions]) -> list[str]: ...
 
-    def predict(self, prompt: str | Messages | list[str], **sampling: Any) -> str | list[str]:
+    def predict(
+        self, prompt: str | Messages | list[str], **sampling: Unpack[SamplingOptions]
+    ) -> str | list[str]:
         """The continuation of a text, or of each text of a list, all batched; or the answer to a chat.
 
-        `sampling`: the fields of `SamplingParams`. Raises RequestError.
+            model.predict("One, two,", max_tokens=8, temperature=0.0)
+            model.predict(["Red is", "Blue is"], max_tokens=8, stop=["."])
+            model.predict([{"role": "user", "content": "Hello!"}], max_tokens=100, top_p=0.9, seed=1)
+
+        Raises RequestError, which names the parameter, for one that is not valid.
         """
         is_list = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str)
         prompts: list[Any] = prompt if is_list else [prompt]  # type: ignore[assignment]
@@ -185,31 +195,19 @@ class Task:
         self._send(Cancel(self.request.uid, Outcome.CANCELLED))
 
 
-class _QueueInbox:
-    def __init__(self) -> None:
-        self._messages: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
-        self.put = self._messages.put
-
-    def receive(self, block: bool) -> ToWorker | None:
-        try:
-            return self._messages.get(block=block)
-        except queue.Empty:
-            return None
-
-
 class EngineThread:
     """Steps an engine and hands what comes to its tasks; those that are left when it ends fail."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._inbox = _QueueInbox()
+        self._inbox: queue.SimpleQueue[ToWorker | Exception] = queue.SimpleQueue()
         self.send = self._inbox.put
         self._lock = threading.Lock()
-        self._tasks: dict[str, _Submitted] = {}
+        self._tasks: dict[str, _InFlight] = {}
         self.error: BaseException | None = None
         """Why it has ended; None: it has not."""
         self.num_servers = 0
-        """Of the model's, those that use it."""
+        """Servers of the model that use it."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         self.join = self._thread.join
@@ -219,7 +217,7 @@ class EngineThread:
         with self._lock:
             if self.error is not None:
                 raise _ended(self.error)
-            self._tasks[task.request.uid] = _Submitted(task, server, task.request.sampling.n)
+            self._tasks[task.request.uid] = _InFlight(task, server, task.request.sampling.n)
             self.send(Add(task.request))
 
     def fail_tasks_of(self, server: ModelServer, error: RequestError) -> None:
@@ -255,18 +253,18 @@ class EngineThread:
             by_request.setdefault(output.uid, []).append(output)
         for uid, outputs in by_request.items():
             with self._lock:
-                submitted = self._tasks.get(uid)
-                if submitted is None:
+                in_flight = self._tasks.get(uid)
+                if in_flight is None:
                     continue
-                submitted.sequences_left -= sum(output.outcome is not None for output in outputs)
-                final = submitted.sequences_left == 0
+                in_flight.sequences_left -= sum(output.outcome is not None for output in outputs)
+                final = in_flight.sequences_left == 0
                 if final:
                     del self._tasks[uid]
-            submitted.task._push(RequestOutput(uid, outputs, submitted.task.request, final))
+            in_flight.task._push(RequestOutput(uid, outputs, in_flight.task.request, final))
 
 
 @dataclass(slots=True)
-class _Submitted:
+class _InFlight:
     task: Task
     server: ModelServer
     sequences_left: int
@@ -307,27 +305,28 @@ class ModelServer:
         priority: int = 0,
         tenant: str = "",
         timeout: float | None = None,
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> Task:
-        """Takes a request: a text, a chat or token ids. Raises RequestError if it is not valid.
+        """Takes a request: a text, a chat or token ids.
 
-        `timeout` in seconds bounds the whole request. `sampling`: the fields of `SamplingParams`. Raises
-        RuntimeError if the server is not running, RequestError (INTERNAL) if its engine has failed.
+            task = server.submit("Once upon a time", priority=5, timeout=30, max_tokens=100, top_p=0.9)
+
+        `timeout` in seconds bounds the whole request. Raises RequestError if the request is not valid, and
+        (INTERNAL) if the engine has failed; RuntimeError if the server is not running.
         """
         thread = self._thread
         if thread is None:
             raise RuntimeError("the server is not running: call start() first")
-        request = self._model.input_processor.build(
-            {
-                _prompt_field(prompt): prompt,
-                "sampling_parameters": sampling,
-                "stream": True,
-                "priority": priority,
-                "tenant": tenant,
-            },
-            {},
-            now=time.monotonic(),
-            timeout_us=int((timeout or 0) * 1e6),
+        inputs = {
+            _prompt_field(prompt): prompt,
+            "sampling_parameters": sampling,
+            "stream": True,
+            "priority": priority,
+            "tenant": tenant,
+        }
+        processor, timeout_us = self._model.input_processor, int((timeout or 0) * 1e6)
+        request = processor.check_guide(
+            processor.parse(inputs, {}, now=time.monotonic(), timeout_us=timeout_us)
         )
         task = Task(request, OutputProcessor(self._model.tokenizer), thread.send)
         with self._lock:

@@ -79,18 +79,18 @@ def test_when_the_engine_fails_every_task_ends(
 
 
 def test_a_task_submitted_while_the_server_stops_ends(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    server, building, stopped = ModelServer(model).start(), threading.Event(), threading.Event()
-    build = model.input_processor.build
+    server, parsing, stopped = ModelServer(model).start(), threading.Event(), threading.Event()
+    parse = model.input_processor.parse
 
-    def build_slowly(*args: Any, **kwargs: Any) -> Any:
-        building.set()
+    def parse_slowly(*args: Any, **kwargs: Any) -> Any:
+        parsing.set()
         assert stopped.wait(SECONDS)
-        return build(*args, **kwargs)
+        return parse(*args, **kwargs)
 
-    monkeypatch.setattr(model.input_processor, "build", build_slowly)
+    monkeypatch.setattr(model.input_processor, "parse", parse_slowly)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(lambda: server.submit([5], **REPEAT).result(SECONDS))
-        assert building.wait(SECONDS)
+        assert parsing.wait(SECONDS)
         server.stop()
         stopped.set()
         with pytest.raises(RuntimeError, match="the server is not running"):

@@ -51,6 +51,31 @@ def test_ids_that_the_model_does_not_have_are_refused_by_name(
     assert len(helpers.tokens_of(outputs["good"])) == 5
 
 
+def test_a_second_request_of_a_uid_fails_with_the_first_and_no_other(fake_engine: Any, helpers: Any) -> None:
+    engine = fake_engine(VOCAB)
+    for uid in ("good", "twice"):
+        engine.add(helpers.make_request(uid, [1, 2], n=2, temperature=1.0, max_tokens=5))
+    first = engine.step().outputs
+    engine.add(helpers.make_request("twice", [3], **GREEDY))
+    outputs = helpers.run_until_idle(engine)
+    assert [each.index for each in outputs["twice"]] == [0, 1]
+    assert {each.outcome for each in outputs["twice"]} == {Outcome.ERROR}
+    assert "twice" in outputs["twice"][0].failure.message
+    for index in range(2):
+        good = [each for each in first if each.uid == "good"] + outputs["good"]
+        assert len(helpers.tokens_of(good, index)) == 5
+    engine.add(helpers.make_request("twice", [3], **GREEDY))
+    assert len(helpers.tokens_of(helpers.run_until_idle(engine)["twice"])) == 5
+
+
+def test_a_second_request_of_a_uid_whose_guide_compiles_fails_it(slow_compiler: Any, helpers: Any) -> None:
+    engine, _ = slow_compiler
+    for _ in range(2):
+        engine.add(helpers.make_request("twice", [1], guide=Guide(regex="slow"), **GREEDY))
+    (output,) = helpers.run_until_idle(engine)["twice"]
+    assert output.outcome is Outcome.ERROR
+
+
 def test_an_end_token_that_the_model_does_not_have_never_comes(fake_engine: Any, helpers: Any) -> None:
     """As with a tokenizer of more tokens than the model."""
     engine = fake_engine(VOCAB, eos_token_ids=(VOCAB,))

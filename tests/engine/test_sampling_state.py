@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.engine.sampler import Sampler, sequence_seed, uniform_numbers
-from fastserve.engine.sampling_state import BadWords, TokenCounts
+from fastserve.engine.sampler import BadWords, Sampler, TokenCounts, sequence_seed, uniform_numbers
 from fastserve.scheduling.sequence import Sequence
 
 tokens = st.integers(0, 6)

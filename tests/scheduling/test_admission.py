@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.scheduling.admission import LOST_AFTER_SECONDS, MAX_DISPLACING, Admission
+from fastserve.scheduling.admission import LOST_AFTER_SECONDS, MAX_PREEMPTING_IN_FLIGHT, AdmissionQueue
 from fastserve.scheduling.policies import PriorityAge
 from fastserve.types import EngineCapacity, OutputOptions, Request, SamplingParams
 
@@ -33,8 +33,10 @@ def a_request(
     )
 
 
-def an_admission(*requests: Request, max_queue_size: int = 100, max_queue_seconds: float = 0.0) -> Admission:
-    admission = Admission(POLICY, max_queue_size, max_queue_seconds)
+def an_admission(
+    *requests: Request, max_queue_size: int = 100, max_queue_seconds: float = 0.0
+) -> AdmissionQueue:
+    admission = AdmissionQueue(POLICY, max_queue_size, max_queue_seconds)
     for request in requests:
         admission.submit(request, 0.0)
     return admission
@@ -58,7 +60,7 @@ def uids(requests: list[Request]) -> list[str]:
     return [request.uid for request in requests]
 
 
-def test_nothing_is_released_before_the_engine_has_spoken() -> None:
+def test_nothing_is_released_before_the_has_engine_report() -> None:
     admission = an_admission(a_request("r"))
     assert admission.release(0.0) == []
     admission.update(a_capacity(1, 1))
@@ -128,7 +130,7 @@ def test_a_new_incarnation_replaces_the_numbers_for_good() -> None:
     assert admission.release(0.0) == []
 
 
-def test_a_request_lost_before_the_engine_has_spoken_is_given_up_in_time() -> None:
+def test_a_request_lost_before_the_has_engine_report_is_given_up_in_time() -> None:
     admission = an_admission(a_request("lost", 1), a_request("next"))
     admission.update(a_capacity(0, 1, time=0.0))
     assert uids(admission.release(100.0)) == ["lost"]
@@ -209,9 +211,9 @@ def test_a_key_above_the_lowest_goes_beyond_the_room() -> None:
 
 
 def test_several_arrive_at_once_and_each_displaces_one() -> None:
-    admission = an_admission(*(a_request(str(number), 1) for number in range(MAX_DISPLACING + 2)))
+    admission = an_admission(*(a_request(str(number), 1) for number in range(MAX_PREEMPTING_IN_FLIGHT + 2)))
     admission.update(a_capacity(1, 0, lowest_key=0.0))
-    assert len(admission.release(0.0)) == MAX_DISPLACING
+    assert len(admission.release(0.0)) == MAX_PREEMPTING_IN_FLIGHT
     assert admission.release(0.0) == []
     admission.update(a_capacity(2, -1, received=1, lowest_key=0.0))
     assert len(admission.release(0.0)) == 1
@@ -342,7 +344,7 @@ def test_everything_is_served_whatever_becomes_of_the_messages(
     Steps may take longer than it takes to call a request lost.
     """
     rng = random.Random(seed)
-    admission = Admission(POLICY, max_queue_size=1000, max_queue_seconds=0.0)
+    admission = AdmissionQueue(POLICY, max_queue_size=1000, max_queue_seconds=0.0)
     engine = FakeEngine(max_num_seqs, step_seconds=step_seconds)
     to_come = [
         a_request(str(number), rng.randint(0, priorities), float(number), rng.choice([1, 1, 1, 2, 6]))
@@ -396,7 +398,7 @@ def test_no_more_go_than_there_is_room_for(
 ) -> None:
     """Messages come late but in order, steps may be long. Beyond the room go only the urgent."""
     rng = random.Random(seed)
-    admission = Admission(POLICY, max_queue_size=1000, max_queue_seconds=0.0)
+    admission = AdmissionQueue(POLICY, max_queue_size=1000, max_queue_seconds=0.0)
     engine = FakeEngine(max_num_seqs, step_seconds=step_seconds)
     on_the_way: list[Request] = []
     capacities: list[EngineCapacity] = [engine.capacity()]
@@ -414,7 +416,7 @@ def test_no_more_go_than_there_is_room_for(
         excess = len(on_the_way) + len(engine.inbox) - engine.free_slots()
         urgent = sum(each.priority > 0 for each in [*engine.requests, *engine.inbox, *on_the_way])
         assert excess <= urgent
-        assert len(on_the_way) + len(engine.inbox) <= max_num_seqs + MAX_DISPLACING
+        assert len(on_the_way) + len(engine.inbox) <= max_num_seqs + MAX_PREEMPTING_IN_FLIGHT
         if rng.random() < 0.3:
             engine.finish(rng)
         capacities.append(engine.capacity())

@@ -15,10 +15,10 @@ from fastserve.scheduling.block_pool import (
 A, B, C = (hash_block(ROOT_HASH, [token]) for token in range(3))
 
 
-def published(pool: BlockPool, *digests: bytes) -> list[int]:
+def cached(pool: BlockPool, *digests: bytes) -> list[int]:
     table = pool.allocate(len(digests))
     for block, digest in zip(table, digests, strict=True):
-        pool.publish(block, digest)
+        pool.cache(block, digest)
     return table
 
 
@@ -38,72 +38,72 @@ def test_more_than_is_free_is_refused_whole() -> None:
 
 def test_a_released_block_is_found_again_and_counts_as_free_meanwhile() -> None:
     pool = BlockPool(4, 4, True)
-    table = published(pool, A, B)
-    pool.release(table)
+    table = cached(pool, A, B)
+    pool.free(table)
     assert pool.num_free == 4
-    assert pool.match([A, B, C]) == table
+    assert pool.match_prefix([A, B, C]) == table
     assert pool.num_free == 2
     pool.check([table])
 
 
 def test_a_shared_block_is_free_when_the_last_holder_lets_go() -> None:
     pool = BlockPool(2, 4, True)
-    table = published(pool, A)
-    assert pool.match([A]) == table
+    table = cached(pool, A)
+    assert pool.match_prefix([A]) == table
     assert pool.ref_count(table[0]) == 2
-    pool.release(table)
+    pool.free(table)
     assert pool.num_used == 1
-    pool.release(table)
+    pool.free(table)
     assert pool.num_used == 0
 
 
 def test_a_match_ends_at_the_first_gap() -> None:
     pool = BlockPool(4, 4, True)
-    first, _ = published(pool, A, C)
-    assert pool.match([A, B, C]) == [first]
-    assert pool.match([B, A]) == []
+    first, _ = cached(pool, A, C)
+    assert pool.match_prefix([A, B, C]) == [first]
+    assert pool.match_prefix([B, A]) == []
 
 
-def test_blank_blocks_go_before_cached_ones_and_a_tail_before_its_head() -> None:
+def test_blocks_that_are_not_cached_go_before_those_that_are_and_a_tail_before_its_head() -> None:
     pool = BlockPool(4, 4, True)
-    table = published(pool, A, B, C)
-    pool.release(table)
+    table = cached(pool, A, B, C)
+    pool.free(table)
     assert pool.allocate(1)[0] not in table
     assert pool.allocate(1) == [table[2]]
     assert pool.allocate(1) == [table[1]]
-    assert pool.match([A, B, C]) == [table[0]]
+    assert pool.match_prefix([A, B, C]) == [table[0]]
 
 
 def test_the_least_recently_held_is_evicted_first() -> None:
     pool = BlockPool(2, 4, True)
-    [a], [b] = published(pool, A), published(pool, B)
-    pool.release([a])
-    pool.release([b])
-    pool.release(pool.match([A]))
+    [a], [b] = cached(pool, A), cached(pool, B)
+    pool.free([a])
+    pool.free([b])
+    pool.free(pool.match_prefix([A]))
     assert pool.allocate(1) == [b]
 
 
 def test_the_first_of_two_equal_blocks_stays_the_one_that_is_found() -> None:
     pool = BlockPool(2, 4, True)
-    [first], [second] = published(pool, A), published(pool, A)
-    pool.release([second])
-    assert pool.match([A]) == [first]
+    [first], [second] = cached(pool, A), cached(pool, A)
+    pool.free([second])
+    assert pool.match_prefix([A]) == [first]
     pool.check([[first], [first]])
 
 
 def test_without_prefix_caching_nothing_is_found() -> None:
     pool = BlockPool(2, 4, False)
-    pool.release(published(pool, A))
-    assert pool.match([A]) == []
+    pool.free(cached(pool, A))
+    assert pool.match_prefix([A]) == []
     pool.check([])
 
 
 def test_a_double_free_is_noticed() -> None:
     pool = BlockPool(2, 4, True)
     table = pool.allocate(1)
-    pool.release(table)
-    with pytest.raises(BlockPoolError, match="nobody holds it"):
-        pool.release(table)
+    pool.free(table)
+    with pytest.raises(BlockPoolError, match="is free already"):
+        pool.free(table)
 
 
 def test_check_notices_a_leak_and_a_wrong_table() -> None:
@@ -123,47 +123,47 @@ class PoolMachine(RuleBasedStateMachine):
     def start(self, num_blocks: int, caching: bool) -> None:
         self.pool = BlockPool(num_blocks, 1, caching)
         self.contents: dict[int, tuple[int, ...]] = {}
-        self.held: list[tuple[tuple[int, ...], list[int]]] = []
+        self.used: list[tuple[tuple[int, ...], list[int]]] = []
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=5), publish=st.booleans())
-    def take(self, tokens: list[int], publish: bool) -> None:
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=5), is_cached=st.booleans())
+    def take(self, tokens: list[int], is_cached: bool) -> None:
         hashes: list[bytes] = []
         for token in tokens:
             hashes.append(hash_block(hashes[-1] if hashes else ROOT_HASH, [token]))
-        table = self.pool.match(hashes)
-        for place, block in enumerate(table):
-            assert self.contents[block] == tuple(tokens[: place + 1])
+        table = self.pool.match_prefix(hashes)
+        for index, block in enumerate(table):
+            assert self.contents[block] == tuple(tokens[: index + 1])
         missing = len(tokens) - len(table)
         if missing > self.pool.num_free:
             with pytest.raises(OutOfBlocksError):
                 self.pool.allocate(missing)
-            self.pool.release(table)
+            self.pool.free(table)
             return
         fresh = self.pool.allocate(missing)
-        assert not {block for _, other in self.held for block in other} & set(fresh)
+        assert not {block for _, other in self.used for block in other} & set(fresh)
         table += fresh
-        for place, block in enumerate(table):
-            self.contents[block] = tuple(tokens[: place + 1])
-            if publish:
-                self.pool.publish(block, hashes[place])
-        self.held.append((tuple(tokens), table))
+        for index, block in enumerate(table):
+            self.contents[block] = tuple(tokens[: index + 1])
+            if is_cached:
+                self.pool.cache(block, hashes[index])
+        self.used.append((tuple(tokens), table))
 
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        if self.held:
-            _, table = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-            self.pool.release(table)
+        if self.used:
+            _, table = self.used.pop(data.draw(st.integers(0, len(self.used) - 1)))
+            self.pool.free(table)
 
     @invariant()
     def books_balance(self) -> None:
         if not hasattr(self, "pool"):
             return
-        tables = [table for _, table in self.held]
+        tables = [table for _, table in self.used]
         self.pool.check(tables)
         assert self.pool.num_used == len({block for table in tables for block in table})
-        for tokens, table in self.held:
+        for tokens, table in self.used:
             assert [self.contents[block] for block in table] == [
-                tokens[: place + 1] for place in range(len(tokens))
+                tokens[: index + 1] for index in range(len(tokens))
             ]
 
 

@@ -63,7 +63,7 @@ def step(scheduler: IterationScheduler, token: int = 7) -> StepPlan:
     """Plans and computes; every sequence that reached its end gets `token`."""
     plan = scheduler.plan()
     ended = [item.sequence for item in plan.scheduled if item.is_last_chunk]
-    scheduler.commit(plan)
+    scheduler.mark_computed(plan)
     for sequence in ended:
         sequence.token_ids.append(token)
     return plan
@@ -462,7 +462,7 @@ class BatchMachine(RuleBasedStateMachine):
             for position in range(start, start + item.num_tokens):
                 self.cells[self.cell(item.sequence, position)] = self.prefix(item.sequence, position)
         ended = [item.sequence for item in plan.scheduled if item.is_last_chunk]
-        self.scheduler.commit(plan)
+        self.scheduler.mark_computed(plan)
         self.check_contents()
         for sequence in ended:
             sequence.token_ids.append(true_next_token(sequence.token_ids, sequence.index))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve.config import Config, ConfigError
-from fastserve.scheduling.policies import Fcfs, PriorityAge, make_policy
+from fastserve.scheduling.policies import FCFS, PriorityAge, make_policy
 
 weights = st.floats(0.001, 1000.0)
 priorities = st.integers(-1000, 1000)
@@ -40,11 +40,11 @@ def test_the_key_orders_requests_as_their_scores_do_at_any_moment(
 
 
 def test_fcfs_ignores_priority() -> None:
-    assert Fcfs().key(0, 1.0) > Fcfs().key(100, 2.0)
+    assert FCFS().key(0, 1.0) > FCFS().key(100, 2.0)
 
 
 def test_settings_choose_the_policy() -> None:
-    assert make_policy(Config(policy="fcfs")) == Fcfs()
+    assert make_policy(Config(policy="fcfs")) == FCFS()
     assert make_policy(Config(policy="priority_age", alpha=3.0, beta=0.5)) == PriorityAge(3.0, 0.5)
 
 

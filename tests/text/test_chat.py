@@ -49,7 +49,7 @@ def plain(tokenizer: Tokenizer) -> InputProcessor:
 
 def prompt(input_processor: InputProcessor, messages: list[Any], **options: Any) -> str:
     inputs = {"messages": json.dumps(messages), "sampling_parameters": json.dumps(options)}
-    return input_processor.build(inputs, {}, now=0.0).prompt
+    return input_processor.check_guide(input_processor.parse(inputs, {}, now=0.0)).prompt
 
 
 def refusal(input_processor: InputProcessor, messages: Any, **options: Any) -> str:
@@ -194,15 +194,17 @@ def test_the_last_message_goes_on(input_processor: InputProcessor) -> None:
 
 
 def test_options_as_request_parameters(input_processor: InputProcessor) -> None:
-    request = input_processor.build(
-        {"messages": [USER]},
-        {
-            "tools": json.dumps([TOOL]),
-            "chat_template_kwargs": '{"enable_thinking": false}',
-            "add_generation_prompt": "true",
-            "continue_final_message": "false",
-        },
-        now=0.0,
+    request = input_processor.check_guide(
+        input_processor.parse(
+            {"messages": [USER]},
+            {
+                "tools": json.dumps([TOOL]),
+                "chat_template_kwargs": '{"enable_thinking": false}',
+                "add_generation_prompt": "true",
+                "continue_final_message": "false",
+            },
+            now=0.0,
+        )
     )
     assert request.prompt == f"[tools]{json.dumps([TOOL])}[user]hello[assistant]<>"
 
@@ -212,7 +214,7 @@ def test_options_as_request_parameters(input_processor: InputProcessor) -> None:
 )
 def test_options_without_a_chat_are_refused(input_processor: InputProcessor, name: str) -> None:
     with pytest.raises(RequestError, match=f"`{name}`: .*only beside `messages`"):
-        input_processor.build({"text_input": "a"}, {name: "[]"}, now=0.0)
+        input_processor.check_guide(input_processor.parse({"text_input": "a"}, {name: "[]"}, now=0.0))
 
 
 KEYS = st.sampled_from(
@@ -238,7 +240,9 @@ def test_any_chat_is_served_or_refused_by_name(input_processor: InputProcessor) 
         options = {"tools": tools, "chat_template_kwargs": variables}
         refused = ""
         try:
-            input_processor.build({"messages": messages, "sampling_parameters": options}, {}, now=0.0)
+            input_processor.check_guide(
+                input_processor.parse({"messages": messages, "sampling_parameters": options}, {}, now=0.0)
+            )
         except RequestError as error:
             refused = str(error)
         assert refused.startswith(("`messages", "`tools", "`chat_template_kwargs")) or not refused

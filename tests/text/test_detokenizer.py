@@ -12,8 +12,7 @@ from tokenizers import decoders, models
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fastserve.config import ConfigError
-from fastserve.text.detokenizer import Detokenizer
-from fastserve.text.stream_decoder import REPLACEMENT, stream_decoder_factory
+from fastserve.text.detokenizer import REPLACEMENT, stream_decoder_factory
 from fastserve.text.tokenizer import Tokenizer
 
 KINDS = [
@@ -43,7 +42,7 @@ def test_pushes_and_flush_are_the_full_decode(kind: str, tokenizers: dict[str, T
         skip=st.booleans(),
     )
     def check(pushes: list[list[int]], skip: bool) -> None:
-        detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
+        detokenizer = tokenizer.new_detokenizer(skip_special_tokens=skip)
         text = "".join([detokenizer.push(ids) for ids in pushes]) + detokenizer.flush()
         assert text == tokenizer.decode([i for ids in pushes for i in ids], skip_special_tokens=skip)
 
@@ -58,7 +57,7 @@ def test_an_answer_is_the_continuation_of_its_prompt(kind: str, tokenizers: dict
     @settings(max_examples=1000, deadline=None)
     @given(prompt=token_ids, answer=token_ids, skip=st.booleans())
     def check(prompt: list[int], answer: list[int], skip: bool) -> None:
-        detokenizer = Detokenizer(tokenizer, prompt, skip_special_tokens=skip)
+        detokenizer = tokenizer.new_detokenizer(prompt, skip_special_tokens=skip)
         text = "".join([detokenizer.push([token]) for token in answer]) + detokenizer.flush()
         before = tokenizer.decode(prompt, skip_special_tokens=skip)
         whole = tokenizer.decode(prompt + answer, skip_special_tokens=skip)
@@ -89,7 +88,7 @@ def test_the_space_before_the_first_word(
 ) -> None:
     tokenizer = tokenizers[kind]
     vocabulary = tokenizer.backend.get_vocab()
-    detokenizer = Detokenizer(tokenizer, [vocabulary[token] for token in prompt])
+    detokenizer = tokenizer.new_detokenizer([vocabulary[token] for token in prompt])
     assert detokenizer.push(vocabulary[token] for token in answer) + detokenizer.flush() == expected
 
 
@@ -108,7 +107,7 @@ def test_a_prompt_that_ends_within_a_character(
     data = SMILE.encode()
     prompt = one_by_one(tokenizer, kind, SMILE.encode() + data[:cut])
     answer = one_by_one(tokenizer, kind, data[cut:] if rest is None else rest)
-    detokenizer = Detokenizer(tokenizer, prompt)
+    detokenizer = tokenizer.new_detokenizer(prompt)
     text = detokenizer.push([*answer, tokenizer.encode("a", special_tokens=False)[0]])
     assert text + detokenizer.flush() == expected
 
@@ -129,7 +128,7 @@ def test_any_text_comes_back_without_a_broken_character(kind: str, tokenizers: d
     @settings(max_examples=200, deadline=None)
     @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT + " ")))
     def check(text: str) -> None:
-        detokenizer = Detokenizer(tokenizer)
+        detokenizer = tokenizer.new_detokenizer()
         pieces = [detokenizer.push([token]) for token in tokenizer.encode(text, special_tokens=False)]
         assert not any(REPLACEMENT in piece for piece in pieces)
         assert "".join(pieces) + detokenizer.flush() == text.replace(
@@ -140,14 +139,14 @@ def test_any_text_comes_back_without_a_broken_character(kind: str, tokenizers: d
 
 
 def test_replacement_character_in_the_text_itself_comes_through(tokenizer: Tokenizer) -> None:
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = tokenizer.new_detokenizer()
     assert detokenizer.push(tokenizer.encode(f"a{REPLACEMENT}")) == f"a{REPLACEMENT}"
     assert detokenizer.flush() == ""
 
 
 def test_byte_level_holds_back_only_an_unfinished_character(tokenizer: Tokenizer) -> None:
     euro = tokenizer.encode("€", special_tokens=False)
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = tokenizer.new_detokenizer()
     assert [detokenizer.push([token]) for token in euro] == ["", "", "€"]
     assert detokenizer.push([euro[0], euro[0], euro[0]]) == REPLACEMENT * 2
     assert detokenizer.flush() == REPLACEMENT
@@ -155,20 +154,20 @@ def test_byte_level_holds_back_only_an_unfinished_character(tokenizer: Tokenizer
 
 def test_byte_fallback_does_not_hold_back_invalid_bytes(tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers["byte_fallback"]
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = tokenizer.new_detokenizer()
     assert [detokenizer.push(byte_tokens(tokenizer, b"\x80")) for _ in range(3)] == [REPLACEMENT] * 3
 
 
 def test_byte_fallback_shows_a_run_when_it_ends(tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers["byte_fallback"]
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = tokenizer.new_detokenizer()
     assert detokenizer.push(byte_tokens(tokenizer, "€".encode())) == ""
     assert detokenizer.push(tokenizer.encode("a")) == "€a"
 
 
 def test_special_token_inside_a_character_is_skipped(tokenizer: Tokenizer) -> None:
     first, *rest = tokenizer.encode("€", special_tokens=False)
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = tokenizer.new_detokenizer()
     assert detokenizer.push([first, *tokenizer.eos_token_ids, *rest]) == "€"
 
 
@@ -193,7 +192,7 @@ def test_the_default_models_vocabulary(tokenizer_directory: Path) -> None:
     @settings(max_examples=100, deadline=None)
     @given(ids=st.lists(st.integers(0, tokenizer.vocab_size), max_size=40), skip=st.booleans())
     def check(ids: list[int], skip: bool) -> None:
-        detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
+        detokenizer = tokenizer.new_detokenizer(skip_special_tokens=skip)
         text = "".join([detokenizer.push([token]) for token in ids]) + detokenizer.flush()
         assert text == tokenizer.decode(ids, skip_special_tokens=skip)
 

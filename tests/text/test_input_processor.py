@@ -13,13 +13,22 @@ from hypothesis import strategies as st
 
 from fastserve.config import Config
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.text.chat import Chat
+from fastserve.text.chat import CHAT_OPTIONS, Chat
+from fastserve.text.guide import GUIDE_NAMES
 from fastserve.text.input_processor import MAX_BYTES_PER_TOKEN, InputProcessor
-from fastserve.text.sampling import SAMPLING_NAMES
+from fastserve.text.sampling_options import SamplingOptions
+from fastserve.text.sampling_params import SAMPLING_NAMES
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.types import Guide, Request, SamplingParams, decode, encode
 
 MAX_MODEL_LEN = 64
+
+
+def test_the_keyword_arguments_are_all_sampling_parameters_and_chat_options() -> None:
+    """Those of the embedded API, as type checkers see them."""
+    params = {field.name for field in msgspec.structs.fields(SamplingParams)} - {"guide"}
+    assert set(SamplingOptions.__annotations__) == params | set(GUIDE_NAMES) | set(CHAT_OPTIONS)
+    assert not SamplingOptions.__required_keys__
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,9 @@ def build(
     inputs: dict[str, Any] | None = None,
     parameters: dict[str, Any] | None = None,
 ) -> Request:
-    return input_processor.build({"text_input": "hello"} | (inputs or {}), parameters or {}, now=1000.0)
+    return input_processor.check_guide(
+        input_processor.parse({"text_input": "hello"} | (inputs or {}), parameters or {}, now=1000.0)
+    )
 
 
 def sampling(input_processor: InputProcessor, **values: Any) -> SamplingParams:
@@ -43,7 +54,7 @@ def sampling(input_processor: InputProcessor, **values: Any) -> SamplingParams:
 def refusal(input_processor: InputProcessor, inputs: dict[str, Any], parameters: dict[str, Any]) -> str:
     """What the client is told; the request must be refused as its own fault."""
     with pytest.raises(RequestError) as raised:
-        input_processor.build(inputs, parameters, now=0.0)
+        input_processor.check_guide(input_processor.parse(inputs, parameters, now=0.0))
     assert raised.value.code is ErrorCode.INVALID_ARG
     return str(raised.value)
 
@@ -65,14 +76,16 @@ def test_requests_have_different_uids(input_processor: InputProcessor) -> None:
 
 def test_a_chat(input_processor: InputProcessor, tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "hello"}]
-    request = input_processor.build({"messages": json.dumps(messages)}, {}, now=0.0)
-    assert request.prompt == tokenizer.render_chat(Chat(messages))
+    request = input_processor.check_guide(
+        input_processor.parse({"messages": json.dumps(messages)}, {}, now=0.0)
+    )
+    assert request.prompt == tokenizer.apply_chat_template(Chat(messages))
     assert request.prompt_token_ids == tokenizer.encode(request.prompt, special_tokens=False)
 
 
 @pytest.mark.parametrize("ids", [[5, 6, 7], np.array([5, 6, 7]), (5, 6, 7)], ids=["list", "array", "tuple"])
 def test_token_ids(input_processor: InputProcessor, tokenizer: Tokenizer, ids: Any) -> None:
-    request = input_processor.build({"prompt_token_ids": ids}, {}, now=0.0)
+    request = input_processor.check_guide(input_processor.parse({"prompt_token_ids": ids}, {}, now=0.0))
     assert request.prompt_token_ids == [5, 6, 7]
     assert request.prompt == tokenizer.decode([5, 6, 7])
 
@@ -217,13 +230,25 @@ def test_echo(input_processor: InputProcessor, stream: bool | None, exclude: boo
 def test_deadline(
     input_processor: InputProcessor, timeout_us: int, parameters: dict[str, Any], seconds: float
 ) -> None:
-    request = input_processor.build({"text_input": "a"}, parameters, now=5.0, timeout_us=timeout_us)
+    request = input_processor.check_guide(
+        input_processor.parse({"text_input": "a"}, parameters, now=5.0, timeout_us=timeout_us)
+    )
     assert request.deadline == 5.0 + seconds
 
 
 def test_request_id(input_processor: InputProcessor) -> None:
-    assert input_processor.build({"text_input": "a"}, {"id": "b"}, now=0.0, request_id="a").request_id == "a"
-    assert input_processor.build({"text_input": "a"}, {"id": "b"}, now=0.0).request_id == "b"
+    assert (
+        input_processor.check_guide(
+            input_processor.parse({"text_input": "a"}, {"id": "b"}, now=0.0, request_id="a")
+        ).request_id
+        == "a"
+    )
+    assert (
+        input_processor.check_guide(
+            input_processor.parse({"text_input": "a"}, {"id": "b"}, now=0.0)
+        ).request_id
+        == "b"
+    )
 
 
 @pytest.mark.parametrize("name", ["guided_decoding", "structured_outputs"])
@@ -474,7 +499,7 @@ def test_anything_is_served_or_refused_with_a_sentence(
         inputs = inputs | {"text_input": "hello"}
     refused = None
     try:
-        request = input_processor.build(inputs, parameters, now=0.0)
+        request = input_processor.check_guide(input_processor.parse(inputs, parameters, now=0.0))
     except RequestError as error:
         refused = error
     if refused is None:

@@ -8,12 +8,10 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from fastserve.errors import RequestError
-from fastserve.text.guide import grammar_of
-from fastserve.text.guide_parameters import parse_guide
+from fastserve.text.guide import ENFORCED_FORMATS, grammar_of, parse_guide, without_annotations
 from fastserve.text.guide_validator import GuideValidator
-from fastserve.text.json_schema import ENFORCED_FORMATS, without_annotations
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.text.vocabulary import Vocabulary
+from fastserve.text.validation import Vocabulary
 
 VOCABULARY = Vocabulary(1000, 1000)
 

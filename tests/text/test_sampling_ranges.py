@@ -79,7 +79,7 @@ def test_what_is_accepted_lies_in_its_range(input_processor: InputProcessor, val
     request = None
     with contextlib.suppress(RequestError):
         inputs = {"text_input": "hello", "sampling_parameters": values}
-        request = input_processor.build(inputs, {}, now=0.0)
+        request = input_processor.check_guide(input_processor.parse(inputs, {}, now=0.0))
     if request is not None:
         assert decode(encode(request), Request) == request
         for name in SamplingParams.__struct_fields__:

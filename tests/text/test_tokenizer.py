@@ -21,7 +21,7 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 def test_prompt_gets_the_special_tokens_and_a_chat_only_its_own(tokenizer: Tokenizer) -> None:
     start = tokenizer.backend.token_to_id("<s>")
     assert tokenizer.encode("hello")[0] == start
-    chat = tokenizer.render_chat(Chat(MESSAGES))
+    chat = tokenizer.apply_chat_template(Chat(MESSAGES))
     assert chat == "<s>user\nhello</s>\n<s>assistant\n"
     assert tokenizer.encode(chat, special_tokens=False).count(start) == 2
 
@@ -81,7 +81,7 @@ def test_chat_that_the_template_refuses(save_tokenizer: SaveTokenizer) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     tokenizer = Tokenizer(save_tokenizer(chat_template=template))
     with pytest.raises(RequestError, match=r"`messages`: .*roles must alternate"):
-        tokenizer.render_chat(Chat(MESSAGES))
+        tokenizer.apply_chat_template(Chat(MESSAGES))
 
 
 def test_directory_without_a_tokenizer(tmp_path: Path) -> None:

@@ -44,14 +44,16 @@ def test_ids_beyond_the_model_are_refused(
     input_processor: InputProcessor, model_size: int, field: str, inputs: dict[str, Any]
 ) -> None:
     with pytest.raises(RequestError) as raised:
-        input_processor.build(_filled_in(inputs, model_size), {}, now=0.0)
+        input_processor.check_guide(input_processor.parse(_filled_in(inputs, model_size), {}, now=0.0))
     message = str(raised.value)
     assert message.startswith(f"`{field}`: ")
     assert f"the tokenizer has {model_size + 1} tokens, more than the model's {model_size}" in message
 
 
 def test_every_id_of_the_model_is_served(input_processor: InputProcessor, model_size: int) -> None:
-    request = input_processor.build({"prompt_token_ids": [0, model_size - 1]}, {"top_k": 10**6}, now=0.0)
+    request = input_processor.check_guide(
+        input_processor.parse({"prompt_token_ids": [0, model_size - 1]}, {"top_k": 10**6}, now=0.0)
+    )
     assert request.prompt_token_ids == [0, model_size - 1]
     assert request.sampling.top_k == model_size
 

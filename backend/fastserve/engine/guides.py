@@ -21,18 +21,18 @@ from fastserve.types import Guide
 logger = logging.getLogger(__name__)
 
 MAX_COMPILE_SECONDS = 10.0
-"""Of processor time, so that a slow machine refuses no more than a fast one."""
+"""Processor time, so that a slow machine refuses no more than a fast one."""
 MAX_CACHE_BYTES = 256 << 20
-"""Of the compiled guides that are kept for later requests."""
+"""For the compiled guides that are kept for later requests."""
 BYTES_PER_CHARACTER = 128
 """What a compiled grammar takes for each character of its source: 30 to 91 were measured."""
 BYTES_PER_GUIDE = 64 << 10
 MAX_LEXER_STATES = 20_000
-"""Of 1 to 2 kB each; they are made while a guide is followed, and shared by all that follow it."""
+"""Each takes 1 to 2 kB; they are made while a guide is followed, and shared by all that follow it."""
 
 
 class GuideMatcher:
-    """The place that one sequence has reached in its grammar."""
+    """The state that one sequence has reached in its grammar."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         """`vocab_size`: the compiler's, which may be larger than the model's."""
@@ -95,6 +95,7 @@ class GuideCache:
         self.num_bytes = 0
 
     def get(self, grammar: str) -> CompiledGuide | None:
+        """The guide of that grammar; None if it is not kept."""
         with self._lock:
             guide = self._guides.get(grammar)
             if guide is not None:
@@ -146,7 +147,7 @@ class GuideCompiler:
             self._thread = _CompilerThread(self, self._jobs)
 
     def _compile(self, guide: Guide) -> CompiledGuide:
-        """In the thread. Raises RequestError."""
+        """Compiles a guide, in the thread. Raises RequestError."""
         try:
             grammar = grammar_of(guide)
         except ValueError as error:

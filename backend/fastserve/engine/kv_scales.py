@@ -25,7 +25,7 @@ from fastserve_kernels.attention_metadata import AttentionMetadata
 
 WINDOWS, WINDOW_LENGTH = 4, 256
 ERRORS_OF_EVERY = 4
-"""Of so many tokens one is rounded, with each scale that is tried."""
+"""One of so many tokens is rounded, with each scale that is tried."""
 
 
 def choose_kv_cache(

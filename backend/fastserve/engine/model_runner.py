@@ -12,7 +12,7 @@ from fastserve_kernels.attention_metadata import AttentionMetadata
 
 DEFAULT_CPU_CACHE_BYTES = 1 << 30
 GPU_MEMORY_SHARE = 0.9
-"""Of a GPU's memory, what model and cache may fill; the rest is for activations."""
+"""The share of a GPU's memory that model and cache may fill; the rest is for activations."""
 
 
 class ModelRunner:

@@ -9,22 +9,108 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from fastserve.engine.guides import CompiledGuide
-from fastserve.engine.sampling_state import SamplingState, TokenCounts
+from fastserve.engine.guides import CompiledGuide, GuideMatcher
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.scheduling.sequence import Sequence
+from fastserve.text.stop_conditions import stop_token_ids
 from fastserve.types import SamplingParams, TokenLogprob
 from fastserve_kernels import ops
 
-NOT_FINITE = (
-    "the model's numbers are not finite (NaN or infinity) after token {position} of the sequence, as when "
-    "float16 overflows: serve the model with another `dtype`"
-)
+
+class TokenCounts:
+    """The distinct tokens of a sequence, and how often each of them was generated."""
+
+    def __init__(self, prompt_token_ids: list[int]) -> None:
+        self._ids = np.unique(np.asarray(prompt_token_ids, dtype=np.int64))
+        self._counts = np.zeros(len(self._ids), dtype=np.int64)
+        self._index_of = {token_id: index for index, token_id in enumerate(self._ids.tolist())}
+        """By token, its index in both arrays, which may be longer than this."""
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Distinct tokens of prompt and answer [n] int64."""
+        return self._ids[: len(self._index_of)]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each of `ids` was generated [n] int64; 0 for those that only the prompt has."""
+        return self._counts[: len(self._index_of)]
+
+    def add(self, token_id: int) -> None:
+        """Counts a generated token."""
+        index = self._index_of.setdefault(token_id, len(self._index_of))
+        if index == len(self._ids):
+            self._ids = _lengthened(self._ids)
+            self._counts = _lengthened(self._counts)
+        self._ids[index] = token_id
+        self._counts[index] += 1
+
+
+def _lengthened(array: np.ndarray) -> np.ndarray:
+    return np.concatenate([array, np.zeros(max(64, len(array)), dtype=array.dtype)])
+
+
+class BadWords:
+    """A request's bad words, found by the token before their last: few words are looked at per token."""
+
+    def __init__(self, words: Iterable[list[int]]) -> None:
+        self._after: dict[int | None, list[list[int]]] = {}
+        """By the last token but one; None: words of one token, which may never come."""
+        for word in words:
+            self._after.setdefault(word[-2] if len(word) > 1 else None, []).append(word)
+
+    def banned(self, sequence: Sequence) -> list[int]:
+        """Tokens that would complete one of the words; only what was generated counts."""
+        if not self._after:
+            return []
+        return list(self._completions(sequence.token_ids, sequence.num_generated_tokens))
+
+    def _completions(self, token_ids: list[int], num_generated: int) -> Iterator[int]:
+        for word in self._after.get(None, ()):
+            yield word[0]
+        if num_generated == 0:
+            return
+        for word in self._after.get(token_ids[-1], ()):
+            begun = len(word) - 1
+            if begun <= num_generated and token_ids[-begun:] == word[:-1]:
+                yield word[-1]
+
+
+class SamplingState:
+    """What the sampling of one sequence remembers: its seed, stop tokens, guide, and counts.
+
+    Each new token is counted once, in time that does not grow with the sequence. A preempted sequence keeps
+    its tokens, and so its state.
+    """
+
+    def __init__(
+        self, sequence: Sequence, seed: int, stop_token_ids: list[int], matcher: GuideMatcher | None
+    ) -> None:
+        """`stop_token_ids`: those that end the sequence (see `stop_conditions`)."""
+        params = sequence.request.sampling
+        self.seed = seed
+        self.stop_token_ids = stop_token_ids
+        self.matcher = matcher
+        self.bad_words = BadWords(sequence.request.bad_words_token_ids)
+        has_penalty = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        self.counts = TokenCounts(sequence.request.prompt_token_ids) if has_penalty else None
+
+    def append(self, token_id: int) -> RequestError | None:
+        """Takes a token that was sampled; returns what is wrong if the guide does not take it."""
+        if self.counts is not None:
+            self.counts.add(token_id)
+        return None if self.matcher is None else self.matcher.accept(token_id)
+
+    @property
+    def is_guide_complete(self) -> bool:
+        """Whether the guide lets nothing follow but the end."""
+        return self.matcher is not None and self.matcher.is_complete
 
 
 @dataclass(slots=True)
@@ -50,20 +136,20 @@ class Sampler:
         return SamplingState(
             sequence,
             seed=sequence_seed(seed, sequence.index),
-            stop_token_ids=params.stop_token_ids + ([] if params.ignore_eos else self._eos_token_ids),
+            stop_token_ids=stop_token_ids(params, self._eos_token_ids),
             matcher=guide.matcher() if guide else None,
         )
 
     def sample(
         self, logits: torch.Tensor, sequences: list[Sequence], states: list[SamplingState]
     ) -> list[SampledToken]:
-        """One token for each sequence, or why there is none. `SamplingState.append` books it.
+        """One token for each sequence, or why there is none; `SamplingState.append` is to be told of it.
 
         logits: [len(sequences), vocab] fp32, on any device; changed in place. Log-probabilities are those
         of the model itself, before any of the request's parameters.
         """
         reported = _Logprobs(logits, [sequence.request.sampling.logprobs for sequence in sequences])
-        errors = [_adjust(logits[row], sequences[row], states[row]) for row in range(len(sequences))]
+        errors = [_process_logits(logits[row], sequences[row], states[row]) for row in range(len(sequences))]
         token_ids, peaks = self._draw(logits, sequences, states)
         logprobs = reported.of(token_ids)
         sampled = []
@@ -98,6 +184,15 @@ class Sampler:
         return drawn, logits.amax(dim=-1)
 
 
+def not_finite(position: int) -> RequestError:
+    """The error for a sequence for which the model gives NaN or infinity after the token at `position`."""
+    return RequestError(
+        f"the model's numbers are not finite (NaN or infinity) after token {position} of the sequence, as "
+        "when float16 overflows: serve the model with another `dtype`",
+        ErrorCode.INTERNAL,
+    )
+
+
 def _no_token(peak: float, sequence: Sequence, state: SamplingState) -> RequestError:
     """Why nothing can be drawn from a row whose largest logit is no finite number."""
     if peak == -math.inf:
@@ -107,7 +202,7 @@ def _no_token(peak: float, sequence: Sequence, state: SamplingState) -> RequestE
                 f"{' and '.join(restrictions)}: after {sequence.num_generated_tokens} tokens no token of the "
                 "model is left that may follow"
             )
-    return RequestError(NOT_FINITE.format(position=sequence.num_tokens - 1), ErrorCode.INTERNAL)
+    return not_finite(sequence.num_tokens - 1)
 
 
 def _restrictions(sequence: Sequence, state: SamplingState) -> list[str]:
@@ -151,19 +246,19 @@ def token_logprobs(
         token_ids.tolist(), chosen.tolist(), ranks.tolist(), top_ids.tolist(), top.tolist(), strict=True
     )
     return [
-        [(token, logprob, rank)]
+        [(token, logprob, chosen_rank)]
         + [
-            (other, value, place + 1)
-            for place, (other, value) in enumerate(zip(ids[:count], values, strict=False))
+            (other, value, rank)
+            for rank, (other, value) in enumerate(zip(ids[:count], values, strict=False), start=1)
         ]
-        for count, (token, logprob, rank, ids, values) in zip(counts, rows, strict=True)
+        for count, (token, logprob, chosen_rank, ids, values) in zip(counts, rows, strict=True)
     ]
 
 
 def sequence_seed(seed: int, index: int) -> int:
     """The seed of sequence `index` of a request: for 0 the request's own, for others a hash of both.
 
-    A sum of both would give two requests of neighbouring seeds the same texts.
+    A sum of both would give two requests of neighboring seeds the same texts.
     """
     own = seed % 2**64
     if index == 0:
@@ -179,7 +274,7 @@ def uniform_numbers(seeds: list[int], positions: list[int]) -> np.ndarray:
 
 
 def _hash(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Two rounds of the SplitMix64 finaliser (Steele, Lea, Flood, OOPSLA 2014) over uint64 [n]."""
+    """Two rounds of the SplitMix64 finalizer (Steele, Lea, Flood, OOPSLA 2014) over uint64 [n]."""
     with np.errstate(over="ignore"):
         mixed: np.ndarray = _splitmix(_splitmix(seeds) ^ _splitmix(positions))
     return mixed
@@ -192,7 +287,7 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _adjust(logits: torch.Tensor, sequence: Sequence, state: SamplingState) -> RequestError | None:
+def _process_logits(logits: torch.Tensor, sequence: Sequence, state: SamplingState) -> RequestError | None:
     """Applies to one row [vocab] what its request asks for beyond temperature and truncation."""
     params = sequence.request.sampling
     if state.matcher is not None:
@@ -210,11 +305,11 @@ def _adjust(logits: torch.Tensor, sequence: Sequence, state: SamplingState) -> R
     if banned:
         logits[banned] = -torch.inf
     if state.counts is not None:
-        _penalise(logits, state.counts, params)
+        _apply_penalties(logits, state.counts, params)
     return None
 
 
-def _penalise(logits: torch.Tensor, tokens: TokenCounts, params: SamplingParams) -> None:
+def _apply_penalties(logits: torch.Tensor, tokens: TokenCounts, params: SamplingParams) -> None:
     """Repetition penalty (Keskar et al., arXiv 1909.05858) over prompt and answer, others over the answer."""
     ids = torch.from_numpy(tokens.ids).to(logits.device)
     values = logits[ids]

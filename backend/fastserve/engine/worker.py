@@ -15,9 +15,10 @@ import queue
 import signal
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
@@ -38,27 +39,37 @@ EXIT_SECONDS = 5.0
 """For a worker that has closed its pipe, or was told to leave; then it is killed."""
 
 
-class Inbox(Protocol):
-    """Where the engine's loop finds what to do."""
-
-    def receive(self, block: bool) -> ToWorker | None:
-        """The next message; None when there is none and `block` is false."""
+class ParentGoneError(Exception):
+    """The parent's end of the pipe is closed."""
 
 
-def run_engine(engine: Engine, inbox: Inbox, send: Callable[[StepOutput], None]) -> None:
-    """Steps the engine for as long as it has work, sleeps on the inbox when it has none, until `Shutdown`."""
+def run_engine(
+    engine: Engine, inbox: queue.SimpleQueue[ToWorker | Exception], send: Callable[[StepOutput], None]
+) -> None:
+    """Steps the engine for as long as it has work, sleeps on the inbox when it has none, until `Shutdown`.
+
+    Raises an exception that it finds in the inbox, and what `Engine.step` raises.
+    """
     while True:
-        message = inbox.receive(block=not engine.has_work)
-        while message is not None:
+        for message in _receive(inbox, block=not engine.has_work):
             if isinstance(message, Add):
                 engine.add(message.request)
             elif isinstance(message, Cancel):
                 engine.cancel(message.uid, message.outcome, message.index)
+            elif isinstance(message, Exception):
+                raise message
             else:
                 return
-            message = inbox.receive(block=False)
         if engine.has_work:
             send(engine.step())
+
+
+def _receive(inbox: queue.SimpleQueue[ToWorker | Exception], block: bool) -> Iterator[ToWorker | Exception]:
+    """All messages that are there; with `block` it waits for the first."""
+    with suppress(queue.Empty):
+        while True:
+            yield inbox.get(block)
+            block = False
 
 
 class _ParentPipe:
@@ -66,21 +77,12 @@ class _ParentPipe:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._inbox: queue.SimpleQueue[ToWorker | Exception] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[ToWorker | Exception] = queue.SimpleQueue()
+        """What came; in the end, why no more will."""
         self._outbox: queue.Queue[bytes | None] = queue.Queue(MAX_UNSENT_STEPS)
         self._sender = threading.Thread(target=self._send_all, name="pipe-sender", daemon=True)
         self._sender.start()
         threading.Thread(target=self._receive_all, name="pipe-receiver", daemon=True).start()
-
-    def receive(self, block: bool) -> ToWorker | None:
-        """As `Inbox.receive`. Raises what ended the pipe: EOFError or OSError where the parent is gone."""
-        try:
-            message = self._inbox.get(block)
-        except queue.Empty:
-            return None
-        if isinstance(message, Exception):
-            raise message
-        return message
 
     def send(self, message: FromWorker) -> None:
         self._outbox.put(encode(message))
@@ -93,9 +95,9 @@ class _ParentPipe:
     def _receive_all(self) -> None:
         try:
             while True:
-                self._inbox.put(decode(self._connection.recv_bytes(), ToWorker))  # type: ignore[arg-type]
+                self.inbox.put(decode(self._connection.recv_bytes(), ToWorker))  # type: ignore[arg-type]
         except Exception as error:
-            self._inbox.put(error)
+            self._end(error)
 
     def _send_all(self) -> None:
         is_open = True
@@ -105,7 +107,11 @@ class _ParentPipe:
                     self._connection.send_bytes(data)
             except Exception as error:  # the engine must still get rid of its steps until it sees this
                 is_open = False
-                self._inbox.put(error)
+                self._end(error)
+
+    def _end(self, error: Exception) -> None:
+        is_gone = isinstance(error, EOFError | OSError)
+        self.inbox.put(ParentGoneError(repr(error)) if is_gone else error)
 
 
 def _load_engine(config: Config, files: ModelFiles) -> Engine:
@@ -120,9 +126,9 @@ def _worker_main(config: Config, files: ModelFiles, connection: Connection, load
     pipe = _ParentPipe(connection)
     try:
         pipe.send(Ready(uuid.uuid4().hex, engine.max_model_len, engine.stats()))
-        run_engine(engine, pipe, pipe.send)
-    except (EOFError, OSError) as error:
-        logger.debug("the parent is gone: %r", error)
+        run_engine(engine, pipe.inbox, pipe.send)
+    except ParentGoneError as error:
+        logger.debug("the parent is gone: %s", error)
     finally:
         pipe.close()
 
@@ -173,6 +179,7 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
+        """The process's id; None: it has not been started."""
         return self._process.pid
 
     def send(self, message: ToWorker) -> None:

@@ -33,7 +33,7 @@ from fastserve.ensemble.tensors import (
 )
 from fastserve.errors import ErrorCode, RequestError, invalid, read_error
 from fastserve.service_thread import ServiceThread
-from fastserve.text.coercion import coerce
+from fastserve.text.validation import coerce
 from fastserve.types import CancelById, Health, Outcome
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The step `scheduler`: the common queue of all engine replicas.
 
-    request in -> Admission -> request out, the best-scoring one whenever the engine has room
+    request in -> AdmissionQueue -> request out, the best-scoring one whenever the engine has room
 
 `engine` says by a request of its own (input `capacity`) what room it has.
 """
@@ -20,7 +20,7 @@ from fastserve.ensemble.metrics import REPORT_SECONDS, QueueMetrics
 from fastserve.ensemble.secret import is_forwarded_id
 from fastserve.ensemble.tensors import call, message_of, message_tensor
 from fastserve.errors import ErrorCode, RequestError, invalid
-from fastserve.scheduling.admission import Admission
+from fastserve.scheduling.admission import AdmissionQueue
 from fastserve.scheduling.policies import make_policy
 from fastserve.service_thread import ServiceThread
 from fastserve.types import Accepted, EngineCapacity, Failure, Health, Outcome, Refused, Request
@@ -33,7 +33,7 @@ class SchedulerModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         config = read_config()
-        self._admission = Admission(make_policy(config), config.max_queue_size, config.max_queue_seconds)
+        self._admission = AdmissionQueue(make_policy(config), config.max_queue_size, config.max_queue_seconds)
         # The engine tells its room when a first request has reached it: until then there is room for one.
         self._admission.update(
             EngineCapacity(

@@ -11,11 +11,11 @@ from fastserve.scheduling.waiting_queue import QueueFullError, WaitingQueue
 from fastserve.types import EngineCapacity, Request
 
 LOST_AFTER_SECONDS = 10.0
-"""A released request that has not reached the engine so long after, as the engine says, has been lost."""
-MAX_DISPLACING = 8
-"""Requests that may be on their way to take another's place.
+"""A released request that, as the engine says, has not reached it so long after has been lost."""
+MAX_PREEMPTING_IN_FLIGHT = 8
+"""Requests that may be on their way to preempt another.
 
-One message tells of one lowest key: how many places are to be had above it is not known before they arrive.
+One message tells of one lowest key: how many slots can be preempted is not known before the requests arrive.
 Each that finds none waits in the worker, where it cannot time out as it does here.
 """
 
@@ -29,12 +29,12 @@ class _Release:
     preempts: bool
 
 
-class Admission:
+class AdmissionQueue:
     """Holds requests, and releases the one of the highest key whenever the engine has room for it.
 
     A request needs a slot for each of its `n` sequences, or all slots of an engine that has fewer. It goes
     when there are as many free that nobody on the way will take; or, beyond that, when its key is above the
-    lowest one that holds a slot: the engine gives it that place at the next iteration.
+    lowest one that holds a slot: the engine preempts that sequence at the next iteration.
 
     What has been released takes room until the engine's numbers account for it, however long a step takes. It
     is given up only when the engine says, long after the release, that it has not come.
@@ -52,10 +52,11 @@ class Admission:
         """The most slots that this incarnation has had free: all of them, as its first message tells."""
         self._in_flight: deque[_Release] = deque()
         self._checked_max_model_len: int | None = None
-        """The limit that all who wait are known to keep."""
+        """The limit that all waiting requests are known to keep."""
 
     @property
     def num_waiting(self) -> int:
+        """Requests in the queue."""
         return len(self._waiting)
 
     def waiting_by_priority(self) -> dict[int, int]:
@@ -66,12 +67,12 @@ class Admission:
     def next_expiry(self) -> float | None:
         """When time alone gives `expire` or `release` something to do; None: never."""
         times = [self._waiting.next_deadline]
-        if self._waiting and self._in_flight and not self._engine_has_spoken:
+        if self._waiting and self._in_flight and not self._has_engine_report:
             times.append(self._in_flight[0].time + LOST_AFTER_SECONDS)
         return min((time for time in times if time is not None), default=None)
 
     @property
-    def _engine_has_spoken(self) -> bool:
+    def _has_engine_report(self) -> bool:
         return self._capacity is not None and self._capacity.time > 0.0
 
     def submit(self, request: Request, now: float) -> None:
@@ -114,17 +115,17 @@ class Admission:
             self._in_flight.popleft()
         self._max_slots = max(self._max_slots, capacity.free_slots)
         self._capacity = capacity
-        if self._engine_has_spoken:
-            self._give_up_lost(capacity.time, num_arrived=capacity.arrived - capacity.received)
+        if self._has_engine_report:
+            self._drop_lost(capacity.time, num_arrived=capacity.arrived - capacity.received)
 
-    def _give_up_lost(self, as_of: float, num_arrived: int) -> None:
-        """Forgets those released long before `as_of`, but for as many as had reached the engine by then."""
+    def _drop_lost(self, as_of: float, num_arrived: int) -> None:
+        """Forgets requests released long before `as_of`, but for as many as had arrived by then."""
         num_old = sum(each.time + LOST_AFTER_SECONDS <= as_of for each in self._in_flight)
         for _ in range(num_old - num_arrived):
             self._in_flight.popleft()
 
     def refuse_too_long(self) -> list[tuple[Request, RequestError]]:
-        """Those that wait, and would for nothing: the engine's KV cache can never hold them. They leave."""
+        """Waiting requests that the engine's KV cache can never hold, each with its error. They leave."""
         if self._capacity is None or self._capacity.max_model_len == self._checked_max_model_len:
             return []
         self._checked_max_model_len = self._capacity.max_model_len
@@ -144,8 +145,8 @@ class Admission:
 
     def release(self, now: float) -> list[Request]:
         """The requests that go to the engine now, the highest key first. They wait no longer."""
-        if not self._engine_has_spoken:
-            self._give_up_lost(now, num_arrived=0)
+        if not self._has_engine_report:
+            self._drop_lost(now, num_arrived=0)
         released: list[Request] = []
         if self._capacity is None:
             return released
@@ -172,4 +173,4 @@ class Admission:
             or self._policy.key(request.priority, request.arrival) <= capacity.lowest_key
         ):
             return False
-        return sum(each.preempts for each in self._in_flight) < MAX_DISPLACING
+        return sum(each.preempts for each in self._in_flight) < MAX_PREEMPTING_IN_FLIGHT

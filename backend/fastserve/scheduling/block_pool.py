@@ -1,19 +1,19 @@
-"""The blocks of the KV cache: who holds which, and which still hold a prefix worth finding again.
+"""The blocks of the KV cache: which are used, and which still hold a prefix worth finding again.
 
-A block is in exactly one of three places:
+A block is used or free, and cached or not:
 
-    held        by one sequence or, as part of a common prefix, by several: its reference count is above 0
-    evictable   held by nobody, but published: its content can be found by its hash, until it is evicted
-    blank       held by nobody, with nothing in it that could be found
+    used     by one sequence or, as part of a common prefix, by several: its reference count is above 0
+    free     by nobody
+    cached   full and computed: it can be found by the hash of its content, used or free
 
-Evictable and blank blocks are free. Blank ones are given out first, then evictable ones, the least recently
-held first.
+Blocks that are free and not cached are given out first, then free cached ones, the least recently used first:
+those are evicted.
 """
 
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
@@ -41,7 +41,7 @@ def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
 class BlockPool:
     """Reference-counted block ids 0 .. num_blocks - 1. Every operation is O(1) per block.
 
-    Without prefix caching nothing is ever published, so nothing is ever matched.
+    Without prefix caching no block is ever cached, so no prefix is ever matched.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
@@ -51,19 +51,22 @@ class BlockPool:
         self.enable_prefix_caching = enable_prefix_caching
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
-        """What a block is published under."""
-        self._published: dict[bytes, int] = {}
-        self._blank = list(range(num_blocks - 1, -1, -1))
-        self._evictable: OrderedDict[int, None] = OrderedDict()
+        """By block, the hash that it is cached under."""
+        self._cached: dict[bytes, int] = {}
+        """The cached blocks by hash, used or free."""
+        self._free = list(range(num_blocks - 1, -1, -1))
+        """Those that are not cached."""
+        self._free_cached: OrderedDict[int, None] = OrderedDict()
         """The next to be evicted first."""
 
     @property
     def num_free(self) -> int:
-        return len(self._blank) + len(self._evictable)
+        """Blocks that can be allocated, cached ones included."""
+        return len(self._free) + len(self._free_cached)
 
     @property
     def num_used(self) -> int:
-        """Blocks that somebody holds."""
+        """Blocks that are in a block table."""
         return self.num_blocks - self.num_free
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -75,79 +78,75 @@ class BlockPool:
         return self._ref_counts[block]
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks, each held once now. Raises OutOfBlocksError, and takes none, if fewer are free."""
+        """`count` blocks, each used once now. Raises OutOfBlocksError, and takes none, if fewer are free."""
         if count > self.num_free:
             raise OutOfBlocksError(f"{count} KV blocks were asked for; {self.num_free} are free")
-        blocks = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
+        blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for block in blocks:
             self._ref_counts[block] = 1
         return blocks
 
     def _evict(self) -> int:
-        block, _ = self._evictable.popitem(last=False)
+        block, _ = self._free_cached.popitem(last=False)
         digest = self._hashes[block]
         assert digest is not None
-        del self._published[digest]
+        del self._cached[digest]
         self._hashes[block] = None
         return block
 
-    def release(self, table: Sequence[int]) -> None:
-        """Gives up one hold on each block of a sequence.
+    def free(self, block_table: Sequence[int]) -> None:
+        """Drops one reference to each block of a sequence.
 
-        The last block goes first: of what becomes evictable, a sequence's tail is evicted before its head,
-        without which the tail could not be found. Raises BlockPoolError for a block that nobody holds.
+        The last block goes first: a sequence's tail is evicted before its head, without which the tail could
+        not be found. Raises BlockPoolError for a block that is free already.
         """
-        for block in reversed(table):
+        for block in reversed(block_table):
             if self._ref_counts[block] == 0:
-                raise BlockPoolError(f"KV block {block} was released, but nobody holds it")
+                raise BlockPoolError(f"KV block {block} was freed, but it is free already")
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
                 if self._hashes[block] is None:
-                    self._blank.append(block)
+                    self._free.append(block)
                 else:
-                    self._evictable[block] = None
+                    self._free_cached[block] = None
 
-    def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """The published blocks of the longest prefix of `hashes` that is cached, each held once more now."""
+    def match_prefix(self, hashes: Iterable[bytes]) -> list[int]:
+        """The cached blocks of the longest prefix of `hashes`, each with one more reference now."""
         blocks = []
         for digest in hashes:
-            block = self._published.get(digest)
+            block = self._cached.get(digest)
             if block is None:
                 break
             if self._ref_counts[block] == 0:
-                del self._evictable[block]
+                del self._free_cached[block]
             self._ref_counts[block] += 1
             blocks.append(block)
         return blocks
 
-    def publish(self, block: int, digest: bytes) -> None:
-        """Lets a held block, full and computed, be found by its hash.
+    def cache(self, block: int, digest: bytes) -> None:
+        """Lets a used block, full and computed, be found by its hash.
 
-        Where another block with this content is published already, that one stays the one that is found.
+        Where another block with this content is cached already, that one stays the one that is found.
         """
-        if self.enable_prefix_caching and digest not in self._published:
-            self._published[digest] = block
+        if self.enable_prefix_caching and digest not in self._cached:
+            self._cached[digest] = block
             self._hashes[block] = digest
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
-        """Raises BlockPoolError unless the books balance and `tables` are exactly what is held."""
-        holds = [0] * self.num_blocks
-        for table in tables:
-            for block in table:
-                holds[block] += 1
-        if holds != self._ref_counts:
-            wrong = [block for block in range(self.num_blocks) if holds[block] != self._ref_counts[block]]
+        """Raises BlockPoolError unless the books balance and the block `tables` are all that use blocks."""
+        counts = Counter(block for table in tables for block in table)
+        wrong = [block for block, count in enumerate(self._ref_counts) if counts[block] != count]
+        if wrong:
             raise BlockPoolError(
-                f"the reference counts of KV blocks {wrong} differ from the tables that hold them"
+                f"the reference counts of KV blocks {wrong} differ from the tables that use them"
             )
-        free = sorted([*self._blank, *self._evictable])
-        if free != [block for block in range(self.num_blocks) if holds[block] == 0]:
-            raise BlockPoolError("the free KV blocks are not those that nobody holds")
-        if any(self._hashes[block] is not None for block in self._blank):
-            raise BlockPoolError("a blank KV block is published")
-        if any(self._hashes[block] is None for block in self._evictable):
-            raise BlockPoolError("an evictable KV block is not published")
-        if {
-            digest: block for block, digest in enumerate(self._hashes) if digest is not None
-        } != self._published:
-            raise BlockPoolError("KV blocks and the hashes they are published under do not agree")
+        free = sorted([*self._free, *self._free_cached])
+        if free != [block for block, count in enumerate(self._ref_counts) if count == 0]:
+            raise BlockPoolError("the free KV blocks are not those that no table uses")
+        if any(self._hashes[block] is not None for block in self._free):
+            raise BlockPoolError("a KV block that counts as not cached has a hash")
+        if any(self._hashes[block] is None for block in self._free_cached):
+            raise BlockPoolError("a KV block that counts as cached has no hash")
+        hashes = {digest: block for block, digest in enumerate(self._hashes) if digest is not None}
+        if hashes != self._cached:
+            raise BlockPoolError("KV blocks and the hashes they are cached under do not agree")

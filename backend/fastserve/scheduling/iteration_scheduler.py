@@ -1,6 +1,6 @@
 """What each step computes: continuous batching with chunked prefill, over a paged KV cache.
 
-    add -> waiting -> running -> [plan -> (compute) -> commit -> (a token is appended)] ... -> remove
+    add -> waiting -> running -> [plan -> (compute) -> mark_computed -> (append a token)] ... -> remove
                ^---- preempted ---'
 
 A plan is made in three moves:
@@ -36,7 +36,7 @@ class CacheTooSmallError(Exception):
 
 
 class SchedulerError(Exception):
-    """The scheduler's books do not balance: there is a bug in it or in who uses it."""
+    """The scheduler's books do not balance: there is a bug in it or in its caller."""
 
 
 class IterationScheduler:
@@ -67,23 +67,25 @@ class IterationScheduler:
         """By rank, the highest first."""
         self._waiting: WaitingQueue[Sequence] = WaitingQueue()
         self._waiting_siblings: dict[str, list[Sequence]] = {}
-        """Those that wait for their request's sequence 0, by request."""
+        """Sequences that wait for their request's sequence 0, by request."""
         self._preempted: set[Sequence] = set()
-        """Of those that wait, the ones that have run before."""
+        """Sequences that wait and have run before."""
         self._lacks_blocks = False
         """Whether the last plan left somebody waiting for blocks alone."""
 
     @property
     def num_running(self) -> int:
+        """Sequences in the batch."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
+        """Sequences that are not in the batch, preempted ones included."""
         return len(self._waiting) + sum(map(len, self._waiting_siblings.values()))
 
     @property
     def free_slots(self) -> int:
-        """Sequences that could still be added to the batch; below zero when some wait for a place in it.
+        """Sequences that could still be added to the batch; below zero when some wait for one.
 
         While one waits for KV blocks there is no slot, however small the batch.
         """
@@ -93,7 +95,7 @@ class IterationScheduler:
 
     @property
     def lowest_key(self) -> float | None:
-        """Of those that hold a slot; None if nobody does."""
+        """The lowest key of a running sequence; None if none runs."""
         return self._running[-1].key if self._running else None
 
     def add(self, sequence: Sequence) -> None:
@@ -116,7 +118,7 @@ class IterationScheduler:
     def remove(self, uid: str, index: int | None = None) -> list[Sequence]:
         """Lets a request, or one sequence of it, go: it has ended or was cancelled. Returns what was removed.
 
-        Not between a plan and its commit: the blocks are free at once.
+        Not between `plan` and `mark_computed`: the blocks are free at once.
         """
         siblings = self._sequences.get(uid, {})
         indices = list(siblings) if index is None else [index] if index in siblings else []
@@ -137,8 +139,8 @@ class IterationScheduler:
         return removed
 
     def plan(self) -> StepPlan:
-        """What to compute next. Whoever computes it calls `commit`, then appends to each sequence whose last
-        chunk it was the token that was sampled, or removes it.
+        """What to compute next. Whoever computes it calls `mark_computed`, then appends the sampled token to
+        each sequence whose last chunk it was, or removes it.
 
         Raises CacheTooSmallError, and leaves all as it was, if a running sequence has outgrown the pool.
         """
@@ -148,8 +150,8 @@ class IterationScheduler:
         preempted = [sequence for sequence in left if sequence in self._preempted]  # and is not back already
         return StepPlan(self._share_budget(), preempted)
 
-    def commit(self, plan: StepPlan) -> None:
-        """Books what was computed, and lets other sequences find the blocks that it filled."""
+    def mark_computed(self, plan: StepPlan) -> None:
+        """Counts what was computed, and lets other sequences find the blocks that it filled."""
         block_size = self.pool.block_size
         for item in plan.scheduled:
             sequence = item.sequence
@@ -159,20 +161,20 @@ class IterationScheduler:
             if last > first and self.pool.enable_prefix_caching:
                 self._hash_full_blocks(sequence)
                 for number in range(first, last):
-                    self.pool.publish(sequence.block_table[number], sequence.block_hashes[number])
+                    self.pool.cache(sequence.block_table[number], sequence.block_hashes[number])
             if sequence.index == 0 and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
                 self._release_waiting_siblings(sequence.request.uid)
 
     def check(self) -> None:
-        """Raises SchedulerError unless each sequence is in one place, and BlockPoolError unless the blocks in
-        use are exactly those of the running sequences."""
+        """Raises SchedulerError unless each sequence is in one queue or in the batch, and BlockPoolError
+        unless the used blocks are exactly those of the running sequences."""
         siblings = [sequence for each in self._waiting_siblings.values() for sequence in each]
         waiting = [*self._waiting, *siblings]
-        placed = Counter([*self._running, *waiting])
+        found = Counter([*self._running, *waiting])
         known = Counter(sequence for each in self._sequences.values() for sequence in each.values())
-        if placed != known:
-            lost, extra = known - placed, placed - known
-            raise SchedulerError(f"{len(lost)} sequences are in no place, {len(extra)} in more than they may")
+        if found != known:
+            lost, extra = known - found, found - known
+            raise SchedulerError(f"{len(lost)} sequences are in no queue, {len(extra)} in more than they may")
         if not self._preempted.issubset(waiting):
             raise SchedulerError("a sequence counts as preempted that does not wait")
         self.pool.check([sequence.block_table for sequence in self._running])
@@ -182,14 +184,14 @@ class IterationScheduler:
     def _extend_tables(self) -> list[Sequence]:
         """Gives every running sequence the blocks of its tokens; returns those preempted for it."""
         preempted: list[Sequence] = []
-        place = 0
-        while place < len(self._running):
-            sequence = self._running[place]
+        index = 0
+        while index < len(self._running):
+            sequence = self._running[index]
             missing = self.pool.blocks_for(sequence.num_tokens) - len(sequence.block_table)
             if missing <= self.pool.num_free:
                 if missing > 0:
                     sequence.block_table += self.pool.allocate(missing)
-                place += 1
+                index += 1
             else:
                 preempted.append(self._preempt(self._running[-1]))
         return preempted
@@ -222,19 +224,18 @@ class IterationScheduler:
     def _take_blocks(self, sequence: Sequence) -> list[Sequence] | None:
         """Fills the table of a sequence that is to be admitted, with cached blocks as far as there are any.
 
-        Returns the sequences preempted for it; None, with nothing changed, if there is no place for it. All
+        Returns the sequences preempted for it; None, with nothing changed, if it does not fit. All
         its blocks are taken at once: two long prompts that fit only one after the other do not block each
         other half-way.
         """
-        if (
-            self._preemption_candidates(sequence.key, 1) is None
-        ):  # its last token is always computed, in a block of its own
+        # Its last token is always computed, in a block of its own.
+        if self._preemption_candidates(sequence.key, 1) is None:
             return None
         cached = self._match_prefix(sequence)
         missing = self.pool.blocks_for(sequence.num_tokens) - len(cached)
         candidates = self._preemption_candidates(sequence.key, missing)
         if candidates is None:
-            self.pool.release(cached)
+            self.pool.free(cached)
             return None
         for candidate in candidates:
             self._preempt(candidate)
@@ -254,7 +255,7 @@ class IterationScheduler:
         """
         candidates: list[Sequence] = []
         free = self.pool.num_free
-        holds_ended: Counter[int] = Counter()
+        dropped: Counter[int] = Counter()
         while free < num_blocks or len(self._running) - len(candidates) >= self.max_num_seqs:
             if len(candidates) == len(self._running):
                 return None
@@ -262,16 +263,17 @@ class IterationScheduler:
             if candidate.key >= key:
                 return None
             candidates.append(candidate)
-            holds_ended.update(candidate.block_table)
-            free += sum(holds_ended[block] == self.pool.ref_count(block) for block in candidate.block_table)
+            dropped.update(candidate.block_table)
+            free += sum(dropped[block] == self.pool.ref_count(block) for block in candidate.block_table)
         return candidates
 
     def _match_prefix(self, sequence: Sequence) -> list[int]:
-        """The cached blocks of its prefix, which it holds now; never that of its last token."""
+        """The cached blocks of its prefix, which it uses now; never that of its last token."""
         if not self._uses_cache(sequence):
             return []
         self._hash_full_blocks(sequence)
-        return self.pool.match(sequence.block_hashes[: (sequence.num_tokens - 1) // self.pool.block_size])
+        num_blocks = (sequence.num_tokens - 1) // self.pool.block_size
+        return self.pool.match_prefix(sequence.block_hashes[:num_blocks])
 
     def _uses_cache(self, sequence: Sequence) -> bool:
         """Prompt logprobs come from computing the whole prompt."""
@@ -292,7 +294,7 @@ class IterationScheduler:
 
     def _leave_batch(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self.pool.release(sequence.block_table)
+        self.pool.free(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
 

@@ -47,20 +47,22 @@ class PriorityAge:
     beta: float
 
     def key(self, priority: int, arrival: float) -> float:
+        """alpha * priority - beta * arrival."""
         return self.alpha * priority - self.beta * arrival
 
 
 @dataclass(frozen=True)
-class Fcfs:
+class FCFS:
     """First come, first served."""
 
     def key(self, priority: int, arrival: float) -> float:
+        """The earlier the arrival, the higher."""
         return -arrival
 
 
 POLICIES: dict[str, Callable[[Config], Policy]] = {
     "priority_age": lambda config: PriorityAge(config.alpha, config.beta),
-    "fcfs": lambda config: Fcfs(),
+    "fcfs": lambda config: FCFS(),
 }
 """The policies that have a name of their own: what makes each from the settings."""
 

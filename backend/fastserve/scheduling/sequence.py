@@ -25,7 +25,7 @@ class Sequence:
     num_computed_tokens: int = 0
     """Tokens whose keys and values are in the cache."""
     num_cached_tokens: int = 0
-    """Of the prompt, those that the prefix cache gave at first admission."""
+    """Prompt tokens that the prefix cache gave at first admission."""
     block_table: list[int] = field(default_factory=list)
     """The KV blocks of its tokens, in order."""
     block_hashes: list[bytes] = field(default_factory=list)
@@ -33,14 +33,17 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
         return len(self.token_ids)
 
     @property
     def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt, which `token_ids` begins with."""
         return len(self.request.prompt_token_ids)
 
     @property
     def num_generated_tokens(self) -> int:
+        """Tokens after the prompt."""
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
 
@@ -66,4 +69,5 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that the step computes, over all sequences."""
         return sum(item.num_tokens for item in self.scheduled)

@@ -1,4 +1,4 @@
-"""The queue of those that wait: the highest key first."""
+"""A priority queue with deadlines: the highest key first."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class WaitingQueue(Generic[T]):
 
     def __init__(self, capacity: int | None = None) -> None:
         """`capacity`: None for no bound."""
-        self._max_slots = capacity
+        self._capacity = capacity
         self._entries: dict[int, _Entry[T]] = {}
         """By number of push."""
         self._numbers: dict[Hashable, int] = {}
@@ -61,8 +61,8 @@ class WaitingQueue(Generic[T]):
         deadline: float | None = None,
     ) -> None:
         """Raises QueueFullError, and ValueError for a uid that waits already."""
-        if self._max_slots is not None and len(self) >= self._max_slots:
-            raise QueueFullError(f"{len(self)} wait already; allowed: at most {self._max_slots}")
+        if self._capacity is not None and len(self) >= self._capacity:
+            raise QueueFullError(f"{len(self)} wait already; allowed: at most {self._capacity}")
         if uid in self._numbers:
             raise ValueError(f"{uid!r} waits already")
         number = self._num_pushed
@@ -98,7 +98,7 @@ class WaitingQueue(Generic[T]):
 
     @property
     def next_deadline(self) -> float | None:
-        """The earliest deadline of those that wait; None if none has one."""
+        """The earliest deadline of the items; None if none has one."""
         self._drop_dead()
         return self._by_deadline[0][0] if self._by_deadline else None
 
@@ -113,10 +113,10 @@ class WaitingQueue(Generic[T]):
         return entry.item
 
     def _drop_dead(self) -> None:
-        """Lets both heaps begin with an item that waits; O(log n) amortised over the pushes."""
+        """Lets both heaps begin with an item that waits; O(log n) amortized over the pushes."""
         for heap in (self._by_rank, self._by_deadline):
             if len(heap) > 2 * len(self) + 16:
-                heap[:] = [place for place in heap if place[-1] in self._entries]
+                heap[:] = [rank for rank in heap if rank[-1] in self._entries]
                 heapq.heapify(heap)
             while heap and heap[0][-1] not in self._entries:
                 heapq.heappop(heap)

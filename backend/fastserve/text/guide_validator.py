@@ -40,7 +40,7 @@ MAX_SECONDS = 20.0
 _START_SECONDS = 60.0
 _STACK_BYTES = 2 << 20
 _MEMORY_BYTES = 1 << 30
-"""Beyond what the tokenizer takes."""
+"""Memory beyond what the tokenizer takes."""
 _BRIEF_SECONDS = 0.05
 """Most guides take less. One that takes longer goes on at a lower priority: the engine comes first."""
 _NICENESS = 10
@@ -60,7 +60,7 @@ class GuideValidator:
         self._child: _Child | None = None
         self._lock = Lock()
         """Held while the child starts."""
-        self._complaint = lru_cache(maxsize=64)(self._compile)
+        self._compile_error = lru_cache(maxsize=64)(self._compile)
 
     def validate(self, guide: Guide, field: str) -> None:
         """Raises RequestError, naming `field`: with what the compiler says against the guide, or the limit
@@ -72,15 +72,15 @@ class GuideValidator:
                 f" allowed: at most {MAX_GRAMMAR_CHARACTERS}"
             )
         try:
-            complaint = self._complaint(grammar)
+            error_text = self._compile_error(grammar)
         except TimeoutError:  # not remembered: it may be the machine's fault
-            complaint = f"it took more than {MAX_SECONDS:g} s"
+            error_text = f"it took more than {MAX_SECONDS:g} s"
         except ChildProcessError as error:
             raise RequestError(
                 f"`{field}`: it was not tried out, as {error}; send it again", ErrorCode.UNAVAILABLE
             ) from error
-        if complaint:
-            raise RequestError(f"`{field}`: it does not compile: {complaint}")
+        if error_text:
+            raise RequestError(f"`{field}`: it does not compile: {error_text}")
 
     def close(self) -> None:
         """Ends the child."""
@@ -116,11 +116,11 @@ class _Child:
                 pass_fds=[theirs.fileno()],
             )
         definition = msgspec.json.encode([tokenizer.backend.to_str(), tokenizer.eos_token_ids])
-        if not self._gets_ready(definition):
+        if not self._wait_until_ready(definition):
             self.end()
             raise RequestError("the compiler of guides does not start", ErrorCode.INTERNAL)
 
-    def _gets_ready(self, definition: bytes) -> bool:
+    def _wait_until_ready(self, definition: bytes) -> bool:
         self._control.settimeout(_START_SECONDS)
         try:
             self._control.sendall(len(definition).to_bytes(_LENGTH_BYTES, "big") + definition)

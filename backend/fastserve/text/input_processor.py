@@ -13,12 +13,11 @@ from msgspec import Meta
 from fastserve.config import Config
 from fastserve.errors import RequestError, invalid
 from fastserve.text.chat import CHAT_OPTIONS, parse_chat
-from fastserve.text.coercion import coerce, decode_json, decode_text, unknown_name
-from fastserve.text.guide_parameters import parse_guide
+from fastserve.text.guide import parse_guide
 from fastserve.text.guide_validator import GuideValidator
-from fastserve.text.sampling import SAMPLING_NAMES, is_sampling_name, parse_sampling
+from fastserve.text.sampling_params import SAMPLING_NAMES, is_sampling_name, parse_sampling_params
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.text.vocabulary import Vocabulary
+from fastserve.text.validation import Vocabulary, coerce, decode_json, decode_text, unknown_name
 from fastserve.types import OutputOptions, Request, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -78,28 +77,12 @@ class InputProcessor:
                 self._vocabulary.mismatch,
             )
 
-    def build(
-        self,
-        inputs: Mapping[str, Any],
-        parameters: Mapping[str, Any],
-        *,
-        now: float,
-        request_id: str = "",
-        timeout_us: int = 0,
-    ) -> Request:
-        """The request that these inputs and request parameters ask for; see `parse`.
-
-        Raises RequestError too for a guide that does not compile, for which it may wait seconds.
-        """
-        parsed = self.parse(inputs, parameters, now=now, request_id=request_id, timeout_us=timeout_us)
-        self.check_guide(parsed)
-        return parsed.request
-
-    def check_guide(self, parsed: ParsedRequest) -> None:
-        """Raises RequestError if the request has a guide that does not compile. It may wait seconds."""
+    def check_guide(self, parsed: ParsedRequest) -> Request:
+        """The request, whose guide, if any, compiles; else raises RequestError. It may wait seconds."""
         guide = parsed.request.sampling.guide
         if guide is not None:
             self._guides.validate(guide, parsed.guide_field)
+        return parsed.request
 
     def close(self) -> None:
         """Ends the process that tries out guides."""
@@ -132,7 +115,7 @@ class InputProcessor:
         values = _sampling_values(inputs, parameters)
         chat_options = {name: values.pop(name) for name in CHAT_OPTIONS if name in values}
         guide_field, guide = parse_guide(values, self._vocabulary)
-        sampling = msgspec.structs.replace(parse_sampling(values, self._vocabulary), guide=guide)
+        sampling = msgspec.structs.replace(parse_sampling_params(values, self._vocabulary), guide=guide)
         prompt, prompt_token_ids = self._prompt(inputs, chat_options)
         request = Request(
             uid=uuid.uuid4().hex,
@@ -186,7 +169,7 @@ class InputProcessor:
             "messages", self._text("messages", value) if isinstance(value, str | bytes) else value
         )
         chat = parse_chat(messages, options, self._tokenizer.chat_template_names)
-        return self._text("messages", self._tokenizer.render_chat(chat))
+        return self._text("messages", self._tokenizer.apply_chat_template(chat))
 
     def _given_token_ids(self, value: Any) -> list[int]:
         field = "prompt_token_ids"

@@ -8,8 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.text.detokenizer import Detokenizer
-from fastserve.text.stop_strings import StopStrings
+from fastserve.text.stop_conditions import StopStrings, stop_strings_count, stop_token_ids
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.types import Outcome, Request, RequestOutput, SequenceOutput, TokenLogprob
 
@@ -24,7 +23,7 @@ class Response(Struct, frozen=True):
     """"stop" or "length"; "None" until the final response."""
     token_ids: list[list[int]]
     cumulative_logprob: list[float]
-    """Of all tokens so far."""
+    """The sum over all tokens so far."""
     logprobs: list[str]
     """JSON: per new token {token id: {"logprob", "rank", "decoded_token"}}; "null" without `logprobs` in the
     sampling parameters, or if not asked for."""
@@ -122,13 +121,14 @@ class _Sequence:
     """One of the request's `n` sequences: its text so far, and what no response has told yet."""
 
     def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
-        sampling = request.sampling
-        self._detokenizer = Detokenizer(
-            tokenizer, request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
+        self._params = sampling = request.sampling
+        self._detokenizer = tokenizer.new_detokenizer(
+            request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
         )
         self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
-        self._hidden_at_end = _hidden_at_end(tokenizer, request)
-        self._min_tokens = sampling.min_tokens
+        self._hidden_stop_tokens = (
+            [] if sampling.include_stop_str_in_output else stop_token_ids(sampling, tokenizer.eos_token_ids)
+        )
         self._num_tokens = 0
         self.text = request.prompt if request.output.echo else ""
         self._token_ids: list[int] = []
@@ -143,7 +143,7 @@ class _Sequence:
         for position, token_id in enumerate(output.token_ids):
             self._count(token_id, output.logprobs[position] if output.logprobs else [])
             is_last = output.outcome is Outcome.STOP and position == len(output.token_ids) - 1
-            if not (is_last and token_id in self._hidden_at_end):
+            if not (is_last and token_id in self._hidden_stop_tokens):
                 self._show(self._detokenizer.push([token_id]))
             if self.outcome is not None:
                 return
@@ -164,8 +164,9 @@ class _Sequence:
             self.cumulative_logprob += logprobs[0][1]
 
     def _show(self, text: str) -> None:
-        """Adds text up to a stop string. As in vLLM none counts that ends within the first `min_tokens`."""
-        shown, stopped = self._stops.push(text, may_stop=self._num_tokens > self._min_tokens)
+        """Adds text up to a stop string."""
+        counts = stop_strings_count(self._params, self._num_tokens)
+        shown, stopped = self._stops.push(text, may_stop=counts)
         self.text += shown
         if stopped:
             self.outcome = Outcome.STOP
@@ -174,14 +175,6 @@ class _Sequence:
         self._show(self._detokenizer.flush())
         self.text += self._stops.flush()
         self.outcome = self.outcome or outcome
-
-
-def _hidden_at_end(tokenizer: Tokenizer, request: Request) -> frozenset[int]:
-    """The tokens that end the sequence and are not shown when they do."""
-    sampling = request.sampling
-    if sampling.include_stop_str_in_output:
-        return frozenset()
-    return frozenset(sampling.stop_token_ids + ([] if sampling.ignore_eos else tokenizer.eos_token_ids))
 
 
 def _raise_failure(output: SequenceOutput) -> None:

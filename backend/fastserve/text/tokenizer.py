@@ -13,9 +13,8 @@ from fastserve.checkpoints.model_directory import eos_token_ids as model_eos_tok
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import ConfigError
 from fastserve.errors import RequestError
-from fastserve.text.chat import Chat
-from fastserve.text.chat_template import TemplateNames, template_names
-from fastserve.text.stream_decoder import StreamDecoder, stream_decoder_factory
+from fastserve.text.chat import Chat, TemplateNames, template_names
+from fastserve.text.detokenizer import IncrementalDetokenizer, stream_decoder_factory
 
 _MAX_TEMPLATE_ERROR = 500
 
@@ -75,10 +74,6 @@ class Tokenizer:
         """What one token adds to a text that has begun (special tokens too)."""
         self._new_stream_decoder = stream_decoder_factory(self.backend)
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._tokenizer.chat_template is not None
-
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of `text`.
 
@@ -96,7 +91,7 @@ class Tokenizer:
 
         Raises RequestError where the model has no chat template.
         """
-        if not self.has_chat_template:
+        if self._tokenizer.chat_template is None:
             raise RequestError("`messages`: this model has no chat template; allowed: `text_input`")
         try:
             source = self._tokenizer.get_chat_template(tools=tools)
@@ -104,7 +99,7 @@ class Tokenizer:
             raise RequestError(f"`messages`: the model has no chat template for them: {error}") from error
         return template_names(source)
 
-    def render_chat(self, chat: Chat) -> str:
+    def apply_chat_template(self, chat: Chat) -> str:
         """The prompt text of a chat. Raises RequestError where the chat template refuses it."""
         try:
             return str(
@@ -114,16 +109,22 @@ class Tokenizer:
                     add_generation_prompt=chat.add_generation_prompt,
                     continue_final_message=chat.continue_final_message,
                     tokenize=False,
-                    **chat.variables,
+                    **chat.template_kwargs,
                 )
             )
         except Exception as error:  # a template is a program of the model's author: it may raise anything
             said = f"{type(error).__name__}: {error}"[:_MAX_TEMPLATE_ERROR]
             raise RequestError(f"`messages`: the model's chat template refuses them: {said}") from error
 
-    def new_stream_decoder(self) -> StreamDecoder:
-        """An incremental decoder for one sequence of ids."""
-        return self._new_stream_decoder()
+    def new_detokenizer(
+        self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> IncrementalDetokenizer:
+        """For one sequence that continues this prompt."""
+        is_shown = self._is_ordinary if skip_special_tokens else self.token_ids.__contains__
+        return IncrementalDetokenizer(self._new_stream_decoder(), is_shown, prompt_token_ids)
+
+    def _is_ordinary(self, token_id: int) -> bool:
+        return token_id in self.token_ids and token_id not in self.special_token_ids
 
     def _token_text(self, token_id: int) -> str:
         alone = self.backend.decode([token_id], skip_special_tokens=False)

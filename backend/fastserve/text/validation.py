@@ -1,9 +1,13 @@
-"""From what a client sent to the type a field has: values may be strings, and errors name the field."""
+"""From what a client sent to the type and the token ids a field may have.
+
+Values may be strings; errors name the field, what came and what is allowed.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -74,14 +78,16 @@ def coerce(field: str, value: object, kind: Any, allowed: str | None = None) -> 
     return result
 
 
-def unknown_name(what: str, name: object, allowed: Iterable[str], place: str = "") -> RequestError:
-    """The error for a name that is none of those allowed; it offers the nearest. `place`: what comes before
-    the name, such as `messages[0].`."""
+def unknown_name(what: str, name: object, allowed: Iterable[str], prefix: str = "") -> RequestError:
+    """The error for a name that is none of those allowed; it offers the nearest.
+
+    `prefix`: what comes before the name, such as `messages[0].`.
+    """
     shown = str(name)[:60].encode(errors="backslashreplace").decode()
     near = difflib.get_close_matches(shown, allowed, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`? " if near else ""
     return RequestError(
-        f"`{place}{shown}`: no such {what}; {hint}allowed: {', '.join(sorted(allowed)) or 'none'}"
+        f"`{prefix}{shown}`: no such {what}; {hint}allowed: {', '.join(sorted(allowed)) or 'none'}"
     )
 
 
@@ -152,3 +158,39 @@ def _check_plain(field: str, value: object) -> None:
 
 def _start(text: str) -> str:
     return repr(text) if len(text) <= 60 else repr(text[:60]) + "..."
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The sizes of a tokenizer's vocabulary and of its model's.
+
+    A model's is often padded with ids that mean nothing. A tokenizer that got tokens for which its model was
+    not resized is an accident: such a token has no row in the embedding.
+    """
+
+    tokenizer_size: int
+    model_size: int
+
+    @property
+    def size(self) -> int:
+        """Every id of a request is below it."""
+        return min(self.tokenizer_size, self.model_size)
+
+    @property
+    def mismatch(self) -> str:
+        """A clause for errors and logs where the tokenizer is the larger one; empty where it is not."""
+        if self.tokenizer_size <= self.model_size:
+            return ""
+        return f"the tokenizer has {self.tokenizer_size} tokens, more than the model's {self.model_size}"
+
+    @property
+    def allowed(self) -> str:
+        """The ids in words, for errors."""
+        because = f", as {self.mismatch}" if self.mismatch else ""
+        return f"token ids from 0 to {self.size - 1}{because}"
+
+    def check(self, field: str, token_ids: Collection[int]) -> None:
+        """Raises RequestError, naming `field`, if one of the ids is not allowed."""
+        for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+            if not 0 <= token_id < self.size:
+                raise RequestError(f"`{field}`: got the token {token_id}; allowed: {self.allowed}")

@@ -8,9 +8,8 @@ from typing import Any, get_type_hints
 import msgspec
 
 from fastserve.errors import RequestError, invalid
-from fastserve.text.coercion import coerce, decode_text, unknown_name
-from fastserve.text.guide_parameters import GUIDE_NAMES
-from fastserve.text.vocabulary import Vocabulary
+from fastserve.text.guide import GUIDE_NAMES
+from fastserve.text.validation import Vocabulary, coerce, decode_text, unknown_name
 from fastserve.types import SamplingParams
 
 UNLIMITED = 2**31 - 1
@@ -48,7 +47,7 @@ _MAX_IDS = 1024
 _MAX_BIAS = 100.0
 
 
-def parse_sampling(values: Mapping[str, Any], vocabulary: Vocabulary) -> SamplingParams:
+def parse_sampling_params(values: Mapping[str, Any], vocabulary: Vocabulary) -> SamplingParams:
     """The parameters in `values` but for a guide, each as itself or as a string; null is the default.
 
     As in vLLM, `max_tokens` as null becomes UNLIMITED, a seed of -1 none, and a temperature too small to

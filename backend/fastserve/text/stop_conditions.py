@@ -1,8 +1,65 @@
-"""Stop strings in a text that comes in pieces."""
+"""Stop conditions: all that ends a sequence.
+
+by its tokens   `check_stop`, in the engine, after each sampled token
+by its text     `StopStrings`, in `OutputProcessor`, after each token that has become text; the engine is told
+                by `Cancel(uid, Outcome.STOP, index)`
+from outside    a `Cancel` whose outcome is CANCELLED, or a deadline: `has_expired`, before each step;
+                `external_stop` is what the client is told
+
+A request that fails (`Outcome.ERROR`) is not stopped: its error says why.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
+
+from fastserve.errors import ErrorCode
+from fastserve.scheduling.sequence import Sequence
+from fastserve.types import Failure, Outcome, Request, SamplingParams
+
+_EXTERNAL_STOPS = {
+    Outcome.CANCELLED: "the request was cancelled",
+    Outcome.TIMEOUT: "the request's time was over before it was finished",
+}
+
+
+def stop_token_ids(params: SamplingParams, eos_token_ids: list[int]) -> list[int]:
+    """The tokens that end a sequence: the request's own and, unless it ignores them, the model's."""
+    return params.stop_token_ids + ([] if params.ignore_eos else eos_token_ids)
+
+
+def check_stop(
+    sequence: Sequence, stop_token_ids: Collection[int], is_guide_complete: bool, max_model_len: int
+) -> Outcome | None:
+    """How the last token ends the sequence; None: it goes on.
+
+    A stop token among the first `min_tokens` does not count; `max_model_len` is in tokens of prompt and
+    answer. `max_tokens` and `max_model_len` are of the same outcome, LENGTH.
+    """
+    params, num_generated = sequence.request.sampling, sequence.num_generated_tokens
+    if is_guide_complete or (num_generated >= params.min_tokens and sequence.token_ids[-1] in stop_token_ids):
+        return Outcome.STOP
+    if num_generated >= params.max_tokens or sequence.num_tokens >= max_model_len:
+        return Outcome.LENGTH
+    return None
+
+
+def stop_strings_count(params: SamplingParams, num_generated: int) -> bool:
+    """Whether a stop string that ends in the text of the last token counts: as in vLLM, none does that ends
+    within the first `min_tokens`."""
+    return num_generated > params.min_tokens
+
+
+def has_expired(request: Request, now: float) -> bool:
+    """Whether the request's time is over; `now` in `time.monotonic()` seconds."""
+    return request.deadline is not None and request.deadline <= now
+
+
+def external_stop(outcome: Outcome) -> Failure | None:
+    """What the client is told of a stop from outside; None for STOP, which is no failure."""
+    sentence = _EXTERNAL_STOPS.get(outcome)
+    return None if sentence is None else Failure(ErrorCode.CANCELLED.value, sentence)
 
 
 class _State:
