@@ -71,7 +71,9 @@ class EngineModel:
         """Requests that came while there was no worker, by uid."""
         self._cancelled = RememberedCancels(self._config.max_request_seconds)
         self._metrics = EngineMetrics()
-        self._capacity = CapacityPublisher(lambda problem: self._on_health("capacity", problem))
+        self._capacity = CapacityPublisher(
+            lambda problem: self._on_health("capacity", problem), after=self._repeat_report
+        )
         self._readiness = Readiness()
         self._arrived = 0
         self._sent = 0
@@ -83,6 +85,9 @@ class EngineModel:
         self._reported: EngineStats
         """What the metrics were last told, by this worker."""
         self._reported_at = 0.0
+        self._is_shown = True
+        """The gauges show what they were last told."""
+        self._reporting = threading.Lock()
         self._stopping = False
         self._is_up = False
         """`initialize` has succeeded: a worker that dies is replaced, and the server may be asked things."""
@@ -304,15 +309,26 @@ class EngineModel:
 
     def _report(self, stats: EngineStats, before: EngineStats | None = None) -> None:
         """Tells the metrics what has changed since they were last told, or since `before`."""
-        before = before or self._reported
-        self._reported, self._reported_at = stats, time.monotonic()
-        metrics = self._metrics
-        metrics.running.set(stats.running)
-        metrics.preempted.set(stats.waiting)
-        metrics.kv_total.set(stats.kv_blocks_total)
-        metrics.kv_used.set(stats.kv_blocks_used)
-        metrics.cache_hits.add(stats.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total)
-        metrics.preemptions.add(stats.preemptions_total - before.preemptions_total, "recompute")
+        with self._reporting:
+            before = before or self._reported
+            self._reported, self._reported_at = stats, time.monotonic()
+            metrics = self._metrics
+            shown = [
+                metrics.running.set(stats.running),
+                metrics.preempted.set(stats.waiting),
+                metrics.kv_total.set(stats.kv_blocks_total),
+                metrics.kv_used.set(stats.kv_blocks_used),
+            ]
+            self._is_shown = all(shown)
+            metrics.cache_hits.add(
+                stats.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total
+            )
+            metrics.preemptions.add(stats.preemptions_total - before.preemptions_total, "recompute")
+
+    def _repeat_report(self) -> None:
+        """What the gauges could not be told: the worker may say nothing more."""
+        if not self._is_shown:
+            self._report(self._reported)
 
     def finalize(self) -> None:
         with self._lock:
