@@ -320,9 +320,7 @@ class EngineModel:
                 metrics.kv_used.set(stats.kv_blocks_used),
             ]
             self._is_shown = all(shown)
-            metrics.cache_hits.add(
-                stats.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total
-            )
+            metrics.cache_hits.add(stats.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total)
             metrics.preemptions.add(stats.preemptions_total - before.preemptions_total, "recompute")
 
     def _repeat_report(self) -> None:

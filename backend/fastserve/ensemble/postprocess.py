@@ -109,7 +109,7 @@ class PostprocessModel:
                 send_final(sender, pb_utils.InferenceResponse(output_tensors=failure_tensors(error)))
                 return
             except Exception:
-                logger.exception("request %s could not be told that it failed", uid)
+                logger.exception("a request could not be told that it failed: %s", error)
         send_error(sender, error)
 
     def _answer(self, output: RequestOutput, sender: Any, is_cancelled: bool) -> None:
