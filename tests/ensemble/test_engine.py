@@ -56,6 +56,9 @@ class FakeWorker:
     def stop(self) -> None:
         return
 
+    def cpu_seconds(self) -> float:
+        return 0.0
+
     def step(self, *outputs: SequenceOutput, received: int = 0) -> None:
         self.on_message(StepOutput(list(outputs), EngineStats(received, 1, 0, 3, None, 100, 1, 1, 0, 0)))
 

@@ -29,6 +29,7 @@ from fastserve.ensemble.metrics import REPORT_SECONDS, EngineMetrics
 from fastserve.ensemble.readiness import Readiness
 from fastserve.ensemble.response_stream import ResponseStream
 from fastserve.ensemble.tensors import message_of, message_tensor
+from fastserve.ensemble.worker_watch import WorkerWatch
 from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.types import (
     Add,
@@ -72,9 +73,12 @@ class EngineModel:
         self._cancelled = RememberedCancels(self._config.max_request_seconds)
         self._metrics = EngineMetrics()
         self._capacity = CapacityPublisher(
-            lambda problem: self._on_health("capacity", problem), after=self._repeat_report
+            lambda problem: self._on_health("capacity", problem), after=self._look_after
         )
         self._readiness = Readiness()
+        self._watch = WorkerWatch(lambda problem: self._on_health("stall", problem))
+        self._num_messages = 0
+        """From all workers."""
         self._arrived = 0
         self._sent = 0
         """Of the requests that arrived, those sent to the worker there is now."""
@@ -202,6 +206,7 @@ class EngineModel:
     # From the thread that reads the worker's pipe: steps, and its death.
 
     def _on_message(self, message: FromWorker) -> None:
+        self._num_messages += 1
         if isinstance(message, Ready):
             self._on_ready(message)
         else:
@@ -323,8 +328,9 @@ class EngineModel:
             metrics.cache_hits.add(stats.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total)
             metrics.preemptions.add(stats.preemptions_total - before.preemptions_total, "recompute")
 
-    def _repeat_report(self) -> None:
-        """What the gauges could not be told: the worker may say nothing more."""
+    def _look_after(self) -> None:
+        """Every two seconds or so: watches the worker, and repeats what the gauges could not be told."""
+        self._watch.look(bool(self._streams), self._num_messages, self._worker.cpu_seconds())
         if not self._is_shown:
             self._report(self._reported)
 
