@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
@@ -54,6 +55,9 @@ class FakeWorker:
 
     def stop(self) -> None:
         return
+
+    def cpu_seconds(self) -> float:
+        return 0.0
 
     def step(self, *outputs: SequenceOutput, received: int = 0) -> None:
         self.on_message(StepOutput(list(outputs), EngineStats(received, 1, 0, 3, None, 100, 1, 1, 0, 0)))
@@ -216,6 +220,26 @@ def test_metrics_that_fail_hurt_nobody(engine: Engine) -> None:
     (sender,) = engine.requests(a_request("a"))
     engine.worker.step(SequenceOutput("a", token_ids=[1], outcome=Outcome.STOP))
     assert token_ids(sender) == [1]
+
+
+def test_a_gauge_that_could_not_be_told_is_told_again_though_nothing_more_happens(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is stopped waits for gauges of 0."""
+    from fastserve.ensemble import capacity_publisher
+
+    monkeypatch.setattr(capacity_publisher, "REPEAT_SECONDS", 0.02)
+    server = engine.pb_utils.server
+    engine.requests(a_request("a"))
+    engine.worker.on_message(StepOutput([], msgspec.structs.replace(STATS, received=1, running=1)))
+    engine.step._reported_at = 0.0
+    engine.worker.on_message(StepOutput([], msgspec.structs.replace(STATS, received=1, running=1)))
+    assert server.metric("fastserve_requests_running") == 1
+    server.failing_metrics |= {"fastserve_requests_running"}
+    last = SequenceOutput("a", token_ids=[1], outcome=Outcome.STOP)
+    engine.worker.on_message(StepOutput([last], msgspec.structs.replace(STATS, received=1)))
+    server.failing_metrics.clear()
+    server.wait(lambda each: each.metric("fastserve_requests_running") == 0)
 
 
 @pytest.mark.usefixtures("short_shared_memory")

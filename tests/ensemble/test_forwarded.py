@@ -71,7 +71,8 @@ def test_a_fault_of_ours_is_data_too(
         raise ValueError("unforeseen")
 
     monkeypatch.setattr(postprocess, "_push", broken)
-    output = RequestOutput("uid", [SequenceOutput("uid", token_ids=[1])], a_request(forwarded_id()))
+    outputs = [SequenceOutput("uid", token_ids=[1])]
+    output = RequestOutput("uid", outputs, a_request(forwarded_id()), final=True)
     sender = answer_to(pb_utils, postprocess, output)
     assert sender.error is None
     assert sender.outputs("text_output")[0][0].startswith(b"INTERNAL: ")

@@ -140,18 +140,25 @@ def test_a_message_that_cannot_be_read_fails_alone(postprocess: Postprocess) -> 
     assert (bad.sender.is_final, empty.sender.is_final, text(good.sender)) == (True, True, "Hello")
 
 
-@pytest.mark.usefixtures("short_shared_memory")
-def test_a_response_that_cannot_be_sent_fails_its_request_and_stops_it(postprocess: Postprocess) -> None:
+@pytest.mark.parametrize("memory_is_short", [True, False])
+def test_a_response_that_cannot_be_sent_fails_its_request_with_the_last_output(
+    postprocess: Postprocess, request: pytest.FixtureRequest, memory_is_short: bool
+) -> None:
+    """Not before: 2.51 never lets go of an ensemble's request that fails while the engine still serves it."""
+    if memory_is_short:
+        request.getfixturevalue("short_shared_memory")
     hello, world = words(postprocess, "Hello world")
     batch = [postprocess.message(first(a_request(uid), hello)) for uid in ("a", "b")]
     batch[0].sender.fail = fail_first(postprocess.pb_utils.TritonModelException("no shared memory"))
     postprocess.step.execute(batch)
-    expected = "UNAVAILABLE: the answer could not be sent: no shared memory"
-    assert batch[0].sender.error.message() == expected
-    assert (batch[0].sender.is_final, text(batch[1].sender)) == (True, "Hello")
+    assert (batch[0].sender.responses, text(batch[1].sender)) == ([], "Hello")
+    assert batch[0].sender.is_final == memory_is_short  # else the sender takes no more
     assert postprocess.stops(1) == [Cancel("a", Outcome.CANCELLED)]
-    dropped, goes_on = postprocess.outputs(last("a", world), last("b", world))
-    assert (dropped.responses, dropped.is_final, text(goes_on)) == ([], True, " world")
+    (dropped,) = postprocess.outputs(RequestOutput("a", [SequenceOutput("a", token_ids=[world])]))
+    assert (dropped.responses, dropped.is_final) == ([], True)
+    error, goes_on = postprocess.outputs(last("a", world), last("b", world))
+    expected = "UNAVAILABLE: the answer could not be sent: no shared memory"
+    assert (error.error.message(), error.is_final, text(goes_on)) == (expected, True, " world")
     server = postprocess.pb_utils.server
     assert server.metric("fastserve_requests_total", outcome="error") == 1
     assert server.metric("fastserve_requests_total", outcome="length") == 1

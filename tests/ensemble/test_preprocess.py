@@ -54,7 +54,7 @@ def step(pb_utils: Any, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> 
     tokenizer: Any = FakeTokenizer()
     input_processor: Any = InputProcessor(Config(), tokenizer, 64, 256)
     input_processor._guides = compiler
-    monkeypatch.setattr(preprocess, "_load_preprocessor", lambda: input_processor)
+    monkeypatch.setattr(preprocess, "_load_input_processor", lambda: input_processor)
     step = preprocess.PreprocessModel()
     step.initialize({})
     yield step

@@ -18,7 +18,7 @@ def capacity(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from fastserve.ensemble import capacity_publisher as module
 
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
-    teller = module.CapacityPublisher(problems.append)
+    teller = module.CapacityPublisher(problems.append, after=lambda: None)
     yield teller
     teller.stop()
     problems.clear()

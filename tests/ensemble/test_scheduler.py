@@ -147,6 +147,23 @@ def test_metrics_that_fail_hurt_nobody(scheduler: Scheduler) -> None:
     assert server.metric("fastserve_requests_total", outcome="rejected") == 2
 
 
+def test_a_gauge_that_could_not_be_told_is_told_again_though_nothing_more_happens(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is stopped waits for gauges of 0."""
+    from fastserve.ensemble import scheduler as module
+
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
+    server = scheduler.pb_utils.server
+    scheduler.capacity(0)
+    scheduler.requests(a_request("a"))
+    server.wait(lambda each: scheduler.waiting(0) == 1)
+    server.failing_metrics |= {"fastserve_requests_waiting"}
+    scheduler.capacity(1)
+    server.failing_metrics.clear()
+    server.wait(lambda each: scheduler.waiting(0) == 0)
+
+
 def test_the_clock_goes_on_after_a_failure(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it was: the next deadline is kept."""
     expire = scheduler.step._admission.expire

@@ -20,6 +20,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
+import psutil
+
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
 from fastserve.service_thread import ServiceThread
@@ -181,6 +183,14 @@ class Worker:
     def pid(self) -> int | None:
         """The process's id; None: it has not been started."""
         return self._process.pid
+
+    def cpu_seconds(self) -> float:
+        """Seconds of CPU that the process has taken; 0 where there is none."""
+        try:
+            times = psutil.Process(self.pid or 0).cpu_times()
+        except psutil.Error:
+            return 0.0
+        return float(times.user + times.system)
 
     def send(self, message: ToWorker) -> None:
         """Never waits. Says nothing of a worker that has died: `on_death` does."""

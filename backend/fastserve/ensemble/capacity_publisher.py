@@ -34,9 +34,10 @@ class Numbers(NamedTuple):
 class CapacityPublisher:
     """A mailbox of one message: what is not yet sent is replaced by what is newer."""
 
-    def __init__(self, on_health: Callable[[str | None], None]) -> None:
-        """`on_health`: see `ServiceThread`."""
+    def __init__(self, on_health: Callable[[str | None], None], after: Callable[[], None]) -> None:
+        """`on_health`: see `ServiceThread`. `after`: called in this thread after each message."""
         self._changed = threading.Condition()
+        self._after = after
         self._numbers: Numbers | None = None
         self._told: Numbers | None = None
         self._serial = 0
@@ -73,6 +74,7 @@ class CapacityPublisher:
                 self._changed.wait_for(lambda: self._stopping, RETRY_SECONDS)
         else:
             self._told = numbers
+        self._after()
         return True
 
     def _next(self) -> Numbers | None:

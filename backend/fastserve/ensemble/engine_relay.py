@@ -29,6 +29,7 @@ from fastserve.ensemble.metrics import REPORT_SECONDS, EngineMetrics
 from fastserve.ensemble.readiness import Readiness
 from fastserve.ensemble.response_stream import ResponseStream
 from fastserve.ensemble.tensors import message_of, message_tensor
+from fastserve.ensemble.worker_watch import WorkerWatch
 from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.types import (
     Add,
@@ -71,8 +72,13 @@ class EngineModel:
         """Requests that came while there was no worker, by uid."""
         self._cancelled = RememberedCancels(self._config.max_request_seconds)
         self._metrics = EngineMetrics()
-        self._capacity = CapacityPublisher(lambda problem: self._on_health("capacity", problem))
+        self._capacity = CapacityPublisher(
+            lambda problem: self._on_health("capacity", problem), after=self._look_after
+        )
         self._readiness = Readiness()
+        self._watch = WorkerWatch(lambda problem: self._on_health("stall", problem))
+        self._num_messages = 0
+        """From all workers."""
         self._arrived = 0
         self._sent = 0
         """Of the requests that arrived, those sent to the worker there is now."""
@@ -83,6 +89,9 @@ class EngineModel:
         self._reported: EngineStats
         """What the metrics were last told, by this worker."""
         self._reported_at = 0.0
+        self._is_shown = True
+        """The gauges show what they were last told."""
+        self._reporting = threading.Lock()
         self._stopping = False
         self._is_up = False
         """`initialize` has succeeded: a worker that dies is replaced, and the server may be asked things."""
@@ -197,6 +206,7 @@ class EngineModel:
     # From the thread that reads the worker's pipe: steps, and its death.
 
     def _on_message(self, message: FromWorker) -> None:
+        self._num_messages += 1
         if isinstance(message, Ready):
             self._on_ready(message)
         else:
@@ -304,15 +314,25 @@ class EngineModel:
 
     def _report(self, stats: EngineStats, before: EngineStats | None = None) -> None:
         """Tells the metrics what has changed since they were last told, or since `before`."""
-        before = before or self._reported
-        self._reported, self._reported_at = stats, time.monotonic()
-        metrics = self._metrics
-        metrics.running.set(stats.running)
-        metrics.preempted.set(stats.waiting)
-        metrics.kv_total.set(stats.kv_blocks_total)
-        metrics.kv_used.set(stats.kv_blocks_used)
-        metrics.cache_hits.add(stats.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total)
-        metrics.preemptions.add(stats.preemptions_total - before.preemptions_total, "recompute")
+        with self._reporting:
+            before = before or self._reported
+            self._reported, self._reported_at = stats, time.monotonic()
+            metrics = self._metrics
+            shown = [
+                metrics.running.set(stats.running),
+                metrics.preempted.set(stats.waiting),
+                metrics.kv_total.set(stats.kv_blocks_total),
+                metrics.kv_used.set(stats.kv_blocks_used),
+            ]
+            self._is_shown = all(shown)
+            metrics.cache_hits.add(stats.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total)
+            metrics.preemptions.add(stats.preemptions_total - before.preemptions_total, "recompute")
+
+    def _look_after(self) -> None:
+        """Every two seconds or so: watches the worker, and repeats what the gauges could not be told."""
+        self._watch.look(bool(self._streams), self._num_messages, self._worker.cpu_seconds())
+        if not self._is_shown:
+            self._report(self._reported)
 
     def finalize(self) -> None:
         with self._lock:

@@ -109,14 +109,18 @@ class Gauge(_Family):
         super().__init__(name, description, labels)
         self._reported: dict[tuple[object, ...], float] = {}
 
-    def set(self, value: float, *labels: object) -> None:
+    def set(self, value: float, *labels: object) -> bool:
+        """Whether the server shows it now; if not, the caller says it again: nothing else may come."""
         if self._reported.get(labels) == value:
-            return
+            return True
         try:
             self._member(*labels).set(value)
-            self._reported[labels] = value
         except Exception as error:
+            self._reported.pop(labels, None)
             self._complain(error)
+            return False
+        self._reported[labels] = value
+        return True
 
 
 class Histogram(_Family):

@@ -49,6 +49,8 @@ class RequestState:
     """When it came, `time.monotonic()`."""
     num_tokens: int = 0
     is_gone: bool = False
+    failure: RequestError | None = None
+    """Why no more is sent of it; its client is told with its last output."""
 
 
 class PostprocessModel:
@@ -69,33 +71,45 @@ class PostprocessModel:
     def execute(self, requests: list[Any]) -> None:
         for triton_request in requests:
             sender = triton_request.get_response_sender()
-            uid, is_forwarded = "", False
+            output, is_forwarded = None, False
             try:
                 output = message_of(triton_request, "output", RequestOutput)
                 if output is None:
                     raise invalid("output", None, "a message of `engine`")
-                uid, is_forwarded = output.uid, self._is_forwarded(output)
+                is_forwarded = self._is_forwarded(output)
                 self._answer(output, sender, triton_request.is_cancelled())
             except RequestError as error:
-                self._fail(uid, sender, error, is_forwarded)
+                self._fail(output, sender, error, is_forwarded)
             except Exception as error:
-                logger.exception("an output of request %s could not be answered", uid)
-                self._fail(uid, sender, _named(error), is_forwarded)
+                logger.exception("an output of request %s could not be answered", output and output.uid)
+                self._fail(output, sender, _named(error), is_forwarded)
 
     def _is_forwarded(self, output: RequestOutput) -> bool:
         state = self._states.get(output.uid)
         request = state.request if state is not None else output.request
         return request is not None and is_forwarded_id(request.request_id)
 
-    def _fail(self, uid: str, sender: Any, error: RequestError, is_forwarded: bool) -> None:
-        """Ends a request with an error, which to `fastserve_infer` travels as data: else it would be lost."""
-        self._end(uid)
+    def _fail(
+        self, output: RequestOutput | None, sender: Any, error: RequestError, is_forwarded: bool
+    ) -> None:
+        """Ends a request with an error, which to `fastserve_infer` travels as data: else it would be lost.
+
+        In the middle of a request the error waits for the last output: an ensemble that is given one while
+        another step of the request is in flight never lets go of the request (2.51).
+        """
+        state = None if output is None else self._states.get(output.uid)
+        if output is not None and state is not None and not output.final:
+            self._stop_failed(state, error)
+            _end_output(sender)
+            return
+        if output is not None:
+            self._end(output.uid)
         if is_forwarded:
             try:
                 send_final(sender, pb_utils.InferenceResponse(output_tensors=failure_tensors(error)))
                 return
             except Exception:
-                logger.exception("request %s could not be told that it failed", uid)
+                logger.exception("a request could not be told that it failed: %s", error)
         send_error(sender, error)
 
     def _answer(self, output: RequestOutput, sender: Any, is_cancelled: bool) -> None:
@@ -108,6 +122,9 @@ class PostprocessModel:
         state = self._state(output, now)
         if state is None:  # its client has been told of its end
             send_final(sender)
+            return
+        if state.failure is not None:
+            self._answer_failed(state.failure, output, sender)
             return
         if is_cancelled and not state.is_gone and not output.final:
             state.is_gone = True
@@ -125,6 +142,18 @@ class PostprocessModel:
         if response is None:
             return None
         return pb_utils.InferenceResponse(output_tensors=_tensors(response, state.request.output))
+
+    def _stop_failed(self, state: RequestState, error: RequestError) -> None:
+        """From now on the outputs of this request are dropped; the last one comes when the engine is told."""
+        state.failure = error
+        self._stops.put(Cancel(state.request.uid, Outcome.CANCELLED))
+
+    @staticmethod
+    def _answer_failed(failure: RequestError, output: RequestOutput, sender: Any) -> None:
+        """Answers an output of a request that has failed here. Raises the failure with the last one."""
+        if output.final:
+            raise failure
+        send_final(sender)
 
     def _end(self, uid: str) -> None:
         """Ends a request that has failed here: the engine is told, and what still comes of it is dropped."""
@@ -184,6 +213,14 @@ class PostprocessModel:
         self._stops.put(None)
         self._teller.hurry()
         self._teller.join()
+
+
+def _end_output(sender: Any) -> None:
+    """Answers an output with nothing. Never raises: the request is answered with its last output."""
+    try:
+        send_final(sender)
+    except Exception as error:
+        logger.error("an output could not be ended: %s", error)
 
 
 def _named(error: Exception) -> RequestError:

@@ -27,6 +27,9 @@ from fastserve.types import Accepted, EngineCapacity, Failure, Health, Outcome, 
 
 logger = logging.getLogger(__name__)
 
+RETRY_SECONDS = 1.0
+"""Between two attempts to tell the gauges, where the server cannot be told."""
+
 
 class SchedulerModel:
     """Triton server's Python model `scheduler`."""
@@ -152,9 +155,12 @@ class SchedulerModel:
         elif self._admission.num_waiting and now < self._reported_at + REPORT_SECONDS:
             self._report_at = self._reported_at + REPORT_SECONDS
         else:
-            self._reported, self._reported_at, self._report_at = counts, now, None
-            for priority, count in counts.items():
-                self._metrics.waiting.set(count, priority)
+            shown = [self._metrics.waiting.set(count, priority) for priority, count in counts.items()]
+            self._reported_at = now
+            if all(shown):
+                self._reported, self._report_at = counts, None
+            else:
+                self._report_at = now + RETRY_SECONDS
 
     def _expire_in_time(self) -> bool:
         """Waits for what time alone gives to do, and does it; what has failed is done again at once."""
