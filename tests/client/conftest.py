@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+import trustme
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import serialize_byte_tensor
 
@@ -96,11 +101,12 @@ class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ServerReadyResponse(ready=self._server.ready)
 
     def ModelStreamInfer(self, messages: Iterator[Any], context: Any) -> Iterator[Any]:
-        context.add_callback(self._server.client_gone.set)
         received = _received_by_grpc(next(messages), dict(context.invocation_metadata()))
         try:
             for response in self._server.answer(received):
                 if isinstance(response, Hang):
+                    if not context.add_callback(self._server.client_gone.set):
+                        self._server.client_gone.set()  # the call has ended by now
                     self._server.client_gone.wait(10)
                     return
                 yield _grpc_response(response)
@@ -180,15 +186,69 @@ def _http_handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
+@dataclass(frozen=True)
+class Certificates:
+    """PEM files, by the names that a client has for them: an authority, and what it signed."""
+
+    root_certificates: Path
+    private_key: Path
+    certificate_chain: Path
+    server_key: Path
+    server_chain: Path
+
+    def of_client(self) -> dict[str, Any]:
+        """A client's arguments."""
+        return {
+            name: getattr(self, name) for name in ("root_certificates", "private_key", "certificate_chain")
+        }
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    directory = tmp_path_factory.mktemp("certificates")
+    authority = trustme.CA()
+    server, client = authority.issue_cert("127.0.0.1"), authority.issue_cert("client@example.com")
+    blobs = {
+        "root_certificates": [authority.cert_pem],
+        "private_key": [client.private_key_pem],
+        "certificate_chain": client.cert_chain_pems,
+        "server_key": [server.private_key_pem],
+        "server_chain": server.cert_chain_pems,
+    }
+    for name, parts in blobs.items():
+        (directory / name).write_bytes(b"".join(part.bytes() for part in parts))
+    return Certificates(**{name: directory / name for name in blobs})
+
+
+def _grpc_port(grpc_server: grpc.Server, certificates: Certificates | None) -> int:
+    if certificates is None:
+        return grpc_server.add_insecure_port("127.0.0.1:0")
+    pair = (certificates.server_key.read_bytes(), certificates.server_chain.read_bytes())
+    root = certificates.root_certificates.read_bytes()
+    return grpc_server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair], root, True))
+
+
+def _with_tls(plain: socket.socket, certificates: Certificates) -> socket.socket:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificates.root_certificates)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(certificates.server_chain, certificates.server_key)
+    # Hands are shaken by the thread of the connection, not by the one that accepts.
+    return context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
+
+
+@contextmanager
+def running_server(certificates: Certificates | None = None) -> Iterator[FakeServer]:
+    """On loopback; with certificates it speaks TLS only, and asks clients for a certificate."""
     fake = FakeServer()
     with ThreadPoolExecutor(8) as threads:
         grpc_server = grpc.server(threads)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_GrpcService(fake), grpc_server)
-        fake.urls["grpc"] = f"127.0.0.1:{grpc_server.add_insecure_port('127.0.0.1:0')}"
+        fake.urls["grpc"] = f"127.0.0.1:{_grpc_port(grpc_server, certificates)}"
         grpc_server.start()
         http_server = ThreadingHTTPServer(("127.0.0.1", 0), _http_handler(fake))
+        http_server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client may break off
+        if certificates:
+            http_server.socket = _with_tls(http_server.socket, certificates)
         fake.urls["http"] = f"127.0.0.1:{http_server.server_port}"
         serving = threading.Thread(target=http_server.serve_forever, args=(0.01,))
         serving.start()
@@ -197,3 +257,15 @@ def server() -> Iterator[FakeServer]:
         http_server.server_close()
         serving.join()
         grpc_server.stop(None).wait()
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with running_server() as fake:
+        yield fake
+
+
+@pytest.fixture
+def tls_server(certificates: Certificates) -> Iterator[FakeServer]:
+    with running_server(certificates) as fake:
+        yield fake
