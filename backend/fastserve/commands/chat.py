@@ -17,12 +17,14 @@ ERRORS = SOURCE_ERRORS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The system message, where to get answers, and how to sample."""
     parser.add_argument("--system", help="the system message")
     add_source_arguments(parser)
     add_sampling_arguments(parser, max_tokens=512)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Talks until an empty line or the end of the input. Raises SOURCE_ERRORS."""
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
     with open_source(arguments) as source:
         print("An empty line or Ctrl-D ends the conversation.")

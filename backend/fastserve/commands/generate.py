@@ -17,6 +17,7 @@ ERRORS = SOURCE_ERRORS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The prompt, where to get its continuation, and how to sample."""
     parser.add_argument(
         "prompt", nargs="?", help="the text to continue; without it, it is read from standard input"
     )
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Writes the continuation to standard output. Raises SOURCE_ERRORS."""
     prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read()
     with open_source(arguments) as source:
         for text in source.stream(prompt, **sampling_of(arguments)):
