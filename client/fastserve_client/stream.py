@@ -60,7 +60,18 @@ class AsyncTransport(Protocol):
         """Cancels what runs."""
 
 
-class Stream(Closing, Iterator[Chunk]):
+class _Attempts:
+    """A request, the time that it has, and when it is sent again."""
+
+    def __init__(self, request: Request, timeout: float | None, retries: int) -> None:
+        self.request_id = request.request_id
+        self._request = request
+        self._deadline = Deadline(timeout)
+        self._backoff = Backoff(retries, self._deadline)
+        self._closed = False
+
+
+class Stream(_Attempts, Closing, Iterator[Chunk]):
     """The chunks of an answer as they come; the request is under way from the start.
 
     Iteration raises DeadlineExceeded or another FastServeError. A request of which nothing has come yet is
@@ -68,12 +79,8 @@ class Stream(Closing, Iterator[Chunk]):
     """
 
     def __init__(self, transport: Transport, request: Request, timeout: float | None, retries: int) -> None:
-        self.request_id = request.request_id
+        super().__init__(request, timeout, retries)
         self._transport = transport
-        self._request = request
-        self._deadline = Deadline(timeout)
-        self._backoff = Backoff(retries, self._deadline)
-        self._closed = False
         self._call = self._open()
 
     def _open(self) -> Call:
@@ -119,18 +126,14 @@ class Stream(Closing, Iterator[Chunk]):
         self._call.cancel()
 
 
-class AsyncStream(AsyncClosing, AsyncIterator[Chunk]):
+class AsyncStream(_Attempts, AsyncClosing, AsyncIterator[Chunk]):
     """`Stream` for asyncio: `async for`, `async with`, `await stream.read()`."""
 
     def __init__(
         self, transport: AsyncTransport, request: Request, timeout: float | None, retries: int
     ) -> None:
-        self.request_id = request.request_id
+        super().__init__(request, timeout, retries)
         self._transport = transport
-        self._request = request
-        self._deadline = Deadline(timeout)
-        self._backoff = Backoff(retries, self._deadline)
-        self._closed = False
         self._call = transport.open(request, self._deadline)
 
     async def __anext__(self) -> Chunk:

@@ -69,14 +69,10 @@ class FakeServer:
     client_gone: threading.Event = field(default_factory=threading.Event)
     ready: bool = True
 
-    def answer(self, received: Received) -> Iterator[dict[str, list[Any]] | Hang]:
-        """The responses to a request. Raises Refusal where the script has one."""
+    def steps(self, received: Received) -> list[Step]:
+        """What the script has for a request."""
         self.received.append(received)
-        steps = self.script.pop(0) if len(self.script) > 1 else self.script[0]
-        for step in steps:
-            if isinstance(step, Refusal):
-                raise step
-            yield step
+        return self.script.pop(0) if len(self.script) > 1 else self.script[0]
 
     hang = Hang
     refusal = Refusal
@@ -93,6 +89,14 @@ class FakeServer:
         }
 
 
+def responses(steps: list[Step]) -> Iterator[dict[str, list[Any]] | Hang]:
+    """The steps one by one. Raises Refusal where there is one."""
+    for step in steps:
+        if isinstance(step, Refusal):
+            raise step
+        yield step
+
+
 class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
     def __init__(self, server: FakeServer) -> None:
         self._server = server
@@ -102,11 +106,13 @@ class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelStreamInfer(self, messages: Iterator[Any], context: Any) -> Iterator[Any]:
         received = _received_by_grpc(next(messages), dict(context.invocation_metadata()))
+        steps = self._server.steps(received)
+        if any(isinstance(step, Hang) for step in steps):
+            # Before the first response: a call that has ended is asked for no other.
+            context.add_callback(self._server.client_gone.set)
         try:
-            for response in self._server.answer(received):
+            for response in responses(steps):
                 if isinstance(response, Hang):
-                    if not context.add_callback(self._server.client_gone.set):
-                        self._server.client_gone.set()  # the call has ended by now
                     self._server.client_gone.wait(10)
                     return
                 yield _grpc_response(response)
@@ -156,7 +162,7 @@ def _http_handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             )
             self._started = False
             try:
-                for response in server.answer(received):
+                for response in responses(server.steps(received)):
                     if isinstance(response, Hang):
                         self.rfile.read(1)  # returns when the client is gone
                         server.client_gone.set()

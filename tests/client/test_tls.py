@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from fastserve_client import AsyncClient, Chunk, Client, FastServeError
+from fastserve_client import AsyncClient, Client, FastServeError
 
 if TYPE_CHECKING:
     from tests.client.conftest import Certificates, FakeServer
@@ -60,23 +59,6 @@ def test_who_lacks_a_certificate_is_refused(
             client.generate("p")
     assert caught.value.code == "UNAVAILABLE"
     assert tls_server.received == []
-
-
-def test_close_wakes_the_thread_that_reads(
-    tls_server: FakeServer, certificates: Certificates, protocol: Protocol
-) -> None:
-    tls_server.script = [[tls_server.token("x"), tls_server.hang()]]
-    with Client(tls_server.urls[protocol], protocol, ssl=True, **certificates.of_client()) as client:
-        stream = client.stream("p")
-        assert next(stream).text == "x"
-        rest: list[Chunk] = []
-        reader = threading.Thread(target=lambda: rest.extend(stream))
-        reader.start()
-        stream.close()
-        reader.join(5)
-        assert not reader.is_alive()
-    assert rest == []
-    assert tls_server.client_gone.wait(5)
 
 
 @pytest.mark.parametrize(

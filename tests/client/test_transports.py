@@ -323,9 +323,14 @@ def test_over_http_what_has_not_begun_is_cancelled_by_id(server: FakeServer, is_
     assert len(server.received) == 2
 
 
-def test_close_wakes_the_thread_that_reads(server: FakeServer, protocol: Protocol) -> None:
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_close_wakes_the_thread_that_reads(
+    request: pytest.FixtureRequest, protocol: Protocol, tls: bool
+) -> None:
+    server: FakeServer = request.getfixturevalue("tls_server" if tls else "server")
+    options = {"ssl": True, **request.getfixturevalue("certificates").of_client()} if tls else {}
     server.script = [[server.token("x"), server.hang()]]
-    with Client(server.urls[protocol], protocol) as client:
+    with Client(server.urls[protocol], protocol, **options) as client:
         stream = client.stream("x")
         assert next(stream).text == "x"
         rest: list[Chunk] = []
