@@ -13,7 +13,7 @@ class Tls:
     """PEM files of a connection with TLS, by the names that `tritonclient.grpc` has for them."""
 
     root_certificates: Path | None = None
-    """Of the authorities that may have signed the server's certificate; None: those the library trusts."""
+    """The authorities that may have signed the server's certificate; None: those that the library trusts."""
     private_key: Path | None = None
     certificate_chain: Path | None = None
     """The client's own certificate, for a server that asks for one; `private_key` belongs to it."""

@@ -41,7 +41,7 @@ class ServerTarget:
 
 
 class InProcessTarget:
-    """The same engine inside this process, without Triton server."""
+    """The engine inside this process, without Triton server."""
 
     def __init__(self, model: str, **settings: Any) -> None:
         """`settings` are those of `Model.load`."""
