@@ -45,7 +45,11 @@ class Hang:
     """Nothing more comes until the client is gone."""
 
 
-Step = dict[str, list[Any]] | Refusal | Hang
+class Endless:
+    """A token every 20 ms until the client is gone."""
+
+
+Step = dict[str, list[Any]] | Refusal | Hang | Endless
 
 
 @dataclass
@@ -75,6 +79,7 @@ class FakeServer:
         return self.script.pop(0) if len(self.script) > 1 else self.script[0]
 
     hang = Hang
+    endless = Endless
     refusal = Refusal
 
     @staticmethod
@@ -89,12 +94,16 @@ class FakeServer:
         }
 
 
-def responses(steps: list[Step]) -> Iterator[dict[str, list[Any]] | Hang]:
-    """The steps one by one. Raises Refusal where there is one."""
-    for step in steps:
+def responses(server: FakeServer, received: Received) -> Iterator[dict[str, list[Any]] | Hang]:
+    """What the script has for a request. Raises Refusal where there is one."""
+    for step in server.steps(received):
         if isinstance(step, Refusal):
             raise step
-        yield step
+        if not isinstance(step, Endless):
+            yield step
+            continue
+        while not server.client_gone.wait(0.02):
+            yield server.token("x")
 
 
 class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -106,12 +115,11 @@ class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelStreamInfer(self, messages: Iterator[Any], context: Any) -> Iterator[Any]:
         received = _received_by_grpc(next(messages), dict(context.invocation_metadata()))
-        steps = self._server.steps(received)
-        if any(isinstance(step, Hang) for step in steps):
-            # Before the first response: a call that has ended is asked for no other.
+        # Before the first response: a call that has ended is asked for no other.
+        if any(isinstance(step, (Hang, Endless)) for step in self._server.script[0]):
             context.add_callback(self._server.client_gone.set)
         try:
-            for response in responses(steps):
+            for response in responses(self._server, received):
                 if isinstance(response, Hang):
                     self._server.client_gone.wait(10)
                     return
@@ -162,7 +170,7 @@ def _http_handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             )
             self._started = False
             try:
-                for response in responses(server.steps(received)):
+                for response in responses(server, received):
                     if isinstance(response, Hang):
                         self.rfile.read(1)  # returns when the client is gone
                         server.client_gone.set()
@@ -170,6 +178,9 @@ def _http_handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                     self._send({name: v[0] if len(v) == 1 else v for name, v in response.items()}, 200)
             except Refusal as refusal:
                 self._send({"error": refusal.on_the_wire()}, 400)
+            except OSError:
+                server.client_gone.set()
+                raise
             self._start(200)
             self.wfile.write(b"0\r\n\r\n")
 
@@ -182,7 +193,7 @@ def _http_handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
 
         def _send(self, members: dict[str, Any], status: int) -> None:
             self._start(status)
-            event = b"data: " + json.dumps(members).encode() + b"\n\n"
+            event = b"data: " + json.dumps(members, ensure_ascii=False).encode() + b"\n\n"
             self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event))
             self.wfile.flush()
 

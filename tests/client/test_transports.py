@@ -208,6 +208,20 @@ def test_a_deadline_ends_the_call_on_both_sides(caller: Caller, steps: int) -> N
     assert len(server.received) == 1
 
 
+def test_a_deadline_is_that_of_the_whole_call(caller: Caller) -> None:
+    """However often something comes: a time limit of each read would never pass."""
+    caller.server.script = [[caller.server.endless()]]
+    with pytest.raises(DeadlineExceeded):
+        caller.chunks("x", timeout=0.3)
+    assert caller.server.client_gone.wait(5)
+
+
+def test_the_characters_that_some_take_for_line_ends_stay_in_the_text(caller: Caller) -> None:
+    text = "a\u2028b\u2029c\x85d\x0be\x1cf"
+    caller.server.script = [[caller.server.token(text, "stop")]]
+    assert caller.generate("x").text == text
+
+
 def test_an_answer_without_a_response_is_an_error(caller: Caller) -> None:
     caller.server.script = [[]]
     with pytest.raises(FastServeError, match="without a response"):

@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _with_model_on_disk(config: Config) -> Config:
-    """The settings with the model's path made absolute; what must be fetched is fetched. Raises ModelError."""
+    """The settings with the model's path made absolute; a model that is not here is fetched."""
     if Path(config.model).exists() and config.model:
         config = msgspec.structs.replace(config, model=str(Path(config.model).resolve()))
     locate(config.model)
