@@ -82,7 +82,7 @@ def test_a_server_that_gives_no_answer_is_slow_while_it_computes(
 
 
 @pytest.mark.parametrize("state", ["UNLOADING", "UNAVAILABLE"])
-def test_a_model_that_was_unloaded_is_no_loss(child: subprocess.Popen[bytes], state: str) -> None:
+def test_a_model_that_was_unloaded_is_no_failure(child: subprocess.Popen[bytes], state: str) -> None:
     server, monitor = watched(child)
     server.state = state
     child.kill()
@@ -90,24 +90,17 @@ def test_a_model_that_was_unloaded_is_no_loss(child: subprocess.Popen[bytes], st
     assert monitor.failure() is None
 
 
-def test_a_model_that_was_loaded_anew_is_no_loss(child: subprocess.Popen[bytes]) -> None:
+@pytest.mark.parametrize("has_successor", [True, False], ids=["new stub", "none"])
+def test_a_model_that_is_loaded_anew_needs_a_new_stub(
+    child: subprocess.Popen[bytes], has_successor: bool
+) -> None:
     server, monitor = watched(child)
     child.kill()
     child.wait()
     server.state = "LOADING"
     assert monitor.failure() is None
-    server.state, server.successor = "READY", psutil.Process()
-    assert monitor.failure() is None
-
-
-def test_a_stub_that_died_while_its_model_was_loaded_anew_is_noticed(child: subprocess.Popen[bytes]) -> None:
-    server, monitor = watched(child)
-    child.kill()
-    child.wait()
-    server.state = "LOADING"
-    assert monitor.failure() is None
-    server.state = "READY"
-    assert monitor.failure() is not None
+    server.state, server.successor = "READY", psutil.Process() if has_successor else None
+    assert (monitor.failure() is None) is has_successor
 
 
 def test_a_server_that_ended_is_noticed(child: subprocess.Popen[bytes]) -> None:

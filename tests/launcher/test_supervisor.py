@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from fastserve.launcher import supervisor as module
+from fastserve.launcher.drain import Drain
 from fastserve.launcher.server_log import ServerLog
 from fastserve.launcher.server_process import ServerProcess
 from fastserve.launcher.stall_detector import StallDetector
@@ -96,11 +97,10 @@ class Play:
         self.stopping_file = path.with_name("stopping")
         self.supervisor = Supervisor(
             self.start,
-            ServerLog(path),
-            self,
+            drain=lambda process: Drain(process, ["fastserve", "fastserve_infer"], self.stopping_file),
             exit_timeout_seconds=5,
-            models=["fastserve", "fastserve_infer"],
-            stopping_file=self.stopping_file,
+            log=ServerLog(path),
+            listener=self,
         )
 
     def start(self) -> ServerProcess:

@@ -27,6 +27,7 @@ from fastserve.launcher.command_line import (
     command_line,
     environment,
 )
+from fastserve.launcher.drain import Drain
 from fastserve.launcher.installation import server_installation
 from fastserve.launcher.repository import compile_models, model_names, model_repository
 from fastserve.launcher.run_directory import RunDirectory
@@ -102,11 +103,10 @@ class Server:
             raise StartError(f"cannot write the server's log: {error}") from error
         self._supervisor = Supervisor(
             self._start_process,
-            self._log,
-            listener=self,
+            drain=lambda process: Drain(process, models, stopping_file),
             exit_timeout_seconds=self.options.exit_timeout_seconds,
-            models=models,
-            stopping_file=stopping_file,
+            log=self._log,
+            listener=self,
             show_all=self.options.log_verbose > 0,
         )
 

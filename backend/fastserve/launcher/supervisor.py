@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from fastserve.launcher.drain import Drain
@@ -54,24 +53,19 @@ class Supervisor:
     def __init__(
         self,
         start: Callable[[], ServerProcess],
+        drain: Callable[[ServerProcess], Drain],
+        exit_timeout_seconds: float,
         log: ServerLog,
         listener: Listener,
-        exit_timeout_seconds: float,
-        models: Sequence[str],
-        stopping_file: Path,
         show_all: bool = False,
     ) -> None:
-        """`models` and `stopping_file` are for the `Drain`, which has `exit_timeout_seconds`.
+        """`drain` begins the drain of a server, which has `exit_timeout_seconds`.
 
         `show_all`: every line of the log is shown, not only warnings and errors.
         """
-        self._start = start
-        self._log = log
-        self._listener = listener
+        self._start, self._begin_drain = start, drain
         self._exit_timeout_seconds = exit_timeout_seconds
-        self._models = models
-        self._stopping_file = stopping_file
-        self._show_all = show_all
+        self._log, self._listener, self._show_all = log, listener, show_all
         self._shutdown_requests = 0
         self._has_been_ready = False
         self._is_ready = False
@@ -171,7 +165,7 @@ class Supervisor:
 
     def _drain(self, process: ServerProcess, monitor: HealthMonitor) -> bool:
         """Waits until nothing is in flight. False: the time is over, or what was in flight is lost."""
-        drain = Drain(process, self._models, self._stopping_file)
+        drain = self._begin_drain(process)
         failures: list[str] = []
 
         def is_over() -> bool:
