@@ -22,7 +22,7 @@ COPY backend backend
 COPY kernels kernels
 COPY client client
 COPY model_repository model_repository
-RUN pip install --constraint constraints.txt . && rm -rf /src/*
+RUN pip install --constraint constraints.txt '.[server]' && rm -rf /src/*
 
 RUN useradd --create-home --uid 1000 fastserve
 USER 1000

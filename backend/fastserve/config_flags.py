@@ -1,16 +1,36 @@
-"""The fields of `Config` as command-line flags."""
+"""The fields of `Config` as command-line flags.
+
+argparse parses them and msgspec checks them: the libraries that make flags of a class (tyro, cyclopts,
+jsonargparse) read neither the descriptions nor the bounds that msgspec keeps with the fields.
+"""
 
 from __future__ import annotations
 
 import argparse
-import types
 from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import msgspec
-from msgspec import Meta
+from msgspec.inspect import (
+    BoolType,
+    FloatType,
+    IntType,
+    LiteralType,
+    Metadata,
+    StrType,
+    StructType,
+    type_info,
+)
 
 from fastserve.config import Config, ConfigError
+
+OPTIONS: Mapping[type, Mapping[str, Any]] = {
+    BoolType: {"action": argparse.BooleanOptionalAction},
+    IntType: {"type": int, "metavar": "N"},
+    FloatType: {"type": float, "metavar": "X"},
+    StrType: {"metavar": "TEXT"},
+}
+"""How argparse takes a field of each type; one of several given words takes those."""
 
 
 def flag(field: str) -> str:
@@ -21,15 +41,17 @@ def flag(field: str) -> str:
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """Adds one flag per field. One that is not given is absent from the parsed arguments."""
     group = parser.add_argument_group("settings")
-    hints = get_type_hints(Config, include_extras=True)
-    for field in msgspec.structs.fields(Config):
-        kind, meta = _kind_and_meta(hints[field.name])
-        description = (meta.description if meta else None) or ""
+    settings = type_info(Config)
+    assert isinstance(settings, StructType)
+    for field in settings.fields:
+        assert isinstance(field.type, Metadata), f"{field.name} has no description"
+        kind, description = field.type.type, (field.type.extra_json_schema or {})["description"]
+        default = "none" if field.default == "" else field.default
         group.add_argument(
             flag(field.name),
-            help=f"{description} (default: {_shown(field.default)})".replace("%", "%%"),
+            help=f"{description} (default: {default})".replace("%", "%%"),
             default=argparse.SUPPRESS,
-            **_options(kind),
+            **({"choices": kind.values} if isinstance(kind, LiteralType) else OPTIONS[type(kind)]),
         )
 
 
@@ -47,28 +69,3 @@ def _reason(error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:
     reason, _, path = str(error).partition(" - at `$.")
     name = path.rstrip("`")
     return f"{flag(name)}: got {values[name]!r}: {reason}" if name in values else reason
-
-
-def _kind_and_meta(annotation: Any) -> tuple[Any, Meta | None]:
-    """The type that a flag's text is converted to, and the field's metadata."""
-    meta = next((extra for extra in getattr(annotation, "__metadata__", ()) if isinstance(extra, Meta)), None)
-    kind = get_args(annotation)[0] if meta else annotation
-    if get_origin(kind) in (Union, types.UnionType):
-        kind = next(arm for arm in get_args(kind) if arm is not type(None))
-        inner, inner_meta = _kind_and_meta(kind)
-        return inner, meta or inner_meta
-    return kind, meta
-
-
-def _options(kind: Any) -> dict[str, Any]:
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if get_origin(kind) is Literal:
-        return {"choices": get_args(kind)}
-    if kind in (int, float, str):
-        return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
-    raise TypeError(f"a setting of type {kind} has no form as a flag")
-
-
-def _shown(default: Any) -> str:
-    return "none" if default in ("", None) else str(default)

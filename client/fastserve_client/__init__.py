@@ -5,7 +5,7 @@
         for chunk in client.stream(messages=[{"role": "user", "content": "Hello"}], priority=10):
             print(chunk.text, end="", flush=True)
 
-It needs `tritonclient` and numpy; neither torch nor the rest of FastServe.
+It needs `tritonclient`, grpcio, aiohttp and numpy; neither torch nor the rest of FastServe.
 """
 
 from fastserve_client.client import AsyncClient, Client

@@ -1,18 +1,18 @@
-"""When to try a call again: exponential back-off with jitter."""
+"""When a request is sent again: exponential back-off with jitter."""
 
 from __future__ import annotations
 
 import random
 
 from fastserve_client.deadline import Deadline
-from fastserve_client.errors import FastServeError
+from fastserve_client.errors import DeadlineExceeded, FastServeError
 
 FIRST_DELAY = 0.1
 LONGEST_DELAY = 5.0
 
 
 class Backoff:
-    """The waits between the attempts of one call.
+    """The waits between the attempts of one request.
 
     Only UNAVAILABLE is tried again (a full queue, a server that is starting, a refused connection): every
     other error would come again. The k-th wait is drawn from (d/2, d), d = FIRST_DELAY * 2^k seconds, so that
@@ -20,6 +20,8 @@ class Backoff:
     """
 
     def __init__(self, retries: int, deadline: Deadline) -> None:
+        self.has_begun = False
+        """Whether a response has come: such a request is not sent again."""
         self._retries = retries
         self._deadline = deadline
         self._attempt = 0
@@ -27,10 +29,12 @@ class Backoff:
     def delay_after(self, error: FastServeError) -> float:
         """Seconds to wait before the next attempt.
 
-        Raises `error` itself where there is to be none: it is not UNAVAILABLE, the retries are used up, or
-        the deadline would pass during the wait.
+        Raises `error` where there is to be none: it is not UNAVAILABLE, a response has come, the retries are
+        used up, or the deadline would pass during the wait. Raises DeadlineExceeded where that has passed.
         """
-        if error.code != "UNAVAILABLE" or self._attempt == self._retries:
+        if self._deadline.passed and not isinstance(error, DeadlineExceeded):
+            raise DeadlineExceeded(error.message) from error  # the server's own deadline was the faster one
+        if error.code != "UNAVAILABLE" or self.has_begun or self._attempt == self._retries:
             raise error
         longest = min(FIRST_DELAY * 2**self._attempt, LONGEST_DELAY)
         delay = longest * random.uniform(0.5, 1.0)

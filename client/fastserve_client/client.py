@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+from fastserve_client.closing import AsyncClosing, Closing
+from fastserve_client.endpoint import Endpoint, endpoint_of
 from fastserve_client.generation import Generation
 from fastserve_client.grpc_transport import AsyncGrpcTransport, GrpcTransport
 from fastserve_client.http_transport import AsyncHttpTransport, HttpTransport
-from fastserve_client.options import Message, Options
+from fastserve_client.options import Options
 from fastserve_client.request import cancellation_request, generation_request
 from fastserve_client.stream import AsyncStream, AsyncTransport, Stream, Transport
 
@@ -18,24 +20,13 @@ if TYPE_CHECKING:
 
 Protocol = Literal["grpc", "http"]
 DEFAULT_URLS: Mapping[Protocol, str] = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
-
-_TRANSPORTS: Mapping[Protocol, Callable[[str, Mapping[str, str]], Transport]] = {
-    "grpc": GrpcTransport,
-    "http": HttpTransport,
-}
-_ASYNC_TRANSPORTS: Mapping[Protocol, Callable[[str, Mapping[str, str]], AsyncTransport]] = {
-    "grpc": AsyncGrpcTransport,
-    "http": AsyncHttpTransport,
-}
+AnyTransport = TypeVar("AnyTransport", Transport, AsyncTransport)
 
 
-class Client:
-    """A client that any number of threads may share, gevent's greenlets among them.
+class _Connected(Generic[AnyTransport]):
+    """What the clients have in common: the way to the server."""
 
-    `url` is `host:port`, by default the server's port for `protocol` on this machine. A request of which
-    nothing has come is sent again up to `retries` times where the server was UNAVAILABLE. `headers` go with
-    every call (over gRPC: metadata).
-    """
+    _transports: Mapping[Protocol, Callable[[Endpoint], Any]]
 
     def __init__(
         self,
@@ -44,39 +35,49 @@ class Client:
         *,
         retries: int = 2,
         headers: Mapping[str, str] | None = None,
+        ssl: bool = False,
+        root_certificates: str | Path | None = None,
+        private_key: str | Path | None = None,
+        certificate_chain: str | Path | None = None,
     ) -> None:
-        self._transport = _TRANSPORTS[protocol](url or DEFAULT_URLS[protocol], headers or {})
+        """Raises ValueError for an argument that cannot be; the server is not called yet."""
+        if protocol not in self._transports:
+            raise ValueError(f"`protocol`: got {protocol!r}; allowed: {', '.join(self._transports)}")
+        endpoint = endpoint_of(
+            url or DEFAULT_URLS[protocol], headers, ssl, root_certificates, private_key, certificate_chain
+        )
+        self._transport: AnyTransport = self._transports[protocol](endpoint)
         self._retries = retries
 
-    def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Sequence[Message] | None = None,
-        prompt_token_ids: Sequence[int] | None = None,
-        **options: Unpack[Options],
-    ) -> Generation:
+
+class Client(_Connected[Transport], Closing):
+    """A client that any number of threads may share, gevent's greenlets among them.
+
+    `url` is `host:port`, by default the server's port for `protocol` on this machine. A request of which
+    nothing has come is sent again up to `retries` times where the server was UNAVAILABLE. `headers` go with
+    every call (over gRPC: metadata). `ssl`: the connection has TLS; the PEM files are those of `Tls`.
+    """
+
+    _transports: Mapping[Protocol, Callable[[Endpoint], Transport]] = {
+        "grpc": GrpcTransport,
+        "http": HttpTransport,
+    }
+
+    def generate(self, prompt: str | None = None, **options: Unpack[Options]) -> Generation:
         """The whole answer to one of `prompt`, `messages` and `prompt_token_ids`.
 
         Raises DeadlineExceeded, or FastServeError with the server's code and sentence.
         """
-        request = generation_request(prompt, messages, prompt_token_ids, False, options)
+        request = generation_request(prompt, False, options)
         with Stream(self._transport, request, options.get("timeout"), self._retries) as stream:
             return stream.read()
 
-    def stream(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Sequence[Message] | None = None,
-        prompt_token_ids: Sequence[int] | None = None,
-        **options: Unpack[Options],
-    ) -> Stream:
+    def stream(self, prompt: str | None = None, **options: Unpack[Options]) -> Stream:
         """The answer in chunks, as they come. The request is sent before this returns.
 
         Raises FastServeError, as iteration does.
         """
-        request = generation_request(prompt, messages, prompt_token_ids, True, options)
+        request = generation_request(prompt, True, options)
         return Stream(self._transport, request, options.get("timeout"), self._retries)
 
     def cancel(self, request_id: str, timeout: float | None = None) -> None:
@@ -97,58 +98,30 @@ class Client:
         """Closes the channel; what is still running on it is cancelled."""
         self._transport.close()
 
-    def __enter__(self) -> Client:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class AsyncClient:
+class AsyncClient(_Connected[AsyncTransport], AsyncClosing):
     """`Client` for asyncio. Make it inside the event loop that uses it."""
 
-    def __init__(
-        self,
-        url: str | None = None,
-        protocol: Protocol = "grpc",
-        *,
-        retries: int = 2,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        self._transport = _ASYNC_TRANSPORTS[protocol](url or DEFAULT_URLS[protocol], headers or {})
-        self._retries = retries
+    _transports: Mapping[Protocol, Callable[[Endpoint], AsyncTransport]] = {
+        "grpc": AsyncGrpcTransport,
+        "http": AsyncHttpTransport,
+    }
 
-    async def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Sequence[Message] | None = None,
-        prompt_token_ids: Sequence[int] | None = None,
-        **options: Unpack[Options],
-    ) -> Generation:
+    async def generate(self, prompt: str | None = None, **options: Unpack[Options]) -> Generation:
         """The whole answer to one of `prompt`, `messages` and `prompt_token_ids`.
 
         Raises DeadlineExceeded, or FastServeError with the server's code and sentence.
         """
-        request = generation_request(prompt, messages, prompt_token_ids, False, options)
+        request = generation_request(prompt, False, options)
         async with AsyncStream(self._transport, request, options.get("timeout"), self._retries) as stream:
             return await stream.read()
 
-    def stream(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Sequence[Message] | None = None,
-        prompt_token_ids: Sequence[int] | None = None,
-        **options: Unpack[Options],
-    ) -> AsyncStream:
+    def stream(self, prompt: str | None = None, **options: Unpack[Options]) -> AsyncStream:
         """The answer in chunks, as they come. The request is sent as soon as the event loop runs.
 
         Iteration raises FastServeError.
         """
-        request = generation_request(prompt, messages, prompt_token_ids, True, options)
+        request = generation_request(prompt, True, options)
         return AsyncStream(self._transport, request, options.get("timeout"), self._retries)
 
     async def cancel(self, request_id: str, timeout: float | None = None) -> None:
@@ -168,11 +141,3 @@ class AsyncClient:
     async def close(self) -> None:
         """Closes the connections; what is still running on them is cancelled."""
         await self._transport.close()
-
-    async def __aenter__(self) -> AsyncClient:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()

@@ -17,4 +17,5 @@ class Deadline:
 
     @property
     def passed(self) -> bool:
+        """Whether the time is over."""
         return self._at is not None and time.monotonic() >= self._at

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
+
+from fastserve_client.errors import FastServeError
 
 Outputs = Mapping[str, list[Any]]
 """One response of the server: the elements of each output tensor by its name, strings decoded."""
@@ -48,26 +50,32 @@ class Generation:
 
     @property
     def text(self) -> str:
+        """The new text, or all of it."""
         return self.completions[0].text
 
     @property
     def finish_reason(self) -> str | None:
+        """`stop` or `length`; None while it goes on."""
         return self.completions[0].finish_reason
 
     @property
     def token_ids(self) -> list[int] | None:
+        """Ids of the tokens; None unless asked for."""
         return self.completions[0].token_ids
 
     @property
     def logprobs(self) -> list[dict[int, Logprob]] | None:
+        """Per token, by token id; None unless asked for."""
         return self.completions[0].logprobs
 
     @property
     def cumulative_logprob(self) -> float | None:
+        """Sum of the log probabilities so far; None unless asked for."""
         return self.completions[0].cumulative_logprob
 
     @property
     def num_output_tokens(self) -> int:
+        """How many tokens there are."""
         return self.completions[0].num_output_tokens
 
 
@@ -103,9 +111,10 @@ def chunk_of(outputs: Outputs) -> Chunk:
     )
 
 
-def join(chunks: Iterable[Chunk]) -> Generation:
-    """The whole answer, of at least one chunk."""
-    chunks = list(chunks)
+def join(chunks: Sequence[Chunk]) -> Generation:
+    """The whole answer. Raises FastServeError where there is no chunk: every answer has one."""
+    if not chunks:
+        raise FastServeError("INTERNAL", "the answer ended without a response")
     parts = zip(*(chunk.completions for chunk in chunks), strict=True)
     return Generation(
         [_join_completion(part) for part in parts], chunks[0].num_input_tokens, chunks[0].prompt_logprobs

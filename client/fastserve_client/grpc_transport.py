@@ -10,7 +10,7 @@ Triton server 2.51 was never seen to crash.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -18,6 +18,7 @@ import grpc.aio
 from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 
 from fastserve_client.deadline import Deadline
+from fastserve_client.endpoint import Endpoint, Tls
 from fastserve_client.errors import DeadlineExceeded, FastServeError, server_error
 from fastserve_client.generation import Outputs
 from fastserve_client.request import Request
@@ -33,6 +34,23 @@ CHANNEL_OPTIONS = [
 ]
 STATUS_CODES = {"INVALID_ARGUMENT": "INVALID_ARG", "UNIMPLEMENTED": "UNSUPPORTED"}
 """The gRPC status codes that the Triton server calls by another name."""
+
+
+class _Calls:
+    """The server's calls on a channel of either kind, each with the endpoint's headers."""
+
+    def __init__(self, channel: Any, endpoint: Endpoint) -> None:
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        self._metadata = [(name.lower(), value) for name, value in endpoint.headers.items()]
+
+    def infer(self, request: Request, timeout: float | None) -> Any:
+        messages: Iterator[service_pb2.ModelInferRequest] = iter([request.to_grpc(timeout)])
+        return self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=self._metadata)
+
+    def ready(self, timeout: float | None) -> Any:
+        return self._stub.ServerReady(
+            service_pb2.ServerReadyRequest(), timeout=timeout, metadata=self._metadata
+        )
 
 
 class GrpcCall:
@@ -55,25 +73,27 @@ class GrpcCall:
 class GrpcTransport:
     """The gRPC endpoint of a server."""
 
-    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
-        self._channel = grpc.insecure_channel(url, CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._metadata = _metadata(headers)
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._channel = (
+            grpc.secure_channel(endpoint.address, _credentials(endpoint.tls), CHANNEL_OPTIONS)
+            if endpoint.tls
+            else grpc.insecure_channel(endpoint.address, CHANNEL_OPTIONS)
+        )
+        self._calls = _Calls(self._channel, endpoint)
 
     def open(self, request: Request, deadline: Deadline) -> GrpcCall:
         """Sends `request`."""
-        timeout = deadline.remaining()
-        messages = iter([request.to_grpc(timeout)])
-        return GrpcCall(self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=self._metadata))
+        return GrpcCall(self._calls.infer(request, deadline.remaining()))
 
     def is_ready(self, timeout: float | None) -> bool:
+        """Whether the readiness probe says so; an answer later than `timeout` seconds is none."""
         try:
-            request = service_pb2.ServerReadyRequest()
-            return self._stub.ServerReady(request, timeout=timeout, metadata=self._metadata).ready
+            return self._calls.ready(timeout).ready
         except grpc.RpcError:
             return False
 
     def close(self) -> None:
+        """Closes the channel; what is still running on it is cancelled."""
         self._channel.close()
 
 
@@ -104,30 +124,33 @@ class AsyncGrpcCall:
 class AsyncGrpcTransport:
     """The gRPC endpoint of a server, for one event loop."""
 
-    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
-        self._channel = grpc.aio.insecure_channel(url, CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._metadata = _metadata(headers)
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._channel = (
+            grpc.aio.secure_channel(endpoint.address, _credentials(endpoint.tls), CHANNEL_OPTIONS)
+            if endpoint.tls
+            else grpc.aio.insecure_channel(endpoint.address, CHANNEL_OPTIONS)
+        )
+        self._calls = _Calls(self._channel, endpoint)
 
     def open(self, request: Request, deadline: Deadline) -> AsyncGrpcCall:
-        """Sends `request`."""
-        timeout = deadline.remaining()
-        messages = iter([request.to_grpc(timeout)])
-        return AsyncGrpcCall(self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=self._metadata))
+        """Sends `request` as soon as the event loop runs."""
+        return AsyncGrpcCall(self._calls.infer(request, deadline.remaining()))
 
     async def is_ready(self, timeout: float | None) -> bool:
+        """Whether the readiness probe says so; an answer later than `timeout` seconds is none."""
         try:
-            request = service_pb2.ServerReadyRequest()
-            return (await self._stub.ServerReady(request, timeout=timeout, metadata=self._metadata)).ready
+            return (await self._calls.ready(timeout)).ready
         except grpc.RpcError:
             return False
 
     async def close(self) -> None:
+        """Closes the channel; what is still running on it is cancelled."""
         await self._channel.close()
 
 
-def _metadata(headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [(name.lower(), value) for name, value in headers.items()]
+def _credentials(tls: Tls) -> grpc.ChannelCredentials:
+    files = (tls.root_certificates, tls.private_key, tls.certificate_chain)
+    return grpc.ssl_channel_credentials(*(file.read_bytes() if file else None for file in files))
 
 
 def _outputs_of(response: service_pb2.ModelStreamInferResponse) -> Outputs:

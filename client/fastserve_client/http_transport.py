@@ -1,42 +1,41 @@
-"""Calls over HTTP: `POST /v2/models/<model>/generate_stream`, a connection of its own per call.
+"""Calls over HTTP, a connection of its own per call.
 
-Requests that do not stream go there too, and have one event.
+The libraries are `http.client` and `aiohttp`, which can do what a call promises: `http.client` sends without
+waiting for an answer and takes a new time limit for every read, so that a deadline is that of the whole call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
-import json
 import math
 import socket
 import threading
-from collections import deque
-from collections.abc import Mapping
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 
 import aiohttp
 
 from fastserve_client.deadline import Deadline
-from fastserve_client.errors import DeadlineExceeded, FastServeError, server_error
+from fastserve_client.endpoint import Endpoint
+from fastserve_client.errors import FastServeError
 from fastserve_client.generation import Outputs
+from fastserve_client.http_messages import (
+    JSON_BODY,
+    READY_PATH,
+    ResponseBody,
+    connection_error,
+    path_of,
+    status_error,
+)
 from fastserve_client.request import Request, cancellation_request
-from fastserve_client.server_sent_events import EventParser
 
-STATUS_CODES = {
-    400: "INVALID_ARG",
-    404: "NOT_FOUND",
-    499: "CANCELLED",
-    501: "UNSUPPORTED",
-    503: "UNAVAILABLE",
-}
-"""Those that the Triton server uses; any other is INTERNAL."""
-JSON_BODY = {"Content-Type": "application/json"}
-READY_PATH = "/v2/health/ready"
 PIECE = 65536
 """Bytes read at once, at most."""
 CANCEL_TIMEOUT = 2.0
 """Seconds that leaving a call waits for an answer; the server acts on what was sent, however late."""
+FAILURES = (OSError, HTTPException)
+ASYNC_FAILURES = (OSError, aiohttp.ClientError, asyncio.TimeoutError)
 
 
 class HttpCall:
@@ -46,48 +45,47 @@ class HttpCall:
         self._transport = transport
         self._request = request
         self._deadline = deadline
-        self._connection = http.client.HTTPConnection(transport.url, timeout=deadline.remaining())
-        self._response: http.client.HTTPResponse | None = None
+        self._connection = transport.connection(deadline.remaining())
+        self._response: HTTPResponse | None = None
         self._reading = threading.Lock()
-        self._parser = EventParser()
-        self._events: deque[bytes] = deque()
+        self._body = ResponseBody()
         self._ended = False
         try:
             self._connection.connect()
             self._socket: socket.socket = self._connection.sock
             body = request.to_json(deadline.remaining())
-            self._connection.request("POST", _path(request), body, {**JSON_BODY, **transport.headers})
-        except (OSError, http.client.HTTPException) as error:
+            self._connection.request("POST", path_of(request), body, {**JSON_BODY, **transport.headers})
+        except FAILURES as error:
             self._connection.close()
-            raise _connection_error(error) from error
+            raise connection_error(error) from error
 
     def __next__(self) -> Outputs:
         with self._reading:
             if self._ended:
                 raise StopIteration
             try:
-                return _outputs_of(self._next_event())
+                return self._next_outputs()
             except (StopIteration, FastServeError):
                 self._end()
                 raise
-            except (OSError, http.client.HTTPException) as error:
+            except FAILURES as error:
                 self._end()
-                raise _connection_error(error) from error
+                raise connection_error(error) from error
 
-    def _next_event(self) -> bytes:
-        while not self._events:
+    def _next_outputs(self) -> Outputs:
+        while (outputs := self._body.next_outputs()) is None:
             if not (piece := self._read()):
                 raise StopIteration
-            self._events.extend(self._parser.feed(piece))
-        return self._events.popleft()
+            self._body.feed(piece)
+        return outputs
 
     def _read(self) -> bytes:
         """The next piece of the response's body; empty at its end."""
         self._socket.settimeout(self._deadline.remaining())
         if self._response is None:
             self._response = self._connection.getresponse()
-            if self._response.status != http.client.OK:
-                raise _status_error(self._response.status, self._response.read())
+            if self._response.status != HTTPStatus.OK:
+                raise status_error(self._response.status, self._response.read())
         return self._response.read1(PIECE)
 
     def _end(self) -> None:
@@ -103,7 +101,9 @@ class HttpCall:
         if self._ended:
             return
         with contextlib.suppress(OSError):  # the server may have closed it meanwhile
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads; closing alone would not
+            # Wakes a thread that reads; closing alone would not. Under TLS too by the plain socket's method:
+            # that of an SSLSocket takes away what the thread reads with.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
         with self._reading:
             self._end()
         if self._response is None and self._request.request_id:
@@ -113,12 +113,19 @@ class HttpCall:
 class HttpTransport:
     """The HTTP endpoint of a server."""
 
-    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
-        self.url = url
-        self.headers = headers
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.headers = dict(endpoint.headers)
+        self._address = endpoint.address
+        self._context = endpoint.tls.context() if endpoint.tls else None
+
+    def connection(self, timeout: float | None) -> HTTPConnection:
+        """A connection that is not made yet; `timeout`: seconds for each of its reads and writes."""
+        if self._context:
+            return HTTPSConnection(self._address, timeout=timeout, context=self._context)
+        return HTTPConnection(self._address, timeout=timeout)
 
     def open(self, request: Request, deadline: Deadline) -> HttpCall:
-        """Sends `request`."""
+        """Sends `request`. Raises FastServeError where the connection fails."""
         return HttpCall(self, request, deadline)
 
     def cancel(self, request_id: str) -> None:
@@ -127,11 +134,12 @@ class HttpTransport:
             next(self.open(cancellation_request(request_id), Deadline(CANCEL_TIMEOUT)))
 
     def is_ready(self, timeout: float | None) -> bool:
-        connection = http.client.HTTPConnection(self.url, timeout=timeout)
+        """Whether the readiness probe says so; an answer later than `timeout` seconds is none."""
+        connection = self.connection(timeout)
         try:
-            connection.request("GET", READY_PATH, headers=dict(self.headers))
-            return connection.getresponse().status == http.client.OK
-        except (OSError, http.client.HTTPException):
+            connection.request("GET", READY_PATH, headers=self.headers)
+            return connection.getresponse().status == HTTPStatus.OK
+        except FAILURES:
             return False
         finally:
             connection.close()
@@ -149,36 +157,35 @@ class AsyncHttpCall:
         self._transport = transport
         self._request = request
         self._response = response
-        self._parser = EventParser()
-        self._events: deque[bytes] = deque()
+        self._body = ResponseBody()
         self._cancelled = False
 
     async def __anext__(self) -> Outputs:
         try:
-            return _outputs_of(await self._next_event())
+            return await self._next_outputs()
         except FastServeError:
             self._drop_connection()
             raise
-        except (OSError, aiohttp.ClientError, asyncio.TimeoutError) as error:
+        except ASYNC_FAILURES as error:
             self._drop_connection()
-            raise _connection_error(error) from error
+            raise connection_error(error) from error
         except asyncio.CancelledError:
             if self._cancelled:
                 raise FastServeError("CANCELLED", "the call was cancelled") from None
             raise
 
-    async def _next_event(self) -> bytes:
-        while not self._events:
+    async def _next_outputs(self) -> Outputs:
+        while (outputs := self._body.next_outputs()) is None:
             if not (piece := await self._read()):
                 raise StopAsyncIteration
-            self._events.extend(self._parser.feed(piece))
-        return self._events.popleft()
+            self._body.feed(piece)
+        return outputs
 
     async def _read(self) -> bytes:
         """The next piece of the response's body; empty at its end."""
         response = await self._response
-        if response.status != http.client.OK:
-            raise _status_error(response.status, await response.read())
+        if response.status != HTTPStatus.OK:
+            raise status_error(response.status, await response.read())
         return await response.content.readany()
 
     async def cancel(self) -> None:
@@ -200,13 +207,16 @@ class AsyncHttpCall:
 class AsyncHttpTransport:
     """The HTTP endpoint of a server, for one event loop."""
 
-    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
+        context = endpoint.tls.context() if endpoint.tls else True  # True: not used
         self._session = aiohttp.ClientSession(
-            f"http://{url}", headers=headers, connector=aiohttp.TCPConnector(limit=0)
+            f"{'https' if endpoint.tls else 'http'}://{endpoint.address}",
+            headers=endpoint.headers,
+            connector=aiohttp.TCPConnector(limit=0, ssl=context),
         )
 
     def open(self, request: Request, deadline: Deadline) -> AsyncHttpCall:
-        """Sends `request`."""
+        """Sends `request` as soon as the event loop runs."""
         response = asyncio.create_task(self._post(request, deadline.remaining()))
         return AsyncHttpCall(self, request, response)
 
@@ -217,49 +227,25 @@ class AsyncHttpTransport:
 
     async def _post(self, request: Request, timeout: float | None) -> aiohttp.ClientResponse:
         return await self._session.post(
-            _path(request), data=request.to_json(timeout), headers=JSON_BODY, timeout=_client_timeout(timeout)
+            path_of(request),
+            data=request.to_json(timeout),
+            headers=JSON_BODY,
+            timeout=_client_timeout(timeout),
         )
 
     async def is_ready(self, timeout: float | None) -> bool:
+        """Whether the readiness probe says so; an answer later than `timeout` seconds is none."""
         try:
             async with self._session.get(READY_PATH, timeout=_client_timeout(timeout)) as response:
-                return response.status == http.client.OK
-        except (OSError, aiohttp.ClientError, asyncio.TimeoutError):
+                return response.status == HTTPStatus.OK
+        except ASYNC_FAILURES:
             return False
 
     async def close(self) -> None:
+        """Closes the connections; what is still running on them is cancelled."""
         await self._session.close()
 
 
 def _client_timeout(seconds: float | None) -> aiohttp.ClientTimeout:
     # aiohttp would round a long timeout up to a whole second.
     return aiohttp.ClientTimeout(total=seconds, ceil_threshold=math.inf)
-
-
-def _path(request: Request) -> str:
-    return f"/v2/models/{request.model}/generate_stream"
-
-
-def _outputs_of(event: bytes) -> Outputs:
-    """The output tensors of an event. Raises FastServeError where it says one."""
-    members = json.loads(event)
-    if "error" in members:
-        raise server_error(members["error"])
-    # The server writes a tensor of one element as that element.
-    return {name: value if isinstance(value, list) else [value] for name, value in members.items()}
-
-
-def _status_error(status: int, body: bytes) -> FastServeError:
-    """The error of a response whose status is not 200: its body is JSON, or one event."""
-    text = body.decode(errors="replace").strip().removeprefix("data: ")
-    try:
-        message = json.loads(text)["error"]
-    except (ValueError, KeyError, TypeError):
-        message = text or http.client.responses.get(status, f"HTTP status {status}")
-    return server_error(message, STATUS_CODES.get(status, "INTERNAL"))
-
-
-def _connection_error(error: Exception) -> FastServeError:
-    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
-        return DeadlineExceeded()
-    return FastServeError("UNAVAILABLE", f"the connection failed: {type(error).__name__}: {error}")

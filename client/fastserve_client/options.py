@@ -6,6 +6,7 @@ knows best what it serves, and names what it does not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 
@@ -57,8 +58,14 @@ class Sampling(TypedDict, total=False):
 
 
 class Options(Sampling, total=False):
-    """All keywords of a call: those of sampling, and these."""
+    """All keywords of a call: those of sampling, and these.
 
+    The prompt is one of `messages`, `prompt_token_ids` and the text that is a call's first argument.
+    """
+
+    messages: Sequence[Message] | None
+    """A chat, to which the model's template is applied."""
+    prompt_token_ids: Sequence[int] | None
     priority: int
     """Higher is more urgent; 0 unless given."""
     tenant: str | None

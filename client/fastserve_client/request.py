@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tritonclient.grpc import service_pb2
 
-from fastserve_client.options import Message, Options
+from fastserve_client.options import Options
 
 MODEL = "fastserve"
 INFER_MODEL = "fastserve_infer"
@@ -65,14 +65,8 @@ def _add_input(message: service_pb2.ModelInferRequest, name: str, value: InputVa
             tensor.contents.int64_contents.extend(value)
 
 
-def generation_request(
-    prompt: str | None,
-    messages: Sequence[Message] | None,
-    prompt_token_ids: Sequence[int] | None,
-    stream: bool,
-    options: Options,
-) -> Request:
-    """The request to continue a prompt. Of the three kinds of prompt the server wants exactly one.
+def generation_request(prompt: str | None, stream: bool, options: Options) -> Request:
+    """The request to continue a prompt. The server wants exactly one of its three kinds.
 
     The finish reason and the token counts are always asked for: they cost next to nothing, and the counts say
     which of the token ids belong to which of `n` sequences.
@@ -91,9 +85,9 @@ def generation_request(
     }
     if prompt is not None:
         inputs["text_input"] = prompt
-    if messages is not None:
+    if (messages := sampling.pop("messages", None)) is not None:
         inputs["messages"] = json.dumps(list(messages))
-    if prompt_token_ids is not None:
+    if (prompt_token_ids := sampling.pop("prompt_token_ids", None)) is not None:
         inputs["prompt_token_ids"] = [int(token_id) for token_id in prompt_token_ids]
     if (tenant := sampling.pop("tenant", None)) is not None:
         inputs["tenant"] = tenant

@@ -6,50 +6,72 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator
-from types import TracebackType
 from typing import Protocol
 
 from fastserve_client.backoff import Backoff
+from fastserve_client.closing import AsyncClosing, Closing
 from fastserve_client.deadline import Deadline
-from fastserve_client.errors import DeadlineExceeded, FastServeError
+from fastserve_client.errors import FastServeError
 from fastserve_client.generation import Chunk, Generation, Outputs, chunk_of, join
 from fastserve_client.request import Request
 
 
 class Call(Protocol):
-    """One attempt to have a request served. `__next__` raises FastServeError.
-
-    `cancel` stops the request, unless it has ended; from any thread. What has ended holds no resources.
-    """
+    """One attempt to have a request served. `__next__` raises FastServeError."""
 
     def __next__(self) -> Outputs: ...
-    def cancel(self) -> None: ...
+
+    def cancel(self) -> None:
+        """Stops the request, unless it has ended; from any thread. What has ended holds no resources."""
 
 
 class Transport(Protocol):
-    """`open` sends a request; it raises FastServeError where that shows at once."""
+    """One endpoint of a server."""
 
-    def open(self, request: Request, deadline: Deadline) -> Call: ...
-    def is_ready(self, timeout: float | None) -> bool: ...
-    def close(self) -> None: ...
+    def open(self, request: Request, deadline: Deadline) -> Call:
+        """Sends a request. Raises FastServeError where it shows at once that it fails."""
+
+    def is_ready(self, timeout: float | None) -> bool:
+        """Whether the readiness probe says so; an answer later than `timeout` seconds is none."""
+
+    def close(self) -> None:
+        """Cancels what runs."""
 
 
 class AsyncCall(Protocol):
     """`Call` for asyncio."""
 
     async def __anext__(self) -> Outputs: ...
-    async def cancel(self) -> None: ...
+
+    async def cancel(self) -> None:
+        """Stops the request, unless it has ended."""
 
 
 class AsyncTransport(Protocol):
     """`Transport` for asyncio; its `open` raises nothing."""
 
-    def open(self, request: Request, deadline: Deadline) -> AsyncCall: ...
-    async def is_ready(self, timeout: float | None) -> bool: ...
-    async def close(self) -> None: ...
+    def open(self, request: Request, deadline: Deadline) -> AsyncCall:
+        """Sends a request as soon as the event loop runs."""
+
+    async def is_ready(self, timeout: float | None) -> bool:
+        """Whether the readiness probe says so; an answer later than `timeout` seconds is none."""
+
+    async def close(self) -> None:
+        """Cancels what runs."""
 
 
-class Stream(Iterator[Chunk]):
+class _Attempts:
+    """A request, the time that it has, and when it is sent again."""
+
+    def __init__(self, request: Request, timeout: float | None, retries: int) -> None:
+        self.request_id = request.request_id
+        self._request = request
+        self._deadline = Deadline(timeout)
+        self._backoff = Backoff(retries, self._deadline)
+        self._closed = False
+
+
+class Stream(_Attempts, Closing, Iterator[Chunk]):
     """The chunks of an answer as they come; the request is under way from the start.
 
     Iteration raises DeadlineExceeded or another FastServeError. A request of which nothing has come yet is
@@ -57,13 +79,8 @@ class Stream(Iterator[Chunk]):
     """
 
     def __init__(self, transport: Transport, request: Request, timeout: float | None, retries: int) -> None:
-        self.request_id = request.request_id
+        super().__init__(request, timeout, retries)
         self._transport = transport
-        self._request = request
-        self._deadline = Deadline(timeout)
-        self._backoff = Backoff(retries, self._deadline)
-        self._started = False
-        self._closed = False
         self._call = self._open()
 
     def _open(self) -> Call:
@@ -85,28 +102,17 @@ class Stream(Iterator[Chunk]):
             except FastServeError as error:
                 if self._closed:
                     break
-                self._wait_after(error)
+                time.sleep(self._backoff.delay_after(error))
                 self._call = self._open()
             else:
-                self._started = True
+                self._backoff.has_begun = True
                 return outputs
         self.close()  # its call may have been opened while another thread closed this stream
         raise StopIteration
 
-    def _wait_after(self, error: FastServeError) -> None:
-        """Waits until the request may be sent again; raises the error where it may not."""
-        if self._deadline.passed and not isinstance(error, DeadlineExceeded):
-            raise DeadlineExceeded(error.message) from error  # the server's own deadline was the faster one
-        if self._started:
-            raise error
-        time.sleep(self._backoff.delay_after(error))
-
     def read(self) -> Generation:
         """What is left of the answer, in one piece. Raises as iteration does."""
-        chunks = list(self)
-        if not chunks:
-            raise FastServeError("INTERNAL", "the answer ended without a response")
-        return join(chunks)
+        return join(list(self))
 
     def wait(self) -> None:
         """Waits for the end of a request whose answer is not text. Raises as iteration does."""
@@ -119,28 +125,15 @@ class Stream(Iterator[Chunk]):
         self._closed = True
         self._call.cancel()
 
-    def __enter__(self) -> Stream:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class AsyncStream(AsyncIterator[Chunk]):
+class AsyncStream(_Attempts, AsyncClosing, AsyncIterator[Chunk]):
     """`Stream` for asyncio: `async for`, `async with`, `await stream.read()`."""
 
     def __init__(
         self, transport: AsyncTransport, request: Request, timeout: float | None, retries: int
     ) -> None:
-        self.request_id = request.request_id
+        super().__init__(request, timeout, retries)
         self._transport = transport
-        self._request = request
-        self._deadline = Deadline(timeout)
-        self._backoff = Backoff(retries, self._deadline)
-        self._started = False
-        self._closed = False
         self._call = transport.open(request, self._deadline)
 
     async def __anext__(self) -> Chunk:
@@ -155,28 +148,17 @@ class AsyncStream(AsyncIterator[Chunk]):
             except FastServeError as error:
                 if self._closed:
                     break
-                await self._wait_after(error)
+                await asyncio.sleep(self._backoff.delay_after(error))
                 self._call = self._transport.open(self._request, self._deadline)
             else:
-                self._started = True
+                self._backoff.has_begun = True
                 return outputs
         await self.close()  # its call may have been opened while another task closed this stream
         raise StopAsyncIteration
 
-    async def _wait_after(self, error: FastServeError) -> None:
-        """Waits until the request may be sent again; raises the error where it may not."""
-        if self._deadline.passed and not isinstance(error, DeadlineExceeded):
-            raise DeadlineExceeded(error.message) from error  # the server's own deadline was the faster one
-        if self._started:
-            raise error
-        await asyncio.sleep(self._backoff.delay_after(error))
-
     async def read(self) -> Generation:
         """What is left of the answer, in one piece. Raises as iteration does."""
-        chunks = [chunk async for chunk in self]
-        if not chunks:
-            raise FastServeError("INTERNAL", "the answer ended without a response")
-        return join(chunks)
+        return join([chunk async for chunk in self])
 
     async def wait(self) -> None:
         """Waits for the end of a request whose answer is not text. Raises as iteration does."""
@@ -188,11 +170,3 @@ class AsyncStream(AsyncIterator[Chunk]):
         """Cancels the request unless it has ended. Iteration ends."""
         self._closed = True
         await self._call.cancel()
-
-    async def __aenter__(self) -> AsyncStream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()

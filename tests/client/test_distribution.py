@@ -53,7 +53,7 @@ def test_it_holds_the_client_and_nothing_else(wheel: Path) -> None:
 def test_it_needs_neither_torch_nor_an_old_numpy(wheel: Path) -> None:
     needs = metadata(wheel).get_all("Requires-Dist") or []
     names = {need.split(";")[0].split(">")[0].split("[")[0].strip() for need in needs}
-    assert names == {"tritonclient", "numpy"}
+    assert names == {"tritonclient", "grpcio", "aiohttp", "numpy"}
     assert not [need for need in needs if "<" in need.split(";")[0]]
 
 

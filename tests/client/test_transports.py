@@ -208,6 +208,20 @@ def test_a_deadline_ends_the_call_on_both_sides(caller: Caller, steps: int) -> N
     assert len(server.received) == 1
 
 
+def test_a_deadline_is_that_of_the_whole_call(caller: Caller) -> None:
+    """However often something comes: a time limit of each read would never pass."""
+    caller.server.script = [[caller.server.endless()]]
+    with pytest.raises(DeadlineExceeded):
+        caller.chunks("x", timeout=0.3)
+    assert caller.server.client_gone.wait(5)
+
+
+def test_the_characters_that_some_take_for_line_ends_stay_in_the_text(caller: Caller) -> None:
+    text = "a\u2028b\u2029c\x85d\x0be\x1cf"
+    caller.server.script = [[caller.server.token(text, "stop")]]
+    assert caller.generate("x").text == text
+
+
 def test_an_answer_without_a_response_is_an_error(caller: Caller) -> None:
     caller.server.script = [[]]
     with pytest.raises(FastServeError, match="without a response"):
@@ -323,9 +337,14 @@ def test_over_http_what_has_not_begun_is_cancelled_by_id(server: FakeServer, is_
     assert len(server.received) == 2
 
 
-def test_close_wakes_the_thread_that_reads(server: FakeServer, protocol: Protocol) -> None:
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_close_wakes_the_thread_that_reads(
+    request: pytest.FixtureRequest, protocol: Protocol, tls: bool
+) -> None:
+    server: FakeServer = request.getfixturevalue("tls_server" if tls else "server")
+    options = {"ssl": True, **request.getfixturevalue("certificates").of_client()} if tls else {}
     server.script = [[server.token("x"), server.hang()]]
-    with Client(server.urls[protocol], protocol) as client:
+    with Client(server.urls[protocol], protocol, **options) as client:
         stream = client.stream("x")
         assert next(stream).text == "x"
         rest: list[Chunk] = []

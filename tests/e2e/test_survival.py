@@ -199,7 +199,7 @@ def test_a_stop_loses_nothing_that_was_accepted(fresh_server: Any) -> None:
         fresh_server.wait_for_metrics(
             lambda values: sum(value for name, value in values.items() if name.startswith(waiting)) == 8, 60
         )
-        fresh_server.launcher.ask_stop()
+        fresh_server.launcher.request_shutdown()
         deadline = time.monotonic() + 30
         while not (fresh_server.launcher.run_directory.path / "stopping").exists():
             assert time.monotonic() < deadline, "the launcher does not stop the server"

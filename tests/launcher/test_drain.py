@@ -30,7 +30,7 @@ class FakeServer:
         self.unloaded.append(model)
         return self.answers
 
-    def work(self) -> tuple[float, int]:
+    def resource_usage(self) -> tuple[float, int]:
         return self.seconds, 0
 
     def model_state(self, model: str) -> str:

@@ -13,8 +13,8 @@ import pytest
 
 from fastserve.launcher import health_monitor as module
 from fastserve.launcher.health_monitor import HealthMonitor
-from fastserve.launcher.progress import Progress
 from fastserve.launcher.server_process import NO_ANSWER, ServerProcess, is_alive
+from fastserve.launcher.stall_detector import StallDetector
 
 
 class FakeServer:
@@ -28,13 +28,13 @@ class FakeServer:
         self.computes = False
         self.seconds = 0.0
 
-    def end(self) -> str | None:
+    def exit_reason(self) -> str | None:
         return self.ended
 
     def stubs(self) -> dict[psutil.Process, str]:
         return {each: "engine" for each in (self.stub, self.successor) if each and is_alive(each)}
 
-    def work(self) -> tuple[float, int]:
+    def resource_usage(self) -> tuple[float, int]:
         self.seconds += self.computes
         return self.seconds, 0
 
@@ -53,7 +53,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 def watched(child: subprocess.Popen[bytes]) -> tuple[FakeServer, HealthMonitor]:
     server = FakeServer(psutil.Process(child.pid))
     monitor = HealthMonitor(cast(ServerProcess, server))
-    assert monitor.loss() is None
+    assert monitor.failure() is None
     return server, monitor
 
 
@@ -61,8 +61,8 @@ def test_a_stub_that_died_is_noticed_once(child: subprocess.Popen[bytes]) -> Non
     _, monitor = watched(child)
     child.kill()
     child.wait()
-    assert monitor.loss() == "the process of model `engine` ended"
-    assert monitor.loss() is None
+    assert monitor.failure() == "the process of model `engine` ended"
+    assert monitor.failure() is None
 
 
 @pytest.mark.parametrize("computes", [True, False])
@@ -70,50 +70,43 @@ def test_a_server_that_gives_no_answer_is_slow_while_it_computes(
     child: subprocess.Popen[bytes], computes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = iter(range(10_000))
-    monkeypatch.setattr(module, "Progress", partial(Progress, clock=lambda: float(next(now))))
+    monkeypatch.setattr(module, "StallDetector", partial(StallDetector, clock=lambda: float(next(now))))
     server, monitor = watched(child)
     server.computes, server.state = computes, NO_ANSWER
     child.kill()
     child.wait()
-    losses = [monitor.loss() for _ in range(100)]
-    assert any(losses) is not computes
+    failures = [monitor.failure() for _ in range(100)]
+    assert any(failures) is not computes
     server.state = "READY"
-    assert monitor.loss() == ("the process of model `engine` ended" if computes else None)
+    assert monitor.failure() == ("the process of model `engine` ended" if computes else None)
 
 
 @pytest.mark.parametrize("state", ["UNLOADING", "UNAVAILABLE"])
-def test_a_model_that_was_unloaded_is_no_loss(child: subprocess.Popen[bytes], state: str) -> None:
+def test_a_model_that_was_unloaded_is_no_failure(child: subprocess.Popen[bytes], state: str) -> None:
     server, monitor = watched(child)
     server.state = state
     child.kill()
     child.wait()
-    assert monitor.loss() is None
+    assert monitor.failure() is None
 
 
-def test_a_model_that_was_loaded_anew_is_no_loss(child: subprocess.Popen[bytes]) -> None:
+@pytest.mark.parametrize("has_successor", [True, False], ids=["new stub", "none"])
+def test_a_model_that_is_loaded_anew_needs_a_new_stub(
+    child: subprocess.Popen[bytes], has_successor: bool
+) -> None:
     server, monitor = watched(child)
     child.kill()
     child.wait()
     server.state = "LOADING"
-    assert monitor.loss() is None
-    server.state, server.successor = "READY", psutil.Process()
-    assert monitor.loss() is None
-
-
-def test_a_stub_that_died_while_its_model_was_loaded_anew_is_noticed(child: subprocess.Popen[bytes]) -> None:
-    server, monitor = watched(child)
-    child.kill()
-    child.wait()
-    server.state = "LOADING"
-    assert monitor.loss() is None
-    server.state = "READY"
-    assert monitor.loss() is not None
+    assert monitor.failure() is None
+    server.state, server.successor = "READY", psutil.Process() if has_successor else None
+    assert (monitor.failure() is None) is has_successor
 
 
 def test_a_server_that_ended_is_noticed(child: subprocess.Popen[bytes]) -> None:
     server, monitor = watched(child)
     server.ended = "tritonserver was ended by SIGSEGV"
-    assert monitor.loss() == server.ended
+    assert monitor.failure() == server.ended
 
 
 def test_a_zombie_is_not_alive(child: subprocess.Popen[bytes]) -> None:

@@ -124,13 +124,13 @@ def test_the_ports_are_open_on_the_loopback_address_only(server: Server) -> None
     assert listening == {("127.0.0.1", port) for port in (ports.http, ports.grpc, ports.metrics)}
 
 
-@pytest.mark.parametrize("candidate", ["echo", "other", "tritonserver"])
-def test_the_server_is_started_anew_when_a_process_dies(server: Server, candidate: str) -> None:
+@pytest.mark.parametrize("killed", ["echo", "other", "tritonserver"])
+def test_the_server_is_started_anew_when_a_process_dies(server: Server, killed: str) -> None:
     count = len(server.restarts)
-    pid = server.process.pid if candidate == "tritonserver" else pid_of(server, candidate)
+    pid = server.process.pid if killed == "tritonserver" else pid_of(server, killed)
     os.kill(pid, signal.SIGKILL)
     server.wait_restarts(count + 1, RESTART_SECONDS)
-    assert candidate in server.restarts[-1].reason
+    assert killed in server.restarts[-1].reason
     assert said(server) == "hello"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastserve.launcher.server_log import LOGS_KEPT, ServerLog, new_log, worth_showing
+from fastserve.launcher.server_log import LOGS_KEPT, ServerLog, is_notable, new_log
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from fastserve.launcher.server_log import LOGS_KEPT, ServerLog, new_log, worth_s
     ],
 )
 def test_warnings_errors_and_what_models_print_are_shown(line: str, shown: bool) -> None:
-    assert worth_showing(line) is shown
+    assert is_notable(line) is shown
 
 
 def test_a_line_is_given_once_and_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_a_line_is_given_once_and_only_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_a_log_that_has_grown_long_goes_on_beside_what_it_held(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    log = ServerLog(path, longest_bytes=100)
+    log = ServerLog(path, max_bytes=100)
     with path.open("ab") as server:
         server.write(b"x" * 99 + b"\nhalf a li")
         server.flush()

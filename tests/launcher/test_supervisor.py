@@ -11,10 +11,11 @@ import psutil
 import pytest
 
 from fastserve.launcher import supervisor as module
-from fastserve.launcher.progress import Progress
+from fastserve.launcher.drain import Drain
 from fastserve.launcher.server_log import ServerLog
 from fastserve.launcher.server_process import ServerProcess
-from fastserve.launcher.supervisor import STARTS_TRIED, Restart, Supervisor, pause_after
+from fastserve.launcher.stall_detector import StallDetector
+from fastserve.launcher.supervisor import MAX_FAILED_STARTS, Restart, Supervisor, restart_backoff
 from fastserve.start_error import StartError
 
 
@@ -32,7 +33,7 @@ class Actor:
         self.in_flight = 0
         self.unloaded: list[str] = []
 
-    def end(self) -> str | None:
+    def exit_reason(self) -> str | None:
         if self.terminated:
             return "tritonserver ended with status 0"
         if self.questions_left is None:
@@ -50,7 +51,7 @@ class Actor:
     def stubs(self) -> dict[psutil.Process, str]:
         return {}
 
-    def work(self) -> tuple[float, int]:
+    def resource_usage(self) -> tuple[float, int]:
         return 0.0, 0
 
     def requests_in_flight(self) -> float:
@@ -96,11 +97,10 @@ class Play:
         self.stopping_file = path.with_name("stopping")
         self.supervisor = Supervisor(
             self.start,
-            ServerLog(path),
-            self,
+            drain=lambda process: Drain(process, ["fastserve", "fastserve_infer"], self.stopping_file),
             exit_timeout_seconds=5,
-            models=["fastserve", "fastserve_infer"],
-            stopping_file=self.stopping_file,
+            log=ServerLog(path),
+            listener=self,
         )
 
     def start(self) -> ServerProcess:
@@ -120,13 +120,13 @@ class Play:
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(module, "pause_after", lambda failures: 0.0)
+    monkeypatch.setattr(module, "restart_backoff", lambda failures: 0.0)
 
 
 def test_it_stops_the_server_when_it_is_asked(tmp_path: Path) -> None:
     actor = Actor(gets_ready=True, dies_after=None)
     play = Play(tmp_path / "log", actor)
-    actor.at_ready = play.supervisor.ask_stop
+    actor.at_ready = play.supervisor.request_shutdown
     play.supervisor.run()
     assert actor.terminated
     assert actor.killed
@@ -136,7 +136,7 @@ def test_a_server_that_has_requests_in_flight_is_told_to_leave_when_they_have_en
     actor = Actor(gets_ready=True, dies_after=None)
     play = Play(tmp_path / "log", actor)
     actor.in_flight = 20
-    actor.at_ready = play.supervisor.ask_stop
+    actor.at_ready = play.supervisor.request_shutdown
     play.supervisor.run()
     assert play.stopping_file.exists()
     assert actor.in_flight == 0
@@ -152,8 +152,8 @@ def test_a_second_request_to_stop_waits_for_nothing(tmp_path: Path) -> None:
     actor.in_flight = 1_000_000
 
     def ask_twice() -> None:
-        play.supervisor.ask_stop()
-        play.supervisor.ask_stop()
+        play.supervisor.request_shutdown()
+        play.supervisor.request_shutdown()
 
     actor.at_ready = ask_twice
     play.supervisor.run()
@@ -166,7 +166,7 @@ def test_what_dies_while_the_server_drains_ends_it(tmp_path: Path) -> None:
     actor = Actor(gets_ready=True, dies_after=10)
     play = Play(tmp_path / "log", actor)
     actor.in_flight = 1_000_000
-    actor.at_ready = play.supervisor.ask_stop
+    actor.at_ready = play.supervisor.request_shutdown
     play.supervisor.run()
     assert any("SIGSEGV; what was in flight is lost" in line for line in play.shown)
     assert len(play.played) == 1
@@ -175,7 +175,7 @@ def test_what_dies_while_the_server_drains_ends_it(tmp_path: Path) -> None:
 def test_a_server_that_is_not_ready_is_not_drained(tmp_path: Path) -> None:
     actor = Actor(gets_ready=False, dies_after=None)
     play = Play(tmp_path / "log", actor)
-    actor.at_question = play.supervisor.ask_stop
+    actor.at_question = play.supervisor.request_shutdown
     play.supervisor.run()
     assert actor.killed
     assert not play.stopping_file.exists()
@@ -185,7 +185,7 @@ def test_a_start_without_progress_ends_with_the_name_of_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = FakeClock(seconds_per_look=1.0)
-    monkeypatch.setattr(module, "Progress", partial(Progress, clock=clock))
+    monkeypatch.setattr(module, "StallDetector", partial(StallDetector, clock=clock))
     play = Play(tmp_path / "log", Actor(gets_ready=False, dies_after=None))
     with pytest.raises(StartError, match=rf"has done nothing for 60 s.*{tmp_path / 'log'}"):
         play.supervisor.run()
@@ -194,13 +194,13 @@ def test_a_start_without_progress_ends_with_the_name_of_the_log(
 
 def test_a_start_that_computes_may_take_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock(seconds_per_look=1.0)
-    monkeypatch.setattr(module, "Progress", partial(Progress, clock=clock))
+    monkeypatch.setattr(module, "StallDetector", partial(StallDetector, clock=clock))
     actor = Actor(gets_ready=True, dies_after=None)
     play = Play(tmp_path / "log", actor)
     # A fiftieth of a core.
-    monkeypatch.setattr(actor, "work", lambda: (0.02 * clock.now, 0))
+    monkeypatch.setattr(actor, "resource_usage", lambda: (0.02 * clock.now, 0))
     monkeypatch.setattr(actor, "is_ready", lambda: clock.now > 3600)
-    play.ready = lambda seconds: play.supervisor.ask_stop()  # type: ignore[method-assign]
+    play.ready = lambda seconds: play.supervisor.request_shutdown()  # type: ignore[method-assign]
     play.supervisor.run()
     assert clock.now > 3600
     assert actor.terminated
@@ -218,7 +218,7 @@ def test_a_server_that_dies_is_started_again(tmp_path: Path) -> None:
 
 def stop_after_ready(play: Play, actor: Actor) -> None:
     """Asks for the stop once the listener knows that this actor was ready."""
-    ask = play.supervisor.ask_stop
+    ask = play.supervisor.request_shutdown
     tell = play.restarted
 
     def told(restart: Restart) -> None:
@@ -237,16 +237,16 @@ def test_a_server_that_never_was_ready_is_not_started_again(tmp_path: Path) -> N
 
 
 def test_it_gives_up_after_some_starts_that_failed(tmp_path: Path) -> None:
-    failing = [Actor(gets_ready=False, dies_after=2) for _ in range(STARTS_TRIED)]
+    failing = [Actor(gets_ready=False, dies_after=2) for _ in range(MAX_FAILED_STARTS)]
     play = Play(tmp_path / "log", Actor(gets_ready=True, dies_after=4), *failing)
     with pytest.raises(StartError, match="cannot run"):
         play.supervisor.run()
-    assert len(play.played) == 1 + STARTS_TRIED
+    assert len(play.played) == 1 + MAX_FAILED_STARTS
     assert all(actor.killed for actor in play.played)
 
 
 def test_pauses_grow_and_are_bounded() -> None:
-    pauses = [pause_after(failures) for failures in range(10)]
+    pauses = [restart_backoff(failures) for failures in range(10)]
     assert pauses[:5] == [0.0, 0.0, 1.0, 2.0, 4.0]
     assert pauses == sorted(pauses)
-    assert pauses[-1] == module.LONGEST_PAUSE_SECONDS
+    assert pauses[-1] == module.MAX_BACKOFF_SECONDS

@@ -22,7 +22,7 @@ class Timing:
 
     @property
     def per_output_token(self) -> float:
-        """Mean time between tokens after the first."""
+        """Mean seconds between tokens after the first (TPOT)."""
         return (self.total - self.first_token) / max(1, self.num_tokens - 1)
 
 
@@ -35,9 +35,11 @@ class Figures:
     timings: list[Timing]
 
     def first_token_ms(self, percent: int) -> float:
+        """That percentile of the time to first token (TTFT), in milliseconds."""
         return 1e3 * _percentile([timing.first_token for timing in self.timings], percent)
 
     def per_output_token_ms(self, percent: int) -> float:
+        """That percentile of the time per output token (TPOT), in milliseconds."""
         return 1e3 * _percentile([timing.per_output_token for timing in self.timings], percent)
 
 

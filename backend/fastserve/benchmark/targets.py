@@ -1,4 +1,4 @@
-"""What a benchmark can be run against. Each answers a job as a stream of numbers of new tokens."""
+"""Targets of a benchmark. Each answers a job as a stream of numbers of new tokens."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ TargetName = Literal["in-process", "grpc", "http"]
 
 
 class Target(Protocol):
-    """Threads share one."""
+    """Something that serves jobs; threads share one."""
 
     def stream(self, job: Job) -> Iterator[int]:
-        """How many tokens each response brought."""
+        """Serves a job; yields how many tokens each response brought. Raises what the target raises."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Frees the target."""
 
 
 class ServerTarget:
@@ -27,6 +28,7 @@ class ServerTarget:
         self._client = Client(url, protocol)
 
     def stream(self, job: Job) -> Iterator[int]:
+        """Yields how many tokens each response brought."""
         chunks = self._client.stream(
             prompt_token_ids=job.prompt_token_ids, temperature=0, max_tokens=job.max_tokens, ignore_eos=True
         )
@@ -34,11 +36,12 @@ class ServerTarget:
             yield chunk.num_output_tokens
 
     def close(self) -> None:
+        """Closes the client."""
         self._client.close()
 
 
 class InProcessTarget:
-    """The same engine inside this process, without Triton server."""
+    """The engine inside this process, without Triton server."""
 
     def __init__(self, model: str, **settings: Any) -> None:
         """`settings` are those of `Model.load`."""
@@ -47,6 +50,7 @@ class InProcessTarget:
         self._server = ModelServer(Model.load(model, **settings)).start()
 
     def stream(self, job: Job) -> Iterator[int]:
+        """Yields how many tokens each response brought."""
         task = self._server.submit(
             job.prompt_token_ids, temperature=0, max_tokens=job.max_tokens, ignore_eos=True
         )
@@ -54,4 +58,5 @@ class InProcessTarget:
             yield response.num_output_tokens[0]
 
     def close(self) -> None:
+        """Stops the engine."""
         self._server.stop()

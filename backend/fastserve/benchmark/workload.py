@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 
 SIGMA = 0.7
-"""Of the logarithm of a length."""
+"""Standard deviation of the logarithm of a length."""
 TOKEN_IDS = range(100, 10_000)
 """Ordinary tokens in the vocabulary of any model served here."""
 

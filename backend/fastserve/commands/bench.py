@@ -21,6 +21,7 @@ DEFAULT_URLS = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The targets, and the load on them."""
     parser.add_argument(
         "--target", nargs="+", choices=TARGETS, default=["grpc"], help="measured in turn (default: grpc)"
     )
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Loads the targets in turn and prints a table. Raises what a request raises."""
     targets = {name: _target(name, arguments) for name in arguments.target}
     try:
         for target in targets.values():

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import argparse
 
-from fastserve.commands.source import (
-    SOURCE_ERRORS,
-    Source,
-    add_sampling_arguments,
-    add_source_arguments,
-    open_source,
-    sampling_of,
-)
+from fastserve.commands import source
 
-ERRORS = SOURCE_ERRORS
+ERRORS = source.SOURCE_ERRORS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The system message, where to get answers, and how to sample."""
     parser.add_argument("--system", help="the system message")
-    add_source_arguments(parser)
-    add_sampling_arguments(parser, max_tokens=512)
+    source.add_source_arguments(parser)
+    source.add_sampling_arguments(parser, max_tokens=512)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Talks until an empty line or the end of the input. Raises SOURCE_ERRORS."""
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    with open_source(arguments) as source:
+    with source.open_source(arguments) as texts:
         print("An empty line or Ctrl-D ends the conversation.")
         while words := _read():
             messages.append({"role": "user", "content": words})
-            messages.append({"role": "assistant", "content": _answer(source, messages, arguments)})
+            messages.append({"role": "assistant", "content": _answer(texts, messages, arguments)})
     return 0
 
 
@@ -39,9 +34,9 @@ def _read() -> str:
         return ""
 
 
-def _answer(source: Source, messages: list[dict[str, str]], arguments: argparse.Namespace) -> str:
+def _answer(texts: source.Source, messages: list[dict[str, str]], arguments: argparse.Namespace) -> str:
     pieces = []
-    for text in source.stream(messages, **sampling_of(arguments)):
+    for text in texts.stream(messages, **source.sampling_of(arguments)):
         print(text, end="", flush=True)
         pieces.append(text)
     print()

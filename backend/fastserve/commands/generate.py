@@ -5,29 +5,25 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fastserve.commands.source import (
-    SOURCE_ERRORS,
-    add_sampling_arguments,
-    add_source_arguments,
-    open_source,
-    sampling_of,
-)
+from fastserve.commands import source
 
-ERRORS = SOURCE_ERRORS
+ERRORS = source.SOURCE_ERRORS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The prompt, where to get its continuation, and how to sample."""
     parser.add_argument(
         "prompt", nargs="?", help="the text to continue; without it, it is read from standard input"
     )
-    add_source_arguments(parser)
-    add_sampling_arguments(parser, max_tokens=128)
+    source.add_source_arguments(parser)
+    source.add_sampling_arguments(parser, max_tokens=128)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Writes the continuation to standard output. Raises SOURCE_ERRORS."""
     prompt = arguments.prompt if arguments.prompt is not None else sys.stdin.read()
-    with open_source(arguments) as source:
-        for text in source.stream(prompt, **sampling_of(arguments)):
+    with source.open_source(arguments) as texts:
+        for text in texts.stream(prompt, **source.sampling_of(arguments)):
             print(text, end="", flush=True)
     print()
     return 0

@@ -74,13 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serves. Raises ConfigError for a setting that cannot be, StartError when the server cannot run."""
+    """Serves until the server ends. Raises ConfigError for a wrong setting, StartError when it cannot run."""
     config = config_from(arguments)
     make_policy(config)  # what cannot be imported is refused here, not by a step of a server that is starting
     server = Server(_with_model_on_disk(config), _options(arguments))
     server.start()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: server.ask_stop())
+        signal.signal(number, lambda *_: server.request_shutdown())
     print("Starting Triton server; Ctrl-C stops it, a second Ctrl-C at once", file=sys.stderr)
     print(f"Its log: {server.log_path}", file=sys.stderr)
     seconds = server.wait_ready()
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _with_model_on_disk(config: Config) -> Config:
-    """The same settings with the model's place made absolute, and everything fetched that must be fetched."""
+    """The settings with the model's path made absolute; a model that is not here is fetched."""
     if Path(config.model).exists() and config.model:
         config = msgspec.structs.replace(config, model=str(Path(config.model).resolve()))
     locate(config.model)

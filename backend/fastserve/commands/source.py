@@ -17,7 +17,8 @@ SOURCE_ERRORS = (FastServeError, ModelError, RequestError)
 class Source(Protocol):
     """Continues a text (str) or a chat (list of messages), piece by piece."""
 
-    def stream(self, prompt: str | list[dict[str, str]], **sampling: Any) -> Iterator[str]: ...
+    def stream(self, prompt: str | list[dict[str, str]], **sampling: Any) -> Iterator[str]:
+        """The pieces as they come. Raises one of SOURCE_ERRORS."""
 
 
 class _Server:
@@ -40,6 +41,7 @@ class _Embedded:
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that `open_source` reads."""
     parser.add_argument("--url", help="gRPC address of a running server; without it the model is loaded here")
     parser.add_argument(
         "--model", default="", help="directory, GGUF file or hub name (default: the default model)"
@@ -47,6 +49,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """Flags that `sampling_of` reads; `max_tokens` is the default of that flag."""
     parser.add_argument("--max-tokens", type=int, default=max_tokens, help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="(default: %(default)s)")
@@ -65,6 +68,7 @@ def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def open_source(arguments: argparse.Namespace) -> Iterator[Source]:
+    """The server at --url, or the model loaded into this process. Raises one of SOURCE_ERRORS."""
     if arguments.url:
         with Client(arguments.url) as client:
             yield _Server(client)

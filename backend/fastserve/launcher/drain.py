@@ -6,7 +6,7 @@ nothing is in flight. Triton server's own stop does not: on SIGTERM, 2.51 lets i
 
 The server counts a request as in flight for ever that got an error while another step of it was in flight
 (2.51). The steps avoid that where they can, which is not while shared memory is full. So it is enough as well
-that the gauges say nothing runs and that, for a while, no process computes.
+that the gauges say nothing runs and that, for IDLE_SECONDS, no process computes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-ENTRANCES = ("fastserve_infer", "fastserve")
-"""What clients call, in an order in which none needs one that was unloaded before."""
+ENTRY_POINTS = ("fastserve_infer", "fastserve")
+"""Models that clients call, in an order in which none needs one that was unloaded before."""
 UNLOADED = "UNAVAILABLE"
-QUIET_SECONDS = 1.5
-QUIET_CPU = 0.05
-"""Of one core: the server takes less to answer us, and more to read a prompt, on a busy machine too."""
+IDLE_SECONDS = 1.5
+IDLE_CPU = 0.05
+"""Share of one core: the server takes less to answer us, and more to read a prompt, on a busy machine too."""
 
 
 class DrainedServer(Protocol):
@@ -31,17 +31,17 @@ class DrainedServer(Protocol):
         """Requests that wait or run, by the gauges; None: no answer now."""
 
     def unload(self, model: str) -> bool | None:
-        """Asks for it. False: the server refuses; None: no answer now."""
+        """Asks the server to unload a model. False: it refuses; None: no answer now."""
 
-    def work(self) -> tuple[float, int]:
+    def resource_usage(self) -> tuple[float, int]:
         """Seconds of CPU and bytes read so far, of all its processes."""
 
     def model_state(self, model: str) -> str:
-        """As Triton server's repository index names it; empty: no answer now."""
+        """The state in Triton server's repository index; empty: no answer now."""
 
 
 class Drain:
-    """Of one server, in steps that do not wait for one another."""
+    """The drain of one server, in steps that never block."""
 
     def __init__(
         self,
@@ -53,20 +53,20 @@ class Drain:
         """`models`: all of the repository; one that is not FastServe's is taken for what clients call."""
         self._server = server
         self._clock = clock
-        entrances = [name for name in ENTRANCES if name in models]
-        self._to_unload = entrances or list(models)
-        self._has_gauges = bool(entrances)
+        entry_points = [name for name in ENTRY_POINTS if name in models]
+        self._to_unload = entry_points or list(models)
+        self._has_gauges = bool(entry_points)
         self._to_end: list[str] = []
-        self._has_run_empty = False
-        self._quiet_from: tuple[float, float] | None = None
+        self._reached_zero = False
+        self._idle_since: tuple[float, float] | None = None
         """Since when the gauges say that nothing runs, and the CPU seconds of then."""
         stopping_file.touch()
 
     def is_done(self) -> bool:
-        """Takes the next step that can be taken. True: nothing is in flight any more."""
-        if not self._has_run_empty and self._server.requests_in_flight() != 0:
+        """Takes the next step that can be taken; returns whether nothing is in flight any more."""
+        if not self._reached_zero and self._server.requests_in_flight() != 0:
             return False
-        self._has_run_empty = True
+        self._reached_zero = True
         while self._to_unload:
             unloads = self._server.unload(self._to_unload[0])
             if unloads is None:
@@ -75,16 +75,16 @@ class Drain:
             if unloads:
                 self._to_end.append(model)
         self._to_end = [name for name in self._to_end if self._server.model_state(name) != UNLOADED]
-        return not self._to_end or (self._has_gauges and self._is_quiet())
+        return not self._to_end or (self._has_gauges and self._is_idle())
 
-    def _is_quiet(self) -> bool:
+    def _is_idle(self) -> bool:
         now = self._clock()
         if self._server.requests_in_flight() != 0:
-            self._quiet_from = None
+            self._idle_since = None
             return False
-        if self._quiet_from is not None and now - self._quiet_from[0] < QUIET_SECONDS:
+        if self._idle_since is not None and now - self._idle_since[0] < IDLE_SECONDS:
             return False
-        before, self._quiet_from = self._quiet_from, (now, self._server.work()[0])
+        before, self._idle_since = self._idle_since, (now, self._server.resource_usage()[0])
         if before is None:
             return False
-        return self._quiet_from[1] - before[1] < QUIET_CPU * (now - before[0])
+        return self._idle_since[1] - before[1] < IDLE_CPU * (now - before[0])

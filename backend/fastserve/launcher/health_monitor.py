@@ -1,4 +1,4 @@
-"""Notices that the server, or the stub of one of its models, has died.
+"""The liveness probe: notices that the server, or the stub of one of its models, has died.
 
 Triton server does not: the clients of a dead stub hang for ever, and so does the server's exit.
 """
@@ -9,56 +9,56 @@ import time
 
 import psutil
 
-from fastserve.launcher.progress import Progress
 from fastserve.launcher.server_process import NO_ANSWER, ServerProcess, is_alive
+from fastserve.launcher.stall_detector import StallDetector
 
-SEARCH_SECONDS = 1.0
-"""Between two looks for new stubs."""
-SILENCE_SECONDS = 10.0
-"""Without an answer and without progress, of a server that has lost a stub: while models load it may wait for
-that for ever."""
+DISCOVERY_SECONDS = 1.0
+"""Between two searches for new stubs."""
+UNRESPONSIVE_SECONDS = 10.0
+"""Without an answer and without progress, after which a server that has lost a stub is taken for stuck: while
+models load it may wait for the stub for ever."""
 
 
 class HealthMonitor:
-    """Over one run of the server."""
+    """The liveness of one run of the server."""
 
     def __init__(self, server: ServerProcess) -> None:
         self._server = server
         self._stubs: dict[psutil.Process, str] = {}
-        self._next_search = 0.0
-        self._silence: Progress | None = None
-        """What the server computes while it does not answer."""
+        self._next_discovery = 0.0
+        self._stall_detector: StallDetector | None = None
+        """Made when the server does not answer: whether it computes meanwhile."""
 
-    def search(self) -> None:
-        """Looks for new stubs. One that dies before it is found here goes unnoticed."""
+    def discover_stubs(self) -> None:
+        """Finds new stubs. One that dies before it is found here goes unnoticed."""
         self._stubs |= self._server.stubs()
-        self._next_search = time.monotonic() + SEARCH_SECONDS
+        self._next_discovery = time.monotonic() + DISCOVERY_SECONDS
 
-    def loss(self) -> str | None:
+    def failure(self) -> str | None:
         """What has died since the last call, as a sentence; None: nothing."""
-        end = self._server.end()
-        if end:
-            return end
-        if time.monotonic() >= self._next_search:
-            self.search()
+        reason = self._server.exit_reason()
+        if reason:
+            return reason
+        if time.monotonic() >= self._next_discovery:
+            self.discover_stubs()
         for stub, model in list(self._stubs.items()):
-            if not is_alive(stub) and self._model_is_lost(stub, model):
+            if not is_alive(stub) and self._model_failed(stub, model):
                 return f"the process of model `{model}` ended"
         return None
 
-    def _model_is_lost(self, stub: psutil.Process, model: str) -> bool:
+    def _model_failed(self, stub: psutil.Process, model: str) -> bool:
         # A stub also ends when somebody unloads its model, or loads it anew, and that is as it should be.
         state = self._server.model_state(model)
         if state == NO_ANSWER and not self._is_stalled():
             return False  # it loads models still, or the machine is slow: asked again at the next look
         if state == "LOADING":
-            return False  # as well
-        self._silence = None
+            return False  # its new stub is not there yet
+        self._stall_detector = None
         del self._stubs[stub]
-        self.search()
+        self.discover_stubs()
         # Our models have one instance each: a stub that is there has taken the dead one's place.
         return state == NO_ANSWER or (state == "READY" and model not in self._stubs.values())
 
     def _is_stalled(self) -> bool:
-        self._silence = self._silence or Progress(self._server.work, lambda: 0)
-        return self._silence.seconds_without() > SILENCE_SECONDS
+        self._stall_detector = self._stall_detector or StallDetector(self._server.resource_usage, lambda: 0)
+        return self._stall_detector.stalled_seconds() > UNRESPONSIVE_SECONDS

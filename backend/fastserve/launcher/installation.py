@@ -1,6 +1,6 @@
 """Which Triton server is started: one that is installed on this machine, else the embedded one.
 
-The embedded server comes out of a wheel of NVIDIA's (see `downloads`). Its Python backend runs a model in a
+The embedded server is in a wheel of NVIDIA's (`fastserve.assets`). Its Python backend runs a model in a
 *stub*, a program that embeds libpython and so exists once per Python version.
 """
 
@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fastserve.assets import server_files
-from fastserve.launcher.plain_paths import plain_environment, python_prefix
+from fastserve.launcher.ascii_paths import ascii_environment, python_prefix
 from fastserve.launcher.run_directory import RunDirectory
 from fastserve.start_error import StartError
 
@@ -34,13 +34,13 @@ class Installation:
 
     executable: Path
     directories: dict[str, Path]
-    """Options of `tritonserver` that say where its parts are."""
+    """Flags of `tritonserver` that say where its parts are."""
     libraries: tuple[Path, ...] = ()
     """Directories in front of LD_LIBRARY_PATH."""
 
     def environment(self, run: RunDirectory) -> dict[str, str]:
         """This process's environment, changed so that the stubs run in this process's Python environment."""
-        environment = plain_environment(run, os.environ)
+        environment = ascii_environment(run, os.environ)
         prefix = python_prefix(run)
         programs = prefix / "bin" if prefix else Path(sys.executable).parent
         # A stub finds its environment by the first `python3` on PATH.

@@ -18,6 +18,7 @@ import msgspec
 
 from fastserve.cache_directory import cache_directory
 from fastserve.config import Config
+from fastserve.launcher.ascii_paths import ascii_path
 from fastserve.launcher.command_line import (
     SHARED_MEMORY_PER_MODEL,
     SHARED_MEMORY_REGIONS,
@@ -26,8 +27,8 @@ from fastserve.launcher.command_line import (
     command_line,
     environment,
 )
+from fastserve.launcher.drain import Drain
 from fastserve.launcher.installation import server_installation
-from fastserve.launcher.plain_paths import plain_path
 from fastserve.launcher.repository import compile_models, model_names, model_repository
 from fastserve.launcher.run_directory import RunDirectory
 from fastserve.launcher.server_log import new_log
@@ -48,8 +49,8 @@ def echo(line: str) -> None:
 class Server:
     """A Triton server that is kept running until `stop`.
 
-    A thread of its own starts the server and watches it. The thread also ties the server's life to this
-    process: when this process dies, however it dies, the server does too.
+    A thread of its own starts and supervises the server, and gives it a parent-death signal: when this
+    process dies, however it dies, the server does too.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Server:
         config_file, stopping_file = run.path / "config.json", run.path / "stopping"
         model = self.config.model
         if model and os.path.exists(model):
-            model = plain_path(run, "model", os.path.abspath(model))
+            model = ascii_path(run, "model", os.path.abspath(model))
         config_file.write_bytes(msgspec.json.encode(msgspec.structs.replace(self.config, model=model)))
         self._environment = environment(installation, run, config_file, stopping_file)
         compile_models(repository)
@@ -102,11 +103,10 @@ class Server:
             raise StartError(f"cannot write the server's log: {error}") from error
         self._supervisor = Supervisor(
             self._start_process,
-            self._log,
-            listener=self,
+            drain=lambda process: Drain(process, models, stopping_file),
             exit_timeout_seconds=self.options.exit_timeout_seconds,
-            models=models,
-            stopping_file=stopping_file,
+            log=self._log,
+            listener=self,
             show_all=self.options.log_verbose > 0,
         )
 
@@ -137,12 +137,12 @@ class Server:
         if len(self.restarts) < count:
             raise TimeoutError(f"{len(self.restarts)} restarts after {timeout} s, {count} were expected")
 
-    def ask_stop(self) -> None:
-        """Has the server refuse new requests, finish those in flight and leave; asked again, it is killed.
+    def request_shutdown(self) -> None:
+        """Begins a graceful shutdown: requests in flight finish, new ones are refused. A second one kills.
 
         Returns at once, and may be called by a signal handler.
         """
-        self._supervisor.ask_stop()
+        self._supervisor.request_shutdown()
 
     def join(self) -> None:
         """Waits until the server has ended. Raises StartError when it could not run any more."""
@@ -152,7 +152,7 @@ class Server:
 
     def stop(self) -> None:
         """Stops the server and everything that it started, after the requests in flight."""
-        self.ask_stop()
+        self.request_shutdown()
         self._thread.join()
 
     def __enter__(self) -> Server:
@@ -166,6 +166,7 @@ class Server:
 
     @property
     def http_url(self) -> str:
+        """Base URL of the HTTP service."""
         return f"http://{in_url(self._address_to_call)}:{self.options.ports.http}"
 
     @property
@@ -175,16 +176,17 @@ class Server:
 
     @property
     def metrics_url(self) -> str:
+        """URL of the metrics page."""
         return f"http://{in_url(self._address_to_call)}:{self.options.ports.metrics}/metrics"
 
     @property
     def log_path(self) -> Path:
-        """Of the log of the server and its models; it stays there when the server has ended."""
+        """Path of the log of the server and its models; it stays there when the server has ended."""
         return self._log.path
 
     @property
     def process(self) -> ServerProcess:
-        """The server that runs now."""
+        """The server process that runs now. Raises StartError before `start`."""
         if self._process is None:
             raise StartError("the server has not been started: call start()")
         return self._process
@@ -193,20 +195,23 @@ class Server:
     def _address_to_call(self) -> str:
         return ANY_ADDRESS.get(self._address, self._address)
 
-    # What the supervisor tells, in its thread.
+    # The supervisor's listener, called in its thread.
 
     def ready(self, seconds: float) -> None:
+        """Ends `wait_ready`."""
         with self._changed:
             self._ready_after = seconds
             self._changed.notify_all()
 
     def restarted(self, restart: Restart) -> None:
+        """Counts the restart and says so."""
         self.show(f"FastServe is ready again after {restart.seconds:.1f} s")
         with self._changed:
             self.restarts.append(restart)
             self._changed.notify_all()
 
     def show(self, line: str) -> None:
+        """Hands a line for the operator to the `show` that was given."""
         self._show(line)
 
     def _supervise(self) -> None:

@@ -10,7 +10,10 @@ from fastserve.start_error import StartError
 
 
 def model_repository() -> Path:
-    """FastServe's model repository: inside the installed package, or at the root of a checkout."""
+    """FastServe's model repository: inside the installed package, or at the root of a checkout.
+
+    Raises StartError when there is none.
+    """
     package = Path(fastserve.__file__).resolve().parent
     for directory in (package / "model_repository", package.parents[1] / "model_repository"):
         if directory.is_dir():

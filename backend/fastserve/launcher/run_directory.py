@@ -26,8 +26,8 @@ class RunDirectory:
     """A directory that is locked while this process lives, however it ends."""
 
     def __init__(self) -> None:
-        """Makes it, after what no live process owns has been removed. Raises StartError."""
-        remove_dead_runs()
+        """Makes the directory, after removing what no live process owns. Raises StartError."""
+        remove_stale_runs()
         name = secrets.token_hex(4)
         unfinished = SHARED_MEMORY / f"{UNFINISHED}{name}"
         try:
@@ -52,7 +52,7 @@ class RunDirectory:
         return link
 
     def remove(self) -> None:
-        """Removes it and the run's regions."""
+        """Removes the directory and the run's regions."""
         _remove(self.path)
         os.close(self._lock)
 
@@ -64,16 +64,16 @@ def remove_regions(prefix: str) -> None:
             region.unlink()
 
 
-def remove_dead_runs() -> None:
+def remove_stale_runs() -> None:
     """Removes the directories and the regions of this user's runs whose launcher is gone."""
     for path in SHARED_MEMORY.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # another launcher removes it at this moment
             state = path.lstat()
             if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid():
-                _remove_if_dead(path)
+                _remove_if_stale(path)
 
 
-def _remove_if_dead(path: Path) -> None:
+def _remove_if_stale(path: Path) -> None:
     lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         # Refused with an OSError while the launcher lives, in another container too.

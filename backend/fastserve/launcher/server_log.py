@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 LOGS_KEPT = 10
-"""Of earlier runs."""
-LONGEST_BYTES = 64 << 20
-"""A log that has grown so long goes on from its beginning, with what it held in one file beside it."""
+"""Logs of earlier runs that are kept, with this one."""
+MAX_LOG_BYTES = 64 << 20
+"""Size at which the log is rotated: its content moves to one file beside it."""
 _INFO = re.compile(r"I\d{4} ")
 _TABLE = ("+", "|")
 HARMLESS = (
@@ -29,7 +29,7 @@ HARMLESS = (
 )
 
 
-def worth_showing(line: str) -> bool:
+def is_notable(line: str) -> bool:
     """Whether a line is a warning, an error, or something that a model printed."""
     if not line.strip() or line.startswith(_TABLE) or _INFO.match(line):
         return False
@@ -39,10 +39,10 @@ def worth_showing(line: str) -> bool:
 class ServerLog:
     """Follows the log file that the server and its models append to."""
 
-    def __init__(self, path: Path, longest_bytes: int = LONGEST_BYTES) -> None:
+    def __init__(self, path: Path, max_bytes: int = MAX_LOG_BYTES) -> None:
         """Makes the file if there is none, and keeps it from `new_log` of other launchers."""
         self.path = path
-        self._longest_bytes = longest_bytes
+        self._max_bytes = max_bytes
         self._file = path.open("ab+", buffering=0)
         # Shared: a test, or a second follower, may open it too.
         fcntl.flock(self._file, fcntl.LOCK_SH)
@@ -54,7 +54,7 @@ class ServerLog:
         data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]
         self._position += len(whole)
-        if self._position >= self._longest_bytes and len(whole) == len(data):
+        if self._position >= self._max_bytes and len(whole) == len(data):
             self._rotate()
         return whole.decode(errors="replace").splitlines()
 

@@ -15,19 +15,19 @@ from pathlib import Path
 
 import psutil
 
-from fastserve.launcher import parent_death_signal as parent_death_signal
+from fastserve.launcher import parent_death_signal
 from fastserve.launcher.installation import STUB
 from fastserve.launcher.run_directory import remove_regions
 
 REQUEST_SECONDS = 5.0
 """For the server to answer a question about its state; it is asked again then."""
-NO_REPLY = (OSError, http.client.HTTPException)
+REQUEST_ERRORS = (OSError, http.client.HTTPException)
 KILL_SECONDS = 10.0
-"""For killed processes to be gone."""
+"""Time for killed processes to be gone."""
 NO_ANSWER = ""
-"""In place of the state of a model."""
+"""Stands for the state of a model when the server does not tell it."""
 IN_FLIGHT = ("fastserve_requests_waiting", "fastserve_requests_running", "fastserve_requests_preempted")
-"""What the names of the gauges of requests begin with."""
+"""Prefixes of the gauges that count requests."""
 
 
 class ServerProcess:
@@ -66,9 +66,10 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
+        """Process id of `tritonserver`, which is its process group's too."""
         return self._process.pid
 
-    def end(self) -> str | None:
+    def exit_reason(self) -> str | None:
         """How the server ended; None: it runs."""
         # Not Popen.poll: that reaps the process, after which another group could get its number.
         result = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -92,14 +93,14 @@ class ServerProcess:
         """Whether the server says that it and all its models are ready."""
         try:
             return self._request("GET", "/v2/health/ready")[0] == 200
-        except NO_REPLY:
+        except REQUEST_ERRORS:
             return False
 
     def model_state(self, model: str) -> str:
         """READY, LOADING, UNLOADING, UNAVAILABLE or NO_ANSWER."""
         try:
             status, body = self._request("POST", "/v2/repository/index")
-        except NO_REPLY:
+        except REQUEST_ERRORS:
             return NO_ANSWER
         models = json.loads(body) if status == 200 else []
         return next(
@@ -113,7 +114,7 @@ class ServerProcess:
         """
         try:
             return self._request("POST", f"/v2/repository/models/{model}/unload")[0] == 200
-        except NO_REPLY:
+        except REQUEST_ERRORS:
             return None
 
     def requests_in_flight(self) -> float | None:
@@ -122,11 +123,11 @@ class ServerProcess:
             page = self._request("GET", "/metrics", self._metrics_address)[1].decode()
         except ConnectionRefusedError:
             return 0.0  # a server without a metrics port does not say
-        except NO_REPLY:
+        except REQUEST_ERRORS:
             return None
         return requests_in_flight(page)
 
-    def work(self) -> tuple[float, int]:
+    def resource_usage(self) -> tuple[float, int]:
         """Seconds of CPU and bytes read so far, of all processes of the group that live."""
         seconds, read = 0.0, 0
         for member in self._members():

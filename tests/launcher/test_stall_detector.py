@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.launcher.progress import LEAST_BYTES, LEAST_CPU, LOOK_SECONDS, Progress
 from fastserve.launcher.server_process import requests_in_flight
+from fastserve.launcher.stall_detector import MIN_BYTES, MIN_CPU, SAMPLE_SECONDS, StallDetector
 
 MINUTES = 10
 
 
 class Start:
-    """A start as `Progress` sees it, each second."""
+    """A start as `StallDetector` sees it, each second."""
 
     def __init__(self, cpu: float = 0.0, read: float = 0.0, logged: float = 0.0) -> None:
         """What comes in a second."""
         self._rates = (cpu, read, logged)
         self.now = 0.0
-        self._progress = Progress(self._work, lambda: int(self._rates[2] * self.now), lambda: self.now)
+        self._progress = StallDetector(self._work, lambda: int(self._rates[2] * self.now), lambda: self.now)
 
     def _work(self) -> tuple[float, int]:
         return self._rates[0] * self.now, int(self._rates[1] * self.now)
@@ -26,28 +26,28 @@ class Start:
         silences = []
         for _ in range(60 * MINUTES):
             self.now += 1.0
-            silences.append(self._progress.seconds_without())
+            silences.append(self._progress.stalled_seconds())
         return max(silences)
 
 
 @pytest.mark.parametrize(
-    "rates", [{"cpu": 2 * LEAST_CPU}, {"cpu": 8.0}, {"read": LEAST_BYTES / 20}, {"logged": 0.1}]
+    "rates", [{"cpu": 2 * MIN_CPU}, {"cpu": 8.0}, {"read": MIN_BYTES / 20}, {"logged": 0.1}]
 )
 def test_a_slow_start_shows_progress(rates: dict[str, float]) -> None:
-    assert Start(**rates).longest_silence() <= 20 + 2 * LOOK_SECONDS
+    assert Start(**rates).longest_silence() <= 20 + 2 * SAMPLE_SECONDS
 
 
-@pytest.mark.parametrize("rates", [{}, {"cpu": LEAST_CPU / 2}, {"read": 100.0}])
+@pytest.mark.parametrize("rates", [{}, {"cpu": MIN_CPU / 2}, {"read": 100.0}])
 def test_threads_that_only_wake_now_and_then_are_none(rates: dict[str, float]) -> None:
     assert Start(**rates).longest_silence() > 120
 
 
 def test_a_process_that_ends_is_a_change() -> None:
     work, now = [100.0], [0.0]
-    progress = Progress(lambda: (work[0], 0), lambda: 0, lambda: now[0])
-    progress.seconds_without()
+    detector = StallDetector(lambda: (work[0], 0), lambda: 0, lambda: now[0])
+    detector.stalled_seconds()
     work[0], now[0] = 1.0, 30.0
-    assert progress.seconds_without() == 0.0
+    assert detector.stalled_seconds() == 0.0
 
 
 def test_requests_in_flight_are_the_sum_of_the_gauges() -> None:
