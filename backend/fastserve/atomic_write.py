@@ -33,7 +33,7 @@ def atomic_write(path: Path, size: int | None = None) -> Iterator[Path]:
     """
     unfinished = _unfinished(path)
     try:
-        with explained(path, size):
+        with write_errors(path, size):
             unfinished.touch()
             mode = unfinished.stat().st_mode
             yield unfinished
@@ -60,12 +60,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     sync or rename it; what the block writes is its own to explain.
     """
     unfinished = _unfinished(path)
-    with explained(path):
+    with write_errors(path):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        with explained(path):
+        with write_errors(path):
             sync(unfinished)
             unfinished.rename(path)
     finally:
@@ -83,7 +83,7 @@ def sync(directory: Path) -> None:
 
 
 @contextmanager
-def explained(path: Path, size: int | None = None) -> Iterator[None]:
+def write_errors(path: Path, size: int | None = None) -> Iterator[None]:
     """Raises WriteError in place of what the system, or a library that it refused, raises in the block.
 
     `size` is how many bytes `path` needs, if that is known.

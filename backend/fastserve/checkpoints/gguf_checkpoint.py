@@ -118,7 +118,5 @@ def gguf_decoder_config(file: GgufFile) -> DecoderConfig:
         return config
     # Llama 3's scaling of the frequencies comes as divisors, computed when the file was made.
     divisors = file.tensors[_ROPE_FACTORS].data.tolist()
-    frequencies = zip(config.inverse_frequencies, divisors, strict=True)
-    return replace(
-        config, inverse_frequencies=tuple(frequency / divisor for frequency, divisor in frequencies)
-    )
+    frequencies = zip(config.inv_freq, divisors, strict=True)
+    return replace(config, inv_freq=tuple(frequency / divisor for frequency, divisor in frequencies))

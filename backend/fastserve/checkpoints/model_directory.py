@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastserve.cache_directory import cached
+from fastserve.cache_directory import cache_path
 from fastserve.checkpoints.gguf_file import GgufFile
 from fastserve.checkpoints.gguf_rope import rope_parameters
 from fastserve.checkpoints.lfs_pointer import refuse_lfs_pointer
@@ -70,7 +70,7 @@ def resolve_tokenizer_directory(model: str | Path) -> Path:
         refuse_lfs_pointer(path / "tokenizer.json")
         return path
     made_by = f"{_CONVERSION}-transformers-{version('transformers')}"
-    directory = cached(f"tokenizers/{GgufFile(path).header_digest()[:32]}-{made_by}")
+    directory = cache_path(f"tokenizers/{GgufFile(path).header_digest()[:32]}-{made_by}")
     if not directory.is_dir():
         _convert_tokenizer(path, directory)
     return directory

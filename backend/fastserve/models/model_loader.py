@@ -11,12 +11,12 @@ from fastserve.checkpoints.decoder_config import DecoderConfig, quant_method, un
 from fastserve.checkpoints.gguf_architectures import DECODERS, transformers_config
 from fastserve.checkpoints.gguf_checkpoint import GgufCheckpoint, gguf_decoder_config
 from fastserve.checkpoints.gguf_file import GgufFile
-from fastserve.checkpoints.layouts import open_checkpoint
 from fastserve.checkpoints.model_directory import context_length, read_transformers_config, resolve_model_path
 from fastserve.checkpoints.model_error import ModelError
-from fastserve.checkpoints.quantization import QUANTIZATIONS
+from fastserve.checkpoints.online_quantization import QUANTIZATIONS
+from fastserve.checkpoints.quant_methods import open_checkpoint
 from fastserve.models.causal_lm import CausalLM, resolve_max_model_len
-from fastserve.models.decoder_loading import load_decoder
+from fastserve.models.decoder_loader import load_decoder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -20,11 +20,17 @@ from fastserve.checkpoints.kv_cache_scheme import KVCacheShapes
 from fastserve.checkpoints.model_directory import context_length
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.safetensors_files import open_safetensors, weight_files
+from fastserve.models.attention_interface import (
+    ATTENTION,
+    PROBE_BLOCK_SIZE,
+    ForwardContext,
+    ProbeContext,
+    forward_context,
+)
 from fastserve.models.causal_lm import resolve_max_model_len
-from fastserve.models.expert_choices import RecordChoices, RepeatChoices
+from fastserve.models.expert_routing import RecordRouting, ReplayRouting
 from fastserve.models.falcon_attention import use_paged_falcon_attention
 from fastserve.models.kv_cache import KVCaches
-from fastserve.models.paged_interface import ATTENTION, PROBE_BLOCK_SIZE, PagedStep, Probe, running
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 _PROMPT_LENGTH = 2 * PROBE_BLOCK_SIZE + 5
@@ -47,7 +53,7 @@ class TransformersModel:
         self.dtype = model.dtype
         self.device = model.device
         prompt = _random_prompt(self.vocab_size, self.device)[:max_position]
-        choices = RecordChoices()
+        choices = RecordRouting()
         with torch.inference_mode(), choices:
             expected = model(input_ids=prompt[None], use_cache=False).logits[0].float()
         _use_paged_attention(model)
@@ -61,7 +67,7 @@ class TransformersModel:
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, meta: AttentionMetadata, kv_caches: KVCaches) -> Tensor:
         """The final hidden states [T, hidden] of token_ids [T] int64; keys and values go into the caches."""
-        return self._run(token_ids, PagedStep(meta, kv_caches))
+        return self._run(token_ids, ForwardContext(meta, kv_caches))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -69,8 +75,8 @@ class TransformersModel:
         self._given.hidden_states = hidden[None]
         return self._head(use_cache=False).logits[0].float()
 
-    def _run(self, token_ids: Tensor, step: PagedStep) -> Tensor:
-        with running(step):
+    def _run(self, token_ids: Tensor, step: ForwardContext) -> Tensor:
+        with forward_context(step):
             output = self._body(
                 input_ids=token_ids[None], position_ids=step.meta.positions[None], use_cache=False
             )
@@ -78,7 +84,7 @@ class TransformersModel:
 
     @torch.inference_mode()
     def _check(
-        self, prompt: Tensor, expected: Tensor, choices: RecordChoices, num_layers: int
+        self, prompt: Tensor, expected: Tensor, choices: RecordRouting, num_layers: int
     ) -> list[tuple[torch.Size, torch.Size]]:
         """Computes `prompt` [T] over scattered blocks and compares with the logits `expected` [T, vocab],
         where a mixture of experts made `choices`.
@@ -95,19 +101,19 @@ class TransformersModel:
         ) -> AttentionMetadata:
             return AttentionMetadata.build(query_lens, context_lens, tables, PROBE_BLOCK_SIZE, self.device)
 
-        probe = Probe(metadata([first], [first], [table]))
+        probe = ProbeContext(metadata([first], [first], [table]))
         positions = torch.arange(length, device=self.device)
         positions_second = torch.cat((positions[:beginning], positions[first:]))
         try:
-            with RepeatChoices(choices, positions[:first]):
+            with ReplayRouting(choices, positions[:first]):
                 logits_first = self.logits(self._run(prompt[:first], probe))
             if len(probe.kv_caches) < num_layers:
                 raise ModelError(f"layer {len(probe.kv_caches)} keeps a state other than keys and values")
-            step = PagedStep(
+            step = ForwardContext(
                 metadata([beginning, length - first], [beginning, length], [other_table, table]),
                 probe.kv_caches,
             )
-            with RepeatChoices(choices, positions_second):
+            with ReplayRouting(choices, positions_second):
                 logits_second = self.logits(self._run(prompt[positions_second], step))
         except ModelError:
             raise

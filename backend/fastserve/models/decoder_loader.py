@@ -17,10 +17,10 @@ from fastserve import heap
 from fastserve.checkpoints.checkpoint import Checkpoint
 from fastserve.checkpoints.decoder_config import DecoderConfig
 from fastserve.checkpoints.model_error import ModelError
-from fastserve.checkpoints.quantization import quantize, quantize_head
+from fastserve.checkpoints.online_quantization import quantize, quantize_head
 from fastserve.checkpoints.weight_rows import stack_rows
 from fastserve.models.decoder import Decoder, DecoderLayer, DecoderWeights
-from fastserve.models.linear import AnyLinear, Linear, LinearRows
+from fastserve.models.linear import AnyLinear, Linear, MixedFormatLinear
 from fastserve_kernels.formats import Dense, Weight
 from fastserve_kernels.formats.prepared import prepare
 
@@ -77,13 +77,13 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.q_proj": (queries, hidden, config.qkv_bias),
         "self_attn.k_proj": (keys, hidden, config.qkv_bias),
         "self_attn.v_proj": (keys, hidden, config.qkv_bias),
-        "self_attn.o_proj": (hidden, queries, config.output_bias),
+        "self_attn.o_proj": (hidden, queries, config.o_proj_bias),
         "mlp.gate_proj": (inner, hidden, config.mlp_bias),
         "mlp.up_proj": (inner, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, inner, config.mlp_bias),
     }
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if config.query_key_norm:
+    if config.qk_norm:
         norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
     shapes: dict[str, tuple[int, ...]] = {
         EMBEDDING: (config.vocab_size, hidden),
@@ -209,7 +209,7 @@ class _Reader:
             embedding=_EmbeddingOnDemand(self._embedding) if one_layer_at_a_time else self._embedding(),
             layers=layers if one_layer_at_a_time else layers[:],
             final_norm=self._tensor("model.norm.weight"),
-            head=self._linear(False, head, quantize=quantize_head),
+            lm_head=self._linear(False, head, quantize=quantize_head),
         )
 
     def _embedding(self) -> Tensor:
@@ -218,16 +218,16 @@ class _Reader:
     def _layer(self, index: int) -> DecoderLayer:
         config, prefix = self._config, f"model.layers.{index}."
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        normed = config.query_key_norm
+        normed = config.qk_norm
         return DecoderLayer(
-            input_norm=self._tensor(f"{prefix}input_layernorm.weight"),
-            qkv=self._linear(config.qkv_bias, *(f"{attention}{name}_proj" for name in "qkv")),
-            query_norm=self._tensor(f"{attention}q_norm.weight") if normed else None,
-            key_norm=self._tensor(f"{attention}k_norm.weight") if normed else None,
-            output=self._linear(config.output_bias, f"{attention}o_proj"),
-            mlp_norm=self._tensor(f"{prefix}post_attention_layernorm.weight"),
-            gate_up=self._linear(config.mlp_bias, f"{mlp}gate_proj", f"{mlp}up_proj"),
-            down=self._linear(config.mlp_bias, f"{mlp}down_proj"),
+            input_layernorm=self._tensor(f"{prefix}input_layernorm.weight"),
+            qkv_proj=self._linear(config.qkv_bias, *(f"{attention}{name}_proj" for name in "qkv")),
+            q_norm=self._tensor(f"{attention}q_norm.weight") if normed else None,
+            k_norm=self._tensor(f"{attention}k_norm.weight") if normed else None,
+            o_proj=self._linear(config.o_proj_bias, f"{attention}o_proj"),
+            post_attention_layernorm=self._tensor(f"{prefix}post_attention_layernorm.weight"),
+            gate_up_proj=self._linear(config.mlp_bias, f"{mlp}gate_proj", f"{mlp}up_proj"),
+            down_proj=self._linear(config.mlp_bias, f"{mlp}down_proj"),
             sliding_window=config.sliding_windows[index],
         )
 
@@ -242,7 +242,7 @@ class _Reader:
             Linear(prepare(weight, self._device, self._dtype), part)
             for weight, part in zip(weights, biases, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else LinearRows(tuple(parts))
+        return parts[0] if len(parts) == 1 else MixedFormatLinear(tuple(parts))
 
     def _weights(self, names: list[str], quantize: Quantize) -> list[Weight]:
         """The matrices of these names."""
