@@ -122,3 +122,15 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         monkeypatch.setattr(Path, "write_bytes", refuse)
 
     return fill
+
+
+def test_a_directory_is_on_the_disk_with_all_that_lies_under_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    with atomic_directory(tmp_path / "whole") as unfinished:
+        (unfinished / "inner").mkdir()
+        (unfinished / "inner" / "file").write_text("content")
+    written = (tmp_path / "whole", tmp_path / "whole" / "inner", tmp_path / "whole" / "inner" / "file")
+    assert synced == {path.stat().st_ino for path in written}

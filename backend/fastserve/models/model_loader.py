@@ -8,13 +8,16 @@ import torch
 from transformers import PretrainedConfig
 
 from fastserve.checkpoints.decoder_config import DecoderConfig, quant_method, unsupported_reason
-from fastserve.checkpoints.gguf_architectures import DECODERS, transformers_config
-from fastserve.checkpoints.gguf_checkpoint import GgufCheckpoint, gguf_decoder_config
+from fastserve.checkpoints.gguf_architectures import DECODERS
+from fastserve.checkpoints.gguf_checkpoint import GgufCheckpoint
+from fastserve.checkpoints.gguf_config import gguf_config, gguf_decoder_config
 from fastserve.checkpoints.gguf_file import GgufFile
-from fastserve.checkpoints.model_directory import context_length, read_transformers_config, resolve_model_path
 from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.model_metadata import context_length
+from fastserve.checkpoints.model_path import resolve_model_path
 from fastserve.checkpoints.online_quantization import QUANTIZATIONS
 from fastserve.checkpoints.quant_methods import open_checkpoint
+from fastserve.checkpoints.transformers_config import read_transformers_config
 from fastserve.models.causal_lm import CausalLM, resolve_max_model_len
 from fastserve.models.decoder_loader import load_decoder
 
@@ -74,7 +77,7 @@ def _load_gguf(
 ) -> CausalLM:
     file = GgufFile(path)
     wanted = DTYPES.get(dtype, GgufCheckpoint.dtype)
-    described = transformers_config(file)
+    described = gguf_config(file)
     if file.architecture in DECODERS:
         config, checkpoint = gguf_decoder_config(file), GgufCheckpoint(file)
         max_position = resolve_max_model_len(path, context_length(path), max_model_len)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fastserve.checkpoints.kv_cache_scheme import KVCacheShapes
-from fastserve.checkpoints.model_directory import context_length
 from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.model_metadata import context_length
 from fastserve.checkpoints.safetensors_files import open_safetensors, weight_files
 from fastserve.models.attention_interface import (
     ATTENTION,

@@ -16,10 +16,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from fastserve.checkpoints.gguf_checkpoint import gguf_decoder_config
+from fastserve.checkpoints.gguf_config import gguf_decoder_config
 from fastserve.checkpoints.gguf_file import GgufFile
-from fastserve.checkpoints.model_directory import context_length
 from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.model_metadata import context_length
 from fastserve.models.decoder import Decoder
 from fastserve.models.model_loader import load_model
 
