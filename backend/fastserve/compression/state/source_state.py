@@ -16,7 +16,7 @@ from fastserve.checkpoints.safetensors_checkpoint import SafetensorsCheckpoint
 from fastserve.checkpoints.transformers_config import read_transformers_config
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.state.model_state import State
-from fastserve.models.decoder_loader import has_own_head
+from fastserve.models.decoder_tensors import has_own_head
 from fastserve_kernels.formats import Dense, Weight
 
 
