@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastserve import assets as downloads
-from fastserve.assets import Wheel, unpacked
+from fastserve.assets import Wheel, wheel_directory
 from fastserve.start_error import StartError
 
 
@@ -40,7 +40,7 @@ def wheel(tmp_path: Path) -> Wheel:
 
 
 def test_only_the_wanted_files_are_unpacked_with_their_permissions(cache: Path, wheel: Wheel) -> None:
-    directory = unpacked(wheel)
+    directory = wheel_directory(wheel)
     assert directory == cache / "fastserve-probe-1.0"
     files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     assert files == {"probe/bin/run", "probe/data"}
@@ -60,21 +60,21 @@ def test_it_is_fetched_once_also_by_two_at_the_same_time(
 
     monkeypatch.setattr(downloads, "_fetch", counted)
     with ThreadPoolExecutor(2) as threads:
-        first, second = threads.map(unpacked, [wheel, wheel])
-    assert first == second == unpacked(wheel)
+        first, second = threads.map(wheel_directory, [wheel, wheel])
+    assert first == second == wheel_directory(wheel)
     assert len(fetches) == 1
 
 
 def test_a_wheel_with_another_hash_is_refused_and_leaves_nothing(cache: Path, wheel: Wheel) -> None:
     altered = Wheel(wheel.project, wheel.version, "0" * 64, wheel.members)
     with pytest.raises(StartError, match=r"pip could not fetch fastserve-probe==1\.0"):
-        unpacked(altered)
+        wheel_directory(altered)
     assert [path.name for path in cache.iterdir()] == ["fastserve-probe-1.0.lock"]
 
 
 def test_a_wheel_that_is_nowhere_names_the_remedy(cache: Path) -> None:
     with pytest.raises(StartError, match=r"check the network .* PIP_FIND_LINKS"):
-        unpacked(Wheel("fastserve-nowhere", "1.0", "0" * 64, ()))
+        wheel_directory(Wheel("fastserve-nowhere", "1.0", "0" * 64, ()))
 
 
 def test_a_cache_that_cannot_be_written_names_the_remedy(
@@ -84,7 +84,7 @@ def test_a_cache_that_cannot_be_written_names_the_remedy(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     with pytest.raises(StartError, match="set XDG_CACHE_HOME"):
-        unpacked(wheel)
+        wheel_directory(wheel)
 
 
 def test_a_python_without_pip_names_the_remedy(
@@ -92,4 +92,4 @@ def test_a_python_without_pip_names_the_remedy(
 ) -> None:
     monkeypatch.setattr(downloads.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StartError, match="-m ensurepip"):
-        unpacked(wheel)
+        wheel_directory(wheel)

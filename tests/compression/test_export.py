@@ -160,7 +160,7 @@ def test_2_of_4_is_2_of_4_again(write: Callable) -> None:
     _, directory = write(lambda _, __, w: Sparse24.pack(w))
     names = json.loads((directory / "config.json").read_text())["fastserve_two_of_four"]
     assert len(names) == 21
-    from fastserve.checkpoints.layouts import open_checkpoint
+    from fastserve.checkpoints.quant_methods import open_checkpoint
 
     checkpoint = open_checkpoint(directory, AutoConfig.from_pretrained(directory))
     assert all(isinstance(checkpoint.read_packed(f"{name}.weight", exact=True), Sparse24) for name in names)

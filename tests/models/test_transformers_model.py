@@ -16,8 +16,8 @@ from transformers.masking_utils import (
 )
 
 from fastserve.checkpoints.model_error import ModelError
+from fastserve.models.attention_interface import CausalMask, ProbeContext, causal_mask, forward_context
 from fastserve.models.model_loader import load_model
-from fastserve.models.paged_interface import CausalMask, Probe, causal_mask, running
 from fastserve.models.transformers_model import TransformersModel
 from fastserve_kernels import ops
 from fastserve_kernels.attention_metadata import AttentionMetadata
@@ -171,8 +171,8 @@ def test_the_check_at_load_sees_a_wrong_attention(
 def test_a_mask_is_accepted_only_if_it_is_the_rule(
     window: int | None, rule: Callable, accepted: bool
 ) -> None:
-    probe = Probe(AttentionMetadata.build([1], [1], [[0]], 8, "cpu"))
-    with running(probe):
+    probe = ProbeContext(AttentionMetadata.build([1], [1], [[0]], 8, "cpu"))
+    with forward_context(probe):
         mask = causal_mask(mask_function=rule, local_size=window)
     assert mask == (CausalMask(window) if accepted else None)
 

@@ -32,18 +32,18 @@ class DecoderConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    norm_eps: float
+    rms_norm_eps: float
     tie_word_embeddings: bool
     qkv_bias: bool
-    output_bias: bool
+    o_proj_bias: bool
     """Of the projection after attention."""
     mlp_bias: bool
-    query_key_norm: bool
+    qk_norm: bool
     sliding_windows: tuple[int | None, ...]
     """One per layer; None: the layer sees everything before."""
-    inverse_frequencies: tuple[float, ...]
+    inv_freq: tuple[float, ...]
     """Of the rotary embedding, head_dim / 2 of them (theta_i of arXiv 2104.09864), scaled to the context."""
-    rotary_scale: float
+    attention_scaling: float
     """Factor of cosine and sine (the attention factor of YaRN, arXiv 2309.00071)."""
 
     @property
@@ -56,7 +56,7 @@ class DecoderConfig:
         reason = unsupported_reason(config)
         if reason is not None:
             raise ModelError(f"not a decoder of the Llama family as FastServe has it: {reason}")
-        inverse_frequencies, rotary_scale = _rotary_parameters(config)
+        inv_freq, attention_scaling = _rotary_parameters(config)
         attention_bias = getattr(config, "attention_bias", False)
         return cls(
             vocab_size=config.vocab_size,
@@ -65,24 +65,24 @@ class DecoderConfig:
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
             head_dim=_head_dim(config),
-            norm_eps=config.rms_norm_eps,
+            rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_word_embeddings,
             qkv_bias=attention_bias or config.model_type == "qwen2",
-            output_bias=attention_bias,
+            o_proj_bias=attention_bias,
             mlp_bias=getattr(config, "mlp_bias", False),
-            query_key_norm=config.model_type == "qwen3",
+            qk_norm=config.model_type == "qwen3",
             sliding_windows=_sliding_windows(config),
-            inverse_frequencies=tuple(inverse_frequencies.tolist()),
-            rotary_scale=rotary_scale,
+            inv_freq=tuple(inv_freq.tolist()),
+            attention_scaling=attention_scaling,
         )
 
     def rotary_tables(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine [length, head_dim] of every position, computed in float32 as transformers does."""
-        frequencies = torch.tensor(self.inverse_frequencies, dtype=torch.float32, device=device)
-        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies).repeat(
-            1, 2
-        )
-        return (angles.cos() * self.rotary_scale).to(dtype), (angles.sin() * self.rotary_scale).to(dtype)
+        inv_freq = torch.tensor(self.inv_freq, dtype=torch.float32, device=device)
+        positions = torch.arange(length, dtype=torch.float32, device=device)
+        angles = torch.outer(positions, inv_freq).repeat(1, 2)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(dtype), sin.to(dtype)
 
 
 def unsupported_reason(config: PretrainedConfig) -> str | None:

@@ -1,6 +1,6 @@
-"""The architectures of GGUF files, and the configs of transformers that their metadata describe.
+"""The architectures of GGUF files: what each has in its metadata, in the words of transformers' configs.
 
-What a file does not say is what llama.cpp takes for it.
+Where a file is silent, the defaults are llama.cpp's.
 """
 
 from __future__ import annotations
@@ -9,11 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
-
 from fastserve.checkpoints.gguf_file import GgufFile
-from fastserve.checkpoints.gguf_rope import head_dim, rope_parameters
-from fastserve.checkpoints.model_directory import eos_token_ids
+from fastserve.checkpoints.gguf_rope import rope_parameters
 from fastserve.checkpoints.model_error import ModelError
 
 Fields = dict[str, Any]
@@ -35,55 +32,23 @@ class GgufArchitecture:
     """Whether the weights of norms are stored plus one."""
 
 
-def transformers_config(file: GgufFile) -> PretrainedConfig:
-    """The config of the model in a GGUF file. Raises ModelError, for an unknown architecture too."""
-    architecture = ARCHITECTURES.get(file.architecture)
-    if architecture is None:
-        known = ", ".join(ARCHITECTURES)
-        raise ModelError(f"{file.path}: GGUF architecture {file.architecture!r} is not one of {known}")
-    is_rms = "rms" in architecture.norm_field
-    heads = file.required("attention.head_count")
-    fields: Fields = {
-        "vocab_size": int(file.tensors["token_embd.weight"].shape[1]),
-        "hidden_size": file.required("embedding_length"),
-        "intermediate_size": file.required("feed_forward_length"),
-        "num_hidden_layers": file.required("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": _value(file, "attention.head_count_kv", heads),
-        "head_dim": head_dim(file),
-        architecture.norm_field: file.required(f"attention.layer_norm_{'rms_' if is_rms else ''}epsilon"),
-        "max_position_embeddings": file.required("context_length"),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "rope_parameters": rope_parameters(file),
-        "bos_token_id": file.value("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": eos_token_ids(file.path),
-        "pad_token_id": None,
-    }
-    fields |= architecture.fields(file)
-    return AutoConfig.for_model(fields.pop("model_type", architecture.model_type), **fields)
-
-
-def _value(file: GgufFile, key: str, default: Any = None) -> Any:
-    return file.value(f"{file.architecture}.{key}", default)
-
-
 def _has(file: GgufFile, tensor: str) -> bool:
     return f"blk.0.{tensor}" in file.tensors
 
 
 def _layer_types(file: GgufFile, period: int) -> list[str]:
     """Every `period`-th layer sees everything, the others a window; or as the file lists them."""
-    layers = range(file.required("block_count"))
-    pattern = _value(file, "attention.sliding_window_pattern", period)
+    layers = range(file.required_value("block_count"))
+    pattern = file.architecture_value("attention.sliding_window_pattern", period)
     is_windowed = pattern if isinstance(pattern, list) else [bool((i + 1) % pattern) for i in layers]
     return ["sliding_attention" if is_windowed[i] else "full_attention" for i in layers]
 
 
 def _query_scale(file: GgufFile, layers_of_27b: int) -> int:
     """Queries are divided by its square root. No file says it; the models of 27B are an exception."""
-    if file.required("block_count") == layers_of_27b:
-        return file.required("embedding_length") // file.required("attention.head_count")
-    return head_dim(file)
+    if file.required_value("block_count") == layers_of_27b:
+        return file.required_value("embedding_length") // file.required_value("attention.head_count")
+    return file.head_dim
 
 
 def _none(file: GgufFile) -> Fields:
@@ -91,7 +56,7 @@ def _none(file: GgufFile) -> Fields:
 
 
 def _llama(file: GgufFile) -> Fields:
-    window = _value(file, "attention.sliding_window")
+    window = file.architecture_value("attention.sliding_window")
     model_type = "llama" if window is None else "mistral"
     return _biases(file) | {"model_type": model_type, "sliding_window": window}
 
@@ -102,41 +67,41 @@ def _qwen(file: GgufFile) -> Fields:
 
 def _gemma2(file: GgufFile) -> Fields:
     return {
-        "sliding_window": _value(file, "attention.sliding_window", 4096),
+        "sliding_window": file.architecture_value("attention.sliding_window", 4096),
         "layer_types": _layer_types(file, period=2),
         "query_pre_attn_scalar": _query_scale(file, layers_of_27b=46),
-        "attn_logit_softcapping": _value(file, "attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": _value(file, "final_logit_softcapping", 30.0),
+        "attn_logit_softcapping": file.architecture_value("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": file.architecture_value("final_logit_softcapping", 30.0),
     }
 
 
 def _gemma3(file: GgufFile) -> Fields:
     return {
-        "sliding_window": _value(file, "attention.sliding_window"),
+        "sliding_window": file.architecture_value("attention.sliding_window"),
         "layer_types": _layer_types(file, period=6),
         "query_pre_attn_scalar": _query_scale(file, layers_of_27b=62),
-        "final_logit_softcapping": _value(file, "final_logit_softcapping"),
+        "final_logit_softcapping": file.architecture_value("final_logit_softcapping"),
     }
 
 
 def _phi3(file: GgufFile) -> Fields:
     rope = rope_parameters(file)
-    length = file.required("context_length")
+    length = file.required_value("context_length")
     return {
-        "sliding_window": _value(file, "attention.sliding_window") or None,
+        "sliding_window": file.architecture_value("attention.sliding_window") or None,
         "rope_parameters": {"partial_rotary_factor": 1.0} | rope,
         "original_max_position_embeddings": rope.get("original_max_position_embeddings", length),
     }
 
 
 def _granite(file: GgufFile) -> Fields:
-    if not _value(file, "rope.scaling.finetuned", True):
+    if not file.architecture_value("rope.scaling.finetuned", True):
         raise ModelError(f"{file.path}: granite.rope.scaling.finetuned: got False; allowed: True")
     return _biases(file) | {
-        "logits_scaling": file.required("logit_scale"),
-        "residual_multiplier": _value(file, "residual_scale") or 1.0,
-        "embedding_multiplier": _value(file, "embedding_scale") or 1.0,
-        "attention_multiplier": _value(file, "attention.scale") or head_dim(file) ** -0.5,
+        "logits_scaling": file.required_value("logit_scale"),
+        "residual_multiplier": file.architecture_value("residual_scale") or 1.0,
+        "embedding_multiplier": file.architecture_value("embedding_scale") or 1.0,
+        "attention_multiplier": file.architecture_value("attention.scale") or file.head_dim**-0.5,
     }
 
 

@@ -36,14 +36,32 @@ class GgufFile:
         """llama.cpp's name of the architecture, the prefix of its metadata keys."""
         return self.value("general.architecture")
 
+    @property
+    def vocab_size(self) -> int:
+        """The rows of the embedding. Raises KeyError if the file has none."""
+        return int(self.tensors["token_embd.weight"].shape[1])
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of each head's query. Raises ModelError if the file does not say."""
+        return self.architecture_value("attention.key_length") or (
+            self.required_value("embedding_length") // self.required_value("attention.head_count")
+        )
+
     def value(self, key: str, default: Any = None) -> Any:
-        """A metadata value that is no array of strings; `default` if it is not there."""
+        """The metadata value of a whole key, such as `tokenizer.ggml.pre`; `default` if it is not there, or
+        if it is an array of strings."""
         field = self._reader.get_field(key)
         return default if field is None else field.contents()
 
-    def required(self, key: str) -> Any:
-        """A metadata value of the architecture: `context_length`. Raises ModelError if it is not there."""
-        found = self.value(f"{self.architecture}.{key}")
+    def architecture_value(self, key: str, default: Any = None) -> Any:
+        """The metadata value of a key of the architecture, such as `rope.freq_base`; `default` if it is not
+        there."""
+        return self.value(f"{self.architecture}.{key}", default)
+
+    def required_value(self, key: str) -> Any:
+        """The metadata value of a key of the architecture. Raises ModelError if it is not there."""
+        found = self.architecture_value(key)
         if found is None:
             raise ModelError(f"{self.path}: the metadata has no {self.architecture}.{key}")
         return found
@@ -51,6 +69,11 @@ class GgufFile:
     def header_digest(self) -> str:
         """SHA-256 of everything before the tensors' data: what a tokenizer is made of, and its version."""
         return hashlib.sha256(self._reader.data[: self._reader.data_offset].tobytes()).hexdigest()
+
+
+def tensor_shape(tensor: ReaderTensor) -> tuple[int, ...]:
+    """The shape of a tensor as torch has it, rows first: GGUF lists the innermost dimension first."""
+    return tuple(int(size) for size in reversed(tensor.shape))
 
 
 class _HeaderReader(GGUFReader):

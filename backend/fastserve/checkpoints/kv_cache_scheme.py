@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve.checkpoints.model_directory import read_transformers_config
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.safetensors_checkpoint import SafetensorsCheckpoint
+from fastserve.checkpoints.transformers_config import read_transformers_config
 
 KVCacheShapes = list[tuple[tuple[int, ...], tuple[int, ...]]]
 """Of each layer's keys and values."""

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import ModelFiles, locate
-from fastserve.checkpoints.quantization import QUANTIZATIONS
+from fastserve.checkpoints.online_quantization import QUANTIZATIONS
 from fastserve.config import ConfigError
 from fastserve.corpus.windows import TextError, evaluation_text, read_text, token_windows
 from fastserve.embedded import Model

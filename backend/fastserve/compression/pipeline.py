@@ -10,7 +10,7 @@ import msgspec
 import torch
 from rich.progress import Progress
 
-from fastserve.atomic_write import explained, write_bytes
+from fastserve.atomic_write import write_bytes, write_errors
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.recipe import Recipe, check_recipe
@@ -90,7 +90,7 @@ def _open_work_directory(work: Path, digest: str, restart: bool) -> None:
         shutil.rmtree(work, ignore_errors=True)
     if not (work / RUN).is_file():
         shutil.rmtree(work, ignore_errors=True)
-        with explained(work):
+        with write_errors(work):
             work.mkdir(parents=True)
         write_bytes(work / RUN, msgspec.json.encode({"digest": digest}))
     elif msgspec.json.decode((work / RUN).read_bytes())["digest"] != digest:

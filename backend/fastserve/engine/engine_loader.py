@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from fastserve.checkpoints.model_directory import eos_token_ids
 from fastserve.checkpoints.model_files import ModelFiles
+from fastserve.checkpoints.model_metadata import eos_token_ids
 from fastserve.config import Config
 from fastserve.engine.engine import Engine
 from fastserve.engine.guides import GuideCompiler

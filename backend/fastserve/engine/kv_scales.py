@@ -20,7 +20,7 @@ from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.corpus.windows import calibration_text, token_windows
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.kv_cache import KV_CACHE_DTYPES, make_kv_caches
-from fastserve.models.kv_rounding import candidate_scales, least_error, squared_errors
+from fastserve.models.kv_cache_quantization import candidate_scales, least_error, squared_errors
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 WINDOWS, WINDOW_LENGTH = 4, 256

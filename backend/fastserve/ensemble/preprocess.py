@@ -14,8 +14,8 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from fastserve.checkpoints.model_directory import context_length, model_vocab_size
 from fastserve.checkpoints.model_files import locate
+from fastserve.checkpoints.model_metadata import context_length, model_vocab_size
 from fastserve.config import read_config
 from fastserve.ensemble.inputs import read_inputs, read_parameters
 from fastserve.ensemble.metrics import requests_total

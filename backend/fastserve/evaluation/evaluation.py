@@ -69,7 +69,7 @@ class SequenceRunner:
         metadata = AttentionMetadata.build([count], [count], [self._blocks], BLOCK_SIZE, self.model.device)
         token_ids = sequences.to(self.model.device).unbind()
         if isinstance(self.model, Decoder):
-            return self.model.forward_each(token_ids, [metadata] * len(token_ids), self._caches)
+            return self.model.forward_layerwise(token_ids, [metadata] * len(token_ids), self._caches)
         return [self.model.forward(ids, metadata, self._caches) for ids in token_ids]
 
 

@@ -21,16 +21,16 @@ from fastserve_kernels.attention_metadata import AttentionMetadata
 class DecoderLayer:
     """The weights of a layer, fused where one input meets several of them."""
 
-    input_norm: Tensor
-    qkv: AnyLinear
+    input_layernorm: Tensor
+    qkv_proj: AnyLinear
     """Rows: all heads' queries, then keys, then values."""
-    query_norm: Tensor | None
-    key_norm: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
     """Over each head's query and key (Qwen3); None: not normed."""
-    output: AnyLinear
-    mlp_norm: Tensor
-    gate_up: AnyLinear
-    down: AnyLinear
+    o_proj: AnyLinear
+    post_attention_layernorm: Tensor
+    gate_up_proj: AnyLinear
+    down_proj: AnyLinear
     sliding_window: int | None
 
 
@@ -49,7 +49,7 @@ class DecoderWeights:
     layers: Sequence[DecoderLayer]
     """Taken one after the other, so that they may be read as they are asked for."""
     final_norm: Tensor
-    head: AnyLinear
+    lm_head: AnyLinear
 
 
 class _Batch(NamedTuple):
@@ -92,7 +92,7 @@ class Decoder:
         return self._norm(batch, self.weights.final_norm)[0]
 
     @torch.inference_mode()
-    def forward_each(
+    def forward_layerwise(
         self, token_ids: Sequence[Tensor], metas: Sequence[AttentionMetadata], kv_caches: KVCaches
     ) -> list[Tensor]:
         """`forward` of several batches, where each layer does all of them before the next one begins: a layer
@@ -112,17 +112,18 @@ class Decoder:
         return _Batch(embedded, None, (self._cos[meta.positions], self._sin[meta.positions]), meta)
 
     def _through(self, layer: DecoderLayer, batch: _Batch, kv_cache: KVCache) -> _Batch:
-        normed, hidden = self._norm(batch, layer.input_norm)
-        attended = layer.output(self._attention(layer, normed, batch.rotation, batch.meta, kv_cache))
-        normed, hidden = ops.add_rms_norm(attended, hidden, layer.mlp_norm, self.config.norm_eps)
-        transformed = layer.down(ops.swiglu(layer.gate_up(normed)))
+        normed, hidden = self._norm(batch, layer.input_layernorm)
+        attended = layer.o_proj(self._attention(layer, normed, batch.rotation, batch.meta, kv_cache))
+        norm, eps = layer.post_attention_layernorm, self.config.rms_norm_eps
+        normed, hidden = ops.add_rms_norm(attended, hidden, norm, eps)
+        transformed = layer.down_proj(ops.swiglu(layer.gate_up_proj(normed)))
         return batch._replace(hidden=hidden, residual=transformed)
 
     def _norm(self, batch: _Batch, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden states normed, and as they are."""
         if batch.residual is None:
-            return ops.rms_norm(batch.hidden, weight, self.config.norm_eps), batch.hidden
-        return ops.add_rms_norm(batch.residual, batch.hidden, weight, self.config.norm_eps)
+            return ops.rms_norm(batch.hidden, weight, self.config.rms_norm_eps), batch.hidden
+        return ops.add_rms_norm(batch.residual, batch.hidden, weight, self.config.rms_norm_eps)
 
     def _attention(
         self,
@@ -133,11 +134,11 @@ class Decoder:
         cache: KVCache,
     ) -> Tensor:
         """What each token gathers from those before it, [T, heads * head_dim]."""
-        heads = layer.qkv(normed).view(normed.shape[0], -1, self.config.head_dim)
+        heads = layer.qkv_proj(normed).view(normed.shape[0], -1, self.config.head_dim)
         q, k, v = heads.split(self._head_counts, dim=1)
-        if layer.query_norm is not None and layer.key_norm is not None:
-            q = ops.rms_norm(q, layer.query_norm, self.config.norm_eps)
-            k = ops.rms_norm(k, layer.key_norm, self.config.norm_eps)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = ops.rms_norm(q, layer.q_norm, self.config.rms_norm_eps)
+            k = ops.rms_norm(k, layer.k_norm, self.config.rms_norm_eps)
         caches, scales = (cache.keys, cache.values), (cache.k_scale, cache.v_scale)
         q = ops.rotary_write_kv(q, k, v, *rotation, *caches, meta.slot_mapping, *scales)
         attended = ops.paged_attention(q, *caches, meta, self._scale, layer.sliding_window, None, *scales)
@@ -146,4 +147,4 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """The scores [n, vocab] float32 of the token that follows each row of `hidden` [n, hidden]."""
-        return self.weights.head(hidden).float()
+        return self.weights.lm_head(hidden).float()

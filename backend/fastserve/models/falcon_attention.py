@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
 from fastserve.checkpoints.model_error import ModelError
-from fastserve.models.paged_interface import ATTENTION, CausalMask, paged_attention
+from fastserve.models.attention_interface import ATTENTION, CausalMask, paged_attention
 
 
 class PagedFalconAttention(FalconAttention):

@@ -12,7 +12,7 @@ from fastserve.checkpoints.kv_cache_scheme import KVCacheShapes, KVScales
 
 KV_CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """Those that `--kv-cache-dtype` names."""
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """The magnitude of the largest number that a cache of 8 bits holds, before its scale."""
 
 

@@ -24,7 +24,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class LinearRows:
+class MixedFormatLinear:
     """One linear layer whose rows are held in several formats."""
 
     parts: tuple[Linear, ...]
@@ -35,4 +35,4 @@ class LinearRows:
         return torch.cat([part(x) for part in self.parts], dim=1)
 
 
-AnyLinear = Linear | LinearRows
+AnyLinear = Linear | MixedFormatLinear

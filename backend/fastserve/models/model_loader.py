@@ -1,22 +1,27 @@
-"""From a path or a name to a model that is ready to serve."""
+"""From a path or a name to a model that is ready to serve: this file picks who reads and who computes it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
+from fastserve.checkpoints.checkpoint import Checkpoint
 from fastserve.checkpoints.decoder_config import DecoderConfig, quant_method, unsupported_reason
-from fastserve.checkpoints.gguf_architectures import DECODERS, transformers_config
-from fastserve.checkpoints.gguf_checkpoint import GgufCheckpoint, gguf_decoder_config
+from fastserve.checkpoints.gguf_architectures import DECODERS
+from fastserve.checkpoints.gguf_checkpoint import GgufCheckpoint
+from fastserve.checkpoints.gguf_config import gguf_config, gguf_decoder_config
 from fastserve.checkpoints.gguf_file import GgufFile
-from fastserve.checkpoints.layouts import open_checkpoint
-from fastserve.checkpoints.model_directory import context_length, read_transformers_config, resolve_model_path
 from fastserve.checkpoints.model_error import ModelError
-from fastserve.checkpoints.quantization import QUANTIZATIONS
+from fastserve.checkpoints.model_metadata import context_length
+from fastserve.checkpoints.model_path import resolve_model_path
+from fastserve.checkpoints.online_quantization import QUANTIZATIONS
+from fastserve.checkpoints.quant_methods import open_checkpoint
+from fastserve.checkpoints.transformers_config import read_transformers_config
 from fastserve.models.causal_lm import CausalLM, resolve_max_model_len
-from fastserve.models.decoder_loading import load_decoder
+from fastserve.models.decoder_loader import load_decoder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -40,77 +45,78 @@ def load_model(
 
     Raises ModelError if the model cannot be found, read or served.
     """
-    path, device = resolve_model_path(model), torch.device(device)
+    path = resolve_model_path(model)
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype: got {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization: got {quantization!r}; allowed: {', '.join(QUANTIZATIONS)}")
-    if path.is_file():
-        return _load_gguf(path, dtype, device, max_model_len, quantization, one_layer_at_a_time)
-    config = read_transformers_config(path)
-    reason = unsupported_reason(config)
-    if reason is None:
-        method = quant_method(config)
-        if method is not None and quantization != "auto":
-            raise ModelError(
-                f"quantization: got {quantization!r}; allowed for {path}: auto, because its weights are "
-                f"quantized already (quant_method {method!r})"
-            )
-        return _load_directory(path, config, dtype, device, max_model_len, quantization, one_layer_at_a_time)
-    _check_dense(path, quantization, reason)
-    # Imported here because it brings all of transformers' modelling code, which our decoder does not need.
-    from fastserve.models.transformers_model import load_transformers_model
-
-    return load_transformers_model(path, config, DTYPES.get(dtype), device, max_model_len)
-
-
-def _load_gguf(
-    path: Path,
-    dtype: str,
-    device: torch.device,
-    max_model_len: int,
-    quantization: str,
-    one_layer_at_a_time: bool,
-) -> CausalLM:
-    file = GgufFile(path)
-    wanted = DTYPES.get(dtype, GgufCheckpoint.dtype)
-    described = transformers_config(file)
-    if file.architecture in DECODERS:
-        config, checkpoint = gguf_decoder_config(file), GgufCheckpoint(file)
-        max_position = resolve_max_model_len(path, context_length(path), max_model_len)
-        return load_decoder(
-            config, checkpoint, wanted, device, max_position, quantization, one_layer_at_a_time
-        )
-    _check_dense(path, quantization, f"its architecture is {file.architecture!r}")
-    from fastserve.checkpoints.gguf_state_dict import read_state_dict
-    from fastserve.models.transformers_model import load_transformers_model
-
-    state = read_state_dict(file, described, wanted)
-    return load_transformers_model(path, described, wanted, device, max_model_len, state)
-
-
-def _check_dense(path: Path, quantization: str, reason: str) -> None:
-    """Raises ModelError if the weights of a model that transformers' code runs are to be rounded."""
-    if quantization not in ("auto", "none"):
-        raise ModelError(
-            f"quantization: got {quantization!r}; allowed for {path}: auto, none, because transformers' "
-            f"own code runs it ({reason})"
-        )
-
-
-def _load_directory(
-    path: Path,
-    config: PretrainedConfig,
-    dtype: str,
-    device: torch.device,
-    max_model_len: int,
-    quantization: str,
-    one_layer_at_a_time: bool,
-) -> CausalLM:
-    checkpoint = open_checkpoint(path, config)
-    decoder_config = DecoderConfig.from_transformers(config)
-    max_position = resolve_max_model_len(path, context_length(path), max_model_len)
-    own_or_wanted = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
-    return load_decoder(
-        decoder_config, checkpoint, own_or_wanted, device, max_position, quantization, one_layer_at_a_time
+    loader = _ModelLoader(
+        path, DTYPES.get(dtype), torch.device(device), max_model_len, quantization, one_layer_at_a_time
     )
+    return loader.load_gguf() if path.is_file() else loader.load_directory()
+
+
+@dataclass(frozen=True)
+class _ModelLoader:
+    """The arguments of `load_model`, checked."""
+
+    path: Path
+    dtype: torch.dtype | None
+    """None: the checkpoint's own."""
+    device: torch.device
+    max_model_len: int
+    quantization: str
+    one_layer_at_a_time: bool
+
+    def load_directory(self) -> CausalLM:
+        config = read_transformers_config(self.path)
+        reason = unsupported_reason(config)
+        if reason is not None:
+            self._check_not_quantized(reason)
+            return self._load_transformers_model(config)
+        method = quant_method(config)
+        if method is not None and self.quantization != "auto":
+            raise ModelError(
+                f"quantization: got {self.quantization!r}; allowed for {self.path}: auto, because its "
+                f"weights are quantized already (quant_method {method!r})"
+            )
+        checkpoint = open_checkpoint(self.path, config)
+        return self._load_decoder(DecoderConfig.from_transformers(config), checkpoint)
+
+    def load_gguf(self) -> CausalLM:
+        file = GgufFile(self.path)
+        config = gguf_config(file)
+        if file.architecture in DECODERS:
+            return self._load_decoder(gguf_decoder_config(file), GgufCheckpoint(file))
+        self._check_not_quantized(f"its architecture is {file.architecture!r}")
+        return self._load_transformers_model(config, file)
+
+    def _load_decoder(self, config: DecoderConfig, checkpoint: Checkpoint) -> CausalLM:
+        return load_decoder(
+            config,
+            checkpoint,
+            self.dtype or checkpoint.dtype,
+            self.device,
+            resolve_max_model_len(self.path, context_length(self.path), self.max_model_len),
+            self.quantization,
+            self.one_layer_at_a_time,
+        )
+
+    def _load_transformers_model(self, config: PretrainedConfig, gguf: GgufFile | None = None) -> CausalLM:
+        # Imported here: they bring all of transformers' modelling code, which our decoder does not need.
+        from fastserve.checkpoints.gguf_state_dict import read_state_dict
+        from fastserve.models.transformers_loader import load_transformers_model
+
+        if gguf is None:
+            return load_transformers_model(self.path, config, self.dtype, self.device, self.max_model_len)
+        dtype = self.dtype or GgufCheckpoint.dtype
+        state = read_state_dict(gguf, config, dtype)
+        return load_transformers_model(self.path, config, dtype, self.device, self.max_model_len, state)
+
+    def _check_not_quantized(self, reason: str) -> None:
+        """Raises ModelError if the weights of a model that transformers' code runs are to be rounded."""
+        if self.quantization not in ("auto", "none"):
+            raise ModelError(
+                f"quantization: got {self.quantization!r}; allowed for {self.path}: auto, none, because "
+                f"transformers' own code runs it ({reason})"
+            )

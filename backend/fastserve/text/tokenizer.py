@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastserve.checkpoints.model_directory import eos_token_ids as model_eos_token_ids
 from fastserve.checkpoints.model_files import ModelFiles
+from fastserve.checkpoints.model_metadata import eos_token_ids as model_eos_token_ids
 from fastserve.config import ConfigError
 from fastserve.errors import RequestError
 from fastserve.text.chat import Chat, TemplateNames, template_names
@@ -68,7 +68,7 @@ class Tokenizer:
         self.special_token_ids = frozenset(
             token_id for token_id, token in self.backend.get_added_tokens_decoder().items() if token.special
         )
-        self.eos_token_ids = model_eos_token_ids(directory) if eos_token_ids is None else eos_token_ids
+        self.eos_token_ids = model_eos_token_ids(Path(directory)) if eos_token_ids is None else eos_token_ids
         """Each ends an answer."""
         self.token_text = cache(self._token_text)
         """What one token adds to a text that has begun (special tokens too)."""

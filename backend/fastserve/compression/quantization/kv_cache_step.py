@@ -20,8 +20,8 @@ from fastserve.compression.calibration.layer_step import LayerStep
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.state.model_state import State, StateWriter
 from fastserve.compression.step import Context, WeightKind
-from fastserve.models.kv_cache import KV_CACHE_DTYPES, LARGEST
-from fastserve.models.kv_rounding import candidate_scales, least_error, squared_errors
+from fastserve.models.kv_cache import KV_CACHE_DTYPES, QUANTIZED_MAX
+from fastserve.models.kv_cache_quantization import candidate_scales, least_error, squared_errors
 
 ERRORS_OF_EVERY = 16
 """One token of so many is rounded with each scale that is tried: 4096 of the usual 128 windows."""
@@ -67,7 +67,7 @@ class KVCacheScales(LayerStep, frozen=True, kw_only=True, tag="kv_cache"):
         dtype = KV_CACHE_DTYPES[self.dtype]
         largest = self._reduce(layer, lambda _, x: x.abs().amax((0, 2)), torch.maximum)
         if self.scales == "max":
-            return {kind: most / LARGEST[dtype] for kind, most in largest.items()}
+            return {kind: most / QUANTIZED_MAX[dtype] for kind, most in largest.items()}
         candidates = {kind: candidate_scales(most, dtype) for kind, most in largest.items()}
         errors = self._reduce(
             layer, lambda kind, x: squared_errors(x[::ERRORS_OF_EVERY], candidates[kind], dtype), torch.add

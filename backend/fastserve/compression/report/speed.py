@@ -85,7 +85,7 @@ def bytes_per_token(model: CausalLM) -> int | None:
         return None
     weights = model.weights
     # Layers may be read one at a time.
-    return sum(map(_tensor_bytes, weights.layers)) + _tensor_bytes([weights.final_norm, weights.head])
+    return sum(map(_tensor_bytes, weights.layers)) + _tensor_bytes([weights.final_norm, weights.lm_head])
 
 
 def _tensor_bytes(value: object) -> int:

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from fastserve.checkpoints.fastserve_layout import VERSION
 from fastserve.checkpoints.kv_cache_scheme import SCHEME
-from fastserve.checkpoints.own_layout import VERSION
-from fastserve.checkpoints.two_of_four import CONFIG_KEY, with_zeros
+from fastserve.checkpoints.sparse_24_layout import CONFIG_KEY, from_sparse_24
 from fastserve_kernels.formats import Bitmap, BlockSparse, Dense, Sparse24, Sparse24Int4, Weight
 from fastserve_kernels.formats.compressed_tensors import to_compressed_tensors
 from fastserve_kernels.formats.weight_io import weight_tensors
@@ -38,7 +38,7 @@ def expressible(name: str, weight: Weight) -> bool:
     if isinstance(weight, Bitmap | BlockSparse) or name.endswith(_EMBEDDING):
         return False
     try:
-        to_compressed_tensors(with_zeros(weight) if isinstance(weight, Sparse24Int4) else weight)
+        to_compressed_tensors(from_sparse_24(weight) if isinstance(weight, Sparse24Int4) else weight)
     except ValueError:
         return False
     return True
@@ -57,7 +57,7 @@ class CompressedTensorsEncoder:
         """The tensors of a module as compressed-tensors has them."""
         if isinstance(weight, Sparse24 | Sparse24Int4):
             self._two_of_four.append(name)
-            weight = with_zeros(weight)
+            weight = from_sparse_24(weight)
         if isinstance(weight, Dense):
             self._dense.append(name)
             return {"weight": weight.weight}

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import GenerationConfig
 
-from fastserve.atomic_write import atomic_directory, explained, write_bytes
+from fastserve.atomic_write import atomic_directory, write_bytes, write_errors
 from fastserve.checkpoints.kv_cache_scheme import SCHEME
 from fastserve.checkpoints.safetensors_files import INDEX, SINGLE
 from fastserve.compression.state.encoders import CompressedTensorsEncoder, Encoder, OwnEncoder, expressible
@@ -52,7 +52,7 @@ def export(state: State, tokenizer_directory: Path, out: Path) -> None:
             else:
                 shards.add({name: part})
         shards.finish()
-        with explained(out):
+        with write_errors(out):
             _write_configs(state, encoder, directory)
             _copy_tokenizer(tokenizer_directory, directory)
 

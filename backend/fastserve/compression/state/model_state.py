@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from fastserve.atomic_write import atomic_write, explained, sync, write_bytes
+from fastserve.atomic_write import atomic_write, sync, write_bytes, write_errors
 from fastserve.compression.state.meta_model import MetaModel
 from fastserve_kernels.formats import Weight
 from fastserve_kernels.formats.weight_io import tensor_fields, weight_from_tensors, weight_tensors
@@ -122,7 +122,7 @@ class StateWriter:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        with explained(directory):
+        with write_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
         self._notes = read_notes(directory)
 
@@ -145,7 +145,7 @@ class StateWriter:
 
     def finish(self) -> None:
         """Says that the state is whole, which a loss of power does not change, and removes the scratch."""
-        with explained(self.directory):
+        with write_errors(self.directory):
             sync(self.directory)
         write_bytes(self.directory / DONE, b"")
         for path in self.directory.glob(f"{SCRATCH}*"):

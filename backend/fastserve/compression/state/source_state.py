@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from fastserve.checkpoints.checkpoint import Checkpoint
-from fastserve.checkpoints.gguf_checkpoint import GgufCheckpoint, gguf_transformers_config
+from fastserve.checkpoints.gguf_checkpoint import GgufCheckpoint
+from fastserve.checkpoints.gguf_config import exportable_gguf_config
 from fastserve.checkpoints.gguf_file import GgufFile
-from fastserve.checkpoints.model_directory import read_transformers_config
 from fastserve.checkpoints.safetensors_checkpoint import SafetensorsCheckpoint
+from fastserve.checkpoints.transformers_config import read_transformers_config
 from fastserve.compression.errors import RecipeError
 from fastserve.compression.state.model_state import State
-from fastserve.models.decoder_loading import has_own_head
+from fastserve.models.decoder_tensors import has_own_head
 from fastserve_kernels.formats import Dense, Weight
 
 
@@ -30,7 +31,7 @@ class SourceState(State):
         self._checkpoint: Checkpoint
         if path.is_file():
             file = GgufFile(path)
-            self.config, self._checkpoint = gguf_transformers_config(file), GgufCheckpoint(file)
+            self.config, self._checkpoint = exportable_gguf_config(file), GgufCheckpoint(file)
         else:
             self.config, self._checkpoint = read_transformers_config(path), SafetensorsCheckpoint(path)
         if getattr(self.config, "quantization_config", None) is not None:

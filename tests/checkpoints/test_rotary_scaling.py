@@ -16,10 +16,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from fastserve.checkpoints.gguf_checkpoint import gguf_decoder_config
+from fastserve.checkpoints.gguf_config import gguf_decoder_config
 from fastserve.checkpoints.gguf_file import GgufFile
-from fastserve.checkpoints.model_directory import context_length
 from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.model_metadata import context_length
 from fastserve.models.decoder import Decoder
 from fastserve.models.model_loader import load_model
 
@@ -143,8 +143,8 @@ def test_gguf_scaling_by_keys(
     _, reference = save_model("llama", **SIZES)
     path = write_gguf(reference, "llama", Type.F32, metadata)
     config = gguf_decoder_config(GgufFile(path))
-    assert config.inverse_frequencies == pytest.approx(frequencies, rel=1e-6)
-    assert config.rotary_scale == pytest.approx(scale)
+    assert config.inv_freq == pytest.approx(frequencies, rel=1e-6)
+    assert config.attention_scaling == pytest.approx(scale)
     assert context_length(path) == length
     model = load_model(str(path))
     assert isinstance(model, Decoder)
@@ -157,10 +157,10 @@ def test_gguf_scaling_by_divisors(save_model: Callable, write_gguf: Callable) ->
     divisors = torch.tensor([1.0, 1.0, 1.0, 1.5, 3.0, 8.0, 8.0, 8.0])
     path = write_gguf(reference, "llama", Type.F32, tensors={"rope_freqs.weight": divisors})
     expected = [frequency / divisor for frequency, divisor in zip(UNSCALED, divisors.tolist(), strict=True)]
-    assert gguf_decoder_config(GgufFile(path)).inverse_frequencies == pytest.approx(expected, rel=1e-6)
+    assert gguf_decoder_config(GgufFile(path)).inv_freq == pytest.approx(expected, rel=1e-6)
     model = load_model(str(path))
     assert isinstance(model, Decoder)
-    assert model.config.inverse_frequencies == pytest.approx(expected, rel=1e-6)
+    assert model.config.inv_freq == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(

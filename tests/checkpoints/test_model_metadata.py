@@ -1,4 +1,4 @@
-"""Where a model's files are found, and which tokens end an answer."""
+"""Which tokens end an answer, how many token ids there are, and how long a sequence may be."""
 
 from __future__ import annotations
 
@@ -13,98 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fastserve.checkpoints.model_directory import (
-    context_length,
-    eos_token_ids,
-    model_vocab_size,
-    resolve_model_path,
-    resolve_tokenizer_directory,
-)
 from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.model_metadata import context_length, eos_token_ids, model_vocab_size
 from fastserve.checkpoints.safetensors_files import SINGLE
 
-TEMPLATE = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
-
-
-@pytest.fixture
-def gguf_with_tokenizer(tmp_path: Path) -> Path:
-    """A file with a byte-level vocabulary, one merge and one control token."""
-    tokens = [*bytes_to_unicode().values(), "ab", "<|end|>"]
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 257 + [3])
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(257)
-    writer.add_eot_token_id(5)
-    writer.add_chat_template(TEMPLATE)
-    # transformers wants to see a whole model's config before it looks at the tokenizer.
-    writer.add_context_length(16)
-    writer.add_embedding_length(32)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tmp_path / "model.gguf"
-
-
-def test_tokenizer_of_a_gguf_file_is_converted_once(
-    gguf_with_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    directory = resolve_tokenizer_directory(gguf_with_tokenizer)
-    assert directory.parent == tmp_path / "cache" / "fastserve" / "tokenizers"
-    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    assert tokenizer("ab<|end|>").input_ids == [256, 257]
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "[x]"
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise AssertionError("converted again")
-
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
-    moved = gguf_with_tokenizer.rename(tmp_path / "moved.gguf")
-    assert resolve_tokenizer_directory(moved) == directory
-
-
-def test_a_cached_tokenizer_is_found_without_torch(
-    gguf_with_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    directory = resolve_tokenizer_directory(gguf_with_tokenizer)
-    program = (
-        "import sys; from fastserve.checkpoints.model_directory import *;"
-        f"print(resolve_tokenizer_directory({str(gguf_with_tokenizer)!r}),"
-        f" eos_token_ids({str(gguf_with_tokenizer)!r}), 'torch' in sys.modules)"
-    )
-    output = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    ).stdout
-    assert output.strip() == f"{directory} [5, 257] False"
-
-
-def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    writer.add_tokenizer_model("of our own")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ModelError, match="its tokenizer cannot be converted"):
-        resolve_tokenizer_directory(tmp_path / "model.gguf")
-    assert list((tmp_path / "cache" / "fastserve" / "tokenizers").iterdir()) == []
-
-
-def test_a_directory_is_its_own_tokenizer_directory(tmp_path: Path) -> None:
-    assert resolve_tokenizer_directory(tmp_path) == tmp_path
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize(
@@ -168,29 +82,6 @@ def test_a_broken_json_file_is_named(tmp_path: Path) -> None:
         eos_token_ids(tmp_path)
 
 
-@pytest.mark.parametrize("model", ["/no/such/model", "./owner/name", "nosuchmodel", "a/b/c"])
-def test_a_path_that_is_not_there_is_refused(model: str) -> None:
-    with pytest.raises(ModelError, match="no such file or directory"):
-        resolve_model_path(model)
-
-
-def test_a_hub_name_without_a_network_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match=r"owner/name: not on this machine, .*`hf download owner/name`"):
-        resolve_model_path("owner/name")
-
-
-def test_a_name_that_the_hub_cannot_have_is_refused() -> None:
-    with pytest.raises(ModelError, match="the hub refused it"):
-        resolve_model_path("owner/na me")
-
-
-EMBEDDING = "model.embed_tokens.weight"
-
-
 @pytest.mark.parametrize(
     ("config", "tensors", "expected"),
     [
@@ -234,7 +125,7 @@ def test_the_vocabulary_is_found_without_torch(tmp_path: Path) -> None:
     """The steps of the ensemble refuse ids by it, and none of them has torch's gigabyte."""
     write_checkpoint(tmp_path, {"vocab_size": 7}, {EMBEDDING: (7, 4)})
     program = (
-        "import sys; from pathlib import Path; from fastserve.checkpoints.model_directory import *;"
+        "import sys; from pathlib import Path; from fastserve.checkpoints.model_metadata import *;"
         f"print(model_vocab_size(Path({str(tmp_path)!r})), 'torch' in sys.modules)"
     )
     output = subprocess.run(

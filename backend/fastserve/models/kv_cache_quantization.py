@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastserve.models.kv_cache import LARGEST
+from fastserve.models.kv_cache import QUANTIZED_MAX
 
 _FACTORS = {
     torch.int8: torch.exp2(-torch.arange(9) / 8),
@@ -21,14 +21,14 @@ _FACTORS = {
 
 def candidate_scales(largest: Tensor, dtype: torch.dtype) -> Tensor:
     """The scales [candidates, heads] to try for the largest magnitudes `largest` [heads] float32."""
-    fitting = torch.where(largest > 0, largest / LARGEST[dtype], 1.0)
+    fitting = torch.where(largest > 0, largest / QUANTIZED_MAX[dtype], 1.0)
     return _FACTORS[dtype].to(largest.device)[:, None] * fitting
 
 
 def squared_errors(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """What it costs to store x [tokens, heads, dim] float32 with each of the scales [candidates, heads]: sums
     over tokens and dim."""
-    return torch.stack([(rounded(x, scale, dtype) - x).square().sum((0, 2)) for scale in scales])
+    return torch.stack([(fake_quantize(x, scale, dtype) - x).square().sum((0, 2)) for scale in scales])
 
 
 def least_error(scales: Tensor, errors: Tensor) -> Tensor:
@@ -36,8 +36,8 @@ def least_error(scales: Tensor, errors: Tensor) -> Tensor:
     return scales.gather(0, errors.argmin(0, keepdim=True))[0]
 
 
-def rounded(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """x [tokens, heads, dim] float32 as a cache of that dtype gives it back; the scale is [heads]."""
-    stored = (x / scale[:, None]).clamp(-LARGEST[dtype], LARGEST[dtype])
+    stored = (x / scale[:, None]).clamp(-QUANTIZED_MAX[dtype], QUANTIZED_MAX[dtype])
     stored = stored.round() if dtype == torch.int8 else stored.to(dtype).float()
     return stored * scale[:, None]

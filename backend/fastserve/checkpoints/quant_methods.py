@@ -13,16 +13,16 @@ from fastserve.checkpoints.checkpoint import Checkpoint
 from fastserve.checkpoints.compressed_checkpoint import CompressedCheckpoint, Layout
 from fastserve.checkpoints.compressed_tensors_layout import CompressedTensorsLayout
 from fastserve.checkpoints.decoder_config import quant_method
+from fastserve.checkpoints.fastserve_layout import FastServeLayout
 from fastserve.checkpoints.gptq_layout import GptqLayout
-from fastserve.checkpoints.own_layout import OwnLayout
 from fastserve.checkpoints.safetensors_checkpoint import SafetensorsCheckpoint
-from fastserve.checkpoints.two_of_four import CONFIG_KEY, TwoOfFourLayout
+from fastserve.checkpoints.sparse_24_layout import CONFIG_KEY, Sparse24Layout
 
 LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
     "compressed-tensors": CompressedTensorsLayout,
     "gptq": GptqLayout,
     "awq": AwqLayout,
-    "fastserve": OwnLayout,
+    "fastserve": FastServeLayout,
 }
 """By `quant_method`, those of `decoder_config.QUANT_METHODS`."""
 
@@ -40,4 +40,4 @@ def _layout(config: PretrainedConfig) -> Layout | None:
     method = quant_method(config)
     layout = None if method is None else LAYOUTS[method](config.quantization_config)
     names = getattr(config, CONFIG_KEY, None)
-    return layout if names is None else TwoOfFourLayout(names, layout)
+    return layout if names is None else Sparse24Layout(names, layout)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 _TOPK = (torch.topk, Tensor.topk)
 
 
-class RecordChoices(TorchFunctionMode):
+class RecordRouting(TorchFunctionMode):
     """Within it, every choice is recorded."""
 
     def __init__(self) -> None:
@@ -34,10 +34,10 @@ class RecordChoices(TorchFunctionMode):
         return result
 
 
-class RepeatChoices(TorchFunctionMode):
+class ReplayRouting(TorchFunctionMode):
     """Within it, tokens of a recorded pass, those at the positions `tokens` [T] there, choose the same."""
 
-    def __init__(self, recorded: RecordChoices, tokens: Tensor) -> None:
+    def __init__(self, recorded: RecordRouting, tokens: Tensor) -> None:
         super().__init__()
         self._recorded: Iterator[Tensor] = iter(recorded.indices)
         self._tokens = tokens

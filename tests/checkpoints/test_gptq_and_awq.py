@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastserve.checkpoints.layouts import open_checkpoint
-from fastserve.checkpoints.model_directory import read_transformers_config
 from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.quant_methods import open_checkpoint
+from fastserve.checkpoints.transformers_config import read_transformers_config
 from fastserve.models.model_loader import load_model
 from fastserve_kernels.formats import Int4
 

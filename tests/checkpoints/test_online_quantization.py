@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastserve.checkpoints.model_error import ModelError
-from fastserve.checkpoints.quantization import quantize, quantize_head
+from fastserve.checkpoints.online_quantization import quantize, quantize_head
 from fastserve.models.decoder import Decoder
 from fastserve.models.linear import Linear
 from fastserve.models.model_loader import load_model
@@ -45,7 +45,7 @@ def test_logits_are_those_of_the_rounded_weights(
     directory, reference = save_model("llama", **SIZES)
     model = load_model(str(directory), "float32", quantization=quantization)
     assert isinstance(model, Decoder)
-    down, head = model.weights.layers[0].down, model.weights.head
+    down, head = model.weights.layers[0].down_proj, model.weights.lm_head
     assert isinstance(down, Linear)
     assert isinstance(head, Linear)
     assert (down.weight.operator, head.weight.operator) == OPERATORS[quantization]
@@ -62,7 +62,7 @@ def test_rows_without_whole_groups_are_refused(save_model: Callable) -> None:
     with pytest.raises(ModelError, match=r"q_proj\.weight: rows of 48 .* multiples of 32"):
         load_model(str(directory), quantization="int4")
     layer = load_model(str(directory), "float32", quantization="int8").weights.layers[0]  # type: ignore[attr-defined]
-    assert layer.qkv.weight.arguments[-1] == 48  # one scale for a whole row
+    assert layer.qkv_proj.weight.arguments[-1] == 48  # one scale for a whole row
 
 
 def test_unknown_quantization_is_refused(save_model: Callable) -> None:

@@ -13,13 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fastserve.checkpoints.model_directory import (
-    model_vocab_size,
-    read_transformers_config,
-    resolve_tokenizer_directory,
-)
 from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.model_metadata import model_vocab_size
 from fastserve.checkpoints.safetensors_files import INDEX, SINGLE
+from fastserve.checkpoints.tokenizer_directory import resolve_tokenizer_directory
+from fastserve.checkpoints.transformers_config import read_transformers_config
 from fastserve.models.decoder import Decoder
 from fastserve.models.model_loader import load_model
 

@@ -23,13 +23,18 @@ from fastserve.checkpoints.kv_cache_scheme import (
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.engine.kv_scales import measure_scales
 from fastserve.evaluation.evaluation import SequenceRunner
-from fastserve.models.kv_cache import LARGEST
-from fastserve.models.kv_rounding import candidate_scales, least_error, rounded, squared_errors
+from fastserve.models.kv_cache import QUANTIZED_MAX
+from fastserve.models.kv_cache_quantization import (
+    candidate_scales,
+    fake_quantize,
+    least_error,
+    squared_errors,
+)
 from fastserve.models.model_loader import load_model
 from fastserve_kernels import ops
 
 SHAPES: KVCacheShapes = [((1, 1, 2, 12), (1, 1, 2, 12))] * 3
-DTYPES = tuple(LARGEST)
+DTYPES = tuple(QUANTIZED_MAX)
 
 WithScheme = Callable[..., Path]
 
@@ -133,7 +138,7 @@ def test_rounding_is_that_of_the_cache(dtype: torch.dtype) -> None:
     cache = torch.zeros(2, 16, 2, 16, dtype=dtype)
     ops.write_kv(x, x, cache, cache.clone(), torch.arange(20), scale, scale)
     stored = cache.flatten(0, 1)[:20].float() * scale[:, None]
-    assert torch.equal(rounded(x, scale, dtype), stored)
+    assert torch.equal(fake_quantize(x, scale, dtype), stored)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -145,7 +150,7 @@ def test_no_scale_tried_is_better_than_the_chosen_one(dtype: torch.dtype, data: 
     chosen = least_error(candidates, squared_errors(x, candidates, dtype))
 
     def error(scale: Tensor) -> Tensor:
-        return (rounded(x, scale, dtype) - x).square().sum((0, 2))
+        return (fake_quantize(x, scale, dtype) - x).square().sum((0, 2))
 
     assert all((error(chosen) <= error(scale)).all() for scale in candidates)
 

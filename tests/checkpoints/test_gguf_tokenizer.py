@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fastserve.checkpoints.gguf_tokenizer import convert
-from fastserve.checkpoints.model_directory import resolve_tokenizer_directory
 from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.tokenizer_directory import resolve_tokenizer_directory
 
 BYTES = list(bytes_to_unicode().values())
 SPACES, LETTERS, DIGITS, WORD = 256, 257, 258, 259

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.models.decoder import Decoder
-from fastserve.models.linear import Linear, LinearRows
+from fastserve.models.linear import Linear, MixedFormatLinear
 from fastserve.models.model_loader import load_model
 from fastserve_kernels.formats import FP8, W8A8, Int4, Int8, Weight
 from fastserve_kernels.formats.bitpacking import unpack_codes
@@ -79,9 +79,9 @@ def test_each_layer_and_each_part_of_a_fused_one_in_its_own_format(
     model = load_model(str(directory))
     assert isinstance(model, Decoder)
     layer = model.weights.layers[0]
-    assert isinstance(layer.qkv, LinearRows)
-    assert len(layer.qkv.parts) == 3
-    assert isinstance(layer.gate_up, Linear)
+    assert isinstance(layer.qkv_proj, MixedFormatLinear)
+    assert len(layer.qkv_proj.parts) == 3
+    assert isinstance(layer.gate_up_proj, Linear)
     found = torch.cat(logits_over_paged_cache(model, sequences))
     expected = torch.cat(transformers_logits(reference, sequences))
     assert float((found - expected).norm() / expected.norm()) < 1e-4
@@ -155,8 +155,8 @@ def test_targets_are_classes_patterns_and_names(
     model = load_model(str(directory))
     assert isinstance(model, Decoder)
     for layer in model.weights.layers:
-        assert isinstance(layer.down, Linear)
-        assert layer.down.weight.operator in (
+        assert isinstance(layer.down_proj, Linear)
+        assert layer.down_proj.weight.operator in (
             "linear_w8a8",
             "linear",
         )  # the latter where a processor has none
@@ -177,7 +177,7 @@ def test_a_name_goes_before_a_pattern_and_that_before_a_class(
     )
     model = load_model(str(directory))
     assert isinstance(model, Decoder)
-    assert isinstance(model.weights.layers[0].gate_up, LinearRows)
+    assert isinstance(model.weights.layers[0].gate_up_proj, MixedFormatLinear)
 
 
 def test_scales_of_the_cache_are_no_part_of_the_decoder(save_model: Callable) -> None:

@@ -13,7 +13,7 @@ from fastserve_kernels.formats.weight_io import weight_from_tensors
 VERSION = 1
 
 
-class OwnLayout:
+class FastServeLayout:
     """A `Layout`: each field of the weight's dataclass is a tensor of the module, or stands in the config."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:

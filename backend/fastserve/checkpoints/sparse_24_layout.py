@@ -18,7 +18,7 @@ from fastserve_kernels.formats.weight import pack_pairs, unpack_pairs
 CONFIG_KEY = "fastserve_two_of_four"
 
 
-class TwoOfFourLayout:
+class Sparse24Layout:
     """A `Layout` of the modules that are named, and of those of another layout."""
 
     def __init__(self, names: Collection[str], others: Layout | None) -> None:
@@ -35,13 +35,13 @@ class TwoOfFourLayout:
     def weight(self, module: StoredModule) -> Weight:
         other = self._other(module)
         weight = Dense(module.tensor("weight")) if other is None else other.weight(module)
-        return without_zeros(weight) if module.name in self._names else weight
+        return to_sparse_24(weight) if module.name in self._names else weight
 
     def _other(self, module: StoredModule) -> Layout | None:
         return self._others if self._others is not None and self._others.holds(module) else None
 
 
-def without_zeros(weight: Weight) -> Sparse24 | Sparse24Int4:
+def to_sparse_24(weight: Weight) -> Sparse24 | Sparse24Int4:
     """A weight of which at most two of each four columns are not zero, without the others.
 
     Raises ValueError if more are, or if there is no 2:4 format of its kind.
@@ -57,7 +57,7 @@ def without_zeros(weight: Weight) -> Sparse24 | Sparse24Int4:
     )
 
 
-def with_zeros(weight: Sparse24 | Sparse24Int4) -> Dense | Int4:
+def from_sparse_24(weight: Sparse24 | Sparse24Int4) -> Dense | Int4:
     """The reverse."""
     if isinstance(weight, Sparse24):
         return Dense(weight.dequantize().to(weight.values.dtype))

@@ -37,7 +37,7 @@ class CausalMask:
 
 
 @dataclass
-class PagedStep:
+class ForwardContext:
     """What our attention must know beside queries, keys and values, while the model's modules run."""
 
     meta: AttentionMetadata
@@ -48,12 +48,12 @@ class PagedStep:
         return self.kv_caches[layer]
 
     def accepts(self, mask: CausalMask, sees: Callable[[int, int], bool]) -> bool:
-        """Whether `mask` says of each (query position, key position) what `sees` says; `Probe` found out."""
+        """Whether `mask` says of each (query position, key position) what `sees` says: checked at load."""
         return True
 
 
 @dataclass
-class Probe(PagedStep):
+class ProbeContext(ForwardContext):
     """A first step over one sequence: finds out what caches the model wants and what masks it asks for."""
 
     kv_caches: KVCaches = field(default_factory=list)
@@ -81,11 +81,11 @@ class Probe(PagedStep):
         return sees(far, far) and sees(far, oldest) and not beyond
 
 
-_current: ContextVar[PagedStep] = ContextVar("fastserve_paged_step")
+_current: ContextVar[ForwardContext] = ContextVar("fastserve_paged_step")
 
 
 @contextmanager
-def running(step: PagedStep) -> Iterator[None]:
+def forward_context(step: ForwardContext) -> Iterator[None]:
     """Within it, models whose attention implementation is ATTENTION compute this step."""
     token = _current.set(step)
     try:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve.checkpoints.own_layout import VERSION
+from fastserve.checkpoints.fastserve_layout import VERSION
 from fastserve.models.decoder import Decoder
-from fastserve.models.linear import Linear, LinearRows
+from fastserve.models.linear import Linear, MixedFormatLinear
 from fastserve.models.model_loader import load_model
 from fastserve_kernels.formats import Int4, IntRows, Weight
 from fastserve_kernels.formats.weight_io import weight_tensors
@@ -49,9 +49,9 @@ def test_rows_of_several_widths_keep_their_places_and_biases(
     model = load_model(str(directory))
     assert isinstance(model, Decoder)
     layer = model.weights.layers[0]
-    assert isinstance(layer.qkv, LinearRows)
-    assert len(layer.qkv.parts) == 3
-    assert isinstance(layer.gate_up, Linear)  # of two that are alike
+    assert isinstance(layer.qkv_proj, MixedFormatLinear)
+    assert len(layer.qkv_proj.parts) == 3
+    assert isinstance(layer.gate_up_proj, Linear)  # of two that are alike
     found = torch.cat(logits_over_paged_cache(model, sequences))
     expected = torch.cat(transformers_logits(reference, sequences))
     assert float((found - expected).norm() / expected.norm()) < 1e-4
