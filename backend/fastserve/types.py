@@ -1,7 +1,7 @@
 """The messages that travel through FastServe, in the order in which a request meets them.
 
-    client -> SamplingParams, Request -> (scheduler) Room -> (worker) Add, Cancel
-           -> StepOutput of SequenceOutputs -> RequestOutput -> text
+    client -> Request -> (scheduler) SchedulerOutput -> (engine) Add -> (worker) StepOutput
+           -> (engine) RequestOutput -> (postprocess) text
 
 Every one is immutable, refuses unknown keys and crosses processes as MessagePack (`encode`, `decode`).
 Times are `time.monotonic()` seconds: on Linux all processes of a machine share that clock.
@@ -107,14 +107,14 @@ class Request(Struct, frozen=True, tag=True):
         return max(-10, min(10, self.priority))
 
 
-class Accepted(Struct, frozen=True, tag=True):
-    """From `scheduler`, in front of a forwarded request that it releases later: it waits in the queue."""
+class Queued(Struct, frozen=True, tag=True):
+    """From `scheduler`, before a forwarded request that it releases later: the request waits in the queue."""
 
     uid: str
 
 
 class EngineCapacity(Struct, frozen=True):
-    """What the engine tells the scheduler: absolute numbers, so that a lost or late message does no harm."""
+    """From `engine` to `scheduler`: absolute numbers, so that a lost or late message does no harm."""
 
     incarnation: str
     """Of the worker; numbers of different incarnations are not compared."""
@@ -153,11 +153,11 @@ class Failure(Struct, frozen=True):
     message: str
 
 
-class Refused(Struct, frozen=True, tag=True):
-    """From `scheduler`: a forwarded request whose time in the queue has passed.
+class Rejected(Struct, frozen=True, tag=True):
+    """From `scheduler`: a forwarded request that fails in the queue.
 
     Its failure goes the way of an answer: between models, Triton server 2.51 loses an error that follows
-    a response, and `Accepted` was one.
+    a response, and `Queued` was one.
     """
 
     request: Request
@@ -165,7 +165,7 @@ class Refused(Struct, frozen=True, tag=True):
     failure: Failure
 
 
-Released: Any = Request | Accepted | Refused
+SchedulerOutput: Any = Request | Queued | Rejected
 """From `scheduler` to `engine`."""
 
 
@@ -192,15 +192,15 @@ class CancelById(Struct, frozen=True):
     """When the cancel came."""
 
 
-class Hold(Struct, frozen=True, tag=True):
-    """To `engine`: answer this request when the server may be ready again (see `Readiness`)."""
+class BlockUnload(Struct, frozen=True, tag=True):
+    """To `engine`: leave this request unanswered until the server may be ready again (see `Readiness`)."""
 
 
-class Health(Struct, frozen=True, tag=True):
-    """To `engine` from another step: whether a thread of it works."""
+class HealthReport(Struct, frozen=True, tag=True):
+    """To `engine` from another model: whether a thread of it works."""
 
     source: str
-    """The step."""
+    """The model."""
     problem: str | None
     """A sentence; None: it works again."""
 

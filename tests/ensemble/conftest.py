@@ -39,6 +39,6 @@ def pb_utils() -> Iterator[Any]:
 @pytest.fixture
 def short_shared_memory(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is free in `/dev/shm`, the steps find it little."""
-    from fastserve.ensemble import final_response
+    from fastserve.ensemble import messaging
 
-    monkeypatch.setattr(final_response, "SHORT_BYTES", 1 << 62)
+    monkeypatch.setattr(messaging, "SHORT_BYTES", 1 << 62)

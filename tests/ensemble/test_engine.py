@@ -18,7 +18,7 @@ from fastserve.types import (
     CancelById,
     EngineStats,
     Failure,
-    Health,
+    HealthReport,
     Outcome,
     OutputOptions,
     Ready,
@@ -29,6 +29,7 @@ from fastserve.types import (
     StepOutput,
 )
 
+GONE = "the thread `queue-deadlines` has ended"
 STATS = EngineStats(0, 0, 0, 4, None, 100, 0, 0, 0, 0)
 
 
@@ -70,7 +71,7 @@ class Engine:
         return FakeWorker.started[-1]
 
     def message(self, name: str, message: Any) -> Any:
-        from fastserve.ensemble.tensors import message_tensor
+        from fastserve.ensemble.messaging import message_tensor
 
         return self.pb_utils.InferenceRequest(inputs=[message_tensor(name, message)])
 
@@ -108,7 +109,7 @@ def a_request(uid: str, request_id: str = "", arrival: float = 10.0, n: int = 1)
 
 
 def outputs(sender: Any) -> list[RequestOutput]:
-    from fastserve.ensemble.tensors import read_message
+    from fastserve.ensemble.messaging import read_message
 
     return [read_message("output", array[0], RequestOutput) for array in sender.outputs("output")]
 
@@ -167,10 +168,9 @@ def test_tokens_that_wait_go_before_a_failure_that_the_worker_tells(engine: Engi
 
 
 def test_a_message_that_cannot_be_read_fails_alone(engine: Engine) -> None:
-    from fastserve.ensemble.secret import seal
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import sign, strings
 
-    bad = engine.pb_utils.InferenceRequest(inputs=[strings("released", [seal("released", b"\xc1")])])
+    bad = engine.pb_utils.InferenceRequest(inputs=[strings("released", [sign("released", b"\xc1")])])
     empty = engine.pb_utils.InferenceRequest()
     good = engine.message("released", a_request("a"))
     engine.step.execute([bad, empty, good])
@@ -333,9 +333,9 @@ def hold_in(engine: Engine) -> Any:
 def test_the_server_is_not_ready_while_a_thread_of_another_step_is_gone(engine: Engine) -> None:
     server = engine.pb_utils.server
     server.answer = hold_in(engine)
-    assert engine.execute("hold", Health("scheduler", "the thread `queue-deadlines` has ended")).is_final
+    assert engine.execute("health", HealthReport("scheduler", GONE)).is_final
     server.wait(lambda each: each.loads == [("unload", "readiness")])
-    engine.execute("hold", Health("scheduler", None))
+    engine.execute("health", HealthReport("scheduler", None))
     server.wait(lambda each: each.loads == [("unload", "readiness"), ("load", "readiness")])
 
 
@@ -344,7 +344,7 @@ def test_a_request_to_hold_that_does_not_come_is_sent_again(
 ) -> None:
     from fastserve.ensemble import readiness as module
 
-    monkeypatch.setattr(module, "HOLD_SECONDS", 0.05)
+    monkeypatch.setattr(module, "ARRIVAL_SECONDS", 0.05)
     failures = [engine.pb_utils.TritonModelException("no shared memory"), ValueError("broken")]
     hold = hold_in(engine)
 
@@ -355,7 +355,7 @@ def test_a_request_to_hold_that_does_not_come_is_sent_again(
         return answers
 
     engine.pb_utils.server.answer = answer
-    engine.execute("hold", Health("scheduler", "the thread `queue-deadlines` has ended"))
+    engine.execute("health", HealthReport("scheduler", GONE))
     engine.pb_utils.server.wait(lambda each: each.loads == [("unload", "readiness")])
     assert not failures
 

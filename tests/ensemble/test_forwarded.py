@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
-from fastserve.ensemble.secret import forwarded_id
 from fastserve.types import (
     Failure,
     Outcome,
@@ -38,7 +37,7 @@ def postprocess(pb_utils: Any, monkeypatch: pytest.MonkeyPatch, default_model: M
 
 
 def answer_to(pb_utils: Any, step: Any, output: RequestOutput) -> Any:
-    from fastserve.ensemble.tensors import message_tensor
+    from fastserve.ensemble.messaging import message_tensor
 
     request = pb_utils.InferenceRequest(inputs=[message_tensor("output", output)])
     step.execute([request])
@@ -54,6 +53,8 @@ def test_postprocess_answers_that_it_waits_with_no_text(pb_utils: Any, postproce
 def test_a_failure_is_data_to_the_model_that_forwards_and_an_error_to_others(
     pb_utils: Any, postprocess: Any
 ) -> None:
+    from fastserve.ensemble.messaging import forwarded_id
+
     own = RequestOutput("uid", [FAILURE], a_request("mine"), final=True)
     assert answer_to(pb_utils, postprocess, own).error.message() == "UNAVAILABLE: no room"
     forwarded = RequestOutput("uid", [FAILURE], a_request(forwarded_id()), final=True)
@@ -67,6 +68,8 @@ def test_a_failure_is_data_to_the_model_that_forwards_and_an_error_to_others(
 def test_a_fault_of_ours_is_data_too(
     pb_utils: Any, postprocess: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from fastserve.ensemble.messaging import forwarded_id
+
     def broken(*arguments: Any) -> Any:
         raise ValueError("unforeseen")
 

@@ -38,14 +38,14 @@ def start(pb_utils: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def text_response(pb_utils: Any, text: str, *more: Any) -> Any:
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import strings
 
     return pb_utils.InferenceResponse([strings("text_output", [text]), *more])
 
 
 def ask(pb_utils: Any, step: Any, *tensors: Any, **fields: Any) -> Any:
     """A request that the step has taken."""
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import strings
 
     request = pb_utils.InferenceRequest(inputs=[*(tensors or [strings("text_input", ["Hi"])])], **fields)
     step.execute([request])
@@ -72,7 +72,7 @@ class FastServe:
 
     def answer(self, request: Any) -> Iterable[Any]:
         if request.model_name() == "engine":
-            from fastserve.ensemble.tensors import message_of
+            from fastserve.ensemble.messaging import message_of
             from fastserve.types import CancelById
 
             with self.changed:
@@ -145,7 +145,7 @@ def test_request_parameters_go_on_as_they_came(pb_utils: Any, start: Any) -> Non
 def test_an_error_keeps_its_code_however_it_comes(
     pb_utils: Any, start: Any, form: str, code: ErrorCode
 ) -> None:
-    from fastserve.ensemble.tensors import error_response, failure_tensors
+    from fastserve.ensemble.messaging import error_response, failure_tensors
 
     def answer(request: Any) -> Iterator[Any]:
         error = RequestError("`x`: got 1", code)
@@ -280,7 +280,7 @@ def test_a_cancelled_client_is_not_forgotten_when_the_engine_cannot_be_told(
 
 
 def test_cancel_by_id_stops_what_came_through_this_model_and_any_other(pb_utils: Any, start: Any) -> None:
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import strings
 
     fastserve = FastServe(pb_utils)
     step = start()
@@ -294,7 +294,7 @@ def test_cancel_by_id_stops_what_came_through_this_model_and_any_other(pb_utils:
 
 
 def test_a_cancel_is_taken_when_the_queue_is_full_and_says_when_it_fails(pb_utils: Any, start: Any) -> None:
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import strings
 
     fastserve = FastServe(pb_utils)
     step = start(max_num_seqs=1, max_queue_size=1)
@@ -321,7 +321,7 @@ def test_what_it_cannot_do_is_refused_by_name(
 ) -> None:
     import numpy as np
 
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import strings
 
     tensors = [
         pb_utils.Tensor(name, np.array([True])) if name == "stream" else strings(name, [""]) for name in names

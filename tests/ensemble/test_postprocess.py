@@ -13,7 +13,7 @@ from fastserve.text.tokenizer import Tokenizer, load_tokenizer
 from fastserve.types import (
     Cancel,
     Failure,
-    Health,
+    HealthReport,
     Outcome,
     OutputOptions,
     Request,
@@ -32,7 +32,7 @@ class Postprocess:
         self.pb_utils, self.step = pb_utils, step
 
     def message(self, output: RequestOutput) -> Any:
-        from fastserve.ensemble.tensors import message_tensor
+        from fastserve.ensemble.messaging import message_tensor
 
         return self.pb_utils.InferenceRequest(inputs=[message_tensor("output", output)])
 
@@ -44,7 +44,7 @@ class Postprocess:
 
     def stops(self, count: int) -> list[Cancel]:
         """Those that the engine was told, when there are so many."""
-        from fastserve.ensemble.tensors import message_of
+        from fastserve.ensemble.messaging import message_of
 
         server = self.pb_utils.server
         server.wait(lambda each: len(each.requests) >= count)
@@ -127,11 +127,10 @@ def test_all_tokens_before_a_failure_arrive_since_each_output_has_one_answer(
 
 
 def test_a_message_that_cannot_be_read_fails_alone(postprocess: Postprocess) -> None:
-    from fastserve.ensemble.secret import seal
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import sign, strings
 
     (hello,) = words(postprocess, "Hello")
-    bad = postprocess.pb_utils.InferenceRequest(inputs=[strings("output", [seal("output", b"\xc1")])])
+    bad = postprocess.pb_utils.InferenceRequest(inputs=[strings("output", [sign("output", b"\xc1")])])
     empty = postprocess.pb_utils.InferenceRequest()
     good = postprocess.message(first(a_request("a"), hello))
     postprocess.step.execute([bad, empty, good])
@@ -185,12 +184,12 @@ def test_a_stop_that_could_not_be_told_is_told_again(postprocess: Postprocess) -
 
 
 def test_an_engine_that_can_never_be_told_makes_the_server_unready(postprocess: Postprocess) -> None:
-    from fastserve.ensemble.tensors import message_of
+    from fastserve.ensemble.messaging import message_of
 
-    told: list[Health] = []
+    told: list[HealthReport] = []
 
     def answer(request: Any) -> Any:
-        health = message_of(request, "hold", Health)
+        health = message_of(request, "health", HealthReport)
         if health is None and not told:
             raise postprocess.pb_utils.TritonModelException("no shared memory")
         if health is not None:
@@ -202,13 +201,13 @@ def test_an_engine_that_can_never_be_told_makes_the_server_unready(postprocess: 
     postprocess.outputs(first(a_request("a", stop=["Hello"]), hello, world))
     postprocess.pb_utils.server.wait(lambda each: len(each.requests) == 8)
     problem = "the thread `stops` keeps failing: RequestError: engine: no shared memory"
-    assert told == [Health("postprocess", problem), Health("postprocess", None)]
+    assert told == [HealthReport("postprocess", problem), HealthReport("postprocess", None)]
 
 
 def test_a_request_whose_last_output_never_came_is_forgotten(postprocess: Postprocess) -> None:
     (hello,) = words(postprocess, "Hello")
     postprocess.outputs(first(msgspec.structs.replace(a_request("old"), deadline=1.0), hello))
-    postprocess.step._forget_at = 0.0
+    postprocess.step._next_sweep = 0.0
     postprocess.outputs(first(a_request("new"), hello))
     assert list(postprocess.step._states) == ["new"]
 

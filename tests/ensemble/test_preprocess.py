@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def step(pb_utils: Any, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> 
     tokenizer: Any = FakeTokenizer()
     input_processor: Any = InputProcessor(Config(), tokenizer, 64, 256)
     input_processor._guides = compiler
-    monkeypatch.setattr(preprocess, "_load_preprocessor", lambda: input_processor)
+    monkeypatch.setattr(preprocess, "_load_input_processor", lambda: input_processor)
     step = preprocess.PreprocessModel()
     step.initialize({})
     yield step
@@ -69,7 +70,7 @@ def request(pb_utils: Any, text: str, regex: str | None = None) -> Any:
 
 
 def built(response: Any) -> Request:
-    from fastserve.ensemble.tensors import read_message  # the fake server must be in place first
+    from fastserve.ensemble.messaging import read_message  # the fake server must be in place first
 
     return read_message("request", response.output_tensors()[0].as_numpy()[0], Request)
 
@@ -129,3 +130,30 @@ def test_what_is_refused_at_once_is_counted(pb_utils: Any, step: Any) -> None:
     [response] = step.execute([request(pb_utils, "")])
     assert response.error().code() == pb_utils.TritonError.INVALID_ARG
     assert pb_utils.server.metric("fastserve_requests_total", outcome="rejected") == 1
+
+
+def test_a_guided_request_whose_answer_is_lost_is_told_so(
+    pb_utils: Any, step: Any, compiler: Compiler, short_shared_memory: None
+) -> None:
+    failures = [pb_utils.TritonModelException("no shared memory")]
+
+    def fail(response: Any, flags: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    guided = request(pb_utils, "a", "a")
+    guided.sender.fail = fail
+    assert step.execute([guided]) == [None]
+    compiler.release.set()
+    guided.sender.wait()
+    assert guided.sender.error.code() == pb_utils.TritonError.UNAVAILABLE
+    assert "the answer could not be sent: no shared memory" in guided.sender.error.message()
+
+
+def test_a_server_that_is_stopping_takes_no_more(
+    pb_utils: Any, step: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTSERVE_STOPPING", str(tmp_path))
+    [response] = step.execute([request(pb_utils, "a")])
+    assert response.error().code() == pb_utils.TritonError.UNAVAILABLE
+    assert "the server is stopping" in response.error().message()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastserve.config import Config
-from fastserve.types import EngineCapacity, Health, OutputOptions, Request, SamplingParams
+from fastserve.types import EngineCapacity, HealthReport, OutputOptions, Request, SamplingParams
 
 
 class Scheduler:
@@ -20,7 +20,7 @@ class Scheduler:
         self._serial = 0
 
     def message(self, name: str, message: Any) -> Any:
-        from fastserve.ensemble.tensors import message_tensor
+        from fastserve.ensemble.messaging import message_tensor
 
         return self.pb_utils.InferenceRequest(inputs=[message_tensor(name, message)])
 
@@ -83,7 +83,7 @@ def a_request(uid: str, priority: int = 0, num_tokens: int = 1, deadline: float 
 
 
 def released(sender: Any) -> list[str]:
-    from fastserve.ensemble.tensors import read_message
+    from fastserve.ensemble.messaging import read_message
 
     return [read_message("released", array[0], Request).uid for array in sender.outputs("released")]
 
@@ -106,10 +106,9 @@ def test_one_goes_at_first_and_the_rest_when_there_is_room(scheduler: Scheduler)
 
 
 def test_a_message_that_cannot_be_read_fails_alone(scheduler: Scheduler) -> None:
-    from fastserve.ensemble.secret import seal
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import sign, strings
 
-    bad = scheduler.pb_utils.InferenceRequest(inputs=[strings("request", [seal("request", b"\xc1")])])
+    bad = scheduler.pb_utils.InferenceRequest(inputs=[strings("request", [sign("request", b"\xc1")])])
     good = scheduler.message("request", a_request("a"))
     scheduler.step.execute([bad, good])
     assert "scheduler:" in bad.sender.error.message()
@@ -177,19 +176,19 @@ def test_a_clock_that_cannot_go_on_makes_the_server_unready(
     monkeypatch.setattr(scheduler.step._admission, "expire", fail)
     scheduler.requests(a_request("a"))
     server.wait(lambda each: len(each.requests) == 1)
-    assert health(server.requests[0]) == Health(
+    assert health(server.requests[0]) == HealthReport(
         "scheduler", "the thread `queue-deadlines` keeps failing: ValueError: broken"
     )
     monkeypatch.setattr(scheduler.step._admission, "expire", expire)
     server.wait(lambda each: len(each.requests) == 2)
-    assert health(server.requests[1]) == Health("scheduler", None)
+    assert health(server.requests[1]) == HealthReport("scheduler", None)
 
 
 def health(request: Any) -> Any:
-    from fastserve.ensemble.tensors import message_of
+    from fastserve.ensemble.messaging import message_of
 
     assert request.model_name() == "engine"
-    return message_of(request, "hold", Health)
+    return message_of(request, "health", HealthReport)
 
 
 def test_a_prompt_that_the_cache_cannot_hold_is_refused_at_once_queued_or_not(scheduler: Scheduler) -> None:

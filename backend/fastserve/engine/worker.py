@@ -230,5 +230,4 @@ class Worker:
             self._process.kill()
         self._outbox.put(None)
         for thread in (self._reader, self._writer):
-            thread.hurry()
             thread.join(timeout)

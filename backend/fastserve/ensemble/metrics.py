@@ -21,32 +21,15 @@ logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.1
 """Between two reports of the gauges while there is work."""
-COMPLAINT_SECONDS = 60.0
+ERROR_LOG_SECONDS = 60.0
 """Between two lines in the log about reports that fail."""
 MAX_TENANTS = 64
 """Tenants with a label of their own: the first that come; what others use is counted under `other`."""
 MAX_TENANT_LENGTH = 64
 """Characters of a tenant in its label."""
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0]
-_TOKEN_SECONDS = [
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.015,
-    0.02,
-    0.03,
-    0.04,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.5,
-    1.0,
-    2.5,
-]
-_TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+_TOKEN_SECONDS = [ms / 1000 for ms in (1, 2.5, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 500, 1000, 2500)]
+_TOKENS = [2**exponent for exponent in range(14)]
 _MODEL = "fastserve"
 
 
@@ -54,28 +37,31 @@ class _Family:
     """A metric family; its members by label values are made when they are first used."""
 
     kind: Any
-    _complain_after = 0.0
-    """Of all families."""
+    _next_error_log = 0.0
+    """A time, shared by all families."""
 
     def __init__(self, name: str, description: str, labels: Sequence[str] = (), **options: Any) -> None:
         self._family = pb_utils.MetricFamily(name=name, description=description, kind=self.kind)
         self._labels = labels
         self._options = options
-        self._members: dict[tuple[str, ...], Any] = {}
+        self._members: dict[tuple[object, ...], Any] = {}
 
-    def _member(self, *values: object) -> Any:
-        key = tuple(str(value) for value in values)
-        member = self._members.get(key)
-        if member is None:
-            labels = {"model": _MODEL, **dict(zip(self._labels, key, strict=True))}
-            member = self._members[key] = self._family.Metric(labels=labels, **self._options)
-        return member
-
-    def _complain(self, error: Exception) -> None:
-        now = time.monotonic()
-        if now >= _Family._complain_after:
-            _Family._complain_after = now + COMPLAINT_SECONDS
-            logger.error("metrics could not be reported: %s", error)
+    def _report(self, method: str, value: float, labels: tuple[object, ...]) -> bool:
+        """Calls a method of the member with these labels; False where that failed."""
+        try:
+            member = self._members.get(labels)
+            if member is None:
+                texts = dict(zip(self._labels, map(str, labels), strict=True))
+                member = self._family.Metric(labels={"model": _MODEL, **texts}, **self._options)
+                self._members[labels] = member
+            getattr(member, method)(value)
+        except Exception as error:
+            now = time.monotonic()
+            if now >= _Family._next_error_log:
+                _Family._next_error_log = now + ERROR_LOG_SECONDS
+                logger.error("metrics could not be reported: %s", error)
+            return False
+        return True
 
 
 class Counter(_Family):
@@ -85,19 +71,15 @@ class Counter(_Family):
 
     def __init__(self, name: str, description: str, labels: Sequence[str] = ()) -> None:
         super().__init__(name, description, labels)
-        self._owed: dict[tuple[object, ...], float] = {}
-        """What could not be reported yet."""
+        self._unreported: dict[tuple[object, ...], float] = {}
 
     def add(self, amount: float, *labels: object) -> None:
+        """Adds `amount`, if it is positive, and what could not be added before."""
         if amount <= 0:
             return
-        if self._owed:
-            amount += self._owed.pop(labels, 0.0)
-        try:
-            self._member(*labels).increment(amount)
-        except Exception as error:
-            self._owed[labels] = amount
-            self._complain(error)
+        amount += self._unreported.pop(labels, 0.0)
+        if not self._report("increment", amount, labels):
+            self._unreported[labels] = amount
 
 
 class Gauge(_Family):
@@ -110,25 +92,19 @@ class Gauge(_Family):
         self._reported: dict[tuple[object, ...], float] = {}
 
     def set(self, value: float, *labels: object) -> None:
-        if self._reported.get(labels) == value:
-            return
-        try:
-            self._member(*labels).set(value)
+        """Reports the value, if it is another than the last one."""
+        if self._reported.get(labels) != value and self._report("set", value, labels):
             self._reported[labels] = value
-        except Exception as error:
-            self._complain(error)
 
 
 class Histogram(_Family):
-    """How often which size."""
+    """Numbers of observations by size."""
 
     kind = pb_utils.MetricFamily.HISTOGRAM
 
     def observe(self, value: float, *labels: object) -> None:
-        try:
-            self._member(*labels).observe(value)
-        except Exception as error:
-            self._complain(error)
+        """Counts one observation."""
+        self._report("observe", value, labels)
 
 
 class TenantLabels:
@@ -138,6 +114,7 @@ class TenantLabels:
         self._labels: dict[str, str] = {}
 
     def label(self, tenant: str) -> str:
+        """The label of a tenant: cut to MAX_TENANT_LENGTH, or `other` beyond MAX_TENANTS."""
         known = self._labels.get(tenant)
         if known is not None:
             return known
@@ -147,12 +124,12 @@ class TenantLabels:
 
 
 def requests_total() -> Counter:
-    """Reported by each step at which a request can end."""
+    """The counter of ended requests, for each model in which a request can end."""
     return Counter("fastserve_requests_total", "Requests by how they ended", ["outcome"])
 
 
 class QueueMetrics:
-    """What `scheduler` reports."""
+    """The metrics of `scheduler`."""
 
     def __init__(self) -> None:
         self.waiting = Gauge("fastserve_requests_waiting", "Requests in the queue", ["priority"])
@@ -163,10 +140,25 @@ class QueueMetrics:
             buckets=_SECONDS,
         )
         self.requests = requests_total()
+        self.report_at: float | None = None
+        """When `report_waiting` is to be called next; None: the gauges show what is."""
+        self._reported: dict[int, int] = {}
+        self._reported_at = 0.0
+
+    def report_waiting(self, by_priority: dict[int, int], now: float) -> None:
+        """Sets how many requests wait: at once when none does, else every REPORT_SECONDS."""
+        if by_priority == self._reported:
+            self.report_at = None
+        elif any(by_priority.values()) and now < self._reported_at + REPORT_SECONDS:
+            self.report_at = self._reported_at + REPORT_SECONDS
+        else:
+            self._reported, self._reported_at, self.report_at = by_priority, now, None
+            for priority, count in by_priority.items():
+                self.waiting.set(count, priority)
 
 
 class EngineMetrics:
-    """What `engine` reports."""
+    """The metrics of `engine`."""
 
     def __init__(self) -> None:
         self.running = Gauge("fastserve_requests_running", "Sequences in the batch")
@@ -186,7 +178,7 @@ class EngineMetrics:
 
 
 class ResponseMetrics:
-    """What `postprocess` reports: the times that a client sees."""
+    """The metrics of `postprocess`: the times that a client sees."""
 
     def __init__(self) -> None:
         self.first_token = Histogram(
