@@ -19,13 +19,13 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from fastserve.config import read_config
-from fastserve.ensemble.inputs import read_parameters
 from fastserve.ensemble.messaging import (
     FAILED,
     call,
     error_response,
     forwarded_id,
     message_tensor,
+    read_parameters,
     report_health,
     send_response_or_error,
     strings,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import logging
 import os
 import uuid
@@ -16,8 +17,9 @@ from typing import Any, TypeVar
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from fastserve.ensemble.api_tensors import API_INPUTS
 from fastserve.ensemble.shared_secret import server_secret
-from fastserve.errors import ErrorCode, RequestError, with_code
+from fastserve.errors import ErrorCode, RequestError, invalid, with_code
 from fastserve.types import HealthReport, decode, encode
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,29 @@ def text_of(request: Any, name: str) -> str | None:
     """The text in an optional STRING [1] input of a request."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     return None if tensor is None else tensor.as_numpy()[0].decode(errors="replace")
+
+
+# What a client sent
+
+
+def read_inputs(request: Any) -> dict[str, Any]:
+    """The API's inputs that came, as Python values or arrays. Raises RequestError for a wrong shape."""
+    tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in API_INPUTS}
+    return {name: _value(name, tensor.as_numpy()) for name, tensor in tensors.items() if tensor is not None}
+
+
+def _value(name: str, array: Any) -> Any:
+    if API_INPUTS[name].length == -1:
+        return array
+    if array.size != 1:
+        raise invalid(name, list(array.shape), "a tensor of shape [1]")
+    return array.reshape(-1)[0] if array.dtype == object else array.reshape(-1)[0].item()
+
+
+def read_parameters(request: Any) -> dict[str, Any]:
+    """The request parameters, without those that Triton server adds of its own."""
+    parameters = json.loads(request.parameters() or "{}")
+    return {name: value for name, value in parameters.items() if not name.startswith("triton_")}
 
 
 # Messages between models

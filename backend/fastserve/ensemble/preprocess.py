@@ -17,8 +17,13 @@ import triton_python_backend_utils as pb_utils
 from fastserve.checkpoints.model_directory import context_length, model_vocab_size
 from fastserve.checkpoints.model_files import locate
 from fastserve.config import is_stopping, read_config
-from fastserve.ensemble.inputs import read_inputs, read_parameters
-from fastserve.ensemble.messaging import error_response, message_tensor, send_response_or_error
+from fastserve.ensemble.messaging import (
+    error_response,
+    message_tensor,
+    read_inputs,
+    read_parameters,
+    send_response_or_error,
+)
 from fastserve.ensemble.metrics import requests_total
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.input_processor import InputProcessor, ParsedRequest
