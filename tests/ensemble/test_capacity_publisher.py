@@ -28,7 +28,7 @@ problems: list[str | None] = []
 
 
 def capacities(pb_utils: Any, count: int) -> list[EngineCapacity]:
-    """Those that the scheduler was told, when there are so many."""
+    """The messages that the scheduler was sent, when there are so many."""
     from fastserve.ensemble.messaging import message_of
 
     pb_utils.server.wait(lambda each: len(each.requests) >= count)

@@ -1,4 +1,4 @@
-"""The step `engine` over a fake server and a worker that the test plays."""
+"""The model `engine` over a fake server and a worker that the test plays."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ class FakeWorker:
 
 
 class Engine:
-    """The step, its worker, and requests for it."""
+    """The model, its worker, and requests for it."""
 
-    def __init__(self, pb_utils: Any, step: Any) -> None:
-        self.pb_utils, self.step = pb_utils, step
+    def __init__(self, pb_utils: Any, model: Any) -> None:
+        self.pb_utils, self.model = pb_utils, model
 
     @property
     def worker(self) -> FakeWorker:
@@ -78,12 +78,12 @@ class Engine:
     def requests(self, *requests: Request) -> list[Any]:
         """Sends them in one batch; their senders."""
         batch = [self.message("released", request) for request in requests]
-        self.step.execute(batch)
+        self.model.execute(batch)
         return [each.sender for each in batch]
 
     def execute(self, name: str, message: Any) -> Any:
         request = self.message(name, message)
-        self.step.execute([request])
+        self.model.execute([request])
         return request.sender
 
 
@@ -97,10 +97,10 @@ def engine(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(module, "RESTART_SECONDS", 0.0)
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
     monkeypatch.setenv("FASTSERVE_MODEL_CONTROL", "explicit")
-    step = module.EngineModel()
-    step.initialize({})
-    yield Engine(pb_utils, step)
-    step.finalize()
+    model = module.EngineModel()
+    model.initialize({})
+    yield Engine(pb_utils, model)
+    model.finalize()
 
 
 def a_request(uid: str, request_id: str = "", arrival: float = 10.0, n: int = 1) -> Request:
@@ -173,7 +173,7 @@ def test_a_message_that_cannot_be_read_fails_alone(engine: Engine) -> None:
     bad = engine.pb_utils.InferenceRequest(inputs=[strings("released", [sign("released", b"\xc1")])])
     empty = engine.pb_utils.InferenceRequest()
     good = engine.message("released", a_request("a"))
-    engine.step.execute([bad, empty, good])
+    engine.model.execute([bad, empty, good])
     engine.worker.step(SequenceOutput("a", token_ids=[1], outcome=Outcome.STOP))
     assert (bad.sender.is_final, empty.sender.is_final, good.sender.is_final) == (True, True, True)
     assert "engine:" in bad.sender.error.message()
@@ -235,7 +235,7 @@ def test_every_request_ends_whatever_fails(engine: Engine, seed: int) -> None:
         request = engine.message("released", a_request(uid, f"id {number % 7}", float(number)))
         request.sender.fail, request.cancelled = fail, rng.random() < 0.1
         senders[uid] = request.sender
-        engine.step.execute([request])
+        engine.model.execute([request])
         known = [each.request.uid for each in engine.worker.sent if isinstance(each, Add)]
         outcomes = {each: Outcome.STOP if rng.random() < 0.2 else None for each in known[-9:]}
         engine.worker.step(*(SequenceOutput(each, outcome=end) for each, end in outcomes.items()))
@@ -323,7 +323,7 @@ def hold_in(engine: Engine) -> Any:
 
     def answer(request: Any) -> list[Any]:
         if request.model_name() == "readiness":
-            engine.step.execute([request])
+            engine.model.execute([request])
             request.sender.wait()
         return []
 
@@ -364,10 +364,10 @@ def test_a_first_worker_that_cannot_start_is_said_so(engine: Engine, monkeypatch
     from fastserve.ensemble import engine_relay as module
 
     monkeypatch.setattr(FakeWorker, "is_broken", True)
-    step = module.EngineModel()
+    model = module.EngineModel()
     with pytest.raises(engine.pb_utils.TritonModelException, match="before it was ready"):
-        step.initialize({})
-    step.finalize()
+        model.initialize({})
+    model.finalize()
 
 
 def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
@@ -381,9 +381,9 @@ def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
 
     monkeypatch.setattr(module, "Worker", partial(Worker, load=fake_engine.load_small))
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
-    step = module.EngineModel()
-    step.initialize({})
-    engine = Engine(pb_utils, step)
+    model = module.EngineModel()
+    model.initialize({})
+    engine = Engine(pb_utils, model)
     try:
         bad, other = engine.requests(a_request("a", "garbage"), a_request("b"))
         for sender in (bad, other):
@@ -393,7 +393,7 @@ def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
         good.wait()
         assert token_ids(good) == [100_000]
     finally:
-        step.finalize()
+        model.finalize()
 
 
 # --- cancels by the client's id
@@ -418,9 +418,9 @@ def test_a_cancel_of_an_ended_id_lets_the_next_request_of_that_id_live(engine: E
 def test_a_cancel_is_forgotten_when_no_request_of_its_time_can_live(engine: Engine) -> None:
     engine.execute("cancel", CancelById("old", 1000.0))
     engine.execute("cancel", CancelById("newer", 1599.0))
-    assert len(engine.step._cancelled) == 2
+    assert len(engine.model._cancelled) == 2
     engine.execute("cancel", CancelById("newest", 1600.0))
-    assert len(engine.step._cancelled) == 2
+    assert len(engine.model._cancelled) == 2
     (sender,) = engine.requests(a_request("a", "old", 999.0))
     assert not sender.is_final
 

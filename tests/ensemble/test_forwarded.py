@@ -30,17 +30,17 @@ def postprocess(pb_utils: Any, monkeypatch: pytest.MonkeyPatch, default_model: M
     from fastserve.ensemble import postprocess as module
 
     monkeypatch.setattr(module, "locate", lambda model: default_model)
-    step = module.PostprocessModel()
-    step.initialize({})
-    yield step
-    step.finalize()
+    model = module.PostprocessModel()
+    model.initialize({})
+    yield model
+    model.finalize()
 
 
-def answer_to(pb_utils: Any, step: Any, output: RequestOutput) -> Any:
+def answer_to(pb_utils: Any, model: Any, output: RequestOutput) -> Any:
     from fastserve.ensemble.messaging import message_tensor
 
     request = pb_utils.InferenceRequest(inputs=[message_tensor("output", output)])
-    step.execute([request])
+    model.execute([request])
     assert request.sender.is_final
     return request.sender
 

@@ -1,4 +1,4 @@
-"""The step `scheduler` over a fake server."""
+"""The model `scheduler` over a fake server."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastserve.types import EngineCapacity, HealthReport, OutputOptions, Request
 
 
 class Scheduler:
-    """The step, and requests for it."""
+    """The model, and requests for it."""
 
-    def __init__(self, pb_utils: Any, step: Any) -> None:
-        self.pb_utils, self.step = pb_utils, step
+    def __init__(self, pb_utils: Any, model: Any) -> None:
+        self.pb_utils, self.model = pb_utils, model
         self._serial = 0
 
     def message(self, name: str, message: Any) -> Any:
@@ -27,7 +27,7 @@ class Scheduler:
     def requests(self, *requests: Request) -> list[Any]:
         """Sends them in one batch; their senders."""
         batch = [self.message("request", request) for request in requests]
-        self.step.execute(batch)
+        self.model.execute(batch)
         return [each.sender for each in batch]
 
     def capacity(self, free_slots: int, received: int = 0, max_model_len: int | None = None) -> Any:
@@ -35,7 +35,7 @@ class Scheduler:
         now = time.monotonic()
         capacity = EngineCapacity("a", self._serial, received, received, free_slots, None, now, max_model_len)
         request = self.message("capacity", capacity)
-        self.step.execute([request])
+        self.model.execute([request])
         return request.sender
 
     def waiting(self, priority: int) -> float:
@@ -45,21 +45,21 @@ class Scheduler:
 
 @pytest.fixture
 def make_scheduler(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scheduler]]:
-    """A step with settings of its own."""
+    """A model with settings of its own."""
     from fastserve.ensemble import scheduler as module
 
     steps = []
 
     def make(**settings: Any) -> Scheduler:
         monkeypatch.setattr(module, "read_config", lambda: Config(**settings))
-        step = module.SchedulerModel()
-        step.initialize({})
-        steps.append(step)
-        return Scheduler(pb_utils, step)
+        model = module.SchedulerModel()
+        model.initialize({})
+        steps.append(model)
+        return Scheduler(pb_utils, model)
 
     yield make
-    for step in steps:
-        step.finalize()
+    for model in steps:
+        model.finalize()
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_message_that_cannot_be_read_fails_alone(scheduler: Scheduler) -> None
 
     bad = scheduler.pb_utils.InferenceRequest(inputs=[strings("request", [sign("request", b"\xc1")])])
     good = scheduler.message("request", a_request("a"))
-    scheduler.step.execute([bad, good])
+    scheduler.model.execute([bad, good])
     assert "scheduler:" in bad.sender.error.message()
     assert (bad.sender.is_final, released(good.sender)) == (True, ["a"])
 
@@ -120,7 +120,7 @@ def test_a_request_that_cannot_be_sent_on_fails_alone(scheduler: Scheduler) -> N
     batch = [scheduler.message("request", a_request(uid, priority)) for uid, priority in (("a", 1), ("b", 0))]
     batch[0].sender.fail = fail_once(scheduler.pb_utils.TritonModelException("no shared memory"))
     scheduler.capacity(2)
-    scheduler.step.execute(batch)
+    scheduler.model.execute(batch)
     assert "could not be sent to the engine: no shared memory" in batch[0].sender.error.message()
     assert batch[0].sender.error.code() == scheduler.pb_utils.TritonError.UNAVAILABLE
     assert (batch[0].sender.is_final, released(batch[1].sender)) == (True, ["b"])
@@ -130,7 +130,7 @@ def test_an_answer_to_a_room_message_that_fails_leaves_the_requests_alone(schedu
     _, second = scheduler.requests(a_request("a"), a_request("b"))
     capacity = scheduler.message("capacity", EngineCapacity("a", 1, 1, 1, 1, None, time.monotonic()))
     capacity.sender.fail = fail_once(scheduler.pb_utils.TritonModelException("no shared memory"))
-    scheduler.step.execute([capacity])
+    scheduler.model.execute([capacity])
     assert released(second) == ["b"]
 
 
@@ -148,7 +148,7 @@ def test_metrics_that_fail_hurt_nobody(scheduler: Scheduler) -> None:
 
 def test_the_clock_goes_on_after_a_failure(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it was: the next deadline is kept."""
-    expire = scheduler.step._admission.expire
+    expire = scheduler.model._admission.expire
     failures = [ValueError("broken")]
 
     def fail_first(now: float) -> Any:
@@ -157,7 +157,7 @@ def test_the_clock_goes_on_after_a_failure(scheduler: Scheduler, monkeypatch: py
         return expire(now)
 
     scheduler.requests(a_request("a"))
-    monkeypatch.setattr(scheduler.step._admission, "expire", fail_first)
+    monkeypatch.setattr(scheduler.model._admission, "expire", fail_first)
     (late,) = scheduler.requests(a_request("late", deadline=time.monotonic()))
     late.wait()
     assert "the request's limit in the queue" in late.error.message()
@@ -168,18 +168,18 @@ def test_a_clock_that_cannot_go_on_makes_the_server_unready(
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = scheduler.pb_utils.server
-    expire = scheduler.step._admission.expire
+    expire = scheduler.model._admission.expire
 
     def fail(now: float) -> Any:
         raise ValueError("broken")
 
-    monkeypatch.setattr(scheduler.step._admission, "expire", fail)
+    monkeypatch.setattr(scheduler.model._admission, "expire", fail)
     scheduler.requests(a_request("a"))
     server.wait(lambda each: len(each.requests) == 1)
     assert health(server.requests[0]) == HealthReport(
         "scheduler", "the thread `queue-deadlines` keeps failing: ValueError: broken"
     )
-    monkeypatch.setattr(scheduler.step._admission, "expire", expire)
+    monkeypatch.setattr(scheduler.model._admission, "expire", expire)
     server.wait(lambda each: len(each.requests) == 2)
     assert health(server.requests[1]) == HealthReport("scheduler", None)
 

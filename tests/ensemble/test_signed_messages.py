@@ -68,21 +68,21 @@ def test_the_scheduler_refuses_an_imitation_and_serves_what_came_with_it(pb_util
     from fastserve.types import OutputOptions, Request, SamplingParams
 
     real = Request("uid", "id", "", [1], SamplingParams(), OutputOptions(), 0, "", 0.0, None)
-    step = SchedulerModel()
-    step.initialize({})
+    model = SchedulerModel()
+    model.initialize({})
     forged = [
         pb_utils.InferenceRequest(inputs=[strings("capacity", [encode(CAPACITY)])]),
         pb_utils.InferenceRequest(inputs=[strings("request", [encode(real)])]),
         pb_utils.InferenceRequest(),
     ]
     good = pb_utils.InferenceRequest(inputs=[message_tensor("request", real)])
-    step.execute([*forged, good])
+    model.execute([*forged, good])
     for request in forged:
         assert request.sender.is_final
         assert request.sender.error.message().startswith("INVALID_ARG: `")
     (released,) = good.sender.outputs("released")
     assert read_message("released", released[0], Request) == real
-    step.finalize()
+    model.finalize()
 
 
 def test_a_forwarded_request_is_queued_at_once_and_fails_in_the_queue_as_data(
@@ -94,13 +94,13 @@ def test_a_forwarded_request_is_queued_at_once_and_fails_in_the_queue_as_data(
 
     (tmp_path / "config.json").write_text('{"max_queue_seconds": 0.01}')
     monkeypatch.setenv("FASTSERVE_CONFIG", str(tmp_path / "config.json"))
-    step = SchedulerModel()
-    step.initialize({})
+    model = SchedulerModel()
+    model.initialize({})
     requests = []
     for uid in ("first", "second"):  # there is room for one
         request = Request(uid, forwarded_id(), "", [1], SamplingParams(), OutputOptions(), 0, "", 0.0, None)
         requests.append(pb_utils.InferenceRequest(inputs=[message_tensor("request", request)]))
-    step.execute(requests)
+    model.execute(requests)
     released = []
     for request in requests:
         request.sender.wait()
@@ -111,7 +111,7 @@ def test_a_forwarded_request_is_queued_at_once_and_fails_in_the_queue_as_data(
                 for each in request.sender.outputs("released")
             ]
         )
-    step.finalize()
+    model.finalize()
     assert released[0][0] == Queued("first")
     assert isinstance(released[0][1], Request)
     assert released[1][0] == Queued("second")

@@ -1,4 +1,4 @@
-"""What the ensemble's models send and receive: tensors, signed messages, responses, requests to one another.
+"""What the ensemble's models receive and send: tensors, signed messages, responses, requests to one another.
 
 Triton server 2.51 closes no model to clients, so each message carries an authentication code that only this
 server's own processes can compute (`shared_secret`): a client's imitation is refused.
@@ -104,7 +104,7 @@ def read_message(name: str, signed: bytes, as_type: type[T]) -> T:
 def sign(name: str, data: bytes) -> bytes:
     """`data` behind its authentication code, valid for an input of that name (16 characters at most).
 
-    Keyed BLAKE2b over all of it: 0.5 us for a step's token, 7 us for a prompt of 1,000. A bare secret in
+    Keyed BLAKE2b over all of it: 0.5 us for a token, 7 us for a prompt of 1,000. A bare secret in
     front would not do: whoever calls `preprocess` directly is given what that model sends to the next.
     """
     return _mac(name, data) + data
@@ -200,7 +200,7 @@ def send_error(sender: Any, error: Exception) -> None:
         send_final(sender, error_response(error))
         return
     except Exception as failure:
-        logger.error("a request could not be told that it failed (%s): %s", error, failure)
+        logger.error("an error could not be sent (%s): %s", error, failure)
     try:
         send_final(sender)
     except Exception as failure:

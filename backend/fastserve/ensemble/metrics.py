@@ -163,7 +163,7 @@ class EngineMetrics:
     def __init__(self) -> None:
         self.running = Gauge("fastserve_requests_running", "Sequences in the batch")
         self.preempted = Gauge(
-            "fastserve_requests_preempted", "Sequences that wait inside the worker for a place"
+            "fastserve_requests_preempted", "Sequences that wait inside the worker for a slot"
         )
         self.kv_total = Gauge("fastserve_kv_blocks_total", "KV blocks there are")
         self.kv_used = Gauge("fastserve_kv_blocks_used", "KV blocks held by a request")

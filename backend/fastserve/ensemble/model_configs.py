@@ -28,8 +28,7 @@ def model_configs() -> dict[str, str]:
             _ONE_INSTANCE,
         ),
         "postprocess": _config(
-            "Tokens to text, stop strings; notices that a client is gone. One instance: with several, tokens "
-            "come out of order.",
+            "Tokens to text, stop strings; sees that a client has cancelled. One instance keeps tokens in order.",
             ['backend: "python"', "max_batch_size: 0", _DECOUPLED],
             _tensors("input", {"output": _INTERNAL}),
             _tensors("output", API_OUTPUTS),

@@ -52,7 +52,7 @@ class RequestState:
     """Its time, `time.monotonic()`."""
     num_tokens: int = 0
     is_cancelled: bool = False
-    """Its client has cancelled, and `engine` is told."""
+    """Its client has cancelled, and the stop is on its way to `engine`."""
 
 
 class PostprocessModel:
@@ -103,7 +103,7 @@ class PostprocessModel:
                 send_final(sender, pb_utils.InferenceResponse(output_tensors=failure_tensors(error)))
                 return
             except Exception:
-                logger.exception("request %s could not be told that it failed", uid)
+                logger.exception("the failure of request %s could not be sent", uid)
         send_error(sender, error)
 
     def _answer(self, output: RequestOutput, sender: Any, is_cancelled: bool) -> None:
@@ -114,7 +114,7 @@ class PostprocessModel:
             return
         now = time.monotonic()
         state = self._state(output, now)
-        if state is None:  # its client has been told of its end
+        if state is None:  # it has failed here, and its client has the error
             send_final(sender)
             return
         if is_cancelled and not state.is_cancelled and not output.final:

@@ -1,4 +1,4 @@
-"""Makes Triton server's `/v2/health/ready` say "not ready" while a worker or a thread of ours is gone.
+"""Makes Triton server's `/v2/health/ready` say "not ready" while there is no worker, or a thread fails.
 
 A Python model of 2.51 cannot say so itself. But a model in the state UNLOADING, which lasts as long as a
 request of it is in flight, counts as not ready. So the ensemble `readiness`, which consists of `engine`

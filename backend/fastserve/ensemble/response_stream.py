@@ -86,5 +86,5 @@ class ResponseStream:
                 self.send(0.0)
                 return
             except Exception as error:
-                logger.error("request %s could not be told that it failed: %s", self.request.uid, error)
+                logger.error("the failure of request %s could not be sent: %s", self.request.uid, error)
         send_error(self.sender, RequestError(failure.message, ErrorCode(failure.code)))

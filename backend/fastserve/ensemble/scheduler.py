@@ -106,7 +106,7 @@ class SchedulerModel:
         try:
             sender.send(pb_utils.InferenceResponse(output_tensors=[queued]))
         except Exception as error:
-            logger.error("request %s could not be told that it waits: %s", request.uid, error)
+            logger.error("request %s: the response that it waits could not be sent: %s", request.uid, error)
 
     def _reject(self, sender: Any, error: RequestError, outcome: Outcome) -> None:
         self._metrics.requests.add(1, outcome.value)
@@ -122,7 +122,7 @@ class SchedulerModel:
                 send_final(sender, pb_utils.InferenceResponse(output_tensors=[rejected]))
                 return
             except Exception:
-                logger.exception("request %s could not be told that it failed", request.uid)
+                logger.exception("the failure of request %s could not be sent", request.uid)
         self._reject(sender, error, outcome)
 
     def _release(self, now: float) -> None:
