@@ -31,7 +31,7 @@ STATUSES: dict[str, dict[str, Any]] = {
     },
     "infer_generate": {"INVALID_ARG": 400, "UNAVAILABLE": 400, "CANCELLED": 400},
 }
-"""What each endpoint says of an error, where Triton server 2.51 lets us: see "Errors by endpoint" in docs/api.md."""
+"""The status of an error by endpoint, as Triton server 2.51 allows: "Errors by endpoint" in docs/api.md."""
 BLOCKED, RUNNING = "the engine is busy", "it runs"
 ERRORS: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("an invalid value", {"parameters": {"temperature": -1}}, "", "INVALID_ARG", "`temperature`: got "),
@@ -123,7 +123,7 @@ def test_every_endpoint_tells_every_error_by_its_code(
 def error_while_cancelling(
     server: Any, client: Client, endpoint: str, fields: dict[str, Any]
 ) -> tuple[Any, str]:
-    """What a endpoint says; a request that has an id is cancelled by it when it runs."""
+    """What an endpoint answers; a request that has an id is cancelled by it when it runs."""
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(error_at, server, endpoint, fields)
         if "id" in fields:

@@ -24,11 +24,11 @@ from fastserve.config import read_config
 from fastserve.engine.worker import FromWorker, Worker
 from fastserve.ensemble.cancellation import RecentCancellations
 from fastserve.ensemble.capacity_publisher import CapacityPublisher
-from fastserve.ensemble.messaging import message_of, message_tensor, send_error, send_final
+from fastserve.ensemble.messaging import dispatch_each, message_of, message_tensor, send_error, send_final
 from fastserve.ensemble.metrics import REPORT_SECONDS, EngineMetrics
 from fastserve.ensemble.readiness import Readiness
 from fastserve.ensemble.response_stream import ResponseStream
-from fastserve.errors import ErrorCode, RequestError, invalid
+from fastserve.errors import ErrorCode, invalid
 from fastserve.types import (
     Add,
     BlockUnload,
@@ -113,15 +113,7 @@ class EngineModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Takes requests in; their responses come from the thread that reads the worker's pipe."""
-        for triton_request in requests:
-            sender = triton_request.get_response_sender()
-            try:
-                self._dispatch(triton_request, sender)
-            except RequestError as error:
-                send_error(sender, error)
-            except Exception as error:
-                logger.exception("a request could not be taken in")
-                send_error(sender, RequestError(f"engine: {error}", ErrorCode.INTERNAL))
+        dispatch_each("engine", requests, self._dispatch, send_error)
         self._capacity.open()
         with self._lock:
             self._publish_capacity()

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -54,6 +55,27 @@ def text_of(request: Any, name: str) -> str | None:
     """The text in an optional STRING [1] input of a request."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     return None if tensor is None else tensor.as_numpy()[0].decode(errors="replace")
+
+
+def dispatch_each(
+    model: str,
+    requests: list[Any],
+    dispatch: Callable[[Any, Any], None],
+    answer_fault: Callable[[Any, RequestError], None],
+) -> None:
+    """Calls `dispatch(request, response_sender)` for each request of a batch to `model`.
+
+    A RequestError ends its request only. So does any other exception, a fault of ours, by `answer_fault`.
+    """
+    for request in requests:
+        sender = request.get_response_sender()
+        try:
+            dispatch(request, sender)
+        except RequestError as error:
+            send_error(sender, error)
+        except Exception as error:
+            logger.exception("a request could not be taken in")
+            answer_fault(sender, RequestError(f"{model}: {error}", ErrorCode.INTERNAL))
 
 
 # What a client sent

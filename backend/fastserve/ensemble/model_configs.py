@@ -28,7 +28,7 @@ def model_configs() -> dict[str, str]:
             _ONE_INSTANCE,
         ),
         "postprocess": _config(
-            "Tokens to text, stop strings; sees that a client has cancelled. One instance keeps tokens in order.",
+            "Tokens to text, stop strings; sees cancelled clients. One instance: more would reorder tokens.",
             ['backend: "python"', "max_batch_size: 0", _DECOUPLED],
             _tensors("input", {"output": _INTERNAL}),
             _tensors("output", API_OUTPUTS),

@@ -17,6 +17,7 @@ import triton_python_backend_utils as pb_utils
 
 from fastserve.config import read_config
 from fastserve.ensemble.messaging import (
+    dispatch_each,
     is_forwarded_id,
     message_of,
     message_tensor,
@@ -57,17 +58,8 @@ class SchedulerModel:
     def execute(self, requests: list[Any]) -> None:
         """Takes in requests and the engine's capacity, and releases what there is capacity for."""
         with self._changed:
-            for triton_request in requests:
-                sender = triton_request.get_response_sender()
-                try:
-                    self._dispatch(triton_request, sender)
-                except RequestError as error:
-                    send_error(sender, error)
-                except Exception as error:
-                    logger.exception("a request could not be taken in")
-                    self._reject(
-                        sender, RequestError(f"scheduler: {error}", ErrorCode.INTERNAL), Outcome.ERROR
-                    )
+            answer_fault = partial(self._reject, outcome=Outcome.ERROR)
+            dispatch_each("scheduler", requests, self._dispatch, answer_fault)
             try:
                 self._release(time.monotonic())
             except Exception:  # the server would answer the whole batch with it, those too that now wait
