@@ -312,14 +312,14 @@ def test_the_server_is_not_ready_while_there_is_no_worker(
     from fastserve.ensemble import engine_relay as module
 
     monkeypatch.setattr(module, "Worker", Slow)
-    server.answer = hold_in(engine)
+    server.answer = answer_readiness(engine)
     engine.worker.on_death("ended (code -9)")
     assert lost.is_set()
     server.wait(lambda each: each.loads == [("unload", "readiness"), ("load", "readiness")])
 
 
-def hold_in(engine: Engine) -> Any:
-    """Answers as the ensemble `readiness` does: its request goes to `engine`, which holds it."""
+def answer_readiness(engine: Engine) -> Any:
+    """Answers as the ensemble `readiness` does: its request goes to `engine`, which leaves it unanswered."""
 
     def answer(request: Any) -> list[Any]:
         if request.model_name() == "readiness":
@@ -332,26 +332,26 @@ def hold_in(engine: Engine) -> Any:
 
 def test_the_server_is_not_ready_while_a_thread_of_another_step_is_gone(engine: Engine) -> None:
     server = engine.pb_utils.server
-    server.answer = hold_in(engine)
+    server.answer = answer_readiness(engine)
     assert engine.execute("health", HealthReport("scheduler", GONE)).is_final
     server.wait(lambda each: each.loads == [("unload", "readiness")])
     engine.execute("health", HealthReport("scheduler", None))
     server.wait(lambda each: each.loads == [("unload", "readiness"), ("load", "readiness")])
 
 
-def test_a_request_to_hold_that_does_not_come_is_sent_again(
+def test_a_request_of_readiness_that_does_not_come_is_sent_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastserve.ensemble import readiness as module
 
     monkeypatch.setattr(module, "ARRIVAL_SECONDS", 0.05)
     failures = [engine.pb_utils.TritonModelException("no shared memory"), ValueError("broken")]
-    hold = hold_in(engine)
+    answer_it = answer_readiness(engine)
 
     def answer(request: Any) -> list[Any]:
         if request.model_name() == "readiness" and failures:
             raise failures.pop()
-        answers: list[Any] = hold(request)
+        answers: list[Any] = answer_it(request)
         return answers
 
     engine.pb_utils.server.answer = answer

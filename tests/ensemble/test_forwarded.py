@@ -1,4 +1,4 @@
-"""A forwarded request on its way: told at once that it waits, and of its failure as data."""
+"""A forwarded request on its way: it has a response at once, and its failure as data."""
 
 from __future__ import annotations
 
