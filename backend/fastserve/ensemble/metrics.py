@@ -123,6 +123,10 @@ class TenantLabels:
         return self._labels.setdefault(tenant, tenant[:MAX_TENANT_LENGTH])
 
 
+def _seconds_by_priority(name: str, description: str) -> Histogram:
+    return Histogram(name, description, ["priority"], buckets=_SECONDS)
+
+
 def requests_total() -> Counter:
     """The counter of ended requests, for each model in which a request can end."""
     return Counter("fastserve_requests_total", "Requests by how they ended", ["outcome"])
@@ -133,11 +137,8 @@ class QueueMetrics:
 
     def __init__(self) -> None:
         self.waiting = Gauge("fastserve_requests_waiting", "Requests in the queue", ["priority"])
-        self.wait = Histogram(
-            "fastserve_queue_wait_seconds",
-            "From arrival to release to the engine",
-            ["priority"],
-            buckets=_SECONDS,
+        self.wait = _seconds_by_priority(
+            "fastserve_queue_wait_seconds", "From arrival to release to the engine"
         )
         self.requests = requests_total()
         self.report_at: float | None = None
@@ -181,22 +182,16 @@ class ResponseMetrics:
     """The metrics of `postprocess`: the times that a client sees."""
 
     def __init__(self) -> None:
-        self.first_token = Histogram(
-            "fastserve_time_to_first_token_seconds",
-            "From arrival to the first token",
-            ["priority"],
-            buckets=_SECONDS,
+        self.first_token = _seconds_by_priority(
+            "fastserve_time_to_first_token_seconds", "From arrival to the first token"
         )
         self.output_token = Histogram(
             "fastserve_time_per_output_token_seconds",
             "Mean time between the tokens of a request after its first",
             buckets=_TOKEN_SECONDS,
         )
-        self.end_to_end = Histogram(
-            "fastserve_e2e_request_latency_seconds",
-            "From arrival to the last token",
-            ["priority"],
-            buckets=_SECONDS,
+        self.end_to_end = _seconds_by_priority(
+            "fastserve_e2e_request_latency_seconds", "From arrival to the last token"
         )
         self.tenants = TenantLabels()
         self.prompt_tokens = Counter(
