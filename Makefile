@@ -5,7 +5,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: setup serve test soak lint load clean
+.PHONY: setup serve test soak lint load configs clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,10 @@ lint: setup
 # A minute against a server that runs; leaves load_tests/report.html. ARGS="--users 32 --run-time 2m"
 load: setup
 	$(BIN)/locust --config load_tests/locust.conf $(ARGS)
+
+# The model repository's config.pbtxt files, after a change of backend/fastserve/ensemble/api_tensors.py.
+configs: setup
+	$(BIN)/python -m fastserve.ensemble.model_configs model_repository
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

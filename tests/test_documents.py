@@ -14,16 +14,22 @@ DOCUMENTS = [
     "SECURITY.md",
     "CHANGELOG.md",
     "client/README.md",
+    "docs/architecture.md",
+    "docs/api.md",
     "findings/README.md",
     "docs/architecture.md",
     "docs/log.md",
     "docs/newcomer.md",
 ]
-PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:md|toml))`")
+PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:md|toml|py))`")
 """A file or folder in code quotes."""
 ROOTS = (".", "docs", "backend", "backend/fastserve", "kernels", "kernels/fastserve_kernels", "client")
 MADE = {"logs/", "load_tests/report.html", "build/", "dist/"}
 """Those that a command leaves."""
+REPEATED = {"model.py"}
+"""One in each model of the repository."""
+FUNCTION = re.compile(r"`([\w/-]+\.py)`: `([\w.]+)`")
+"""A function or class of a file in code quotes."""
 
 
 def sources() -> list[Path]:
@@ -34,7 +40,7 @@ def sources() -> list[Path]:
 def test_paths_are_there(document: str) -> None:
     text = (PROJECT / document).read_text()
     roots = [(PROJECT / document).parent, *(PROJECT / root for root in ROOTS)]
-    names = set(PATH.findall(text)) - MADE
+    names = set(PATH.findall(text)) - MADE - REPEATED
     assert [name for name in sorted(names) if not any((root / name).exists() for root in roots)] == []
 
 
@@ -50,6 +56,32 @@ def test_the_names_in_a_row_are_in_its_file(document: str) -> None:
         names = {name for each in re.findall(r"`([A-Za-z_][\w.]*)`", text) for name in each.split(".")}
         missing += [(path, name) for name in sorted(names - words)]
     assert missing == []
+
+
+def test_functions_of_the_architecture_are_in_their_files() -> None:
+    named = FUNCTION.findall((PROJECT / "docs/architecture.md").read_text())
+    assert len(named) > 10
+    for path, name in named:
+        text = (PROJECT / "backend/fastserve" / path).read_text()
+        for part in name.split("."):
+            assert re.search(rf"(?:def|class) {part}\b", text), (path, name)
+
+
+def test_messages_of_the_architecture_are_those_of_types() -> None:
+    text = (PROJECT / "docs/architecture.md").read_text()
+    section = text[text.index("## The messages") : text.index("## What is known of")]
+    for name in re.findall(r"`([A-Z]\w+)`", section):
+        assert re.search(rf"class {name}\(", (PROJECT / "backend/fastserve/types.py").read_text()), name
+
+
+def test_the_main_path_is_listed_once_and_is_short() -> None:
+    text = (PROJECT / "docs/architecture.md").read_text()
+    section = text[text.index("## The main path") : text.index("Beside it:")]
+    files = re.findall(r"`([\w/-]+\.py)`", section)
+    assert len(set(files)) == len(files)
+    for name in files:
+        lines = (PROJECT / "backend/fastserve" / name).read_text().splitlines()
+        assert len(lines) <= 400, name
 
 
 def test_nothing_is_unpickled_and_no_code_of_a_model_is_run() -> None:

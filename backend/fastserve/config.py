@@ -1,6 +1,6 @@
 """The operator's settings: one flat table, whose fields are the flags of `fastserve serve`.
 
-A field's name with dashes is its flag; its docstring metadata is that flag's help. Every step of the
+A field's name with dashes is its flag; its docstring metadata is that flag's help. Every model of the
 ensemble reads the same settings, from the JSON file that the environment variable FASTSERVE_CONFIG names.
 """
 
@@ -14,6 +14,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 CONFIG_VARIABLE = "FASTSERVE_CONFIG"
+"""The settings' JSON file."""
+STOPPING_VARIABLE = "FASTSERVE_STOPPING"
+"""A file that the launcher makes when the server is to take no more requests: see `is_stopping`."""
+MODEL_CONTROL_VARIABLE = "FASTSERVE_MODEL_CONTROL"
+"""`explicit`: the models may load and unload one another."""
 
 
 class ConfigError(Exception):
@@ -109,3 +114,13 @@ def read_config() -> Config:
         return msgspec.json.decode(Path(path).read_bytes(), type=Config)
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"{CONFIG_VARIABLE}={path}: {error}") from error
+
+
+def is_stopping() -> bool:
+    """Whether the launcher has said that the server is stopping.
+
+    It says so by a file, so nothing has to reach the models through a server that is busy. Without the
+    environment variable FASTSERVE_STOPPING it never is.
+    """
+    path = os.environ.get(STOPPING_VARIABLE)
+    return path is not None and os.path.exists(path)

@@ -31,7 +31,7 @@ class RequestError(Exception):
 
 
 _WRITTEN = re.compile(rf"(?:in ensemble '[^']*', )?({'|'.join(ErrorCode)}): ")
-"""What stands before the sentence of an error that was written with its code. An ensemble adds its name."""
+"""The code before the sentence of an error. An ensemble adds its name."""
 
 
 def with_code(error: RequestError) -> str:

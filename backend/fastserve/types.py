@@ -1,7 +1,7 @@
 """The messages that travel through FastServe, in the order in which a request meets them.
 
-    client -> SamplingParams, Request -> (scheduler) Room -> (worker) Add, Cancel
-           -> StepOutput of SequenceOutputs -> RequestOutput -> text
+    client -> Request -> (scheduler) SchedulerOutput -> (engine) Add -> (worker) StepOutput
+           -> (engine) RequestOutput -> (postprocess) text
 
 Every one is immutable, refuses unknown keys and crosses processes as MessagePack (`encode`, `decode`).
 Times are `time.monotonic()` seconds: on Linux all processes of a machine share that clock.
@@ -65,7 +65,7 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class OutputOptions(Struct, frozen=True):
-    """What the client wants to see of the answer, besides the text."""
+    """Parts of the answer that the client wants besides the text."""
 
     stream: bool = False
     echo: bool = False
@@ -89,7 +89,7 @@ class Request(Struct, frozen=True, tag=True):
     request_id: str
     """The client's, by which it can be cancelled; may be empty."""
     prompt: str
-    """What the text of an echo begins with."""
+    """The beginning of an echo's text."""
     prompt_token_ids: list[int]
     sampling: SamplingParams
     output: OutputOptions
@@ -107,17 +107,17 @@ class Request(Struct, frozen=True, tag=True):
         return max(-10, min(10, self.priority))
 
 
-class Accepted(Struct, frozen=True, tag=True):
-    """From `scheduler`, in front of a forwarded request that it releases later: it waits in the queue."""
+class Queued(Struct, frozen=True, tag=True):
+    """From `scheduler`, before a forwarded request that it releases later: the request waits in the queue."""
 
     uid: str
 
 
 class EngineCapacity(Struct, frozen=True):
-    """What the engine tells the scheduler: absolute numbers, so that a lost or late message does no harm."""
+    """From `engine` to `scheduler`: absolute numbers, so that a lost or late message does no harm."""
 
     incarnation: str
-    """Of the worker; numbers of different incarnations are not compared."""
+    """The worker's; numbers of different incarnations are not compared."""
     serial: int
     """Grows; an older message than the last one seen is dropped."""
     received: int
@@ -127,9 +127,9 @@ class EngineCapacity(Struct, frozen=True):
     free_slots: int
     """Sequences that could still be added to the batch; below zero when some wait in the worker."""
     lowest_key: float | None
-    """The policy key of the lowest sequence that holds a slot: one above it may displace it."""
+    """The policy key of the lowest sequence in the batch: one above it may preempt it."""
     time: float
-    """When the engine said so; 0: it has said nothing yet."""
+    """When the engine sent it; 0: it has sent nothing yet."""
     max_model_len: int | None = None
     """Tokens of prompt and answer that the model and its KV cache can hold; None: not known yet."""
 
@@ -153,11 +153,11 @@ class Failure(Struct, frozen=True):
     message: str
 
 
-class Refused(Struct, frozen=True, tag=True):
-    """From `scheduler`: a forwarded request whose time in the queue has passed.
+class Rejected(Struct, frozen=True, tag=True):
+    """From `scheduler`: a forwarded request that fails in the queue.
 
     Its failure goes the way of an answer: between models, Triton server 2.51 loses an error that follows
-    a response, and `Accepted` was one.
+    a response, and `Queued` was one.
     """
 
     request: Request
@@ -165,7 +165,7 @@ class Refused(Struct, frozen=True, tag=True):
     failure: Failure
 
 
-Released: Any = Request | Accepted | Refused
+SchedulerOutput: Any = Request | Queued | Rejected
 """From `scheduler` to `engine`."""
 
 
@@ -176,7 +176,7 @@ class Add(Struct, frozen=True, tag=True):
 
 
 class Cancel(Struct, frozen=True, tag=True):
-    """To the worker: stop this now. STOP: a stop string was met; CANCELLED: the client is gone."""
+    """To the worker: stop this now. STOP: a stop string was met; CANCELLED: the client has cancelled."""
 
     uid: str
     outcome: Outcome
@@ -192,15 +192,15 @@ class CancelById(Struct, frozen=True):
     """When the cancel came."""
 
 
-class Hold(Struct, frozen=True, tag=True):
-    """To `engine`: answer this request when the server may be ready again (see `Readiness`)."""
+class BlockUnload(Struct, frozen=True, tag=True):
+    """To `engine`: leave this request unanswered until the server may be ready again (see `Readiness`)."""
 
 
-class Health(Struct, frozen=True, tag=True):
-    """To `engine` from another step: whether a thread of it works."""
+class HealthReport(Struct, frozen=True, tag=True):
+    """To `engine` from another model: whether a thread of it works."""
 
     source: str
-    """The step."""
+    """The model."""
     problem: str | None
     """A sentence; None: it works again."""
 
@@ -210,7 +210,7 @@ class Shutdown(Struct, frozen=True, tag=True):
 
 
 class SequenceOutput(Struct, frozen=True):
-    """What one step brought to one sequence of a request."""
+    """The output of one step for one sequence of a request."""
 
     uid: str
     index: int = 0
@@ -245,7 +245,7 @@ class EngineStats(Struct, frozen=True):
 
 
 class StepOutput(Struct, frozen=True, tag=True):
-    """From the worker: everything that one step brought, to all requests."""
+    """From the worker: the output of one step for all sequences."""
 
     outputs: list[SequenceOutput]
     stats: EngineStats
@@ -260,7 +260,7 @@ class Ready(Struct, frozen=True, tag=True):
 
 
 class RequestOutput(Struct, frozen=True):
-    """From `engine` to `postprocess`: what has come to one request since its last one.
+    """From `engine` to `postprocess`: the output for one request since the last message.
 
     Outputs of several steps are joined here when the client or the wire is slower than the engine.
     """

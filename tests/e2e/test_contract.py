@@ -229,9 +229,9 @@ INTERNAL = [
     ("engine", "released"),
     ("engine", "stop"),
     ("engine", "cancel"),
-    ("engine", "hold"),
+    ("engine", "health"),
     ("postprocess", "output"),
-    ("readiness", "hold"),
+    ("readiness", "health"),
 ]
 
 

@@ -178,7 +178,7 @@ def test_a_stop_loses_nothing_that_was_accepted(fresh_server: Any) -> None:
         return stream.read().num_output_tokens
 
     with ExitStack() as stack:
-        clients = {
+        clients: dict[str, Client] = {
             "grpc": stack.enter_context(Client(fresh_server.grpc_url, "grpc", retries=0)),
             "http": stack.enter_context(Client(fresh_server.http_url, "http", retries=0)),
         }

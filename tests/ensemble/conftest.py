@@ -1,4 +1,4 @@
-"""The steps of the ensemble without Triton server: over a fake of what it gives a Python model."""
+"""The models of the ensemble without Triton server: over a fake of what it gives a Python model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 NAME = "triton_python_backend_utils"
-STEPS = "fastserve.ensemble."
+MODELS = "fastserve.ensemble."
 
 
 @pytest.fixture
 def pb_utils() -> Iterator[Any]:
-    """The fake, in place of the real module for this test; tests import the steps after they have it.
+    """The fake, in place of the real module for this test; tests import the models after they have it.
 
-    What of the steps was imported meanwhile holds this fake, and is forgotten with it.
+    What of the models was imported meanwhile holds this fake, and is forgotten with it.
     """
     spec = importlib.util.spec_from_file_location(NAME, Path(__file__).with_name("fake_pb_utils.py"))
     assert spec is not None
@@ -29,7 +29,7 @@ def pb_utils() -> Iterator[Any]:
     spec.loader.exec_module(module)
     yield module
     for name in set(sys.modules) - before:
-        if name == NAME or name.startswith(STEPS):
+        if name == NAME or name.startswith(MODELS):
             del sys.modules[name]
             package, _, attribute = name.rpartition(".")
             if package:
@@ -38,7 +38,7 @@ def pb_utils() -> Iterator[Any]:
 
 @pytest.fixture
 def short_shared_memory(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is free in `/dev/shm`, the steps find it little."""
-    from fastserve.ensemble import final_response
+    """Whatever is free in `/dev/shm`, the models find it little."""
+    from fastserve.ensemble import messaging
 
-    monkeypatch.setattr(final_response, "SHORT_BYTES", 1 << 62)
+    monkeypatch.setattr(messaging, "SHORT_BYTES", 1 << 62)

@@ -190,22 +190,22 @@ class _Metric:
         self.num_calls = 0
 
     def increment(self, amount: float) -> None:
-        with self._told():
+        with self._reported():
             self.number += amount
 
     def set(self, value: float) -> None:
-        with self._told():
+        with self._reported():
             self.number = value
 
     def observe(self, value: float) -> None:
-        with self._told():
+        with self._reported():
             self.observed.append(value)
 
     def value(self) -> float:
         return sum(self.observed) if self.observed else self.number
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _reported(self) -> Iterator[None]:
         self.num_calls += 1
         if self._name in server.failing_metrics:
             raise TritonModelException(f"{self._name}: no shared memory")
@@ -279,7 +279,7 @@ class FakeServer:
         )
 
     def metric_calls(self, name: str) -> int:
-        """How many times any member of that family was told something."""
+        """How many times any member of that family was changed."""
         return sum(each.num_calls for each in self.metrics.get(name, []))
 
 

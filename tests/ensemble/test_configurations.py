@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from fastserve.ensemble.api_tensors import API_INPUTS
+from fastserve.ensemble.model_configs import main, model_configs
 from fastserve.launcher.repository import model_names, model_repository
 from fastserve.text import input_processor as input_processor
-from fastserve_client.request import generation_request
+from fastserve_client.request import cancellation_request, generation_request
 
 
 def configuration(model: str) -> Any:
@@ -29,37 +33,62 @@ def outputs_of(model: str) -> dict[str, tuple[int, list[int]]]:
     return {each.name: (each.data_type, list(each.dims)) for each in configuration(model).output}
 
 
+@pytest.mark.parametrize("model", model_configs())
+def test_the_files_are_those_written_from_the_tables(model: str) -> None:
+    text = (model_repository() / model / "config.pbtxt").read_text()
+    assert text == model_configs()[model], "run `make configs`"
+
+
+def test_the_files_are_written_where_they_belong(tmp_path: Path) -> None:
+    for model in model_configs():
+        (tmp_path / model).mkdir()
+    main(tmp_path)
+    for model, text in model_configs().items():
+        assert (tmp_path / model / "config.pbtxt").read_text() == text
+
+
 @pytest.mark.parametrize(
-    ("model", "own"),
-    [
-        ("preprocess", {}),
-        ("fastserve", {}),
-        ("fastserve_infer", {"cancel": ("TYPE_STRING", [1], True)}),
-    ],
+    ("model", "more"), [("preprocess", []), ("fastserve", []), ("fastserve_infer", ["cancel"])]
 )
-def test_the_inputs_of_the_api_are_declared_alike(pb_utils: Any, model: str, own: dict[str, Any]) -> None:
-    from fastserve.ensemble.inputs import API_INPUTS, MANY
+def test_triton_server_reads_what_the_tables_say(model: str, more: list[str]) -> None:
+    declared = {name: (spec.data_type, [spec.length], True) for name, spec in API_INPUTS.items()}
+    declared |= {name: ("TYPE_STRING", [1], True) for name in more}
+    assert inputs_of(model) == declared
 
-    declared = {name: (kind, [-1 if name in MANY else 1], True) for name, kind in API_INPUTS.items()}
-    assert inputs_of(model) == declared | own
 
-
-def test_the_code_that_reads_them_and_the_client_know_no_others(pb_utils: Any) -> None:
-    from fastserve.ensemble.inputs import API_INPUTS
-
+def test_the_code_that_reads_them_and_the_client_know_no_others() -> None:
     assert set(API_INPUTS) == input_processor._INPUT_NAMES
     sent = [
-        generation_request(text, messages, ids, True, {"tenant": "x", "seed": 1})
-        for text, messages, ids in (("x", None, None), (None, [], None), (None, None, [1]))
+        generation_request("x", True, {"tenant": "x", "seed": 1}),
+        generation_request(None, True, {"messages": [], "tenant": "x"}),
+        generation_request(None, True, {"prompt_token_ids": [1], "tenant": "x"}),
     ]
     assert set().union(*(request.inputs for request in sent)) == set(API_INPUTS)
+    assert set(cancellation_request("id").inputs) == {"cancel"}
 
 
-def test_both_doors_and_the_last_step_have_the_same_outputs() -> None:
+def test_the_client_sends_the_types_that_are_declared() -> None:
+    for prompt in ({"text_input": "x"}, {"messages": "[]"}, {"prompt_token_ids": [1]}):
+        request = generation_request(None, True, {"tenant": "x", "seed": 1})
+        message = replace(request, inputs={**request.inputs, **prompt}).to_grpc(None)
+        for tensor in message.inputs:
+            data_type = API_INPUTS[tensor.name].data_type.removeprefix("TYPE_")
+            assert tensor.datatype == {"STRING": "BYTES"}.get(data_type, data_type), tensor.name
+            assert list(tensor.shape) == [1]
+
+
+def test_the_options_of_the_client_are_inputs_sampling_parameters_or_fields_of_the_request() -> None:
+    from fastserve_client.options import Options
+
+    known = {*API_INPUTS, *input_processor._PARAMETER_NAMES, "request_id"}
+    assert set(Options.__annotations__) <= known
+
+
+def test_both_ways_in_and_the_last_model_have_the_same_outputs() -> None:
     assert outputs_of("fastserve") == outputs_of("fastserve_infer") == outputs_of("postprocess")
 
 
-def test_an_ensemble_gives_every_step_what_it_has_and_takes_what_it_gives() -> None:
+def test_an_ensemble_gives_every_model_what_it_has_and_takes_what_it_gives() -> None:
     ensemble = configuration("fastserve")
     for step in ensemble.ensemble_scheduling.step:
         given = set(step.input_map)

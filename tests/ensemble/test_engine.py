@@ -1,4 +1,4 @@
-"""The step `engine` over a fake server and a worker that the test plays."""
+"""The model `engine` over a fake server and a worker that the test plays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastserve.types import (
     CancelById,
     EngineStats,
     Failure,
-    Health,
+    HealthReport,
     Outcome,
     OutputOptions,
     Ready,
@@ -30,6 +30,7 @@ from fastserve.types import (
     StepOutput,
 )
 
+GONE = "the thread `queue-deadlines` has ended"
 STATS = EngineStats(0, 0, 0, 4, None, 100, 0, 0, 0, 0)
 
 
@@ -64,29 +65,29 @@ class FakeWorker:
 
 
 class Engine:
-    """The step, its worker, and requests for it."""
+    """The model, its worker, and requests for it."""
 
-    def __init__(self, pb_utils: Any, step: Any) -> None:
-        self.pb_utils, self.step = pb_utils, step
+    def __init__(self, pb_utils: Any, model: Any) -> None:
+        self.pb_utils, self.model = pb_utils, model
 
     @property
     def worker(self) -> FakeWorker:
         return FakeWorker.started[-1]
 
     def message(self, name: str, message: Any) -> Any:
-        from fastserve.ensemble.tensors import message_tensor
+        from fastserve.ensemble.messaging import message_tensor
 
         return self.pb_utils.InferenceRequest(inputs=[message_tensor(name, message)])
 
     def requests(self, *requests: Request) -> list[Any]:
         """Sends them in one batch; their senders."""
         batch = [self.message("released", request) for request in requests]
-        self.step.execute(batch)
+        self.model.execute(batch)
         return [each.sender for each in batch]
 
     def execute(self, name: str, message: Any) -> Any:
         request = self.message(name, message)
-        self.step.execute([request])
+        self.model.execute([request])
         return request.sender
 
 
@@ -100,10 +101,10 @@ def engine(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(module, "RESTART_SECONDS", 0.0)
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
     monkeypatch.setenv("FASTSERVE_MODEL_CONTROL", "explicit")
-    step = module.EngineModel()
-    step.initialize({})
-    yield Engine(pb_utils, step)
-    step.finalize()
+    model = module.EngineModel()
+    model.initialize({})
+    yield Engine(pb_utils, model)
+    model.finalize()
 
 
 def a_request(uid: str, request_id: str = "", arrival: float = 10.0, n: int = 1) -> Request:
@@ -112,7 +113,7 @@ def a_request(uid: str, request_id: str = "", arrival: float = 10.0, n: int = 1)
 
 
 def outputs(sender: Any) -> list[RequestOutput]:
-    from fastserve.ensemble.tensors import read_message
+    from fastserve.ensemble.messaging import read_message
 
     return [read_message("output", array[0], RequestOutput) for array in sender.outputs("output")]
 
@@ -171,13 +172,12 @@ def test_tokens_that_wait_go_before_a_failure_that_the_worker_tells(engine: Engi
 
 
 def test_a_message_that_cannot_be_read_fails_alone(engine: Engine) -> None:
-    from fastserve.ensemble.secret import seal
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import sign, strings
 
-    bad = engine.pb_utils.InferenceRequest(inputs=[strings("released", [seal("released", b"\xc1")])])
+    bad = engine.pb_utils.InferenceRequest(inputs=[strings("released", [sign("released", b"\xc1")])])
     empty = engine.pb_utils.InferenceRequest()
     good = engine.message("released", a_request("a"))
-    engine.step.execute([bad, empty, good])
+    engine.model.execute([bad, empty, good])
     engine.worker.step(SequenceOutput("a", token_ids=[1], outcome=Outcome.STOP))
     assert (bad.sender.is_final, empty.sender.is_final, good.sender.is_final) == (True, True, True)
     assert "engine:" in bad.sender.error.message()
@@ -232,7 +232,7 @@ def test_a_gauge_that_could_not_be_told_is_told_again_though_nothing_more_happen
     server = engine.pb_utils.server
     engine.requests(a_request("a"))
     engine.worker.on_message(StepOutput([], msgspec.structs.replace(STATS, received=1, running=1)))
-    engine.step._reported_at = 0.0
+    engine.model._reported_at = 0.0
     engine.worker.on_message(StepOutput([], msgspec.structs.replace(STATS, received=1, running=1)))
     assert server.metric("fastserve_requests_running") == 1
     server.failing_metrics |= {"fastserve_requests_running"}
@@ -259,7 +259,7 @@ def test_every_request_ends_whatever_fails(engine: Engine, seed: int) -> None:
         request = engine.message("released", a_request(uid, f"id {number % 7}", float(number)))
         request.sender.fail, request.cancelled = fail, rng.random() < 0.1
         senders[uid] = request.sender
-        engine.step.execute([request])
+        engine.model.execute([request])
         known = [each.request.uid for each in engine.worker.sent if isinstance(each, Add)]
         outcomes = {each: Outcome.STOP if rng.random() < 0.2 else None for each in known[-9:]}
         engine.worker.step(*(SequenceOutput(each, outcome=end) for each, end in outcomes.items()))
@@ -336,18 +336,18 @@ def test_the_server_is_not_ready_while_there_is_no_worker(
     from fastserve.ensemble import engine_relay as module
 
     monkeypatch.setattr(module, "Worker", Slow)
-    server.answer = hold_in(engine)
+    server.answer = answer_readiness(engine)
     engine.worker.on_death("ended (code -9)")
     assert lost.is_set()
     server.wait(lambda each: each.loads == [("unload", "readiness"), ("load", "readiness")])
 
 
-def hold_in(engine: Engine) -> Any:
-    """Answers as the ensemble `readiness` does: its request goes to `engine`, which holds it."""
+def answer_readiness(engine: Engine) -> Any:
+    """Answers as the ensemble `readiness` does: its request goes to `engine`, which leaves it unanswered."""
 
     def answer(request: Any) -> list[Any]:
         if request.model_name() == "readiness":
-            engine.step.execute([request])
+            engine.model.execute([request])
             request.sender.wait()
         return []
 
@@ -356,30 +356,30 @@ def hold_in(engine: Engine) -> Any:
 
 def test_the_server_is_not_ready_while_a_thread_of_another_step_is_gone(engine: Engine) -> None:
     server = engine.pb_utils.server
-    server.answer = hold_in(engine)
-    assert engine.execute("hold", Health("scheduler", "the thread `queue-deadlines` has ended")).is_final
+    server.answer = answer_readiness(engine)
+    assert engine.execute("health", HealthReport("scheduler", GONE)).is_final
     server.wait(lambda each: each.loads == [("unload", "readiness")])
-    engine.execute("hold", Health("scheduler", None))
+    engine.execute("health", HealthReport("scheduler", None))
     server.wait(lambda each: each.loads == [("unload", "readiness"), ("load", "readiness")])
 
 
-def test_a_request_to_hold_that_does_not_come_is_sent_again(
+def test_a_request_of_readiness_that_does_not_come_is_sent_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastserve.ensemble import readiness as module
 
-    monkeypatch.setattr(module, "HOLD_SECONDS", 0.05)
+    monkeypatch.setattr(module, "ARRIVAL_SECONDS", 0.05)
     failures = [engine.pb_utils.TritonModelException("no shared memory"), ValueError("broken")]
-    hold = hold_in(engine)
+    answer_it = answer_readiness(engine)
 
     def answer(request: Any) -> list[Any]:
         if request.model_name() == "readiness" and failures:
             raise failures.pop()
-        answers: list[Any] = hold(request)
+        answers: list[Any] = answer_it(request)
         return answers
 
     engine.pb_utils.server.answer = answer
-    engine.execute("hold", Health("scheduler", "the thread `queue-deadlines` has ended"))
+    engine.execute("health", HealthReport("scheduler", GONE))
     engine.pb_utils.server.wait(lambda each: each.loads == [("unload", "readiness")])
     assert not failures
 
@@ -388,10 +388,10 @@ def test_a_first_worker_that_cannot_start_is_said_so(engine: Engine, monkeypatch
     from fastserve.ensemble import engine_relay as module
 
     monkeypatch.setattr(FakeWorker, "is_broken", True)
-    step = module.EngineModel()
+    model = module.EngineModel()
     with pytest.raises(engine.pb_utils.TritonModelException, match="before it was ready"):
-        step.initialize({})
-    step.finalize()
+        model.initialize({})
+    model.finalize()
 
 
 def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
@@ -405,9 +405,9 @@ def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
 
     monkeypatch.setattr(module, "Worker", partial(Worker, load=fake_engine.load_small))
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
-    step = module.EngineModel()
-    step.initialize({})
-    engine = Engine(pb_utils, step)
+    model = module.EngineModel()
+    model.initialize({})
+    engine = Engine(pb_utils, model)
     try:
         bad, other = engine.requests(a_request("a", "garbage"), a_request("b"))
         for sender in (bad, other):
@@ -417,7 +417,7 @@ def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
         good.wait()
         assert token_ids(good) == [100_000]
     finally:
-        step.finalize()
+        model.finalize()
 
 
 # --- cancels by the client's id
@@ -442,9 +442,9 @@ def test_a_cancel_of_an_ended_id_lets_the_next_request_of_that_id_live(engine: E
 def test_a_cancel_is_forgotten_when_no_request_of_its_time_can_live(engine: Engine) -> None:
     engine.execute("cancel", CancelById("old", 1000.0))
     engine.execute("cancel", CancelById("newer", 1599.0))
-    assert len(engine.step._cancelled) == 2
+    assert len(engine.model._cancelled) == 2
     engine.execute("cancel", CancelById("newest", 1600.0))
-    assert len(engine.step._cancelled) == 2
+    assert len(engine.model._cancelled) == 2
     (sender,) = engine.requests(a_request("a", "old", 999.0))
     assert not sender.is_final
 

@@ -1,4 +1,4 @@
-"""A forwarded request on its way: told at once that it waits, and of its failure as data."""
+"""A forwarded request on its way: it has a response at once, and its failure as data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
-from fastserve.ensemble.secret import forwarded_id
 from fastserve.types import (
     Failure,
     Outcome,
@@ -31,17 +30,17 @@ def postprocess(pb_utils: Any, monkeypatch: pytest.MonkeyPatch, default_model: M
     from fastserve.ensemble import postprocess as module
 
     monkeypatch.setattr(module, "locate", lambda model: default_model)
-    step = module.PostprocessModel()
-    step.initialize({})
-    yield step
-    step.finalize()
+    model = module.PostprocessModel()
+    model.initialize({})
+    yield model
+    model.finalize()
 
 
-def answer_to(pb_utils: Any, step: Any, output: RequestOutput) -> Any:
-    from fastserve.ensemble.tensors import message_tensor
+def answer_to(pb_utils: Any, model: Any, output: RequestOutput) -> Any:
+    from fastserve.ensemble.messaging import message_tensor
 
     request = pb_utils.InferenceRequest(inputs=[message_tensor("output", output)])
-    step.execute([request])
+    model.execute([request])
     assert request.sender.is_final
     return request.sender
 
@@ -54,6 +53,8 @@ def test_postprocess_answers_that_it_waits_with_no_text(pb_utils: Any, postproce
 def test_a_failure_is_data_to_the_model_that_forwards_and_an_error_to_others(
     pb_utils: Any, postprocess: Any
 ) -> None:
+    from fastserve.ensemble.messaging import forwarded_id
+
     own = RequestOutput("uid", [FAILURE], a_request("mine"), final=True)
     assert answer_to(pb_utils, postprocess, own).error.message() == "UNAVAILABLE: no room"
     forwarded = RequestOutput("uid", [FAILURE], a_request(forwarded_id()), final=True)
@@ -67,6 +68,8 @@ def test_a_failure_is_data_to_the_model_that_forwards_and_an_error_to_others(
 def test_a_fault_of_ours_is_data_too(
     pb_utils: Any, postprocess: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from fastserve.ensemble.messaging import forwarded_id
+
     def broken(*arguments: Any) -> Any:
         raise ValueError("unforeseen")
 

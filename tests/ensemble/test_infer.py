@@ -17,38 +17,38 @@ CODES = list(ErrorCode)
 
 @pytest.fixture
 def start(pb_utils: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Starts the step with these settings."""
+    """Starts the model with these settings."""
     from fastserve.ensemble import infer
 
     monkeypatch.setattr(infer, "POLL_SECONDS", 0.01)
     pb_utils.is_model_ready = lambda model_name: True
-    steps = []
+    models = []
 
     def started(**settings: Any) -> Any:
         file = tmp_path / "config.json"
         file.write_text(json.dumps(settings))
         monkeypatch.setenv(CONFIG_VARIABLE, str(file))
-        steps.append(infer.InferModel())
-        steps[-1].initialize({})
-        return steps[-1]
+        models.append(infer.InferModel())
+        models[-1].initialize({})
+        return models[-1]
 
     yield started
-    for step in steps:
-        step.finalize()
+    for model in models:
+        model.finalize()
 
 
 def text_response(pb_utils: Any, text: str, *more: Any) -> Any:
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import strings
 
     return pb_utils.InferenceResponse([strings("text_output", [text]), *more])
 
 
-def ask(pb_utils: Any, step: Any, *tensors: Any, **fields: Any) -> Any:
-    """A request that the step has taken."""
-    from fastserve.ensemble.tensors import strings
+def ask(pb_utils: Any, model: Any, *tensors: Any, **fields: Any) -> Any:
+    """A request that the model has taken."""
+    from fastserve.ensemble.messaging import strings
 
     request = pb_utils.InferenceRequest(inputs=[*(tensors or [strings("text_input", ["Hi"])])], **fields)
-    step.execute([request])
+    model.execute([request])
     return request
 
 
@@ -72,7 +72,7 @@ class FastServe:
 
     def answer(self, request: Any) -> Iterable[Any]:
         if request.model_name() == "engine":
-            from fastserve.ensemble.tensors import message_of
+            from fastserve.ensemble.messaging import message_of
             from fastserve.types import CancelById
 
             with self.changed:
@@ -109,17 +109,17 @@ def test_the_answer_follows_the_word_that_the_request_is_accepted(pb_utils: Any,
 
 def test_all_go_on_at_once_and_beyond_the_bound_each_is_refused_at_once(pb_utils: Any, start: Any) -> None:
     fastserve = FastServe(pb_utils)
-    step = start(max_num_seqs=3, max_queue_size=40)
-    accepted = [ask(pb_utils, step) for _ in range(43)]
+    model = start(max_num_seqs=3, max_queue_size=40)
+    accepted = [ask(pb_utils, model) for _ in range(43)]
     fastserve.wait(lambda: len(fastserve.asked) == 43)
-    refused = ask(pb_utils, step)
+    refused = ask(pb_utils, model)
     assert refused.sender.is_final
     assert refused.sender.error.code() == pb_utils.TritonError.UNAVAILABLE
     assert refused.sender.error.message().startswith("UNAVAILABLE: the queue is full: 43 requests")
     assert pb_utils.server.metric("fastserve_requests_total", outcome="rejected") == 1
     fastserve.go_on.set()
     assert {text_of(request) for request in accepted} == {"the answer"}
-    assert text_of(ask(pb_utils, step)) == "the answer"
+    assert text_of(ask(pb_utils, model)) == "the answer"
 
 
 def test_request_parameters_go_on_as_they_came(pb_utils: Any, start: Any) -> None:
@@ -145,7 +145,7 @@ def test_request_parameters_go_on_as_they_came(pb_utils: Any, start: Any) -> Non
 def test_an_error_keeps_its_code_however_it_comes(
     pb_utils: Any, start: Any, form: str, code: ErrorCode
 ) -> None:
-    from fastserve.ensemble.tensors import error_response, failure_tensors
+    from fastserve.ensemble.messaging import error_response, failure_tensors
 
     def answer(request: Any) -> Iterator[Any]:
         error = RequestError("`x`: got 1", code)
@@ -172,9 +172,9 @@ def test_what_triton_server_itself_says_is_unavailable_or_internal(
         raise pb_utils.TritonModelException("Model 'fastserve' - no")
 
     pb_utils.server.answer = answer
-    step = start()
+    model = start()
     pb_utils.is_model_ready = lambda model_name: is_ready
-    request = ask(pb_utils, step)
+    request = ask(pb_utils, model)
     request.sender.wait()
     assert request.sender.error.code() == getattr(pb_utils.TritonError, code)
     assert "fastserve" in request.sender.error.message()
@@ -194,12 +194,12 @@ def test_an_answer_that_is_lost_fails_when_its_time_is_over(
 
     monkeypatch.setattr(infer, "LOST_AFTER_SECONDS", 0.05)
     fastserve = FastServe(pb_utils)
-    step = start(max_request_seconds=0.05, max_num_seqs=1, max_queue_size=1)
-    request = ask(pb_utils, step)
+    model = start(max_request_seconds=0.05, max_num_seqs=1, max_queue_size=1)
+    request = ask(pb_utils, model)
     request.sender.wait()
     assert "has been lost" in request.sender.error.message()
     fastserve.go_on.set()  # and when it comes after all, there is no second response
-    assert text_of(ask(pb_utils, step)) == "the answer"
+    assert text_of(ask(pb_utils, model)) == "the answer"
     assert len(request.sender.responses) == 1
 
 
@@ -220,8 +220,8 @@ def test_a_response_that_cannot_be_sent_becomes_an_error(pb_utils: Any, start: A
             raise pb_utils.TritonModelException("no shared memory is left")
 
     fastserve = FastServe(pb_utils)
-    step = start(max_num_seqs=1, max_queue_size=1)
-    request = ask(pb_utils, step)
+    model = start(max_num_seqs=1, max_queue_size=1)
+    request = ask(pb_utils, model)
     request.sender.fail = full
     fastserve.go_on.set()
     request.sender.wait()
@@ -235,19 +235,19 @@ def test_a_response_that_cannot_be_sent_at_all_holds_no_place(pb_utils: Any, sta
 
     failed = threading.Event()
     fastserve = FastServe(pb_utils)
-    step = start(max_num_seqs=1, max_queue_size=1)
-    requests = [ask(pb_utils, step) for _ in range(2)]
+    model = start(max_num_seqs=1, max_queue_size=1)
+    requests = [ask(pb_utils, model) for _ in range(2)]
     for request in requests:
         request.sender.fail = full
     fastserve.go_on.set()
     assert failed.wait(20)
-    assert text_of(ask(pb_utils, step)) == "the answer"
+    assert text_of(ask(pb_utils, model)) == "the answer"
 
 
 def test_a_client_that_has_cancelled_stops_its_own_request_only(pb_utils: Any, start: Any) -> None:
     fastserve = FastServe(pb_utils)
-    step = start()
-    requests = [ask(pb_utils, step, request_id="same") for _ in range(3)]
+    model = start()
+    requests = [ask(pb_utils, model, request_id="same") for _ in range(3)]
     fastserve.wait(lambda: len(fastserve.asked) == 3)
     requests[1].cancelled = True
     fastserve.wait(lambda: bool(fastserve.cancels))
@@ -280,13 +280,13 @@ def test_a_cancelled_client_is_not_forgotten_when_the_engine_cannot_be_told(
 
 
 def test_cancel_by_id_stops_what_came_through_this_model_and_any_other(pb_utils: Any, start: Any) -> None:
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import strings
 
     fastserve = FastServe(pb_utils)
-    step = start()
-    mine = ask(pb_utils, step, request_id="mine")
+    model = start()
+    mine = ask(pb_utils, model, request_id="mine")
     fastserve.wait(lambda: len(fastserve.asked) == 1)
-    cancel = ask(pb_utils, step, strings("cancel", ["mine"]))
+    cancel = ask(pb_utils, model, strings("cancel", ["mine"]))
     assert text_of(cancel) == ""
     assert fastserve.cancels == ["mine", fastserve.asked[0].request_id()]
     fastserve.go_on.set()
@@ -294,18 +294,18 @@ def test_cancel_by_id_stops_what_came_through_this_model_and_any_other(pb_utils:
 
 
 def test_a_cancel_is_taken_when_the_queue_is_full_and_says_when_it_fails(pb_utils: Any, start: Any) -> None:
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import strings
 
     fastserve = FastServe(pb_utils)
-    step = start(max_num_seqs=1, max_queue_size=1)
-    requests = [ask(pb_utils, step) for _ in range(2)]
-    assert text_of(ask(pb_utils, step, strings("cancel", ["x"]))) == ""
+    model = start(max_num_seqs=1, max_queue_size=1)
+    requests = [ask(pb_utils, model) for _ in range(2)]
+    assert text_of(ask(pb_utils, model, strings("cancel", ["x"]))) == ""
 
     def broken(request: Any) -> Any:
         raise pb_utils.TritonModelException("no shared memory is left")
 
     pb_utils.server.answer = broken
-    cancel = ask(pb_utils, step, strings("cancel", ["x"]))
+    cancel = ask(pb_utils, model, strings("cancel", ["x"]))
     cancel.sender.wait()
     assert cancel.sender.error.code() == pb_utils.TritonError.UNAVAILABLE
     fastserve.go_on.set()
@@ -321,7 +321,7 @@ def test_what_it_cannot_do_is_refused_by_name(
 ) -> None:
     import numpy as np
 
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import strings
 
     tensors = [
         pb_utils.Tensor(name, np.array([True])) if name == "stream" else strings(name, [""]) for name in names

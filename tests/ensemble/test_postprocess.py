@@ -1,4 +1,4 @@
-"""The step `postprocess` over a fake server, with the default model's tokenizer."""
+"""The model `postprocess` over a fake server, with the default model's tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastserve.text.tokenizer import Tokenizer, load_tokenizer
 from fastserve.types import (
     Cancel,
     Failure,
-    Health,
+    HealthReport,
     Outcome,
     OutputOptions,
     Request,
@@ -26,25 +26,25 @@ LOST = Failure("UNAVAILABLE", "the engine's worker ended")
 
 
 class Postprocess:
-    """The step, and outputs of the engine for it."""
+    """The model, and outputs of the engine for it."""
 
-    def __init__(self, pb_utils: Any, step: Any) -> None:
-        self.pb_utils, self.step = pb_utils, step
+    def __init__(self, pb_utils: Any, model: Any) -> None:
+        self.pb_utils, self.model = pb_utils, model
 
     def message(self, output: RequestOutput) -> Any:
-        from fastserve.ensemble.tensors import message_tensor
+        from fastserve.ensemble.messaging import message_tensor
 
         return self.pb_utils.InferenceRequest(inputs=[message_tensor("output", output)])
 
     def outputs(self, *outputs: RequestOutput) -> list[Any]:
         """Sends them in one batch; their senders."""
         batch = [self.message(output) for output in outputs]
-        self.step.execute(batch)
+        self.model.execute(batch)
         return [each.sender for each in batch]
 
     def stops(self, count: int) -> list[Cancel]:
-        """Those that the engine was told, when there are so many."""
-        from fastserve.ensemble.tensors import message_of
+        """The stops that the engine was sent, when there are so many."""
+        from fastserve.ensemble.messaging import message_of
 
         server = self.pb_utils.server
         server.wait(lambda each: len(each.requests) >= count)
@@ -64,10 +64,10 @@ def postprocess(
 
     monkeypatch.setattr(module, "locate", lambda model: default_model)
     monkeypatch.setattr(module, "load_tokenizer", lambda files: tokenizer)
-    step = module.PostprocessModel()
-    step.initialize({})
-    yield Postprocess(pb_utils, step)
-    step.finalize()
+    model = module.PostprocessModel()
+    model.initialize({})
+    yield Postprocess(pb_utils, model)
+    model.finalize()
 
 
 def a_request(uid: str, stream: bool = True, tenant: str = "", **sampling: Any) -> Request:
@@ -90,7 +90,7 @@ def text(sender: Any) -> str:
 
 
 def words(postprocess: Postprocess, text: str) -> list[int]:
-    token_ids: list[int] = postprocess.step._tokenizer.encode(text)
+    token_ids: list[int] = postprocess.model._tokenizer.encode(text)
     return token_ids
 
 
@@ -127,14 +127,13 @@ def test_all_tokens_before_a_failure_arrive_since_each_output_has_one_answer(
 
 
 def test_a_message_that_cannot_be_read_fails_alone(postprocess: Postprocess) -> None:
-    from fastserve.ensemble.secret import seal
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import sign, strings
 
     (hello,) = words(postprocess, "Hello")
-    bad = postprocess.pb_utils.InferenceRequest(inputs=[strings("output", [seal("output", b"\xc1")])])
+    bad = postprocess.pb_utils.InferenceRequest(inputs=[strings("output", [sign("output", b"\xc1")])])
     empty = postprocess.pb_utils.InferenceRequest()
     good = postprocess.message(first(a_request("a"), hello))
-    postprocess.step.execute([bad, empty, good])
+    postprocess.model.execute([bad, empty, good])
     assert "could not be made: DecodeError" in bad.sender.error.message()
     assert "`output`" in empty.sender.error.message()
     assert (bad.sender.is_final, empty.sender.is_final, text(good.sender)) == (True, True, "Hello")
@@ -150,7 +149,7 @@ def test_a_response_that_cannot_be_sent_fails_its_request_with_the_last_output(
     hello, world = words(postprocess, "Hello world")
     batch = [postprocess.message(first(a_request(uid), hello)) for uid in ("a", "b")]
     batch[0].sender.fail = fail_first(postprocess.pb_utils.TritonModelException("no shared memory"))
-    postprocess.step.execute(batch)
+    postprocess.model.execute(batch)
     assert (batch[0].sender.responses, text(batch[1].sender)) == ([], "Hello")
     assert batch[0].sender.is_final == memory_is_short  # else the sender takes no more
     assert postprocess.stops(1) == [Cancel("a", Outcome.CANCELLED)]
@@ -192,16 +191,16 @@ def test_a_stop_that_could_not_be_told_is_told_again(postprocess: Postprocess) -
 
 
 def test_an_engine_that_can_never_be_told_makes_the_server_unready(postprocess: Postprocess) -> None:
-    from fastserve.ensemble.tensors import message_of
+    from fastserve.ensemble.messaging import message_of
 
-    told: list[Health] = []
+    reports: list[HealthReport] = []
 
     def answer(request: Any) -> Any:
-        health = message_of(request, "hold", Health)
-        if health is None and not told:
+        health = message_of(request, "health", HealthReport)
+        if health is None and not reports:
             raise postprocess.pb_utils.TritonModelException("no shared memory")
         if health is not None:
-            told.append(health)
+            reports.append(health)
         return []
 
     postprocess.pb_utils.server.answer = answer
@@ -209,15 +208,15 @@ def test_an_engine_that_can_never_be_told_makes_the_server_unready(postprocess: 
     postprocess.outputs(first(a_request("a", stop=["Hello"]), hello, world))
     postprocess.pb_utils.server.wait(lambda each: len(each.requests) == 8)
     problem = "the thread `stops` keeps failing: RequestError: engine: no shared memory"
-    assert told == [Health("postprocess", problem), Health("postprocess", None)]
+    assert reports == [HealthReport("postprocess", problem), HealthReport("postprocess", None)]
 
 
 def test_a_request_whose_last_output_never_came_is_forgotten(postprocess: Postprocess) -> None:
     (hello,) = words(postprocess, "Hello")
     postprocess.outputs(first(msgspec.structs.replace(a_request("old"), deadline=1.0), hello))
-    postprocess.step._forget_at = 0.0
+    postprocess.model._next_sweep = 0.0
     postprocess.outputs(first(a_request("new"), hello))
-    assert list(postprocess.step._states) == ["new"]
+    assert list(postprocess.model._states) == ["new"]
 
 
 def test_tokens_are_counted_by_tenant_under_a_bounded_number_of_labels(postprocess: Postprocess) -> None:

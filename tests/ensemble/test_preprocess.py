@@ -1,10 +1,11 @@
-"""The step `preprocess`: what it answers, and that a guide which is tried out holds up nobody."""
+"""The model `preprocess`: what it answers, and that a guide which is tried out holds up nobody."""
 
 from __future__ import annotations
 
 import importlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,17 +50,17 @@ def compiler() -> Compiler:
 
 
 @pytest.fixture
-def step(pb_utils: Any, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def model(pb_utils: Any, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     preprocess = importlib.import_module("fastserve.ensemble.preprocess")
     tokenizer: Any = FakeTokenizer()
     input_processor: Any = InputProcessor(Config(), tokenizer, 64, 256)
     input_processor._guides = compiler
     monkeypatch.setattr(preprocess, "_load_input_processor", lambda: input_processor)
-    step = preprocess.PreprocessModel()
-    step.initialize({})
-    yield step
+    model = preprocess.PreprocessModel()
+    model.initialize({})
+    yield model
     compiler.release.set()
-    step.finalize()
+    model.finalize()
 
 
 def request(pb_utils: Any, text: str, regex: str | None = None) -> Any:
@@ -69,17 +70,17 @@ def request(pb_utils: Any, text: str, regex: str | None = None) -> Any:
 
 
 def built(response: Any) -> Request:
-    from fastserve.ensemble.tensors import read_message  # the fake server must be in place first
+    from fastserve.ensemble.messaging import read_message  # the fake server must be in place first
 
     return read_message("request", response.output_tensors()[0].as_numpy()[0], Request)
 
 
 def test_plain_requests_are_answered_in_order_beside_guides_that_wait(
-    pb_utils: Any, step: Any, compiler: Compiler
+    pb_utils: Any, model: Any, compiler: Compiler
 ) -> None:
     guided = [request(pb_utils, f"guided {index}", "a") for index in range(10)]
-    assert step.execute(guided) == [None] * 10
-    responses = step.execute([request(pb_utils, "first"), request(pb_utils, "second")])
+    assert model.execute(guided) == [None] * 10
+    responses = model.execute([request(pb_utils, "first"), request(pb_utils, "second")])
     assert [built(response).prompt for response in responses] == ["first", "second"]
     assert not any(each.sender.is_final for each in guided)
     compiler.release.set()
@@ -98,34 +99,61 @@ def test_plain_requests_are_answered_in_order_beside_guides_that_wait(
     ],
 )
 def test_a_guide_that_fails_is_answered(
-    pb_utils: Any, step: Any, compiler: Compiler, regex: str, code: str, sentence: str
+    pb_utils: Any, model: Any, compiler: Compiler, regex: str, code: str, sentence: str
 ) -> None:
     compiler.release.set()
     guided = request(pb_utils, "a", regex)
-    assert step.execute([guided]) == [None]
+    assert model.execute([guided]) == [None]
     guided.sender.wait()
     assert sentence in guided.sender.error.message()
     assert guided.sender.error.code() == getattr(pb_utils.TritonError, code)
 
 
-def test_so_many_guides_wait_and_no_more(pb_utils: Any, step: Any, compiler: Compiler) -> None:
+def test_so_many_guides_wait_and_no_more(pb_utils: Any, model: Any, compiler: Compiler) -> None:
     from fastserve.ensemble.preprocess import MAX_GUIDED_REQUESTS
 
     waiting = [request(pb_utils, "a", "a") for _ in range(MAX_GUIDED_REQUESTS)]
-    assert step.execute(waiting) == [None] * MAX_GUIDED_REQUESTS
-    [refused] = step.execute([request(pb_utils, "a", "a")])
+    assert model.execute(waiting) == [None] * MAX_GUIDED_REQUESTS
+    [refused] = model.execute([request(pb_utils, "a", "a")])
     assert refused.error().code() == pb_utils.TritonError.UNAVAILABLE
     assert "`structured_outputs.regex`" in refused.error().message()
     compiler.release.set()
     for each in waiting:
         each.sender.wait()
     accepted = request(pb_utils, "a", "a")
-    assert step.execute([accepted]) == [None]
+    assert model.execute([accepted]) == [None]
     accepted.sender.wait()
     assert accepted.sender.error is None
 
 
-def test_what_is_refused_at_once_is_counted(pb_utils: Any, step: Any) -> None:
-    [response] = step.execute([request(pb_utils, "")])
+def test_what_is_refused_at_once_is_counted(pb_utils: Any, model: Any) -> None:
+    [response] = model.execute([request(pb_utils, "")])
     assert response.error().code() == pb_utils.TritonError.INVALID_ARG
     assert pb_utils.server.metric("fastserve_requests_total", outcome="rejected") == 1
+
+
+def test_a_guided_request_whose_answer_is_lost_is_told_so(
+    pb_utils: Any, model: Any, compiler: Compiler, short_shared_memory: None
+) -> None:
+    failures = [pb_utils.TritonModelException("no shared memory")]
+
+    def fail(response: Any, flags: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    guided = request(pb_utils, "a", "a")
+    guided.sender.fail = fail
+    assert model.execute([guided]) == [None]
+    compiler.release.set()
+    guided.sender.wait()
+    assert guided.sender.error.code() == pb_utils.TritonError.UNAVAILABLE
+    assert "the answer could not be sent: no shared memory" in guided.sender.error.message()
+
+
+def test_a_server_that_is_stopping_takes_no_more(
+    pb_utils: Any, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTSERVE_STOPPING", str(tmp_path))
+    [response] = model.execute([request(pb_utils, "a")])
+    assert response.error().code() == pb_utils.TritonError.UNAVAILABLE
+    assert "the server is stopping" in response.error().message()

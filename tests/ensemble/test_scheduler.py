@@ -1,4 +1,4 @@
-"""The step `scheduler` over a fake server."""
+"""The model `scheduler` over a fake server."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 import pytest
 
 from fastserve.config import Config
-from fastserve.types import EngineCapacity, Health, OutputOptions, Request, SamplingParams
+from fastserve.types import EngineCapacity, HealthReport, OutputOptions, Request, SamplingParams
 
 
 class Scheduler:
-    """The step, and requests for it."""
+    """The model, and requests for it."""
 
-    def __init__(self, pb_utils: Any, step: Any) -> None:
-        self.pb_utils, self.step = pb_utils, step
+    def __init__(self, pb_utils: Any, model: Any) -> None:
+        self.pb_utils, self.model = pb_utils, model
         self._serial = 0
 
     def message(self, name: str, message: Any) -> Any:
-        from fastserve.ensemble.tensors import message_tensor
+        from fastserve.ensemble.messaging import message_tensor
 
         return self.pb_utils.InferenceRequest(inputs=[message_tensor(name, message)])
 
     def requests(self, *requests: Request) -> list[Any]:
         """Sends them in one batch; their senders."""
         batch = [self.message("request", request) for request in requests]
-        self.step.execute(batch)
+        self.model.execute(batch)
         return [each.sender for each in batch]
 
     def capacity(self, free_slots: int, received: int = 0, max_model_len: int | None = None) -> Any:
@@ -35,7 +35,7 @@ class Scheduler:
         now = time.monotonic()
         capacity = EngineCapacity("a", self._serial, received, received, free_slots, None, now, max_model_len)
         request = self.message("capacity", capacity)
-        self.step.execute([request])
+        self.model.execute([request])
         return request.sender
 
     def waiting(self, priority: int) -> float:
@@ -45,21 +45,21 @@ class Scheduler:
 
 @pytest.fixture
 def make_scheduler(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scheduler]]:
-    """A step with settings of its own."""
+    """A model with settings of its own."""
     from fastserve.ensemble import scheduler as module
 
     steps = []
 
     def make(**settings: Any) -> Scheduler:
         monkeypatch.setattr(module, "read_config", lambda: Config(**settings))
-        step = module.SchedulerModel()
-        step.initialize({})
-        steps.append(step)
-        return Scheduler(pb_utils, step)
+        model = module.SchedulerModel()
+        model.initialize({})
+        steps.append(model)
+        return Scheduler(pb_utils, model)
 
     yield make
-    for step in steps:
-        step.finalize()
+    for model in steps:
+        model.finalize()
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def a_request(uid: str, priority: int = 0, num_tokens: int = 1, deadline: float 
 
 
 def released(sender: Any) -> list[str]:
-    from fastserve.ensemble.tensors import read_message
+    from fastserve.ensemble.messaging import read_message
 
     return [read_message("released", array[0], Request).uid for array in sender.outputs("released")]
 
@@ -106,12 +106,11 @@ def test_one_goes_at_first_and_the_rest_when_there_is_room(scheduler: Scheduler)
 
 
 def test_a_message_that_cannot_be_read_fails_alone(scheduler: Scheduler) -> None:
-    from fastserve.ensemble.secret import seal
-    from fastserve.ensemble.tensors import strings
+    from fastserve.ensemble.messaging import sign, strings
 
-    bad = scheduler.pb_utils.InferenceRequest(inputs=[strings("request", [seal("request", b"\xc1")])])
+    bad = scheduler.pb_utils.InferenceRequest(inputs=[strings("request", [sign("request", b"\xc1")])])
     good = scheduler.message("request", a_request("a"))
-    scheduler.step.execute([bad, good])
+    scheduler.model.execute([bad, good])
     assert "scheduler:" in bad.sender.error.message()
     assert (bad.sender.is_final, released(good.sender)) == (True, ["a"])
 
@@ -121,7 +120,7 @@ def test_a_request_that_cannot_be_sent_on_fails_alone(scheduler: Scheduler) -> N
     batch = [scheduler.message("request", a_request(uid, priority)) for uid, priority in (("a", 1), ("b", 0))]
     batch[0].sender.fail = fail_once(scheduler.pb_utils.TritonModelException("no shared memory"))
     scheduler.capacity(2)
-    scheduler.step.execute(batch)
+    scheduler.model.execute(batch)
     assert "could not be sent to the engine: no shared memory" in batch[0].sender.error.message()
     assert batch[0].sender.error.code() == scheduler.pb_utils.TritonError.UNAVAILABLE
     assert (batch[0].sender.is_final, released(batch[1].sender)) == (True, ["b"])
@@ -131,7 +130,7 @@ def test_an_answer_to_a_room_message_that_fails_leaves_the_requests_alone(schedu
     _, second = scheduler.requests(a_request("a"), a_request("b"))
     capacity = scheduler.message("capacity", EngineCapacity("a", 1, 1, 1, 1, None, time.monotonic()))
     capacity.sender.fail = fail_once(scheduler.pb_utils.TritonModelException("no shared memory"))
-    scheduler.step.execute([capacity])
+    scheduler.model.execute([capacity])
     assert released(second) == ["b"]
 
 
@@ -166,7 +165,7 @@ def test_a_gauge_that_could_not_be_told_is_told_again_though_nothing_more_happen
 
 def test_the_clock_goes_on_after_a_failure(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it was: the next deadline is kept."""
-    expire = scheduler.step._admission.expire
+    expire = scheduler.model._admission.expire
     failures = [ValueError("broken")]
 
     def fail_first(now: float) -> Any:
@@ -175,7 +174,7 @@ def test_the_clock_goes_on_after_a_failure(scheduler: Scheduler, monkeypatch: py
         return expire(now)
 
     scheduler.requests(a_request("a"))
-    monkeypatch.setattr(scheduler.step._admission, "expire", fail_first)
+    monkeypatch.setattr(scheduler.model._admission, "expire", fail_first)
     (late,) = scheduler.requests(a_request("late", deadline=time.monotonic()))
     late.wait()
     assert "the request's limit in the queue" in late.error.message()
@@ -186,27 +185,27 @@ def test_a_clock_that_cannot_go_on_makes_the_server_unready(
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = scheduler.pb_utils.server
-    expire = scheduler.step._admission.expire
+    expire = scheduler.model._admission.expire
 
     def fail(now: float) -> Any:
         raise ValueError("broken")
 
-    monkeypatch.setattr(scheduler.step._admission, "expire", fail)
+    monkeypatch.setattr(scheduler.model._admission, "expire", fail)
     scheduler.requests(a_request("a"))
     server.wait(lambda each: len(each.requests) == 1)
-    assert health(server.requests[0]) == Health(
+    assert health(server.requests[0]) == HealthReport(
         "scheduler", "the thread `queue-deadlines` keeps failing: ValueError: broken"
     )
-    monkeypatch.setattr(scheduler.step._admission, "expire", expire)
+    monkeypatch.setattr(scheduler.model._admission, "expire", expire)
     server.wait(lambda each: len(each.requests) == 2)
-    assert health(server.requests[1]) == Health("scheduler", None)
+    assert health(server.requests[1]) == HealthReport("scheduler", None)
 
 
 def health(request: Any) -> Any:
-    from fastserve.ensemble.tensors import message_of
+    from fastserve.ensemble.messaging import message_of
 
     assert request.model_name() == "engine"
-    return message_of(request, "hold", Health)
+    return message_of(request, "health", HealthReport)
 
 
 def test_a_prompt_that_the_cache_cannot_hold_is_refused_at_once_queued_or_not(scheduler: Scheduler) -> None:

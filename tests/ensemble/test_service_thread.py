@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fastserve.service_thread import FAILURES_TO_BE_UNWELL, ServiceThread
+from fastserve import service_thread
+from fastserve.service_thread import UNHEALTHY_AFTER_FAILURES, ServiceThread
 
 WAIT_SECONDS = 20.0
 Piece = Callable[[], bool]
@@ -46,7 +47,6 @@ class Service:
 def service() -> Iterator[Service]:
     service = Service()
     yield service
-    service.thread.hurry()
     service.stop()
 
 
@@ -59,18 +59,20 @@ def test_a_failure_is_told_and_the_next_piece_is_done(service: Service) -> None:
     assert service.health.empty()
 
 
-def test_one_that_keeps_failing_says_so_once_and_that_it_works_again(service: Service) -> None:
-    service.thread.hurry()
-    for _ in range(FAILURES_TO_BE_UNWELL + 2):
+def test_one_that_keeps_failing_reports_so_once_and_that_it_works_again(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_thread, "MAX_BACKOFF_SECONDS", 0.0)
+    for _ in range(UNHEALTHY_AFTER_FAILURES + 2):
         service.fail(ValueError("no shared memory"))
     problem = service.health.get(timeout=WAIT_SECONDS)
     assert problem == "the thread `service` keeps failing: ValueError: no shared memory"
     service.do("next")
     assert service.health.get(timeout=WAIT_SECONDS) is None
-    assert len(service.failures) == FAILURES_TO_BE_UNWELL + 2
+    assert len(service.failures) == UNHEALTHY_AFTER_FAILURES + 2
 
 
-def test_what_could_not_be_said_is_said_again() -> None:
+def test_what_could_not_be_reported_is_reported_again() -> None:
     said: list[str | None] = []
     refusals = [RuntimeError("no shared memory")] * 2
 
@@ -79,7 +81,7 @@ def test_what_could_not_be_said_is_said_again() -> None:
         if len(said) in (1, 3):
             raise refusals.pop()
 
-    failures = [ValueError("broken")] * (FAILURES_TO_BE_UNWELL + 1)
+    failures = [ValueError("broken")] * (UNHEALTHY_AFTER_FAILURES + 1)
     answers = [False, True]
 
     def work() -> bool:
@@ -88,7 +90,6 @@ def test_what_could_not_be_said_is_said_again() -> None:
         return answers.pop()
 
     thread = ServiceThread("service", work, on_health=say)
-    thread.hurry()
     thread.start()
     thread.join(WAIT_SECONDS)
     problem = "the thread `service` keeps failing: ValueError: broken"

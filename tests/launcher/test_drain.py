@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fastserve.errors import ErrorCode, RequestError
+from fastserve.config import STOPPING_VARIABLE, is_stopping
 from fastserve.launcher.drain import Drain
-from fastserve.stopping import STOPPING_VARIABLE, refuse_if_stopping
 
 ALL = ["engine", "fastserve", "fastserve_infer", "preprocess"]
 
@@ -39,16 +38,14 @@ class FakeServer:
 
 def test_new_requests_are_refused_from_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STOPPING_VARIABLE, str(tmp_path / "stopping"))
-    refuse_if_stopping()
+    assert not is_stopping()
     Drain(FakeServer(), ALL, tmp_path / "stopping")
-    with pytest.raises(RequestError, match="the server is stopping") as error:
-        refuse_if_stopping()
-    assert error.value.code is ErrorCode.UNAVAILABLE
+    assert is_stopping()
 
 
 def test_without_a_launcher_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(STOPPING_VARIABLE, raising=False)
-    refuse_if_stopping()
+    assert not is_stopping()
 
 
 @pytest.mark.parametrize("in_flight", [1.0, None])

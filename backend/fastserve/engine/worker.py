@@ -247,5 +247,4 @@ class Worker:
             self._process.kill()
         self._outbox.put(None)
         for thread in (self._reader, self._writer):
-            thread.hurry()
             thread.join(timeout)

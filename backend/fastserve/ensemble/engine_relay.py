@@ -1,9 +1,9 @@
-"""The step `engine`: relays requests to the worker process, and its steps to `postprocess`.
+"""The model `engine`: relays requests to the worker process, and what its steps bring to `postprocess`.
 
     request in -> worker ... StepOutput -> RequestOutput out, at most one per `stream_interval_ms` and request
 
-More inputs come from elsewhere: `stop` and `cancel` end a request, by its uid or the client's id; `hold` is
-of `Readiness`. The room there is goes to `scheduler`.
+Other models send it more: `stop` and `cancel` end a request, by its uid or the client's id; `health` says
+whether the server is ready (`Readiness`). The engine's capacity goes to `scheduler`.
 
 Two threads meet here, the server's (`execute`) and the one that reads the worker's pipe. Their lock is held
 for the bookkeeping only: nothing is sent under it, to the server or into the worker's pipe.
@@ -22,29 +22,29 @@ import triton_python_backend_utils as pb_utils
 from fastserve.checkpoints.model_files import locate
 from fastserve.config import read_config
 from fastserve.engine.worker import FromWorker, Worker
-from fastserve.ensemble.cancels import RememberedCancels
-from fastserve.ensemble.capacity_publisher import CapacityPublisher, Numbers
-from fastserve.ensemble.final_response import send_error, send_final
+from fastserve.ensemble.cancellation import RecentCancellations
+from fastserve.ensemble.capacity_publisher import CapacityPublisher
+from fastserve.ensemble.messaging import dispatch_each, message_of, message_tensor, send_error, send_final
 from fastserve.ensemble.metrics import REPORT_SECONDS, EngineMetrics
 from fastserve.ensemble.readiness import Readiness
 from fastserve.ensemble.response_stream import ResponseStream
-from fastserve.ensemble.tensors import message_of, message_tensor
 from fastserve.ensemble.worker_watch import WorkerWatch
-from fastserve.errors import ErrorCode, RequestError, invalid
+from fastserve.errors import ErrorCode, invalid
 from fastserve.types import (
     Add,
+    BlockUnload,
     Cancel,
     CancelById,
+    EngineCapacity,
     EngineStats,
     Failure,
-    Health,
-    Hold,
+    HealthReport,
     Outcome,
     Ready,
-    Refused,
-    Released,
+    Rejected,
     Request,
     RequestOutput,
+    SchedulerOutput,
     StepOutput,
 )
 
@@ -61,6 +61,7 @@ class EngineModel:
     """Triton server's Python model `engine`."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        """Starts the worker, and waits until it is ready. Raises TritonModelException where it ends first."""
         self._config = read_config()
         self._files = locate(self._config.model)
         self._responses_per_second = self._config.max_responses_per_second or RESPONSES_PER_CORE * len(
@@ -70,7 +71,7 @@ class EngineModel:
         self._streams: dict[str, ResponseStream] = {}
         self._backlog: dict[str, Request] = {}
         """Requests that came while there was no worker, by uid."""
-        self._cancelled = RememberedCancels(self._config.max_request_seconds)
+        self._cancelled = RecentCancellations(self._config.max_request_seconds)
         self._metrics = EngineMetrics()
         self._capacity = CapacityPublisher(
             lambda problem: self._on_health("capacity", problem), after=self._look_after
@@ -81,25 +82,25 @@ class EngineModel:
         """From all workers."""
         self._arrived = 0
         self._sent = 0
-        """Of the requests that arrived, those sent to the worker there is now."""
+        """Requests sent to the present worker."""
         self._incarnation = ""
         self._max_model_len: int | None = None
         self._stats: EngineStats | None = None
-        """The worker's last word; None while there is no worker that could serve."""
+        """After the worker's last step; None while there is no worker that could serve."""
         self._reported: EngineStats
-        """What the metrics were last told, by this worker."""
+        """The worker's stats that the metrics show."""
         self._reported_at = 0.0
         self._is_shown = True
         """The gauges show what they were last told."""
         self._reporting = threading.Lock()
         self._stopping = False
-        self._is_up = False
-        """`initialize` has succeeded: a worker that dies is replaced, and the server may be asked things."""
+        self._is_initialized = False
+        """Then a worker that dies is replaced, and requests to other models may be sent."""
         self._started = threading.Event()
         self._worker = self._make_worker()
         self._worker.start()
         self._started.wait()
-        if not self._is_up:
+        if not self._is_initialized:
             raise pb_utils.TritonModelException(
                 "the engine's worker ended before it was ready: see its error above"
             )
@@ -114,57 +115,51 @@ class EngineModel:
         )
 
     def _on_health(self, source: str, problem: str | None) -> None:
-        if self._is_up:
+        if self._is_initialized:
             self._readiness.set(source, problem)
 
-    # From the server's thread: requests.
+    # Called by the server's thread: requests.
 
     def execute(self, requests: list[Any]) -> None:
-        for triton_request in requests:
-            sender = triton_request.get_response_sender()
-            try:
-                self._dispatch(triton_request, sender)
-            except RequestError as error:
-                send_error(sender, error)
-            except Exception as error:
-                logger.exception("a request could not be taken in")
-                send_error(sender, RequestError(f"engine: {error}", ErrorCode.INTERNAL))
+        """Takes requests in; their responses come from the thread that reads the worker's pipe."""
+        dispatch_each("engine", requests, self._dispatch, send_error)
         self._capacity.open()
         with self._lock:
             self._publish_capacity()
 
     def _dispatch(self, triton_request: Any, sender: Any) -> None:
         """Raises whatever is wrong with the request."""
-        released = message_of(triton_request, "released", Released)
+        released = message_of(triton_request, "released", SchedulerOutput)
         if released is not None:
-            self._take_released(released, sender, triton_request)
+            self._on_released(released, sender, triton_request)
             return
-        hold: Hold | Health | None = message_of(triton_request, "hold", Hold | Health)  # type: ignore[arg-type]
-        if isinstance(hold, Hold):
-            self._readiness.hold(sender)
+        health: Any = message_of(triton_request, "health", BlockUnload | HealthReport)  # type: ignore[arg-type]
+        if isinstance(health, BlockUnload):
+            self._readiness.block_unload(sender)
             return
         stop = message_of(triton_request, "stop", Cancel)
         cancel = message_of(triton_request, "cancel", CancelById)
-        if hold is not None:
-            self._on_health(hold.source, hold.problem)
+        if health is not None:
+            self._on_health(health.source, health.problem)
         elif stop is not None:
-            self._stop(stop)
+            with self._lock:
+                self._worker.send(stop)
         elif cancel is not None:
             self._cancel(cancel)
         else:
-            raise invalid("inputs", "none", "`released`, `stop`, `cancel` or `hold`")
+            raise invalid("inputs", "none", "`released`, `stop`, `cancel` or `health`")
         send_final(sender)
 
-    def _take_released(self, released: Any, sender: Any, triton_request: Any) -> None:
+    def _on_released(self, released: Any, sender: Any, triton_request: Any) -> None:
         if isinstance(released, Request):
-            self._take(ResponseStream(released, sender, released.sampling.n), triton_request.is_cancelled())
-        elif isinstance(released, Refused):
+            self._add(ResponseStream(released, sender, released.sampling.n), triton_request.is_cancelled())
+        elif isinstance(released, Rejected):
             ResponseStream(released.request, sender, 1).fail(released.outcome, released.failure)
         else:
-            accepted = message_tensor("output", RequestOutput(released.uid, []))
-            send_final(sender, pb_utils.InferenceResponse(output_tensors=[accepted]))
+            queued = message_tensor("output", RequestOutput(released.uid, []))
+            send_final(sender, pb_utils.InferenceResponse(output_tensors=[queued]))
 
-    def _take(self, stream: ResponseStream, is_cancelled: bool) -> None:
+    def _add(self, stream: ResponseStream, is_cancelled: bool) -> None:
         request = stream.request
         with self._lock:
             if request.uid in self._streams:
@@ -184,12 +179,8 @@ class EngineModel:
         self._sent += 1
         self._worker.send(Add(request))
 
-    def _stop(self, stop: Cancel) -> None:
-        with self._lock:
-            self._worker.send(stop)
-
     def _cancel(self, cancel: CancelById) -> None:
-        """Ends those that the worker has and those that wait for it; remembers it for those still to come."""
+        """Ends requests that the worker has and that wait for it; remembers it for those still to come."""
         ended: list[ResponseStream] = []
         with self._lock:
             self._cancelled.add(cancel)
@@ -203,7 +194,7 @@ class EngineModel:
         for stream in ended:
             stream.fail(Outcome.CANCELLED, _CANCELLED)
 
-    # From the thread that reads the worker's pipe: steps, and its death.
+    # Called by the thread that reads the worker's pipe: steps, and its death.
 
     def _on_message(self, message: FromWorker) -> None:
         self._num_messages += 1
@@ -230,7 +221,7 @@ class EngineModel:
             self._report(step.stats)
 
     def _take_due(self, now: float) -> list[ResponseStream]:
-        """Those to be sent now; only this thread touches them. What is final leaves."""
+        """Streams with a response to be sent now, by this thread alone. Final ones are forgotten."""
         interval = max(
             self._config.stream_interval_ms / 1000, len(self._streams) / self._responses_per_second
         )
@@ -241,7 +232,7 @@ class EngineModel:
         return due
 
     def _respond(self, stream: ResponseStream, now: float) -> None:
-        """What cannot be sent ends its own request only."""
+        """Sends a response; one that cannot be sent ends its own request only."""
         try:
             stream.send(now)
         except Exception as error:
@@ -264,12 +255,12 @@ class EngineModel:
                 self._send(request)
             self._backlog = {}
             self._publish_capacity()
-        self._is_up = True
+        self._is_initialized = True
         self._readiness.set("worker", None)
         self._started.set()
 
     def _on_death(self, cause: str) -> None:
-        """Fails what the worker had, says not ready, and starts another. May be called again if it raises."""
+        """Fails the worker's requests, and starts another worker. May be called again if it raises."""
         with self._lock:
             had_been_ready, self._stats = self._stats is not None, None
             lost = self._take_lost(with_backlog=not had_been_ready)
@@ -277,7 +268,7 @@ class EngineModel:
         message = f"the engine's worker {cause} while it served the request; try again"
         for stream in lost:
             stream.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
-        if not self._is_up:
+        if not self._is_initialized:
             self._started.set()
             return
         logger.error("the engine's worker %s; starting another", cause)
@@ -308,12 +299,21 @@ class EngineModel:
         else:
             received = self._arrived - (self._sent - stats.received)
             free_slots, lowest_key = stats.free_slots, stats.lowest_key
-        self._capacity.tell(
-            Numbers(self._incarnation, received, self._arrived, free_slots, lowest_key, self._max_model_len)
+        self._capacity.publish(
+            EngineCapacity(
+                incarnation=self._incarnation,
+                serial=0,
+                received=received,
+                arrived=self._arrived,
+                free_slots=free_slots,
+                lowest_key=lowest_key,
+                time=0.0,
+                max_model_len=self._max_model_len,
+            )
         )
 
     def _report(self, stats: EngineStats, before: EngineStats | None = None) -> None:
-        """Tells the metrics what has changed since they were last told, or since `before`."""
+        """Reports to the metrics what has changed since the last report, or since `before`."""
         with self._reporting:
             before = before or self._reported
             self._reported, self._reported_at = stats, time.monotonic()
@@ -329,12 +329,13 @@ class EngineModel:
             metrics.preemptions.add(stats.preemptions_total - before.preemptions_total, "recompute")
 
     def _look_after(self) -> None:
-        """Every two seconds or so: watches the worker, and repeats what the gauges could not be told."""
+        """Every two seconds or so: watches the worker, and repeats what the gauges did not show."""
         self._watch.look(bool(self._streams), self._num_messages, self._worker.cpu_seconds())
         if not self._is_shown:
             self._report(self._reported)
 
     def finalize(self) -> None:
+        """Ends the threads and the worker."""
         with self._lock:
             self._stopping = True
         self._readiness.stop()

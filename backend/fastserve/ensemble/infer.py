@@ -12,47 +12,48 @@ import logging
 import queue
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from fastserve.config import read_config
-from fastserve.ensemble.final_response import send_error, send_final
-from fastserve.ensemble.inputs import read_parameters
-from fastserve.ensemble.metrics import requests_total
-from fastserve.ensemble.secret import forwarded_id
-from fastserve.ensemble.tensors import (
+from fastserve.ensemble.messaging import (
     FAILED,
-    FINAL,
     call,
     error_response,
+    forwarded_id,
     message_tensor,
+    read_parameters,
+    report_health,
+    send_response_or_error,
     strings,
     text_of,
 )
+from fastserve.ensemble.metrics import requests_total
 from fastserve.errors import ErrorCode, RequestError, invalid, read_error
 from fastserve.service_thread import ServiceThread
 from fastserve.text.validation import coerce
-from fastserve.types import CancelById, Health, Outcome
+from fastserve.types import CancelById, Outcome
 
 logger = logging.getLogger(__name__)
 
 MODEL = "fastserve"
 MAX_IN_FLIGHT = 2048
-"""Requests that wait for their answer at once: each has a thread."""
+"""Requests in flight: each has a thread."""
 STACK_BYTES = 512 << 10
-"""Of a thread. The default, 8 MB each, exhausts the address space that some containers allow."""
+"""Stack of a thread. The default, 8 MB each, exhausts the address space that some containers allow."""
 LOST_AFTER_SECONDS = 30.0
 """Beyond the time that a request may take: what has not been answered by then never will be."""
 POLL_SECONDS = 0.4
-"""Between two looks for clients that have cancelled."""
+"""Between two polls for clients that have cancelled."""
 POLL_SECONDS_EACH = 0.001
-"""With many requests in flight the looks are rarer: each asks the server's process."""
+"""With many requests in flight polls are rarer: each asks the server's process."""
 
 
-class _Forwarded:
-    """A request on its way through `fastserve`, under an id of our own, by which it alone is stopped."""
+class _ForwardedRequest:
+    """A request on its way through `fastserve`, under an id of our own, by which it alone is cancelled."""
 
     def __init__(self, request: Any, sender: Any) -> None:
         self.request = request
@@ -79,28 +80,31 @@ class _Forwarded:
         with self._lock:
             if not self._is_answered:
                 self._is_answered = True
-                _send(self._sender, response)
+                send_response_or_error(self._sender, response)
 
 
 class InferModel:
     """Triton server's Python model `fastserve_infer`."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        """Starts the threads that send cancellations and look for clients that have cancelled."""
         config = read_config()
         threading.stack_size(STACK_BYTES)
         self._max_in_flight = min(config.max_queue_size + config.max_num_seqs, MAX_IN_FLIGHT)
         self._lost_after = config.max_request_seconds + LOST_AFTER_SECONDS
-        self._in_flight: dict[str, _Forwarded] = {}
+        self._in_flight: dict[str, _ForwardedRequest] = {}
         self._lock = threading.Lock()
         self._requests_total = requests_total()
         self._stopping = threading.Event()
         self._cancels: queue.SimpleQueue[tuple[list[str], Any] | None] = queue.SimpleQueue()
-        self._canceller = ServiceThread("cancels", self._cancel_next, on_health=_tell_health)
-        self._watcher = ServiceThread("cancelled-clients", self._watch_clients, on_health=_tell_health)
+        on_health = partial(report_health, "fastserve_infer")
+        self._canceller = ServiceThread("cancels", self._send_cancel, on_health=on_health)
+        self._poller = ServiceThread("cancelled-clients", self._poll_clients, on_health=on_health)
         self._canceller.start()
-        self._watcher.start()
+        self._poller.start()
 
     def execute(self, requests: list[Any]) -> None:
+        """Starts a thread for each request, which answers it; a cancellation is answered when it is sent."""
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -110,14 +114,14 @@ class InferModel:
                     logger.exception("a request could not be read")
                 rejected = isinstance(error, RequestError)
                 self._requests_total.add(1, (Outcome.REJECTED if rejected else Outcome.ERROR).value)
-                _send(sender, error_response(error))
+                send_response_or_error(sender, error_response(error))
 
     def _take(self, request: Any, sender: Any) -> None:
         cancelled_id = text_of(request, "cancel")
         if cancelled_id is not None:
             self._take_cancel(cancelled_id, request, sender)
             return
-        forwarded = _Forwarded(request, sender)
+        forwarded = _ForwardedRequest(request, sender)
         _check_stream(forwarded)
         with self._lock:
             if len(self._in_flight) >= self._max_in_flight:
@@ -132,16 +136,16 @@ class InferModel:
         except RuntimeError as error:  # the machine gives no more threads
             self._answer(forwarded, error_response(RequestError(str(error), ErrorCode.UNAVAILABLE)))
 
-    def _serve(self, forwarded: _Forwarded) -> None:
+    def _serve(self, forwarded: _ForwardedRequest) -> None:
         try:
-            response = _ask(forwarded)
+            response = _forward(forwarded)
         except Exception as error:  # whatever it is, the client must not wait for ever
             if not isinstance(error, RequestError):
                 logger.exception("a request could not be served")
             response = error_response(error)
         self._answer(forwarded, response)
 
-    def _answer(self, forwarded: _Forwarded, response: pb_utils.InferenceResponse) -> None:
+    def _answer(self, forwarded: _ForwardedRequest, response: pb_utils.InferenceResponse) -> None:
         with self._lock:
             self._in_flight.pop(forwarded.inner_id, None)
         forwarded.answer(response)
@@ -156,8 +160,8 @@ class InferModel:
             inner_ids = [each.inner_id for each in self._in_flight.values() if each.client_id == request_id]
         self._cancels.put(([request_id, *inner_ids], sender))
 
-    def _cancel_next(self) -> bool:
-        """Tells `engine` of the next cancellation, and whoever asked for it that this is done."""
+    def _send_cancel(self) -> bool:
+        """Sends the next cancellation to `engine`, and answers whoever asked for it."""
         cancel = self._cancels.get()
         if cancel is None:
             return False
@@ -172,10 +176,10 @@ class InferModel:
                 raise
             response = error_response(error)
         if sender is not None:
-            _send(sender, response)
+            send_response_or_error(sender, response)
         return True
 
-    def _watch_clients(self) -> bool:
+    def _poll_clients(self) -> bool:
         with self._lock:
             in_flight = list(self._in_flight.values())
         if self._stopping.wait(max(POLL_SECONDS, len(in_flight) * POLL_SECONDS_EACH)):
@@ -189,18 +193,14 @@ class InferModel:
         return True
 
     def finalize(self) -> None:
+        """Ends the two threads; requests in flight have been drained before."""
         self._stopping.set()
         self._cancels.put(None)
-        for thread in (self._watcher, self._canceller):
-            thread.hurry()
+        for thread in (self._poller, self._canceller):
             thread.join()
 
 
-def _tell_health(problem: str | None) -> None:
-    call("engine", [message_tensor("hold", Health("fastserve_infer", problem))])
-
-
-def _check_stream(forwarded: _Forwarded) -> None:
+def _check_stream(forwarded: _ForwardedRequest) -> None:
     """Raises RequestError for a request that wants a stream: there is one response."""
     tensor = pb_utils.get_input_tensor_by_name(forwarded.request, "stream")
     if tensor is None:
@@ -211,7 +211,7 @@ def _check_stream(forwarded: _Forwarded) -> None:
         raise invalid("stream", True, "false: `fastserve_infer` answers once; stream from `fastserve`")
 
 
-def _ask(forwarded: _Forwarded) -> pb_utils.InferenceResponse:
+def _forward(forwarded: _ForwardedRequest) -> pb_utils.InferenceResponse:
     """The answer of `fastserve`. Raises RequestError where that is an error, with its code."""
     request = forwarded.request
     names = request.requested_output_names()
@@ -260,17 +260,3 @@ def _inner_error(message: str) -> RequestError:
     if not pb_utils.is_model_ready(MODEL):
         return RequestError(f"the model `{MODEL}` is not ready; try again: {message}", ErrorCode.UNAVAILABLE)
     return RequestError(message, ErrorCode.INTERNAL)
-
-
-def _send(sender: Any, response: pb_utils.InferenceResponse) -> None:
-    """Sends the one response, or else what went wrong with it, which is smaller."""
-    try:
-        if response.has_error():
-            sender.send(
-                response, flags=FINAL
-            )  # without the flag, gRPC answers with no error and no output (2.51)
-        else:
-            send_final(sender, response)
-    except Exception as failure:
-        logger.exception("a response could not be sent")
-        send_error(sender, RequestError(f"the answer could not be sent: {failure}", ErrorCode.UNAVAILABLE))

@@ -21,32 +21,17 @@ logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.1
 """Between two reports of the gauges while there is work."""
-COMPLAINT_SECONDS = 60.0
+RETRY_SECONDS = 1.0
+"""Between two reports of a gauge that does not show what it was given."""
+ERROR_LOG_SECONDS = 60.0
 """Between two lines in the log about reports that fail."""
 MAX_TENANTS = 64
 """Tenants with a label of their own: the first that come; what others use is counted under `other`."""
 MAX_TENANT_LENGTH = 64
 """Characters of a tenant in its label."""
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0]
-_TOKEN_SECONDS = [
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.015,
-    0.02,
-    0.03,
-    0.04,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.5,
-    1.0,
-    2.5,
-]
-_TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+_TOKEN_SECONDS = [ms / 1000 for ms in (1, 2.5, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 500, 1000, 2500)]
+_TOKENS = [2**exponent for exponent in range(14)]
 _MODEL = "fastserve"
 
 
@@ -54,28 +39,31 @@ class _Family:
     """A metric family; its members by label values are made when they are first used."""
 
     kind: Any
-    _complain_after = 0.0
-    """Of all families."""
+    _next_error_log = 0.0
+    """A time, shared by all families."""
 
     def __init__(self, name: str, description: str, labels: Sequence[str] = (), **options: Any) -> None:
         self._family = pb_utils.MetricFamily(name=name, description=description, kind=self.kind)
         self._labels = labels
         self._options = options
-        self._members: dict[tuple[str, ...], Any] = {}
+        self._members: dict[tuple[object, ...], Any] = {}
 
-    def _member(self, *values: object) -> Any:
-        key = tuple(str(value) for value in values)
-        member = self._members.get(key)
-        if member is None:
-            labels = {"model": _MODEL, **dict(zip(self._labels, key, strict=True))}
-            member = self._members[key] = self._family.Metric(labels=labels, **self._options)
-        return member
-
-    def _complain(self, error: Exception) -> None:
-        now = time.monotonic()
-        if now >= _Family._complain_after:
-            _Family._complain_after = now + COMPLAINT_SECONDS
-            logger.error("metrics could not be reported: %s", error)
+    def _report(self, method: str, value: float, labels: tuple[object, ...]) -> bool:
+        """Calls a method of the member with these labels; False where that failed."""
+        try:
+            member = self._members.get(labels)
+            if member is None:
+                texts = dict(zip(self._labels, map(str, labels), strict=True))
+                member = self._family.Metric(labels={"model": _MODEL, **texts}, **self._options)
+                self._members[labels] = member
+            getattr(member, method)(value)
+        except Exception as error:
+            now = time.monotonic()
+            if now >= _Family._next_error_log:
+                _Family._next_error_log = now + ERROR_LOG_SECONDS
+                logger.error("metrics could not be reported: %s", error)
+            return False
+        return True
 
 
 class Counter(_Family):
@@ -85,19 +73,15 @@ class Counter(_Family):
 
     def __init__(self, name: str, description: str, labels: Sequence[str] = ()) -> None:
         super().__init__(name, description, labels)
-        self._owed: dict[tuple[object, ...], float] = {}
-        """What could not be reported yet."""
+        self._unreported: dict[tuple[object, ...], float] = {}
 
     def add(self, amount: float, *labels: object) -> None:
+        """Adds `amount`, if it is positive, and what could not be added before."""
         if amount <= 0:
             return
-        if self._owed:
-            amount += self._owed.pop(labels, 0.0)
-        try:
-            self._member(*labels).increment(amount)
-        except Exception as error:
-            self._owed[labels] = amount
-            self._complain(error)
+        amount += self._unreported.pop(labels, 0.0)
+        if not self._report("increment", amount, labels):
+            self._unreported[labels] = amount
 
 
 class Gauge(_Family):
@@ -110,29 +94,24 @@ class Gauge(_Family):
         self._reported: dict[tuple[object, ...], float] = {}
 
     def set(self, value: float, *labels: object) -> bool:
-        """Whether the server shows it now; if not, the caller says it again: nothing else may come."""
+        """Whether the gauge shows the value now; if not, the caller sets it again: nothing else may come."""
         if self._reported.get(labels) == value:
             return True
-        try:
-            self._member(*labels).set(value)
-        except Exception as error:
+        if not self._report("set", value, labels):
             self._reported.pop(labels, None)
-            self._complain(error)
             return False
         self._reported[labels] = value
         return True
 
 
 class Histogram(_Family):
-    """How often which size."""
+    """Numbers of observations by size."""
 
     kind = pb_utils.MetricFamily.HISTOGRAM
 
     def observe(self, value: float, *labels: object) -> None:
-        try:
-            self._member(*labels).observe(value)
-        except Exception as error:
-            self._complain(error)
+        """Counts one observation."""
+        self._report("observe", value, labels)
 
 
 class TenantLabels:
@@ -142,6 +121,7 @@ class TenantLabels:
         self._labels: dict[str, str] = {}
 
     def label(self, tenant: str) -> str:
+        """The label of a tenant: cut to MAX_TENANT_LENGTH, or `other` beyond MAX_TENANTS."""
         known = self._labels.get(tenant)
         if known is not None:
             return known
@@ -150,32 +130,51 @@ class TenantLabels:
         return self._labels.setdefault(tenant, tenant[:MAX_TENANT_LENGTH])
 
 
+def _seconds_by_priority(name: str, description: str) -> Histogram:
+    return Histogram(name, description, ["priority"], buckets=_SECONDS)
+
+
 def requests_total() -> Counter:
-    """Reported by each step at which a request can end."""
+    """The counter of ended requests, for each model in which a request can end."""
     return Counter("fastserve_requests_total", "Requests by how they ended", ["outcome"])
 
 
 class QueueMetrics:
-    """What `scheduler` reports."""
+    """The metrics of `scheduler`."""
 
     def __init__(self) -> None:
         self.waiting = Gauge("fastserve_requests_waiting", "Requests in the queue", ["priority"])
-        self.wait = Histogram(
-            "fastserve_queue_wait_seconds",
-            "From arrival to release to the engine",
-            ["priority"],
-            buckets=_SECONDS,
+        self.wait = _seconds_by_priority(
+            "fastserve_queue_wait_seconds", "From arrival to release to the engine"
         )
         self.requests = requests_total()
+        self.report_at: float | None = None
+        """When `report_waiting` is to be called next; None: the gauges show what is."""
+        self._reported: dict[int, int] = {}
+        self._reported_at = 0.0
+
+    def report_waiting(self, by_priority: dict[int, int], now: float) -> None:
+        """Sets how many requests wait: at once when none does, else every REPORT_SECONDS."""
+        if by_priority == self._reported:
+            self.report_at = None
+        elif any(by_priority.values()) and now < self._reported_at + REPORT_SECONDS:
+            self.report_at = self._reported_at + REPORT_SECONDS
+        else:
+            shown = [self.waiting.set(count, priority) for priority, count in by_priority.items()]
+            self._reported_at = now
+            if all(shown):
+                self._reported, self.report_at = by_priority, None
+            else:
+                self.report_at = now + RETRY_SECONDS
 
 
 class EngineMetrics:
-    """What `engine` reports."""
+    """The metrics of `engine`."""
 
     def __init__(self) -> None:
         self.running = Gauge("fastserve_requests_running", "Sequences in the batch")
         self.preempted = Gauge(
-            "fastserve_requests_preempted", "Sequences that wait inside the worker for a place"
+            "fastserve_requests_preempted", "Sequences that wait inside the worker for a slot"
         )
         self.kv_total = Gauge("fastserve_kv_blocks_total", "KV blocks there are")
         self.kv_used = Gauge("fastserve_kv_blocks_used", "KV blocks held by a request")
@@ -190,25 +189,19 @@ class EngineMetrics:
 
 
 class ResponseMetrics:
-    """What `postprocess` reports: the times that a client sees."""
+    """The metrics of `postprocess`: the times that a client sees."""
 
     def __init__(self) -> None:
-        self.first_token = Histogram(
-            "fastserve_time_to_first_token_seconds",
-            "From arrival to the first token",
-            ["priority"],
-            buckets=_SECONDS,
+        self.first_token = _seconds_by_priority(
+            "fastserve_time_to_first_token_seconds", "From arrival to the first token"
         )
         self.output_token = Histogram(
             "fastserve_time_per_output_token_seconds",
             "Mean time between the tokens of a request after its first",
             buckets=_TOKEN_SECONDS,
         )
-        self.end_to_end = Histogram(
-            "fastserve_e2e_request_latency_seconds",
-            "From arrival to the last token",
-            ["priority"],
-            buckets=_SECONDS,
+        self.end_to_end = _seconds_by_priority(
+            "fastserve_e2e_request_latency_seconds", "From arrival to the last token"
         )
         self.tenants = TenantLabels()
         self.prompt_tokens = Counter(

@@ -1,6 +1,6 @@
-"""The step `postprocess`: tokens -> text, and the only place that sees that a client is gone.
+"""The model `postprocess`: tokens -> text, and the only place that sees that a client has cancelled.
 
-It tells `engine` so, and also which sequences have met a stop string, by requests to its input `stop`.
+It sends that to `engine`, and also which sequences have met a stop string, by requests to its input `stop`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import logging
 import queue
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,39 +17,42 @@ import triton_python_backend_utils as pb_utils
 
 from fastserve.checkpoints.model_files import locate
 from fastserve.config import read_config
-from fastserve.ensemble.final_response import send_error, send_final
-from fastserve.ensemble.metrics import ResponseMetrics
-from fastserve.ensemble.secret import is_forwarded_id
-from fastserve.ensemble.tensors import (
+from fastserve.ensemble.messaging import (
     call,
     failure_tensors,
+    is_forwarded_id,
     message_of,
     message_tensor,
     numbers,
+    report_health,
+    send_error,
+    send_final,
     strings,
 )
+from fastserve.ensemble.metrics import ResponseMetrics
 from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.service_thread import ServiceThread
 from fastserve.text.output_processor import OutputProcessor, Response
 from fastserve.text.tokenizer import load_tokenizer
-from fastserve.types import Cancel, Health, Outcome, OutputOptions, Request, RequestOutput
+from fastserve.types import Cancel, Outcome, OutputOptions, Request, RequestOutput
 
 logger = logging.getLogger(__name__)
 
 FORGET_SECONDS = 60.0
-"""After its deadline, for a request of which no last output has come; and between two looks for such."""
+"""From a request's deadline until its state is dropped, if no last output came; and between two sweeps."""
 
 
 @dataclass(slots=True)
 class RequestState:
-    """One request between its first and its last output."""
+    """A request between its first and its last output."""
 
     request: Request
     output_processor: OutputProcessor
     first_token: float
-    """When it came, `time.monotonic()`."""
+    """Its time, `time.monotonic()`."""
     num_tokens: int = 0
-    is_gone: bool = False
+    is_cancelled: bool = False
+    """Its client has cancelled, and the stop is on its way to `engine`."""
     failure: RequestError | None = None
     """Why no more is sent of it; its client is told with its last output."""
 
@@ -57,18 +61,22 @@ class PostprocessModel:
     """Triton server's Python model `postprocess`."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        """Loads the tokenizer, and starts the thread that sends stops."""
         self._tokenizer = load_tokenizer(locate(read_config().model))
         self._states: dict[str, RequestState] = {}
         self._metrics = ResponseMetrics()
         self._stops: queue.SimpleQueue[Cancel | None] = queue.SimpleQueue()
-        self._untold: Cancel | None = None
-        """The stop that could not be told to the engine yet."""
+        self._unsent_stop: Cancel | None = None
+        """The stop that could not be sent to the engine yet."""
         self._stopping = False
-        self._forget_at = 0.0
-        self._teller = ServiceThread("stops", self._tell_engine, on_health=_tell_health)
-        self._teller.start()
+        self._next_sweep = 0.0
+        self._stop_sender = ServiceThread(
+            "stops", self._send_stop, on_health=partial(report_health, "postprocess")
+        )
+        self._stop_sender.start()
 
     def execute(self, requests: list[Any]) -> None:
+        """Answers each output of the engine once: with text, an error, or only the final flag."""
         for triton_request in requests:
             sender = triton_request.get_response_sender()
             output, is_forwarded = None, False
@@ -82,7 +90,7 @@ class PostprocessModel:
                 self._fail(output, sender, error, is_forwarded)
             except Exception as error:
                 logger.exception("an output of request %s could not be answered", output and output.uid)
-                self._fail(output, sender, _named(error), is_forwarded)
+                self._fail(output, sender, _as_request_error(error), is_forwarded)
 
     def _is_forwarded(self, output: RequestOutput) -> bool:
         state = self._states.get(output.uid)
@@ -109,25 +117,25 @@ class PostprocessModel:
                 send_final(sender, pb_utils.InferenceResponse(output_tensors=failure_tensors(error)))
                 return
             except Exception:
-                logger.exception("a request could not be told that it failed: %s", error)
+                logger.exception("the failure of a request could not be sent: %s", error)
         send_error(sender, error)
 
     def _answer(self, output: RequestOutput, sender: Any, is_cancelled: bool) -> None:
         """Sends the response to this output, if any. Raises RequestError for one that failed."""
         if not output.outputs:  # the request waits in the queue
-            accepted = strings("text_output", [""])
-            send_final(sender, pb_utils.InferenceResponse(output_tensors=[accepted]))
+            queued = strings("text_output", [""])
+            send_final(sender, pb_utils.InferenceResponse(output_tensors=[queued]))
             return
         now = time.monotonic()
         state = self._state(output, now)
-        if state is None:  # its client has been told of its end
+        if state is None:  # it has failed here, and its client has the error
             send_final(sender)
             return
         if state.failure is not None:
             self._answer_failed(state.failure, output, sender)
             return
-        if is_cancelled and not state.is_gone and not output.final:
-            state.is_gone = True
+        if is_cancelled and not state.is_cancelled and not output.final:
+            state.is_cancelled = True
             self._stops.put(Cancel(output.uid, Outcome.CANCELLED))
         self._count(state, output)
         if output.final:
@@ -156,18 +164,18 @@ class PostprocessModel:
         send_final(sender)
 
     def _end(self, uid: str) -> None:
-        """Ends a request that has failed here: the engine is told, and what still comes of it is dropped."""
+        """Ends a request that has failed here: the engine stops it, and its further outputs are dropped."""
         if self._states.pop(uid, None) is not None:
             self._metrics.requests.add(1, Outcome.ERROR.value)
             self._stops.put(Cancel(uid, Outcome.CANCELLED))
 
     def _state(self, output: RequestOutput, now: float) -> RequestState | None:
-        """None: that of a request that has failed here."""
+        """The request's state; None where it has failed here."""
         request = output.request
         if request is None:
             return self._states.get(output.uid)
-        if now >= self._forget_at:
-            self._forget(now)
+        if now >= self._next_sweep:
+            self._sweep(now)
         state = RequestState(request, OutputProcessor(self._tokenizer), now)
         self._states[output.uid] = state
         if any(each.token_ids for each in output.outputs):
@@ -190,29 +198,29 @@ class PostprocessModel:
             if state.num_tokens > 1:
                 metrics.output_token.observe((now - state.first_token) / (state.num_tokens - 1))
 
-    def _forget(self, now: float) -> None:
-        """Drops those whose last output never came, because it could not be sent: their time is long over."""
-        self._forget_at = now + FORGET_SECONDS
+    def _sweep(self, now: float) -> None:
+        """Drops requests past their deadline whose last output never came, because it could not be sent."""
+        self._next_sweep = now + FORGET_SECONDS
         for uid, state in list(self._states.items()):
             deadline = state.request.deadline
             if deadline is not None and deadline + FORGET_SECONDS <= now:
                 self._end(uid)
 
-    def _tell_engine(self) -> bool:
-        """From a thread of its own: `execute` must not wait for another model. What fails is told again."""
-        stop = self._untold or self._stops.get()
+    def _send_stop(self) -> bool:
+        """Sends the next stop; `execute` must not wait for another model. One that fails is sent again."""
+        stop = self._unsent_stop or self._stops.get()
         if stop is None or self._stopping:
             return False
-        self._untold = stop
+        self._unsent_stop = stop
         call("engine", [message_tensor("stop", stop)])
-        self._untold = None
+        self._unsent_stop = None
         return True
 
     def finalize(self) -> None:
+        """Ends the thread."""
         self._stopping = True
         self._stops.put(None)
-        self._teller.hurry()
-        self._teller.join()
+        self._stop_sender.join()
 
 
 def _end_output(sender: Any) -> None:
@@ -223,19 +231,15 @@ def _end_output(sender: Any) -> None:
         logger.error("an output could not be ended: %s", error)
 
 
-def _named(error: Exception) -> RequestError:
-    """What a client is told of an answer that could not be made, or not be sent."""
+def _as_request_error(error: Exception) -> RequestError:
+    """The client's error for an answer that could not be made, or not be sent."""
     if isinstance(error, pb_utils.TritonModelException):
         return RequestError(f"the answer could not be sent: {error}", ErrorCode.UNAVAILABLE)
     return RequestError(f"the answer could not be made: {type(error).__name__}: {error}", ErrorCode.INTERNAL)
 
 
-def _tell_health(problem: str | None) -> None:
-    call("engine", [message_tensor("hold", Health("postprocess", problem))])
-
-
 def _tensors(response: Response, asked: OutputOptions) -> list[pb_utils.Tensor]:
-    """The text, and what else the client has asked for."""
+    """The output tensors: the text, and what else the client has asked for."""
     tensors = [strings("text_output", response.text)]
     if asked.finish_reason:
         tensors.append(strings("finish_reason", response.finish_reason))

@@ -1,6 +1,6 @@
-"""The step `preprocess`: client's tensors -> validated, tokenized `Request`.
+"""The model `preprocess`: client's tensors -> validated, tokenized `Request`.
 
-Trying out a guide takes up to seconds, so threads wait for that and answer later, while `execute` goes on:
+Compiling a guide takes up to seconds, so threads wait for that and answer later, while `execute` goes on:
 a heavy grammar delays nobody else. All other requests are answered by `execute`, in the order they came.
 """
 
@@ -16,12 +16,16 @@ import triton_python_backend_utils as pb_utils
 
 from fastserve.checkpoints.model_files import locate
 from fastserve.checkpoints.model_metadata import context_length, model_vocab_size
-from fastserve.config import read_config
-from fastserve.ensemble.inputs import read_inputs, read_parameters
+from fastserve.config import is_stopping, read_config
+from fastserve.ensemble.messaging import (
+    error_response,
+    message_tensor,
+    read_inputs,
+    read_parameters,
+    send_response_or_error,
+)
 from fastserve.ensemble.metrics import requests_total
-from fastserve.ensemble.tensors import FINAL, error_response, message_tensor
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.stopping import refuse_if_stopping
 from fastserve.text.input_processor import InputProcessor, ParsedRequest
 from fastserve.text.tokenizer import load_tokenizer
 from fastserve.types import Outcome
@@ -29,18 +33,20 @@ from fastserve.types import Outcome
 logger = logging.getLogger(__name__)
 
 MAX_GUIDES_AT_ONCE = 8
+"""Guides that are compiled at once."""
 MAX_GUIDED_REQUESTS = 256
-"""Requests whose guides are tried out or wait for it; more are refused."""
+"""Requests whose guides are compiled or wait for it; more are refused."""
 
 
 class PreprocessModel:
     """Triton server's Python model `preprocess`."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        """Loads the tokenizer."""
         self._input_processor = _load_input_processor()
         self._requests_total = requests_total()
         self._threads = ThreadPoolExecutor(MAX_GUIDES_AT_ONCE, thread_name_prefix="guides")
-        self._places = BoundedSemaphore(MAX_GUIDED_REQUESTS)
+        self._guide_slots = BoundedSemaphore(MAX_GUIDED_REQUESTS)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """The responses; None for a request that a thread answers later."""
@@ -57,26 +63,23 @@ class PreprocessModel:
         return _answer(parsed)
 
     def _answer_later(self, parsed: ParsedRequest, sender: Any) -> None:
-        if not self._places.acquire(blocking=False):
+        if not self._guide_slots.acquire(blocking=False):
             raise RequestError(
                 f"`{parsed.guide_field}`: {MAX_GUIDED_REQUESTS} requests wait for their turn already",
                 ErrorCode.UNAVAILABLE,
             )
-        self._threads.submit(self._try_guide, parsed, sender)
+        self._threads.submit(self._check_guide, parsed, sender)
 
-    def _try_guide(self, parsed: ParsedRequest, sender: Any) -> None:
-        """From a thread of its own: answers when it is known whether the guide compiles."""
+    def _check_guide(self, parsed: ParsedRequest, sender: Any) -> None:
+        """Answers when it is known whether the guide compiles, in a thread of its own."""
         try:
             self._input_processor.check_guide(parsed)
             response = _answer(parsed)
         except Exception as error:
             response = self._refusal(error)
         finally:
-            self._places.release()
-        try:
-            sender.send(response, flags=FINAL)
-        except Exception:
-            logger.exception("a guided request could not be answered")
+            self._guide_slots.release()
+        send_response_or_error(sender, response)
 
     def _refusal(self, error: Exception) -> pb_utils.InferenceResponse:
         is_refused = isinstance(error, RequestError)
@@ -86,7 +89,8 @@ class PreprocessModel:
         return error_response(error)
 
     def _parse(self, triton_request: Any) -> ParsedRequest:
-        refuse_if_stopping()
+        if is_stopping():
+            raise RequestError("the server is stopping and takes no more requests", ErrorCode.UNAVAILABLE)
         return self._input_processor.parse(
             read_inputs(triton_request),
             read_parameters(triton_request),
@@ -96,6 +100,7 @@ class PreprocessModel:
         )
 
     def finalize(self) -> None:
+        """Ends the threads and the process that compile guides."""
         self._threads.shutdown()
         self._input_processor.close()
 

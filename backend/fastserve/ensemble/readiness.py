@@ -1,9 +1,9 @@
-"""Makes Triton server's `/v2/health/ready` say "not ready" while a worker or a thread of ours is gone.
+"""Makes Triton server's `/v2/health/ready` say "not ready" while there is no worker, or a thread fails.
 
-A Python model of 2.51 cannot say so itself. But a model that is being unloaded while a request of it is in
-flight counts as not ready. So an ensemble `readiness`, whose one step is `engine`, is unloaded while `engine`
-holds a request of it. It works where the operator, or our launcher, has set explicit model control
-(FASTSERVE_MODEL_CONTROL=explicit), and is done nowhere else.
+A Python model of 2.51 cannot say so itself. But a model in the state UNLOADING, which lasts as long as a
+request of it is in flight, counts as not ready. So the ensemble `readiness`, which consists of `engine`
+alone, is unloaded while `engine` leaves a request of it unanswered. That works where the operator, or our
+launcher, has set explicit model control (FASTSERVE_MODEL_CONTROL=explicit), and is done nowhere else.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from fastserve.ensemble.final_response import send_final
-from fastserve.ensemble.tensors import call, message_tensor
+from fastserve.config import MODEL_CONTROL_VARIABLE
+from fastserve.ensemble.messaging import call, message_tensor, send_final
 from fastserve.service_thread import ServiceThread
-from fastserve.types import Hold
+from fastserve.types import BlockUnload
 
 logger = logging.getLogger(__name__)
 
 MODEL = "readiness"
-CONTROL_VARIABLE = "FASTSERVE_MODEL_CONTROL"
-HOLD_SECONDS = 5.0
-"""For the held request to arrive."""
+ARRIVAL_SECONDS = 5.0
+"""For the request that blocks the unloading to arrive at `engine`."""
 
 
 class Readiness:
-    """Ready as long as nothing is wrong. Any thread says what is; one of its own tells the server."""
+    """Ready as long as no source has a problem. Any thread sets one; a thread of its own tells the server."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._problems: dict[str, str] = {}
         self._is_ready = True
-        """What the server says."""
-        self._held: Any = None
-        self._holder: threading.Thread | None = None
+        """What the server answers."""
+        self._blocking: Any = None
+        """The response sender of the request that blocks the unloading."""
+        self._requester: threading.Thread | None = None
         self._stopping = False
         self._thread = ServiceThread("readiness", self._follow)
-        if os.environ.get(CONTROL_VARIABLE) == "explicit":
+        if os.environ.get(MODEL_CONTROL_VARIABLE) == "explicit":
             self._thread.start()
 
-    def hold(self, sender: Any) -> None:
-        """`engine` has been given the request to hold: it is answered when readiness is regained."""
+    def block_unload(self, sender: Any) -> None:
+        """Takes in the request that `engine` leaves unanswered until readiness is regained."""
         with self._changed:
-            self._held = sender
+            self._blocking = sender
             self._changed.notify_all()
 
     def set(self, source: str, problem: str | None) -> None:
-        """What is wrong with `source`, as a sentence; None: nothing any more. Never waits."""
+        """Sets what is wrong with `source`, as a sentence; None: nothing any more. Never waits."""
         with self._changed:
             if problem is None:
                 self._problems.pop(source, None)
@@ -71,41 +71,43 @@ class Readiness:
         return True
 
     def _lose(self) -> None:
-        if self._holder is None or not self._holder.is_alive():
-            self._holder = threading.Thread(target=self._send_request_to_hold, name="held", daemon=True)
-            self._holder.start()
+        if self._requester is None or not self._requester.is_alive():
+            self._requester = threading.Thread(target=self._request_block, name="block-unload", daemon=True)
+            self._requester.start()
         with self._changed:
-            self._changed.wait_for(lambda: self._held is not None or self._stopping, HOLD_SECONDS)
+            self._changed.wait_for(lambda: self._blocking is not None or self._stopping, ARRIVAL_SECONDS)
             if self._stopping:
                 return
-            if self._held is None:
-                raise RuntimeError("no request to hold has come; the server still says that it is ready")
+            if self._blocking is None:
+                raise RuntimeError(
+                    "no request of `readiness` has come; the server still says that it is ready"
+                )
         pb_utils.unload_model(model_name=MODEL)
         self._is_ready = False
 
     @staticmethod
-    def _send_request_to_hold() -> None:
+    def _request_block() -> None:
         try:
-            call(MODEL, [message_tensor("hold", Hold())])
+            call(MODEL, [message_tensor("health", BlockUnload())])
         except Exception as error:  # `_lose` sends another
             logger.error("readiness: %s", error)
 
     def _regain(self) -> None:
-        self._release()
-        if self._holder is not None:
-            self._holder.join()
+        self._unblock()
+        if self._requester is not None:
+            self._requester.join()
         pb_utils.load_model(model_name=MODEL)
         self._is_ready = True
 
-    def _release(self) -> None:
+    def _unblock(self) -> None:
         with self._changed:
-            held, self._held = self._held, None
-        if held is not None:
-            send_final(held)
+            blocking, self._blocking = self._blocking, None
+        if blocking is not None:
+            send_final(blocking)
 
     def stop(self) -> None:
-        """Answers the held request, so that the server can shut down."""
+        """Answers the request that blocks the unloading, so that the server can shut down."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._release()
+        self._unblock()

@@ -1,4 +1,4 @@
-"""A request on its way through the worker, and what has come of it since its last response."""
+"""A request that the worker serves, and its outputs since its last response."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from fastserve.ensemble.final_response import send_error, send_final
-from fastserve.ensemble.tensors import message_tensor
+from fastserve.ensemble.messaging import message_tensor, send_error, send_final
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.types import Failure, Outcome, Request, RequestOutput, SequenceOutput
 
@@ -21,7 +20,7 @@ WHOLE_ANSWER_SECONDS = 0.5
 
 @dataclass(slots=True)
 class ResponseStream:
-    """Joins the outputs of several steps, so that a request has one response per interval at most.
+    """Outputs of several steps, joined so that a request has one response per interval at most.
 
     One thread at a time uses it: first that which takes the request in, then the reader of the worker's pipe.
     """
@@ -33,16 +32,18 @@ class ResponseStream:
     last_sent: float | None = None
 
     def add(self, output: SequenceOutput) -> None:
+        """Takes in the output of one step for one sequence."""
         self.pending.append(output)
         if output.outcome is not None:
             self.sequences_left -= 1
 
     @property
     def is_final(self) -> bool:
+        """Whether all sequences have ended."""
         return self.sequences_left == 0
 
     def is_due(self, now: float, stream_interval: float) -> bool:
-        """The first output goes at once, so does the last; others wait for the interval to pass."""
+        """Whether to send: the first output at once, the last too, others when the interval has passed."""
         if not self.pending:
             return False
         interval = stream_interval if self.request.output.stream else WHOLE_ANSWER_SECONDS
@@ -85,5 +86,5 @@ class ResponseStream:
                 self.send(0.0)
                 return
             except Exception as error:
-                logger.error("request %s could not be told that it failed: %s", self.request.uid, error)
+                logger.error("the failure of request %s could not be sent: %s", self.request.uid, error)
         send_error(self.sender, RequestError(failure.message, ErrorCode(failure.code)))

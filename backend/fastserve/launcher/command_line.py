@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastserve.config import CONFIG_VARIABLE
+from fastserve.config import CONFIG_VARIABLE, MODEL_CONTROL_VARIABLE, STOPPING_VARIABLE
 from fastserve.launcher.installation import Installation
 from fastserve.launcher.run_directory import RunDirectory
 from fastserve.launcher.start_checks import Ports, in_url
 from fastserve.start_error import StartError
-from fastserve.stopping import STOPPING_VARIABLE
 
-CONTROL_VARIABLE = "FASTSERVE_MODEL_CONTROL"
-"""Tells the models that they may load and unload one another."""
 SHARED_MEMORY_PER_MODEL = 4 << 20
 """Bytes that a stub and the server share at first, and by which that grows."""
 EXIT_SECONDS = 1
@@ -123,6 +120,6 @@ def environment(
     """The environment of the server and so of its models."""
     return installation.environment(run) | {
         CONFIG_VARIABLE: str(config_file),
-        CONTROL_VARIABLE: "explicit",
+        MODEL_CONTROL_VARIABLE: "explicit",
         STOPPING_VARIABLE: str(stopping_file),
     }

@@ -31,7 +31,7 @@ STATUSES: dict[str, dict[str, Any]] = {
     },
     "infer_generate": {"INVALID_ARG": 400, "UNAVAILABLE": 400, "CANCELLED": 400},
 }
-"""What each door says of an error, where Triton server 2.51 lets us: see "Errors by door" in docs/api.md."""
+"""The status of an error by endpoint, as Triton server 2.51 allows: "Errors by endpoint" in docs/api.md."""
 BLOCKED, RUNNING = "the engine is busy", "it runs"
 ERRORS: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("an invalid value", {"parameters": {"temperature": -1}}, "", "INVALID_ARG", "`temperature`: got "),
@@ -95,7 +95,7 @@ def test_a_more_urgent_request_takes_a_place_at_the_next_iteration(small_server:
 @pytest.mark.parametrize(
     ("fields", "state", "code", "words"), [e[1:] for e in ERRORS], ids=[e[0] for e in ERRORS]
 )
-def test_every_door_tells_every_error_by_its_code(
+def test_every_endpoint_tells_every_error_by_its_code(
     small_server: Any, fields: dict[str, Any], state: str, code: str, words: str
 ) -> None:
     endless: dict[str, Any] = {"max_tokens": 3000, "ignore_eos": True, "temperature": 0}
@@ -111,30 +111,34 @@ def test_every_door_tells_every_error_by_its_code(
         small_server.wait_for_metrics(
             lambda m: m.get('fastserve_requests_waiting{priority="0"}', 0) == queued, 10
         )
-        for door, statuses in STATUSES.items():
-            answer = knock_while_cancelling(small_server, client, door, fields)
-            assert answer[0] == statuses[code], (door, answer)
-            assert f"{code}: {words}" in answer[1], (door, answer)
+        for endpoint, statuses in STATUSES.items():
+            answer = error_while_cancelling(small_server, client, endpoint, fields)
+            assert answer[0] == statuses[code], (endpoint, answer)
+            assert f"{code}: {words}" in answer[1], (endpoint, answer)
         for stream in streams:
             stream.close()
     small_server.wait_until_idle(10)
 
 
-def knock_while_cancelling(server: Any, client: Client, door: str, fields: dict[str, Any]) -> tuple[Any, str]:
-    """What a door says; a request that has an id is cancelled by it when it runs."""
+def error_while_cancelling(
+    server: Any, client: Client, endpoint: str, fields: dict[str, Any]
+) -> tuple[Any, str]:
+    """What an endpoint answers; a request that has an id is cancelled by it when it runs."""
     with ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(knock, server, door, fields)
+        answer = threads.submit(error_at, server, endpoint, fields)
         if "id" in fields:
             server.wait_for_metrics(lambda metrics: metrics["fastserve_requests_running"] == 1, 10)
             client.cancel(fields["id"])
         return answer.result(30)
 
 
-def knock(server: Any, door: str, fields: dict[str, Any]) -> tuple[Any, str]:
-    """The status and the message of the error that a request gets at one of the doors."""
-    if door in ("generate", "generate_stream", "infer_generate"):
-        model, path = ("fastserve_infer", "generate") if door == "infer_generate" else ("fastserve", door)
-        body = {**fields, "stream": True} if door == "generate_stream" else fields
+def error_at(server: Any, endpoint: str, fields: dict[str, Any]) -> tuple[Any, str]:
+    """The status and the message of the error that a request gets at one of the endpoints."""
+    if endpoint in ("generate", "generate_stream", "infer_generate"):
+        model, path = (
+            ("fastserve_infer", "generate") if endpoint == "infer_generate" else ("fastserve", endpoint)
+        )
+        body = {**fields, "stream": True} if endpoint == "generate_stream" else fields
         url = f"http://{server.http_url}/v2/models/{model}/{path}"
         try:
             with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode())) as response:
@@ -142,7 +146,9 @@ def knock(server: Any, door: str, fields: dict[str, Any]) -> tuple[Any, str]:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
     module, url = (
-        (tritonclient.http, server.http_url) if door == "infer_http" else (tritonclient.grpc, server.grpc_url)
+        (tritonclient.http, server.http_url)
+        if endpoint == "infer_http"
+        else (tritonclient.grpc, server.grpc_url)
     )
     prompt = module.InferInput("text_input", [1], "BYTES")
     prompt.set_data_from_numpy(np.array([fields["text_input"]], dtype=np.object_))
@@ -151,9 +157,9 @@ def knock(server: Any, door: str, fields: dict[str, Any]) -> tuple[Any, str]:
     options = {"request_id": fields.get("id", ""), "timeout": fields.get("timeout")}
     with module.InferenceServerClient(url) as client:
         try:
-            if door != "grpc_stream":
+            if endpoint != "grpc_stream":
                 client.infer("fastserve_infer", [prompt], parameters=fields["parameters"], **options)
-                raise AssertionError(f"served by {door}: {fields}")
+                raise AssertionError(f"served by {endpoint}: {fields}")
             errors: queue.SimpleQueue[Any] = queue.SimpleQueue()
             client.start_stream(lambda result, error: errors.put(error))
             client.async_stream_infer("fastserve", [prompt], parameters=fields["parameters"], **options)
@@ -164,7 +170,7 @@ def knock(server: Any, door: str, fields: dict[str, Any]) -> tuple[Any, str]:
             return error.status(), error.message()
 
 
-def test_float_parameters_mean_the_same_at_every_door_and_an_input_wins(small_server: Any) -> None:
+def test_float_parameters_mean_the_same_at_every_endpoint_and_an_input_wins(small_server: Any) -> None:
     def text(parameters: dict[str, Any], *inputs: Any) -> str:
         prompt = tritonclient.http.InferInput("text_input", [1], "BYTES")
         prompt.set_data_from_numpy(np.array(["Once upon a time"], dtype=np.object_))
@@ -213,7 +219,7 @@ def test_plain_infer_waits_in_the_one_queue_in_the_order_of_priorities(small_ser
     assert ended == [7, 1]
 
 
-def test_while_the_ensemble_is_unloaded_every_door_is_unavailable(small_server: Any) -> None:
+def test_while_the_ensemble_is_unloaded_every_endpoint_is_unavailable(small_server: Any) -> None:
     def control(verb: str) -> None:
         url = f"http://{small_server.http_url}/v2/repository/models/fastserve/{verb}"
         with urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=60) as response:
@@ -221,7 +227,7 @@ def test_while_the_ensemble_is_unloaded_every_door_is_unavailable(small_server: 
 
     control("unload")
     try:
-        status, message = knock(small_server, "infer_http", {"text_input": "Hi", "parameters": {}})
+        status, message = error_at(small_server, "infer_http", {"text_input": "Hi", "parameters": {}})
         assert status == "503"
         assert "UNAVAILABLE: the model `fastserve` is not ready" in message
         urls: dict[Any, str] = {"grpc": small_server.grpc_url, "http": small_server.http_url}

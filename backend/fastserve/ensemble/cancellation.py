@@ -1,4 +1,4 @@
-"""Cancels by the client's id of requests that may still be on their way to the engine."""
+"""Cancellations by the client's id, of requests that may still be on their way to the engine."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ MAX_REMEMBERED = 10_000
 """Ids; the oldest is forgotten first."""
 
 
-class RememberedCancels:
-    """When each id was last cancelled, for as long as a request that had arrived by then can live."""
+class RecentCancellations:
+    """The time of each id's last cancellation, for as long as a request that had arrived by then can live."""
 
     def __init__(self, max_request_seconds: float) -> None:
         self._max_request_seconds = max_request_seconds
         self._times: OrderedDict[str, float] = OrderedDict()
 
     def add(self, cancel: CancelById) -> None:
-        """Remembers it; cancels come in the order of their times, or nearly so."""
+        """Remembers `cancel`; they come in the order of their times, or nearly so."""
         time = max(cancel.time, self._times.pop(cancel.request_id, cancel.time))
         self._times[cancel.request_id] = time
         while len(self._times) > MAX_REMEMBERED or self._oldest <= time - self._max_request_seconds:

@@ -9,7 +9,7 @@ from fastserve.types import Cancel, Outcome
 
 
 def test_a_message_comes_out_as_it_went_in(pb_utils: Any) -> None:
-    from fastserve.ensemble.tensors import message_of, message_tensor
+    from fastserve.ensemble.messaging import message_of, message_tensor
 
     cancel = Cancel("uid", Outcome.STOP, 3)
     request = pb_utils.InferenceRequest(inputs=[message_tensor("stop", cancel)])
@@ -18,7 +18,7 @@ def test_a_message_comes_out_as_it_went_in(pb_utils: Any) -> None:
 
 
 def test_a_call_that_fails_says_which_model(pb_utils: Any) -> None:
-    from fastserve.ensemble.tensors import call, error_response
+    from fastserve.ensemble.messaging import call, error_response
 
     refusal = error_response(RequestError("full", ErrorCode.UNAVAILABLE))
     pb_utils.server.answer = lambda request: [pb_utils.InferenceResponse(), refusal]
@@ -35,7 +35,7 @@ def test_a_call_that_fails_says_which_model(pb_utils: Any) -> None:
 
 @pytest.mark.parametrize("code", ErrorCode)
 def test_every_error_says_its_code_and_comes_back_with_it(pb_utils: Any, code: ErrorCode) -> None:
-    from fastserve.ensemble.tensors import error_response
+    from fastserve.ensemble.messaging import error_response
 
     error = error_response(RequestError("`x`: got 1; allowed: 2", code)).error()
     assert error.message() == f"{code.value}: `x`: got 1; allowed: 2"
