@@ -150,9 +150,9 @@ def test_a_gauge_that_could_not_be_told_is_told_again_though_nothing_more_happen
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that is stopped waits for gauges of 0."""
-    from fastserve.ensemble import scheduler as module
+    from fastserve.ensemble import metrics
 
-    monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(metrics, "RETRY_SECONDS", 0.01)
     server = scheduler.pb_utils.server
     scheduler.capacity(0)
     scheduler.requests(a_request("a"))
