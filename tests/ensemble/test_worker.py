@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,6 +120,25 @@ def test_what_is_sent_while_it_starts_is_served(fake_engine: Any, parents: list[
     parents.append(parent)
     parent.send(a_request("early"))
     parent.wait(lambda each: each.uids == ["early"])
+
+
+def test_a_worker_that_was_stopped_computes_nothing_and_loses_nothing(
+    fake_engine: Any, parents: list[Parent]
+) -> None:
+    parent = Parent(fake_engine.load_small)
+    parents.append(parent)
+    parent.wait(lambda each: each._is_ready)
+    requests = [a_request(str(number)) for number in range(240)]
+    assert parent.worker.pid is not None
+    os.kill(parent.worker.pid, signal.SIGSTOP)
+    parent.send(*requests)
+    computed = parent.worker.cpu_seconds()
+    assert computed > 0.0
+    assert parent.worker.cpu_seconds() == computed
+    os.kill(parent.worker.pid, signal.SIGCONT)
+    parent.wait(lambda each: len(each.uids) == len(requests))
+    parent.worker.stop()
+    assert parent.worker.cpu_seconds() == 0.0
 
 
 def test_a_message_that_cannot_be_handled_ends_the_worker_and_says_why(
