@@ -99,6 +99,17 @@ class ResponseSender:
             self.is_final = self._is_closed
             self._changed.notify_all()
 
+    def fail_next(self, times: int = 1) -> None:
+        """Makes the next `times` sends raise, as a full /dev/shm does."""
+        left = [times]
+
+        def fail(response: InferenceResponse | None, flags: int) -> None:
+            left[0] -= 1
+            if left[0] >= 0:
+                raise TritonModelException("no shared memory")
+
+        self.fail = fail
+
     def wait(self, holds: Callable[[ResponseSender], bool] = lambda sender: sender.is_final) -> None:
         """Waits until the sender is so: by default, until the final response. Fails after WAIT_SECONDS."""
         with self._changed:

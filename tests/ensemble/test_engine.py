@@ -126,18 +126,6 @@ def failure(sender: Any) -> Any:
     return outputs(sender)[-1].outputs[-1].failure
 
 
-def fail_with(error: Exception, times: int = 10**9) -> Any:
-    """A `ResponseSender.fail` that raises the first `times` times."""
-    left = [times]
-
-    def fail(response: Any, flags: int) -> None:
-        left[0] -= 1
-        if left[0] >= 0:
-            raise error
-
-    return fail
-
-
 def test_a_request_goes_to_the_worker_and_its_tokens_come_back(engine: Engine) -> None:
     (sender,) = engine.requests(a_request("a"))
     assert [type(each) for each in engine.worker.sent] == [Add]
@@ -187,7 +175,7 @@ def test_a_message_that_cannot_be_read_fails_alone(engine: Engine) -> None:
 
 def test_a_response_that_cannot_be_sent_fails_alone_and_its_request_is_stopped(engine: Engine) -> None:
     first, second = engine.requests(a_request("a"), a_request("b"))
-    first.fail = fail_with(engine.pb_utils.TritonModelException("no shared memory"), times=1)
+    first.fail_next(1)
     engine.worker.step(SequenceOutput("a", token_ids=[1]), SequenceOutput("b", token_ids=[2]))
     assert (failure(first).code, first.is_final) == ("UNAVAILABLE", True)
     assert "no shared memory" in failure(first).message
@@ -199,7 +187,7 @@ def test_a_response_that_cannot_be_sent_fails_alone_and_its_request_is_stopped(e
 @pytest.mark.usefixtures("short_shared_memory")
 def test_a_failure_that_cannot_travel_as_data_ends_the_request_all_the_same(engine: Engine) -> None:
     (sender,) = engine.requests(a_request("a"))
-    sender.fail = fail_with(engine.pb_utils.TritonModelException("no shared memory"), times=3)
+    sender.fail_next(3)
     engine.worker.step(SequenceOutput("a", token_ids=[1]))
     assert sender.is_final
     assert "the answer could not be sent" in sender.error.message()

@@ -94,17 +94,6 @@ def words(postprocess: Postprocess, text: str) -> list[int]:
     return token_ids
 
 
-def fail_first(error: Exception, times: int = 1) -> Any:
-    left = [times]
-
-    def fail(response: Any, flags: int) -> None:
-        left[0] -= 1
-        if left[0] >= 0:
-            raise error
-
-    return fail
-
-
 def test_tokens_become_text(postprocess: Postprocess) -> None:
     hello, world = words(postprocess, "Hello world")
     senders = postprocess.outputs(first(a_request("a"), hello), last("a", world))
@@ -148,7 +137,7 @@ def test_a_response_that_cannot_be_sent_fails_its_request_with_the_last_output(
         request.getfixturevalue("short_shared_memory")
     hello, world = words(postprocess, "Hello world")
     batch = [postprocess.message(first(a_request(uid), hello)) for uid in ("a", "b")]
-    batch[0].sender.fail = fail_first(postprocess.pb_utils.TritonModelException("no shared memory"))
+    batch[0].sender.fail_next()
     postprocess.model.execute(batch)
     assert (batch[0].sender.responses, text(batch[1].sender)) == ([], "Hello")
     assert batch[0].sender.is_final == memory_is_short  # else the sender takes no more

@@ -135,14 +135,8 @@ def test_what_is_refused_at_once_is_counted(pb_utils: Any, model: Any) -> None:
 def test_a_guided_request_whose_answer_is_lost_is_told_so(
     pb_utils: Any, model: Any, compiler: Compiler, short_shared_memory: None
 ) -> None:
-    failures = [pb_utils.TritonModelException("no shared memory")]
-
-    def fail(response: Any, flags: int) -> None:
-        if failures:
-            raise failures.pop()
-
     guided = request(pb_utils, "a", "a")
-    guided.sender.fail = fail
+    guided.sender.fail_next()
     assert model.execute([guided]) == [None]
     compiler.release.set()
     guided.sender.wait()

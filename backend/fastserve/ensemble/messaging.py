@@ -57,27 +57,6 @@ def text_of(request: Any, name: str) -> str | None:
     return None if tensor is None else tensor.as_numpy()[0].decode(errors="replace")
 
 
-def dispatch_each(
-    model: str,
-    requests: list[Any],
-    dispatch: Callable[[Any, Any], None],
-    answer_fault: Callable[[Any, RequestError], None],
-) -> None:
-    """Calls `dispatch(request, response_sender)` for each request of a batch to `model`.
-
-    A RequestError ends its request only. So does any other exception, a fault of ours, by `answer_fault`.
-    """
-    for request in requests:
-        sender = request.get_response_sender()
-        try:
-            dispatch(request, sender)
-        except RequestError as error:
-            send_error(sender, error)
-        except Exception as error:
-            logger.exception("a request could not be taken in")
-            answer_fault(sender, RequestError(f"{model}: {error}", ErrorCode.INTERNAL))
-
-
 # What a client sent
 
 
@@ -236,6 +215,27 @@ def send_response_or_error(sender: Any, response: pb_utils.InferenceResponse) ->
     except Exception as failure:
         logger.exception("a response could not be sent")
         send_error(sender, RequestError(f"the answer could not be sent: {failure}", ErrorCode.UNAVAILABLE))
+
+
+def dispatch_each(
+    model: str,
+    requests: list[Any],
+    dispatch: Callable[[Any, Any], None],
+    answer_fault: Callable[[Any, RequestError], None],
+) -> None:
+    """Calls `dispatch(request, response_sender)` for each request of a batch to `model`.
+
+    A RequestError ends its request only. So does any other exception, a fault of ours, by `answer_fault`.
+    """
+    for request in requests:
+        sender = request.get_response_sender()
+        try:
+            dispatch(request, sender)
+        except RequestError as error:
+            send_error(sender, error)
+        except Exception as error:
+            logger.exception("a request could not be taken in")
+            answer_fault(sender, RequestError(f"{model}: {error}", ErrorCode.INTERNAL))
 
 
 def _is_shared_memory_short() -> bool:
