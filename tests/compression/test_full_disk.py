@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.font_manager  # noqa: F401 -- makes its cache of fonts now, not while writes are counted
 import pytest
 from safetensors import SafetensorError
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import re
 from base64 import b64decode
 from html.parser import HTMLParser
@@ -13,7 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastserve.atomic_write import WriteError
 from fastserve.compression.calibration.linear_report import LinearReport
+from fastserve.compression.report import report_page
 from fastserve.compression.report.plots import Plot, Series, plots, svg
 from fastserve.compression.report.report import ModelFigures, Report, StepReport
 from fastserve.compression.report.report_page import page, write_page
@@ -85,6 +89,17 @@ def test_the_page_is_well_formed_and_fetches_nothing(report: Report, tmp_path: P
         assert kind == "data:image/svg+xml;base64"
         references = re.findall(rb'(?:href="|url\()([^")]*)', b64decode(encoded))
         assert [found for found in references if not found.startswith(b"#")] == []
+
+
+def test_a_full_disk_under_the_fonts_is_a_sentence(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(plot: Plot) -> bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(report_page, "svg", refuse)
+    with pytest.raises(WriteError, match=r"report\.html: cannot be written: No space left on device"):
+        write_page(report, tmp_path)
 
 
 def test_names_are_escaped(report: Report) -> None:
