@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Closing(AbstractContextManager["Closing"]):
+class Closing(ABC):
     """The end of its `with` closes it."""
 
     @abstractmethod
@@ -27,7 +26,7 @@ class Closing(AbstractContextManager["Closing"]):
         self.close()
 
 
-class AsyncClosing(AbstractAsyncContextManager["AsyncClosing"]):
+class AsyncClosing(ABC):
     """The end of its `async with` closes it."""
 
     @abstractmethod

@@ -10,6 +10,7 @@ from tritonclient.grpc import model_config_pb2
 
 from fastserve.launcher.repository import model_names, model_repository
 from fastserve.text import input_processor as input_processor
+from fastserve_client import Options
 from fastserve_client.request import generation_request
 
 
@@ -48,10 +49,8 @@ def test_the_code_that_reads_them_and_the_client_know_no_others(pb_utils: Any) -
     from fastserve.ensemble.inputs import API_INPUTS
 
     assert set(API_INPUTS) == input_processor._INPUT_NAMES
-    sent = [
-        generation_request(text, messages, ids, True, {"tenant": "x", "seed": 1})
-        for text, messages, ids in (("x", None, None), (None, [], None), (None, None, [1]))
-    ]
+    prompts: list[Options] = [{}, {"messages": []}, {"prompt_token_ids": [1]}]
+    sent = [generation_request("x", True, {"tenant": "x", "seed": 1, **prompt}) for prompt in prompts]
     assert set().union(*(request.inputs for request in sent)) == set(API_INPUTS)
 
 
