@@ -35,7 +35,7 @@ class RecordRouting(TorchFunctionMode):
 
 
 class ReplayRouting(TorchFunctionMode):
-    """A context in which tokens take the experts of a recorded pass; there they are at positions `tokens` [T]."""
+    """A context in which tokens take the experts of a recorded pass, where their positions are `tokens` [T]."""
 
     def __init__(self, recorded: RecordRouting, tokens: Tensor) -> None:
         super().__init__()
