@@ -35,7 +35,7 @@ class RecordRouting(TorchFunctionMode):
 
 
 class ReplayRouting(TorchFunctionMode):
-    """A context in which tokens take the experts of a recorded pass, where their positions are `tokens` [T]."""
+    """A context in which tokens take the experts of a recorded pass, where they are at positions `tokens`."""
 
     def __init__(self, recorded: RecordRouting, tokens: Tensor) -> None:
         super().__init__()
