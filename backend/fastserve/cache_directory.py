@@ -1,4 +1,4 @@
-"""Where FastServe keeps what it fetches, converts and logs.
+"""The cache directory, where FastServe keeps what it fetches, converts and logs.
 
 `$XDG_CACHE_HOME/fastserve`, else `~/.cache/fastserve`; a user's directory under the temporary one where those
 cannot be written, as in a container with a read-only file system or for a user without a home.
@@ -18,32 +18,35 @@ from fastserve.start_error import StartError
 
 
 def cache_directory() -> Path:
-    """The directory to write to; it exists. Raises StartError where there is none."""
-    places = _places()
-    for directory in places:
+    """The directory to write to, which exists then. Raises StartError if none can be written."""
+    candidates = _candidates()
+    for directory in candidates:
         if _is_usable(directory):
-            if directory != places[0]:
-                _tell(f"fastserve: {places[0]} cannot be written; {directory} is used in its place")
+            if directory != candidates[0]:
+                _warn_once(f"fastserve: {candidates[0]} cannot be written; {directory} is used in its place")
             return directory
-    tried = ", ".join(map(str, places)) or "no home and no temporary directory"
+    tried = ", ".join(map(str, candidates)) or "no home and no temporary directory"
     raise StartError(f"cannot write to {tried}: make room there, or set XDG_CACHE_HOME")
 
 
 def cache_path(name: str) -> Path:
-    """The entry `name` of whichever cache has it, else where to make it. Raises StartError."""
-    found = (directory / name for directory in _places() if _is_own(directory))
+    """The path of the entry `name` in the first cache that has it, else in the one to write to.
+
+    Raises StartError if none has it and none can be written.
+    """
+    found = (directory / name for directory in _candidates() if _is_own(directory))
     return next((path for path in found if path.exists()), None) or cache_directory() / name
 
 
-def _places() -> list[Path]:
+def _candidates() -> list[Path]:
     """The directories that are considered, the best first."""
-    places = []
+    candidates = []
     root = os.environ.get("XDG_CACHE_HOME")
     with contextlib.suppress(RuntimeError):  # no HOME; a user id that has no name has no home either
-        places.append((Path(root) if root else Path.home() / ".cache").absolute() / "fastserve")
+        candidates.append((Path(root) if root else Path.home() / ".cache").absolute() / "fastserve")
     with contextlib.suppress(FileNotFoundError):  # no temporary directory can be written
-        places.append(_temporary())
-    return places
+        candidates.append(_temporary())
+    return candidates
 
 
 def _temporary() -> Path:
@@ -70,5 +73,5 @@ def _is_own(directory: Path) -> bool:
 
 
 @functools.cache
-def _tell(line: str) -> None:
+def _warn_once(line: str) -> None:
     print(line, file=sys.stderr)

@@ -22,6 +22,7 @@ from fastserve_kernels.formats.compressed_tensors import (
     from_compressed_tensors,
     to_compressed_tensors,
 )
+from fastserve_kernels.formats.weight import pack_pairs
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 Pack = Callable[[Tensor], Weight]
@@ -60,9 +61,7 @@ def groups(
 def test_each_layer_and_each_part_of_a_fused_one_in_its_own_format(
     save_model: Callable,
     quantize: Quantize,
-    sequences: list[list[int]],
-    logits_over_paged_cache: Callable,
-    transformers_logits: Callable,
+    relative_error: Callable,
 ) -> None:
     directory, reference = save_model("qwen2", **SIZES)  # has biases
     packs: dict[str, Pack] = {
@@ -82,9 +81,7 @@ def test_each_layer_and_each_part_of_a_fused_one_in_its_own_format(
     assert isinstance(layer.qkv_proj, MixedFormatLinear)
     assert len(layer.qkv_proj.parts) == 3
     assert isinstance(layer.gate_up_proj, Linear)
-    found = torch.cat(logits_over_paged_cache(model, sequences))
-    expected = torch.cat(transformers_logits(reference, sequences))
-    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    assert relative_error(model, reference) < 1e-4
 
 
 def round_to(bits: int, weight: Tensor) -> Weight:
@@ -94,8 +91,7 @@ def round_to(bits: int, weight: Tensor) -> Weight:
     codes = (groups / scales).round().clamp(-middle, middle - 1).flatten(1).to(torch.int8)
     if bits > 4:
         return Int8(codes, scales[..., 0], None, 32)
-    shifted = codes.view(torch.uint8) + 8 & 15
-    return Int4(shifted[:, 0::2] | shifted[:, 1::2] << 4, scales[..., 0], None, 32)
+    return Int4(pack_pairs(codes + 8), scales[..., 0], None, 32)
 
 
 def begin_words_anew(stored: CompressedTensors, bits: int) -> dict[str, Tensor]:
@@ -116,9 +112,7 @@ def test_both_layouts_of_odd_bits_under_the_one_name(
     old: bool,
     save_model: Callable,
     quantize: Quantize,
-    sequences: list[list[int]],
-    logits_over_paged_cache: Callable,
-    transformers_logits: Callable,
+    relative_error: Callable,
 ) -> None:
     """compressed-tensors 0.18 changed how `pack-quantized` lays out bits that do not divide 32. No field of a
     checkpoint tells which of the two it has, only the number of words does, and there are both."""
@@ -133,9 +127,7 @@ def test_both_layouts_of_odd_bits_under_the_one_name(
     packs = {name: partial(round_to, bits) for name in ("q_proj", "up_proj", "down_proj")}
     for name, weight in quantize(directory, packs, store_either, groups()).items():
         reference.get_parameter(name).data = weight
-    found = torch.cat(logits_over_paged_cache(load_model(str(directory)), sequences))
-    expected = torch.cat(transformers_logits(reference, sequences))
-    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    assert relative_error(load_model(str(directory)), reference) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import torch
 from gguf import GGMLQuantizationType as Type
 
 from fastserve.checkpoints.gguf_file import GgufFile
@@ -38,24 +37,18 @@ def test_round_trip(
     tensor_type: Type,
     write_gguf: WriteGguf,
     save_model: Callable,
-    sequences: list[list[int]],
-    logits_over_paged_cache: Callable,
-    transformers_logits: Callable,
+    equals_transformers: Callable,
 ) -> None:
     _, reference = save_model(model_type, **SIZES, **config)
     model = load_model(str(write_gguf(reference, model_type, tensor_type)), "float32")
     assert isinstance(model, Decoder)
-    found = logits_over_paged_cache(model, sequences)
-    for logits, expected in zip(found, transformers_logits(reference, sequences), strict=True):
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    equals_transformers(model, reference)
 
 
 def test_rotary_scaling_and_window(
     write_gguf: WriteGguf,
     save_model: Callable,
-    sequences: list[list[int]],
-    logits_over_paged_cache: Callable,
-    transformers_logits: Callable,
+    equals_transformers: Callable,
 ) -> None:
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
     _, reference = save_model("mistral", **SIZES, rope_parameters=rope, sliding_window=6, head_dim=16)
@@ -65,9 +58,7 @@ def test_rotary_scaling_and_window(
         "attention.sliding_window": 6,
     }
     path = write_gguf(reference, "llama", Type.F32, metadata)
-    found = logits_over_paged_cache(load_model(str(path), "float32"), sequences)
-    for logits, expected in zip(found, transformers_logits(reference, sequences), strict=True):
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    equals_transformers(load_model(str(path), "float32"), reference)
 
 
 def test_header_reader_agrees_with_the_library(write_gguf: WriteGguf, save_model: Callable) -> None:

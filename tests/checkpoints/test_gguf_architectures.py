@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from gguf import GGMLQuantizationType as Type
 
 from fastserve.checkpoints.gguf_architectures import ARCHITECTURES, DECODERS
@@ -90,15 +89,11 @@ def test_logits_equal_those_of_the_model_that_was_written(
     tensor_type: Type,
     save_model: Callable,
     write_gguf: Callable,
-    sequences: list[list[int]],
-    logits_over_paged_cache: Callable,
-    transformers_logits: Callable,
+    equals_transformers: Callable,
 ) -> None:
     model_type, config, metadata = CASES[architecture]
     _, reference = save_model(model_type, **config)
     model = load_model(str(write_gguf(reference, architecture, tensor_type, metadata)), "float32")
     assert isinstance(model, TransformersModel)
     assert model.max_position == 256
-    found = logits_over_paged_cache(model, sequences)
-    for logits, expected in zip(found, transformers_logits(reference, sequences), strict=True):
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    equals_transformers(model, reference)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -24,37 +23,14 @@ PIECES = ["<unk>", "<s>", "</s>", "▁", "▁▁", "a", "▁a", "b"]
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Path]:
-    def write(model: str, tokens: list[str], **keys: Any) -> Path:
-        writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-        writer.add_tokenizer_model(model)
-        writer.add_token_list(tokens)
-        for key, value in keys.items():
-            writer.add_key_value(f"tokenizer.ggml.{key}", value, gguf.GGUFValueType.get_type(value))
-        # transformers wants to see a whole model's config before it looks at the tokenizer.
-        writer.add_context_length(16)
-        writer.add_embedding_length(32)
-        writer.add_block_count(1)
-        writer.add_feed_forward_length(32)
-        writer.add_head_count(1)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return tmp_path / "model.gguf"
-
-    return write
-
-
-@pytest.fixture
-def byte_level(write: Callable[..., Path]) -> Callable[..., Path]:
+def byte_level(write_tokenizer_gguf: Callable[..., Path]) -> Callable[..., Path]:
     """Bytes; two spaces, two letters and two digits that are merged; and a word that no merge makes."""
 
     def make(**keys: Any) -> Path:
         tokens = [*BYTES, "ĠĠ", "ab", "12", "xyz", "<bos>"]
         merges = ["Ġ Ġ", "a b", "1 2"]
         types = [1] * (len(tokens) - 1) + [3]
-        return write("gpt2", tokens, merges=merges, token_type=types, bos_token_id=260, **keys)
+        return write_tokenizer_gguf("gpt2", tokens, merges=merges, token_type=types, bos_token_id=260, **keys)
 
     return make
 
@@ -142,9 +118,13 @@ def test_the_error_of_the_conversion_reaches_the_operator(
     ],
 )
 def test_the_space_before_a_text_is_as_the_file_says(
-    keys: dict[str, bool], text: str, expected: list[str], decoded: str, write: Callable[..., Path]
+    keys: dict[str, bool],
+    text: str,
+    expected: list[str],
+    decoded: str,
+    write_tokenizer_gguf: Callable[..., Path],
 ) -> None:
-    path = write(
+    path = write_tokenizer_gguf(
         "llama",
         PIECES,
         scores=[0.0, 0.0, 0.0, -5.0, -3.0, -4.0, -1.0, -6.0],

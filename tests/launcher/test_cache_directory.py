@@ -19,7 +19,7 @@ from fastserve.start_error import StartError
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    module._tell.cache_clear()
+    module._warn_once.cache_clear()
     return tmp_path / "tmp" / f"fastserve-{os.getuid()}"
 
 

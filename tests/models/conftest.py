@@ -239,3 +239,31 @@ def transformers_logits() -> Callable[[PreTrainedModel, list[list[int]]], list[T
             return [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in sequences]
 
     return run
+
+
+@pytest.fixture
+def equals_transformers(
+    sequences: list[list[int]], logits_over_paged_cache: Callable, transformers_logits: Callable
+) -> Callable[[CausalLM, PreTrainedModel], None]:
+    """Asserts that a model over a paged cache has the logits of transformers' model, but for rounding."""
+
+    def check(model: CausalLM, reference: PreTrainedModel) -> None:
+        found = logits_over_paged_cache(model, sequences)
+        for logits, expected in zip(found, transformers_logits(reference, sequences), strict=True):
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+    return check
+
+
+@pytest.fixture
+def relative_error(
+    sequences: list[list[int]], logits_over_paged_cache: Callable, transformers_logits: Callable
+) -> Callable[[CausalLM, PreTrainedModel], float]:
+    """The norm of the difference between the logits of both, relative to that of transformers' logits."""
+
+    def compute(model: CausalLM, reference: PreTrainedModel) -> float:
+        found = torch.cat(logits_over_paged_cache(model, sequences))
+        expected = torch.cat(transformers_logits(reference, sequences))
+        return float((found - expected).norm() / expected.norm())
+
+    return compute

@@ -17,17 +17,13 @@ from fastserve.models.model_loader import load_model
 
 def test_shards(
     save_model: Callable,
-    sequences: list[list[int]],
-    logits_over_paged_cache: Callable,
-    transformers_logits: Callable,
+    equals_transformers: Callable,
 ) -> None:
     directory, reference = save_model("llama", max_shard_size="100KB")
     assert len(list(directory.glob("model-*.safetensors"))) > 2
     model = load_model(str(directory))
     assert isinstance(model, Decoder)
-    found = logits_over_paged_cache(model, sequences)
-    for logits, expected in zip(found, transformers_logits(reference, sequences), strict=True):
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    equals_transformers(model, reference)
 
 
 def test_a_lost_shard_is_named(save_model: Callable) -> None:

@@ -96,17 +96,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_logits_equal_those_of_transformers(
     family: str,
     save_model: Callable,
-    sequences: list[list[int]],
-    logits_over_paged_cache: Callable,
-    transformers_logits: Callable,
+    equals_transformers: Callable,
 ) -> None:
     model_type, config = SERVED[family]
     directory, reference = save_model(model_type, **config)
     model = load_model(str(directory))
     assert isinstance(model, TransformersModel)
-    found = logits_over_paged_cache(model, sequences)
-    for logits, expected in zip(found, transformers_logits(reference, sequences), strict=True):
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    equals_transformers(model, reference)
 
 
 @pytest.mark.parametrize("family", REFUSED)

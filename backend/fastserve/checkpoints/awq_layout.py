@@ -1,7 +1,7 @@
 """Weights as AutoAWQ and its successors write them, `quant_method: "awq"`, for their GEMM kernel.
 
 - `qweight` int32 [K, N / 8]: a word has the codes of eight neighbouring rows of W [N, K], ordered as `ROWS`;
-- `qzeros` int32 [K / G, N / 8]: likewise;
+- `qzeros` int32 [K / G, N / 8]: a word has the zero points of eight neighbouring rows, in the same order;
 - `scales` float16 [K / G, N]: w = (code - zero) * scale.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve.checkpoints.compressed_checkpoint import StoredModule
-from fastserve.checkpoints.gptq_layout import grouped_codes
+from fastserve.checkpoints.compressed_checkpoint import ModuleTensors
+from fastserve.checkpoints.gptq_layout import weight_from_codes
 from fastserve.checkpoints.model_error import ModelError
 from fastserve_kernels.formats import Weight
 from fastserve_kernels.formats.bitpacking import unpack_codes
@@ -26,7 +26,7 @@ ROWS = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 class AwqLayout:
-    """A `Layout`."""
+    """The `Layout` of AutoAWQ's GEMM kernel."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """`config` is `quantization_config`. Raises ModelError for what is laid out otherwise."""
@@ -39,21 +39,24 @@ class AwqLayout:
             if found != wanted:
                 raise ModelError(f"quantization_config.{field}: got {found!r}; allowed: {wanted!r}")
 
-    def holds(self, module: StoredModule) -> bool:
+    def applies_to(self, module: ModuleTensors) -> bool:
+        """Whether it has a `qweight`, as every module that AWQ quantized."""
         return "qweight" in module.shapes
 
-    def shape(self, module: StoredModule) -> tuple[int, int]:
+    def weight_shape(self, module: ModuleTensors) -> tuple[int, int]:
+        """[N, K], from the shape of `qweight`. Raises ValueError if that is no matrix."""
         columns, words = module.shape("qweight")
         return words * len(ROWS), columns
 
-    def weight(self, module: StoredModule) -> Weight:
+    def load_weight(self, module: ModuleTensors) -> Weight:
+        """An `Int4` with zero points, or without where all are 8. Raises ValueError for wrong tensors."""
         module.check_names("qweight", "qzeros", "scales")
-        rows, _ = self.shape(module)
+        rows, _ = self.weight_shape(module)
         scales, qzeros = module.tensor("scales"), module.tensor("qzeros")
         check_tensor("scales", scales, ("K / G", rows), FLOATS)
         check_tensor("qzeros", qzeros, (len(scales), rows // len(ROWS)), (torch.int32,))
         codes = _unpack(module.tensor("qweight"))
-        return grouped_codes(codes.T.contiguous(), scales.T, _unpack(qzeros).T, BITS)
+        return weight_from_codes(codes.T.contiguous(), scales.T, _unpack(qzeros).T, BITS)
 
 
 def _unpack(words: Tensor) -> Tensor:

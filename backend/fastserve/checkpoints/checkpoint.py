@@ -1,4 +1,4 @@
-"""What the loading of a decoder needs of a checkpoint, whatever its file format."""
+"""The interface between a checkpoint, whatever its file format, and the loader of a decoder."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class Checkpoint(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of every tensor, by name."""
+        """The shape of every tensor, by name, as it is when it is dequantized."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which to serve it, unless the operator says otherwise."""
+        """The dtype to serve it in, unless the operator says otherwise. Raises ModelError if it has none."""
 
     def read(self, name: str, destination: Tensor) -> None:
         """Writes a tensor into `destination` of the same shape, converted to its dtype."""
 
     def read_packed(self, name: str, exact: bool) -> Weight | None:
-        """A matrix in the format in which the file holds it; None if that is numbers, or if we compute in no
-        such format.
+        """A matrix [N, K] in the format in which the file holds it; None for ordinary numbers, and for codes
+        that no format of ours holds, which `read` dequantizes.
 
-        `exact`: with scales that are not rounded beyond float32.
+        `exact`: scales are rounded no further than to float32. Raises ModelError for wrong tensors.
         """

@@ -15,30 +15,31 @@ from fastserve_kernels.formats import Weight
 
 
 @dataclass(frozen=True)
-class StoredModule:
-    """The tensors of a module, such as `model.layers.0.mlp.up_proj`, each read when it is asked for."""
+class ModuleTensors:
+    """The tensors of one module of a checkpoint, each read when it is asked for."""
 
     name: str
+    """`model.layers.0.mlp.up_proj`."""
     shapes: Mapping[str, tuple[int, ...]]
-    """By local name: `weight_packed`."""
+    """By the parameter's name within the module: `weight_packed`."""
     files: SafetensorsCheckpoint
 
-    def shape(self, local: str) -> tuple[int, int]:
-        """Of a matrix. Raises ValueError if there is none of this name."""
-        if len(self.shapes.get(local, ())) != 2:
-            raise ValueError(f"{local} is missing or no matrix; found {dict(self.shapes)}")
-        rows, columns = self.shapes[local]
+    def shape(self, parameter: str) -> tuple[int, int]:
+        """The rows and columns of a matrix. Raises ValueError if there is none of this name."""
+        if len(self.shapes.get(parameter, ())) != 2:
+            raise ValueError(f"{parameter} is missing or no matrix; found {dict(self.shapes)}")
+        rows, columns = self.shapes[parameter]
         return rows, columns
 
-    def tensor(self, local: str) -> Tensor:
-        """Raises ValueError if there is none of this name."""
-        if local not in self.shapes:
-            raise ValueError(f"{local} is missing; found {', '.join(self.shapes)}")
-        return self.files.tensor(f"{self.name}.{local}")
+    def tensor(self, parameter: str) -> Tensor:
+        """A parameter as the file holds it. Raises ValueError if there is none of this name."""
+        if parameter not in self.shapes:
+            raise ValueError(f"{parameter} is missing; found {', '.join(self.shapes)}")
+        return self.files.tensor(f"{self.name}.{parameter}")
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the weight: a bias is an ordinary tensor."""
-        return {local: self.tensor(local) for local in self.shapes if local != "bias"}
+        """All tensors of the weight: a bias is an ordinary tensor."""
+        return {parameter: self.tensor(parameter) for parameter in self.shapes if parameter != "bias"}
 
     def check_names(self, *known: str) -> None:
         """Raises ValueError if the weight has other tensors than these."""
@@ -48,16 +49,19 @@ class StoredModule:
 
 
 class Layout(Protocol):
-    """How a tool stores a weight: as several tensors of its module."""
+    """How a tool stores a quantized or sparse weight: as several tensors of its module."""
 
-    def holds(self, module: StoredModule) -> bool:
-        """Whether the weight of the module is stored so, rather than as an ordinary tensor."""
+    def applies_to(self, module: ModuleTensors) -> bool:
+        """Whether the weight of a module is stored in this layout, rather than as an ordinary tensor."""
 
-    def shape(self, module: StoredModule) -> tuple[int, int]:
-        """[N, K] of such a weight. Raises ValueError."""
+    def weight_shape(self, module: ModuleTensors) -> tuple[int, int]:
+        """[N, K] of a weight in this layout. Raises ValueError if its tensors do not tell."""
 
-    def weight(self, module: StoredModule) -> Weight:
-        """Such a weight in a format of ours. Raises ValueError if there is none for it."""
+    def load_weight(self, module: ModuleTensors) -> Weight:
+        """A weight in this layout as one of our formats, code for code.
+
+        Raises ValueError if its tensors are wrong, or if no format of ours holds it.
+        """
 
 
 class CompressedCheckpoint:
@@ -67,24 +71,26 @@ class CompressedCheckpoint:
         """Raises ModelError if a weight lacks what tells its shape."""
         self._files = files
         self._layout = layout
-        self._stored = {f"{module.name}.weight": module for module in _modules(files) if layout.holds(module)}
+        self._stored = {
+            f"{module.name}.weight": module for module in _modules(files) if layout.applies_to(module)
+        }
         taken = {
-            f"{module.name}.{local}"
+            f"{module.name}.{parameter}"
             for module in self._stored.values()
-            for local in module.shapes
-            if local != "bias"
+            for parameter in module.shapes
+            if parameter != "bias"
         }
         self._plain = [name for name in files.shapes if name not in taken]
         self.shapes: dict[str, tuple[int, ...]] = {name: files.shapes[name] for name in self._plain}
         for name, module in self._stored.items():
             try:
-                self.shapes[name] = layout.shape(module)
+                self.shapes[name] = layout.weight_shape(module)
             except ValueError as error:
                 raise ModelError(f"{module.name}: {error}") from error
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the largest ordinary tensor. Raises ModelError if that is none in which we compute."""
+        """The dtype of the largest ordinary tensor. Raises ModelError if we do not compute in it."""
         return self._files.dtype_of(self._plain)
 
     def read(self, name: str, destination: Tensor) -> None:
@@ -96,19 +102,22 @@ class CompressedCheckpoint:
             destination.copy_(weight.dequantize())
 
     def read_packed(self, name: str, exact: bool) -> Weight | None:
-        """A matrix in the format in which the file holds it, its scales to the bit; None for numbers."""
+        """A matrix in the format in which the file holds it, to the bit; None for ordinary tensors.
+
+        Raises ModelError if its tensors are wrong, or if no format of ours holds it.
+        """
         if name not in self._stored:
             return None
         module = self._stored[name]
         try:
-            return self._layout.weight(module)
+            return self._layout.load_weight(module)
         except ValueError as error:
             raise ModelError(f"{module.name}: {error}") from error
 
 
-def _modules(files: SafetensorsCheckpoint) -> list[StoredModule]:
-    locals_of: dict[str, dict[str, tuple[int, ...]]] = {}
+def _modules(files: SafetensorsCheckpoint) -> list[ModuleTensors]:
+    shapes_of: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in files.shapes.items():
-        module, _, local = name.rpartition(".")
-        locals_of.setdefault(module, {})[local] = shape
-    return [StoredModule(module, shapes, files) for module, shapes in locals_of.items()]
+        module, _, parameter = name.rpartition(".")
+        shapes_of.setdefault(module, {})[parameter] = shape
+    return [ModuleTensors(module, shapes, files) for module, shapes in shapes_of.items()]

@@ -1,7 +1,7 @@
 """Weights as the compressed-tensors library of the vLLM project writes them (llm-compressor does with it).
 
-`fastserve_kernels.formats.compressed_tensors` reads the tensors of one weight; this says which module has
-which.
+`fastserve_kernels.formats.compressed_tensors` reads the tensors of one weight; this file picks the scheme of
+each module.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastserve.checkpoints.compressed_checkpoint import StoredModule
+from fastserve.checkpoints.compressed_checkpoint import ModuleTensors
 from fastserve.checkpoints.model_error import ModelError
 from fastserve_kernels.formats import Weight
 from fastserve_kernels.formats.compressed_tensors import LAYOUTS, CompressedTensors, from_compressed_tensors
@@ -21,7 +21,7 @@ _REASONS = {"marlin-24": " (it is the order in which one kernel reads, and has n
 
 @dataclass(frozen=True)
 class _Group:
-    """An entry of `config_groups`."""
+    """An entry of `config_groups`: which modules it targets, and how their weights are stored."""
 
     targets: tuple[str, ...]
     scheme: Mapping[str, Any]
@@ -29,7 +29,7 @@ class _Group:
 
 
 class CompressedTensorsLayout:
-    """A `Layout`."""
+    """The `Layout` of compressed-tensors, a scheme for each group of modules."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """`config` is `quantization_config`. Raises ModelError for what we cannot read in it."""
@@ -44,17 +44,23 @@ class CompressedTensorsLayout:
         self._sparse_format: str = sparsity.get("format", "dense")
         _check_format("sparsity_config.format", self._sparse_format, ("dense", *LAYOUTS))
 
-    def holds(self, module: StoredModule) -> bool:
+    def applies_to(self, module: ModuleTensors) -> bool:
+        """Whether a group of the config targets it, or its weight is stored by a bitmask."""
         return self._group_of(module.name) is not None or "bitmask" in module.shapes
 
-    def shape(self, module: StoredModule) -> tuple[int, int]:
+    def weight_shape(self, module: ModuleTensors) -> tuple[int, int]:
+        """[N, K], from the tensor that says it, else from `weight`. Raises ValueError if there is neither."""
         name = next((name for name in ("weight_shape", "shape") if name in module.shapes), None)
         if name is None:
             return module.shape("weight")
         rows, columns = module.tensor(name).flatten().tolist()
         return rows, columns
 
-    def weight(self, module: StoredModule) -> Weight:
+    def load_weight(self, module: ModuleTensors) -> Weight:
+        """A weight in the format that its scheme asks for.
+
+        Raises ValueError for wrong tensors, and for schemes that no format of ours holds.
+        """
         group = self._group_of(module.name)
         if group is None:
             stored = CompressedTensors(self._sparse_format, module.tensors(), {})

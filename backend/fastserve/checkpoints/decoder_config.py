@@ -17,14 +17,14 @@ from fastserve.checkpoints.model_error import ModelError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those whose frequencies depend on nothing but the config."""
+"""The scalings whose frequencies depend on nothing but the config."""
 QUANT_METHODS = ("compressed-tensors", "gptq", "awq", "fastserve")
-"""Whose layouts of weights we read."""
+"""The quantization methods whose layouts of weights are read."""
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes are numbers of elements."""
+    """The sizes (in elements) and options that tell decoders of the family apart."""
 
     vocab_size: int
     hidden_size: int
@@ -36,23 +36,25 @@ class DecoderConfig:
     tie_word_embeddings: bool
     qkv_bias: bool
     o_proj_bias: bool
-    """Of the projection after attention."""
+    """Whether the projection after attention (`o_proj`) has a bias."""
     mlp_bias: bool
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
-    """One per layer; None: the layer sees everything before."""
+    """The window of each layer in tokens; None: the layer attends to everything before."""
     inv_freq: tuple[float, ...]
-    """Of the rotary embedding, head_dim / 2 of them (theta_i of arXiv 2104.09864), scaled to the context."""
+    """The head_dim / 2 inverse frequencies of the rotary embedding (theta_i of arXiv 2104.09864), scaled to
+    the context."""
     attention_scaling: float
-    """Factor of cosine and sine (the attention factor of YaRN, arXiv 2309.00071)."""
+    """The factor of cosine and sine (the attention factor of YaRN, arXiv 2309.00071); 1 without scaling."""
 
     @property
     def num_layers(self) -> int:
+        """How many decoder layers there are."""
         return len(self.sliding_windows)
 
     @classmethod
     def from_transformers(cls, config: PretrainedConfig) -> DecoderConfig:
-        """Raises ModelError for what `unsupported_reason` names."""
+        """The shape that a config of transformers describes. Raises ModelError, with `unsupported_reason`."""
         reason = unsupported_reason(config)
         if reason is not None:
             raise ModelError(f"not a decoder of the Llama family as FastServe has it: {reason}")
@@ -106,7 +108,7 @@ def unsupported_reason(config: PretrainedConfig) -> str | None:
 
 
 def quant_method(config: PretrainedConfig) -> str | None:
-    """How the weights are quantized; None if they are not."""
+    """The `quant_method` of the config's `quantization_config`; None if the weights are not quantized."""
     quantization = getattr(config, "quantization_config", None)
     return None if quantization is None else str(quantization.get("quant_method"))
 

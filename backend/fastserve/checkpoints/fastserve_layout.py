@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastserve.checkpoints.compressed_checkpoint import StoredModule
+from fastserve.checkpoints.compressed_checkpoint import ModuleTensors
 from fastserve.checkpoints.model_error import ModelError
 from fastserve_kernels.formats import Weight
 from fastserve_kernels.formats.weight_io import weight_from_tensors
@@ -24,15 +24,18 @@ class FastServeLayout:
             )
         self._entries: Mapping[str, Mapping[str, Any]] = config["weights"]
 
-    def holds(self, module: StoredModule) -> bool:
+    def applies_to(self, module: ModuleTensors) -> bool:
+        """Whether `quantization_config.weights` has an entry for it."""
         return module.name in self._entries
 
-    def shape(self, module: StoredModule) -> tuple[int, int]:
+    def weight_shape(self, module: ModuleTensors) -> tuple[int, int]:
+        """[N, K], from its entry."""
         rows, columns = self._entries[module.name]["shape"]
         return rows, columns
 
-    def weight(self, module: StoredModule) -> Weight:
+    def load_weight(self, module: ModuleTensors) -> Weight:
+        """A weight of the format that its entry names. Raises ValueError for wrong or missing fields."""
         entry = dict(self._entries[module.name])
-        if entry["format"] != "BlockSparse":  # the only one of which the shape is a field
+        if entry["format"] != "BlockSparse":  # the only format that has its shape as a field
             del entry["shape"]
         return weight_from_tensors(entry, module.tensors())

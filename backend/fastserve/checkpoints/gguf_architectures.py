@@ -18,14 +18,14 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class GgufArchitecture:
-    """How a family's checkpoints become a GGUF file."""
+    """How the GGUF files of a family of models are read."""
 
     model_type: str
-    """As transformers calls it."""
+    """transformers' name of the architecture."""
     norm_field: str
-    """The config's name of the epsilon of its norms; with `rms` in it they are RMS norms."""
+    """The config's name of the epsilon of its norms: RMSNorm if `rms` is in it, else LayerNorm."""
     fields: Callable[[GgufFile], Fields]
-    """What the config has beside the sizes."""
+    """The fields of the config other than the sizes."""
     interleaved: bool = False
     """Whether the halves of each head of queries and keys alternate: llama.cpp rotates neighbours there."""
     shifted_norms: bool = False
@@ -37,7 +37,8 @@ def _has(file: GgufFile, tensor: str) -> bool:
 
 
 def _layer_types(file: GgufFile, period: int) -> list[str]:
-    """Every `period`-th layer sees everything, the others a window; or as the file lists them."""
+    """The layers as the file lists them, else with every `period`-th attending to everything, the others to a
+    window."""
     layers = range(file.required_value("block_count"))
     pattern = file.architecture_value("attention.sliding_window_pattern", period)
     is_windowed = pattern if isinstance(pattern, list) else [bool((i + 1) % pattern) for i in layers]
@@ -45,7 +46,8 @@ def _layer_types(file: GgufFile, period: int) -> list[str]:
 
 
 def _query_scale(file: GgufFile, layers_of_27b: int) -> int:
-    """Queries are divided by its square root. No file says it; the models of 27B are an exception."""
+    """`query_pre_attn_scalar`: queries are divided by its square root. No file says it; models of 27B are the
+    exception to head_dim."""
     if file.required_value("block_count") == layers_of_27b:
         return file.required_value("embedding_length") // file.required_value("attention.head_count")
     return file.head_dim
@@ -140,7 +142,7 @@ ARCHITECTURES: dict[str, GgufArchitecture] = {
     "olmo2": GgufArchitecture("olmo2", "rms_norm_eps", _biases),
     "starcoder2": GgufArchitecture("starcoder2", "norm_epsilon", _starcoder2),
 }
-"""By llama.cpp's name."""
+"""The architectures by llama.cpp's name."""
 
 DECODERS = ("llama", "qwen2", "qwen3")
-"""Those that our decoder computes; transformers' own modules compute the others."""
+"""The architectures that our decoder computes; transformers' own modules compute the others."""

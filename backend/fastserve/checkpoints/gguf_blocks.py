@@ -1,8 +1,8 @@
 """The blocks of a GGUF tensor as weight formats: the codes stay as they are, none is rounded again.
 
 Four kinds of block hold whole numbers on a line, which is what `Int4` and `Int8` are, in groups of 32:
-Q4_0 (w = d (q - 8)), Q4_1 (w = d q + m), Q4_K (the same, d and m being products of a number of 6 bits and one
-of the superblock of 256) and Q8_0 (w = d q). The layouts are those of ggml-quants in llama.cpp.
+Q4_0 (w = d (q - 8)), Q4_1 (w = d q + m), Q4_K (w = d q + m; d and m are products of a number of 6 bits and
+one of the superblock of 256) and Q8_0 (w = d q). The layouts are those of ggml-quants in llama.cpp.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastserve_kernels.formats import Int4, Int8
+from fastserve_kernels.formats.weight import pack_pairs
 
 GROUP = 32
 _WIDEST_HALF_ZERO = 32.0
@@ -24,7 +25,7 @@ Numbers = NDArray[np.float32]
 
 
 def read_blocks(tensor: ReaderTensor, exact: bool) -> Int4 | Int8 | None:
-    """A matrix in the format that its blocks are; None if they are of another kind than the four.
+    """A matrix in the format that its blocks are; None for blocks of another kind than the four.
 
     Scales and zero points are float16, or float32 where float16 would not do: if they are to be `exact`, and
     where a zero point lies far from the codes.
@@ -39,9 +40,8 @@ def read_blocks(tensor: ReaderTensor, exact: bool) -> Int4 | Int8 | None:
     if codes.dtype == np.int8:
         return Int8(_tensor(codes), _tensor(scales).to(dtype), None, GROUP)
     symmetric = tensor.tensor_type == GGMLQuantizationType.Q4_0
-    pairs = codes[:, 0::2] | codes[:, 1::2] << 4
     return Int4(
-        _tensor(pairs),
+        pack_pairs(_tensor(codes)),
         _tensor(scales).to(dtype),
         None if symmetric else _tensor(zeros).to(dtype),
         GROUP,

@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: tensors dequantized or packed as they lie, under the names of transformers."""
+"""A GGUF file as a checkpoint: tensors by transformers' names, dequantized or as formats of ours."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class GgufCheckpoint:
     """A `Checkpoint` in a GGUF file."""
 
     dtype = torch.bfloat16
+    """Blocks have no dtype of their own: the activations have this one."""
 
     def __init__(self, file: GgufFile) -> None:
         self._file = file
@@ -38,14 +39,14 @@ class GgufCheckpoint:
         destination.copy_(deinterleave(interleaved, heads))
 
     def read_packed(self, name: str, exact: bool) -> Int4 | Int8 | None:
-        """A matrix as its blocks hold it; None if they are of a kind that must be dequantized."""
+        """A matrix [N, K] as its blocks hold it; None for blocks of a kind that must be dequantized."""
         weight, heads = read_blocks(self._tensors[name], exact), self._interleaved_heads(name)
         if weight is None or heads is None:
             return weight
         return select_rows(weight, torch.arange(weight.out_features).view(heads, -1, 2).mT.flatten())
 
     def _interleaved_heads(self, name: str) -> int | None:
-        """How many heads the rows belong to, if the two halves of each head alternate; None if they do not.
+        """The number of heads that the rows belong to, if the two halves of each head alternate; else None.
 
         llama.cpp's Llama rotates neighbours where transformers rotates halves.
         """

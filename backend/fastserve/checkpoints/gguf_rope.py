@@ -12,7 +12,7 @@ from fastserve.checkpoints.gguf_file import GgufFile
 from fastserve.checkpoints.model_error import ModelError
 
 _GEMMA3_LOCAL_THETA = 10000.0
-"""Of layers with a sliding window, where the file does not say."""
+"""The base of the frequencies in layers with a sliding window, where the file does not say."""
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 """The tensors of LongRoPE (arXiv 2402.13753): divisors of the frequencies, float32 [head_dim / 2] each."""
 ROPE_FREQS = "rope_freqs.weight"

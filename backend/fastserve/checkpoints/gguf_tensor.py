@@ -1,4 +1,4 @@
-"""The values of a GGUF file's tensors."""
+"""The values of a GGUF file's tensors: dequantized, and in transformers' order of rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 def dequantize_into(tensor: ReaderTensor, destination: Tensor) -> None:
-    """Writes the values of a tensor into `destination` of its shape, some rows at a time."""
+    """Writes the values of a tensor into `destination` of its shape and of any float dtype, some rows at a
+    time."""
     data = tensor.data.reshape(destination.shape[0], -1)
     rows = max(1, _CHUNK_ELEMENTS * destination.shape[0] // destination.numel())
     for start in range(0, destination.shape[0], rows):
@@ -21,6 +22,6 @@ def dequantize_into(tensor: ReaderTensor, destination: Tensor) -> None:
 
 
 def deinterleave(rows: Tensor, heads: int) -> Tensor:
-    """Rows [heads * head_dim, ...] where the two halves of each head alternate, as llama.cpp's Llama has them
-    because it rotates neighbours, with one half after the other, as transformers rotates them."""
+    """The rows [heads * head_dim, ...] of queries or keys with one half of each head after the other, as
+    transformers rotates them. In a file of llama.cpp's Llama the halves alternate: it rotates neighbours."""
     return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

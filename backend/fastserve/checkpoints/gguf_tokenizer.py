@@ -1,4 +1,4 @@
-"""`python -m fastserve.checkpoints.gguf_tokenizer GGUF DIRECTORY`: its tokenizer as transformers saves it.
+"""`python -m fastserve.checkpoints.gguf_tokenizer GGUF DIRECTORY` saves the tokenizer of a GGUF file.
 
 A program of its own, because the conversion imports torch and the processes that want the tokenizer do not.
 
@@ -20,22 +20,25 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from fastserve.checkpoints.gguf_file import GgufFile
 
 _GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "mellum")
-"""Pre-tokenizers that cut as GPT-2's."""
+"""The pre-tokenizers that cut as GPT-2's."""
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-"""Those that cut out each digit first."""
+"""The pre-tokenizers that cut out each digit first."""
 _QWEN2 = ("stablelm2", "hunyuan", "solar-open")
-"""Those that cut as Qwen2's, and that transformers does not name."""
+"""The pre-tokenizers that cut as Qwen2's, and that transformers does not name."""
 _WORDS_FIRST = (
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"
 )  # fmt: skip
-"""Where a piece of text that is a token is that token, whatever the merges make of it, and where a token
-for the beginning stands before the text unless the file says otherwise."""
+"""The pre-tokenizers with which a piece of text that is a token is that token, whatever merges make of it,
+and a token for the beginning stands before the text unless the file says otherwise."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SPACE = "▁"
 
 
 def convert(gguf: Path, directory: Path) -> None:
-    """Raises ValueError for a tokenizer that cannot be converted."""
+    """Saves the tokenizer of the file `gguf` into `directory` as transformers does.
+
+    Raises ValueError for a tokenizer that cannot be converted.
+    """
     file = GgufFile(gguf)
     pre = file.value("tokenizer.ggml.pre")
     is_byte_level = file.value("tokenizer.ggml.model") == "gpt2"
@@ -52,7 +55,7 @@ def convert(gguf: Path, directory: Path) -> None:
 
 
 def _set_pre_tokenizer(backend: Tokenizer, name: str | None) -> None:
-    """Has the text cut as llama.cpp cuts it. Raises ValueError for a name of which we do not know how."""
+    """Has the text cut as llama.cpp cuts it. Raises ValueError if we do not know how that is."""
     known = {*_GPT2, *_DIGITS, *_QWEN2, *GGUF_PRE_TOKENIZER_SPLITS}
     if name not in known:
         raise ValueError(
@@ -77,7 +80,7 @@ def _byte_level(use_regex: bool) -> pre_tokenizers.ByteLevel:
 
 
 def _set_space_prefix(backend: Tokenizer, prefix: bool) -> None:
-    """Whether a text begins with a space that it has not itself, which decoding takes away again.
+    """Sets whether a space is put before each text, which decoding takes away again.
 
     The first of several spaces counts as one too, as in SentencePiece: "  a" is three spaces and a letter.
     """
@@ -92,7 +95,7 @@ def _set_space_prefix(backend: Tokenizer, prefix: bool) -> None:
 
 
 def _save(converted: PreTrainedTokenizerBase, backend: Tokenizer, directory: Path) -> None:
-    """Under the class that takes `tokenizer.json` as it is: others make parts of it anew."""
+    """Saves under the class that takes `tokenizer.json` as it is: others make parts of it anew."""
     special = {name: getattr(converted, name) for name in _SPECIAL}
     saved = PreTrainedTokenizerFast(
         tokenizer_object=backend, **{name: token for name, token in special.items() if token is not None}

@@ -1,7 +1,8 @@
 """Weights as GPTQModel, AutoGPTQ and Optimum write them, `quant_method: "gptq"`.
 
 - `qweight` int32 [K bits / 32, N]: the codes of a column of this matrix follow each other bit by bit;
-- `qzeros` int32 [K / G, N bits / 32]: likewise along the rows; less 1 each in the format's first version;
+- `qzeros` int32 [K / G, N bits / 32]: the zero points of a row of this matrix follow each other bit by bit,
+  less 1 each in the format's first version;
 - `scales` float16 [K / G, N]: w = (code - zero) * scale;
 - `g_idx` int32 [K]: the group of each input.
 """
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastserve.checkpoints.compressed_checkpoint import StoredModule
+from fastserve.checkpoints.compressed_checkpoint import ModuleTensors
 from fastserve.checkpoints.model_error import ModelError
 from fastserve_kernels.formats import Int4, Int8, Weight
 from fastserve_kernels.formats.bitpacking import unpack_codes, words_of
@@ -25,7 +26,7 @@ CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 
 
 class GptqLayout:
-    """A `Layout`."""
+    """The `Layout` of GPTQ checkpoints, both versions."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """`config` is `quantization_config`. Raises ModelError for a format or a number of bits that is not
@@ -40,16 +41,22 @@ class GptqLayout:
         self._bits: int = config["bits"]
         self._zeros_less_one = found == "gptq"
 
-    def holds(self, module: StoredModule) -> bool:
+    def applies_to(self, module: ModuleTensors) -> bool:
+        """Whether it has a `qweight`, as every module that GPTQ quantized."""
         return "qweight" in module.shapes
 
-    def shape(self, module: StoredModule) -> tuple[int, int]:
+    def weight_shape(self, module: ModuleTensors) -> tuple[int, int]:
+        """[N, K]; K is the length of `g_idx` if there is one. Raises ValueError if `qweight` is no matrix."""
         words, rows = module.shape("qweight")
         return rows, module.shapes.get("g_idx", (words * 32 // self._bits,))[0]
 
-    def weight(self, module: StoredModule) -> Weight:
+    def load_weight(self, module: ModuleTensors) -> Weight:
+        """An `Int4` of up to 4 bits, else an `Int8`.
+
+        Raises ValueError for wrong tensors, and for groups of columns that are not adjacent.
+        """
         module.check_names("qweight", "qzeros", "scales", "g_idx")
-        rows, columns = self.shape(module)
+        rows, columns = self.weight_shape(module)
         # A tool may give some modules other bits than the config says; the shapes tell.
         bits = module.shapes["qweight"][0] * 32 // columns
         if bits not in BITS:
@@ -61,11 +68,12 @@ class GptqLayout:
             _check_order(module.tensor("g_idx"), columns // groups)
         codes = unpack_codes(module.tensor("qweight").T, bits, columns)
         zeros = _unpack_zeros(qzeros, bits, rows, self._zeros_less_one)
-        return grouped_codes(codes, scales.T, zeros.T, bits)
+        return weight_from_codes(codes, scales.T, zeros.T, bits)
 
 
-def grouped_codes(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Int4 | Int8:
-    """Of codes [N, K] and zeros [N, K / G] uint8, both from 0 to 2^bits - 1, and scales [N, K / G]."""
+def weight_from_codes(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Int4 | Int8:
+    """The weight [N, K] of codes [N, K] and zeros [N, K / G] uint8, both from 0 to 2^bits - 1, and scales
+    [N, K / G]: w = (code - zero) * scale, symmetric where all zeros are 2^(bits - 1)."""
     middle, group_size = 2 ** (bits - 1), codes.shape[1] // scales.shape[1]
     signed = codes.to(torch.int16) - middle
     symmetric = bool((zeros == middle).all())
@@ -78,8 +86,11 @@ def grouped_codes(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> In
 
 
 def _unpack_zeros(words: Tensor, bits: int, rows: int, less_one: bool) -> Tensor:
-    """[K / G, N] uint8. The tools take and add the 1 from whole words where codes fill these, so that what a
-    zero point of 0 borrowed comes back; else from each code."""
+    """The zero points [K / G, N] uint8 of words.
+
+    The tools take and add the 1 from whole words where codes fill these, so that what a zero point of 0
+    borrowed comes back; else from each code.
+    """
     if not less_one:
         return unpack_codes(words, bits, rows)
     if 32 % bits == 0:

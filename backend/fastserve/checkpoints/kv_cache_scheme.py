@@ -21,12 +21,12 @@ from fastserve.checkpoints.safetensors_checkpoint import SafetensorsCheckpoint
 from fastserve.checkpoints.transformers_config import read_transformers_config
 
 KVCacheShapes = list[tuple[tuple[int, ...], tuple[int, ...]]]
-"""Of each layer's keys and values."""
+"""The shapes [blocks, block_size, kv_heads, head_dim] of each layer's keys and values."""
 
 
 @dataclass(frozen=True, eq=False)
 class KVScales:
-    """A layer's keys and values are stored divided by these, [kv_heads] float32 each."""
+    """The scales of a layer, [kv_heads] float32 each: keys and values are stored divided by them."""
 
     k: Tensor
     v: Tensor
@@ -46,16 +46,16 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class KVCacheScheme:
-    """How a checkpoint wants its cache kept."""
+    """The dtype and the scales of the KV cache that a checkpoint asks for."""
 
     dtype: str
-    """As `--kv-cache-dtype` names it: int8 or fp8."""
+    """int8 or fp8, the names of `--kv-cache-dtype`."""
     scales: list[KVScales] | None
     """One per layer; None: the checkpoint names a scheme and has no scales."""
 
 
 def read_kv_cache_scheme(model: Path, shapes: KVCacheShapes) -> KVCacheScheme | None:
-    """What a checkpoint says, for a model whose caches have these shapes; None if it says nothing.
+    """The scheme of a checkpoint whose model has caches of these shapes; None if it has no scheme.
 
     Raises ModelError for a scheme that cannot be followed.
     """
@@ -72,7 +72,7 @@ def read_kv_cache_scheme(model: Path, shapes: KVCacheShapes) -> KVCacheScheme | 
 
 
 def kv_cache_scheme(dtype: str, per: str) -> dict[str, Any]:
-    """The scheme, as a config has it, of a cache of that dtype with scales per "head" or per "layer"."""
+    """The JSON of a scheme: a cache of `dtype` (int8 or fp8) with scales per "head" or per "layer"."""
     kinds = {name: kind for kind, name in _TYPES.items()}
     strategies = {"head": "attn_head", "layer": "tensor"}
     first = {field: values[0] for field, values in _ALLOWED.items()}

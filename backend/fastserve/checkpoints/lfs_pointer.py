@@ -10,7 +10,7 @@ _START = b"version https://git-lfs.github.com/spec/"
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Raises ModelError if the file is a pointer; says nothing of one that is not there."""
+    """Raises ModelError if the file is a pointer of Git LFS; passes if there is no such file."""
     if not path.is_file():
         return
     with path.open("rb") as file:

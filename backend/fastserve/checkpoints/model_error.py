@@ -1,4 +1,4 @@
-"""The error of everything that finds, reads and checks a model."""
+"""The error that is raised wherever a model is found, read and checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Rounding a weight to few bits as it is loaded: to the nearest code, with no calibration."""
+"""Online quantization (`--quantization`): weights are rounded to the nearest code as they are loaded, with no
+calibration."""
 
 from __future__ import annotations
 
@@ -10,26 +11,29 @@ from fastserve.checkpoints.model_error import ModelError
 from fastserve_kernels.formats import FP8, NF4, W8A8, Dense, Int4, Int8, Weight
 
 GROUP_SIZES = (64, 32)
-"""Columns that share a scale: the first that divides a row."""
+"""Columns that share a scale: the first size that divides a row is taken."""
 
 
 def quantize(name: str, weight: Tensor, quantization: str) -> Weight:
-    """A weight [N, K] in the format of `--quantization`. Raises ModelError if rows have no whole groups."""
+    """A float weight [N, K] in the format of `--quantization`, other than "auto".
+
+    `name` is for errors. Raises ModelError if a row does not divide into groups.
+    """
     return _METHODS[quantization](name, weight)
 
 
 def quantize_head(name: str, weight: Tensor, quantization: str) -> Weight:
-    """The head, in 8 bits where the layers have fewer: a wrong step here is a wrong token."""
+    """The head [vocab, hidden] in int8 unless "none": a rounding error here is a wrong token."""
     return quantize(name, weight, "none" if quantization == "none" else "int8")
 
 
 def _group_size(weight: Tensor) -> int | None:
-    """None if no size divides a row."""
+    """The first of `GROUP_SIZES` that divides a row; None if none does."""
     return next((size for size in GROUP_SIZES if weight.shape[1] % size == 0), None)
 
 
 def _group_size_of_4_bits(name: str, weight: Tensor) -> int:
-    """A whole row is too much to share a scale of 4 bits."""
+    """The group size of a format of 4 bits, for which one scale for a whole row is too coarse."""
     size = _group_size(weight)
     if size is None:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Which layout a Hugging Face directory has its weights in, as `config.json` says."""
+"""The quantization methods of `config.json`, each with the layout of its weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
     "awq": AwqLayout,
     "fastserve": FastServeLayout,
 }
-"""By `quant_method`, those of `decoder_config.QUANT_METHODS`."""
+"""The layouts by `quant_method`: all of `decoder_config.QUANT_METHODS`."""
 
 
 def open_checkpoint(directory: Path, config: PretrainedConfig) -> Checkpoint:

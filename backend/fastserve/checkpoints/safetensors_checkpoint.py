@@ -13,10 +13,11 @@ from torch import Tensor
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.safetensors_files import open_safetensors, weight_files
 
-PAGES_OF_A_FILE = 64 << 20
-"""Bytes: what was read of a mapped file stays in the process's memory until the file is closed."""
+MAPPED_BYTES = 64 << 20
+"""Bytes that are read of a mapped file before it is opened anew: what was read stays in the process's memory
+until the file is closed."""
 _BODY = ("embed_tokens.", "layers.", "norm.")
-"""How the names of a decoder's tensors begin where it was saved without its head."""
+"""The beginnings of tensor names where a decoder was saved without its head."""
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -26,14 +27,14 @@ class SafetensorsCheckpoint:
     def __init__(self, directory: Path) -> None:
         """Raises ModelError if a file is missing or is no safetensors file."""
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._place_of: dict[str, tuple[Path, str]] = {}
+        self._stored_at: dict[str, tuple[Path, str]] = {}
         self._dtype_of: dict[str, str] = {}
         for path in weight_files(directory):
             file = open_safetensors(path, "pt")
             names = file.keys()
             for stored_name in names:
                 tensor, name = file.get_slice(stored_name), _full_name(stored_name)
-                self._place_of[name] = path, stored_name
+                self._stored_at[name] = path, stored_name
                 self.shapes[name] = tuple(tensor.get_shape())
                 self._dtype_of[name] = tensor.get_dtype()
         self._directory = directory
@@ -42,11 +43,11 @@ class SafetensorsCheckpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of its largest tensor. Raises ModelError if that is none in which we compute."""
+        """The dtype of the largest tensor. Raises ModelError if we do not compute in it."""
         return self.dtype_of(self.shapes)
 
     def dtype_of(self, names: Iterable[str]) -> torch.dtype:
-        """That of the largest of these tensors. Raises ModelError if that is none in which we compute."""
+        """The dtype of the largest of these tensors. Raises ModelError if we do not compute in it."""
         largest = max(names, key=lambda name: prod(self.shapes[name]))
         dtype = _DTYPES.get(self._dtype_of[largest])
         if dtype is None:
@@ -60,9 +61,9 @@ class SafetensorsCheckpoint:
         destination.copy_(self.tensor(name))
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as the file holds it."""
-        path, stored_name = self._place_of[name]
-        if self._opened is None or self._opened[0] != path or self._bytes_read > PAGES_OF_A_FILE:
+        """A tensor as the file holds it, on the CPU."""
+        path, stored_name = self._stored_at[name]
+        if self._opened is None or self._opened[0] != path or self._bytes_read > MAPPED_BYTES:
             self._opened, self._bytes_read = None, 0
             self._opened = path, open_safetensors(path, "pt")
         tensor = self._opened[1].get_tensor(stored_name)
@@ -70,9 +71,9 @@ class SafetensorsCheckpoint:
         return tensor
 
     def read_packed(self, name: str, exact: bool) -> None:
-        """These files hold numbers."""
+        """None: these files hold ordinary numbers."""
 
 
 def _full_name(name: str) -> str:
-    """That of the tensor in a model with its head: a checkpoint of the body alone has no prefix."""
+    """The name of a tensor in a model with its head: a checkpoint of the body alone lacks the prefix."""
     return f"model.{name}" if name.startswith(_BODY) else name

@@ -40,7 +40,10 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def open_safetensors(path: Path, framework: str) -> safe_open:
-    """The file, mapped; its tensors are those of `framework`: "pt" or "numpy". Raises ModelError."""
+    """A memory-mapped file that gives tensors of `framework`: "pt" or "numpy".
+
+    Raises ModelError if it is no safetensors file, or a pointer of Git LFS.
+    """
     refuse_lfs_pointer(path)
     try:
         return safe_open(path, framework=framework)
@@ -49,7 +52,7 @@ def open_safetensors(path: Path, framework: str) -> safe_open:
 
 
 def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Of every tensor, by name, from the files' headers. Raises ModelError."""
+    """The shape of every tensor, by name, from the files' headers. Raises ModelError for unreadable files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in weight_files(directory):
         with open_safetensors(path, "numpy") as file:

@@ -1,7 +1,7 @@
-"""2:4 sparsity of weights that are stored with their zeros, as other programs read them.
+"""2:4 sparsity of weights that a checkpoint stores with their zeros, so that other programs can read them.
 
-The sparse layouts of compressed-tensors are gone from its newer versions, and vLLM refuses a checkpoint that
-names them. So `config.json` names the modules under `fastserve_two_of_four`, which others pass over.
+Newer versions of compressed-tensors have no sparse layouts, and vLLM refuses a checkpoint that names one. So
+`config.json` lists the sparse modules under `fastserve_two_of_four`, which other programs pass over.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from fastserve.checkpoints.compressed_checkpoint import Layout, StoredModule
+from fastserve.checkpoints.compressed_checkpoint import Layout, ModuleTensors
 from fastserve_kernels.formats import Dense, Int4, Sparse24, Sparse24Int4, Weight
 from fastserve_kernels.formats.weight import pack_pairs, unpack_pairs
 
@@ -19,32 +19,38 @@ CONFIG_KEY = "fastserve_two_of_four"
 
 
 class Sparse24Layout:
-    """A `Layout` of the modules that are named, and of those of another layout."""
+    """A `Layout`: the modules of `names` are made sparse, whether dense or in the layout `others`."""
 
     def __init__(self, names: Collection[str], others: Layout | None) -> None:
         self._names = frozenset(names)
         self._others = others
 
-    def holds(self, module: StoredModule) -> bool:
+    def applies_to(self, module: ModuleTensors) -> bool:
+        """Whether it is to be made sparse, or is quantized."""
         return module.name in self._names or self._other(module) is not None
 
-    def shape(self, module: StoredModule) -> tuple[int, int]:
+    def weight_shape(self, module: ModuleTensors) -> tuple[int, int]:
+        """[N, K]. Raises ValueError if the module has no weight."""
         other = self._other(module)
-        return module.shape("weight") if other is None else other.shape(module)
+        return module.shape("weight") if other is None else other.weight_shape(module)
 
-    def weight(self, module: StoredModule) -> Weight:
+    def load_weight(self, module: ModuleTensors) -> Weight:
+        """The weight without its zeros, if the module is to be sparse.
+
+        Raises ValueError if it is not 2:4 sparse, or not in the layout that it should have.
+        """
         other = self._other(module)
-        weight = Dense(module.tensor("weight")) if other is None else other.weight(module)
+        weight = Dense(module.tensor("weight")) if other is None else other.load_weight(module)
         return to_sparse_24(weight) if module.name in self._names else weight
 
-    def _other(self, module: StoredModule) -> Layout | None:
-        return self._others if self._others is not None and self._others.holds(module) else None
+    def _other(self, module: ModuleTensors) -> Layout | None:
+        return self._others if self._others is not None and self._others.applies_to(module) else None
 
 
 def to_sparse_24(weight: Weight) -> Sparse24 | Sparse24Int4:
-    """A weight of which at most two of each four columns are not zero, without the others.
+    """A weight [N, K] with at most two nonzeros in each four columns, in a format that stores two of four.
 
-    Raises ValueError if more are, or if there is no 2:4 format of its kind.
+    Raises ValueError if there are more, if 8 does not divide K, or if its format has no 2:4 counterpart.
     """
     if isinstance(weight, Dense):
         return Sparse24(*_keep_two(weight.weight))
@@ -58,7 +64,7 @@ def to_sparse_24(weight: Weight) -> Sparse24 | Sparse24Int4:
 
 
 def from_sparse_24(weight: Sparse24 | Sparse24Int4) -> Dense | Int4:
-    """The reverse."""
+    """A 2:4 sparse weight [N, K] as one that stores its zeros too, number for number."""
     if isinstance(weight, Sparse24):
         return Dense(weight.dequantize().to(weight.values.dtype))
     unscaled = Sparse24Int4(weight.codes, weight.indices, torch.ones_like(weight.scales), weight.group_size)
@@ -66,7 +72,11 @@ def from_sparse_24(weight: Sparse24 | Sparse24Int4) -> Dense | Int4:
 
 
 def _keep_two(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The values and indices of `Sparse24` for a matrix [N, K] that has its zeros."""
+    """The values [N, K / 2] and indices [N, K / 8] of `Sparse24` for a matrix [N, K] that has its zeros.
+
+    `Sparse24.pack` gives the same and takes twice as long, since it sorts magnitudes; it also drops a third
+    nonzero instead of refusing.
+    """
     if weight.shape[1] % 8:
         raise ValueError(f"{CONFIG_KEY} names it, but its {weight.shape[1]} columns are no multiple of 8")
     fours = weight.unflatten(1, (-1, 4))

@@ -31,20 +31,20 @@ PROBE_BLOCKS, PROBE_BLOCK_SIZE = 6, 8
 
 @dataclass(frozen=True)
 class CausalMask:
-    """Every token sees those before it, or the last `sliding_window` of them, itself included."""
+    """A mask: each token attends to itself and those before, or to the last `sliding_window` of these."""
 
     sliding_window: int | None
 
 
 @dataclass
 class ForwardContext:
-    """What our attention must know beside queries, keys and values, while the model's modules run."""
+    """The attention metadata and the caches of a step, which our attention reads while the modules run."""
 
     meta: AttentionMetadata
     kv_caches: KVCaches
 
     def cache_of(self, layer: int, key: Tensor, value: Tensor) -> KVCache:
-        """The cache of a layer whose key is [T, kv_heads, head_dim]."""
+        """The cache of a layer; key and value are [T, kv_heads, head_dim]."""
         return self.kv_caches[layer]
 
     def accepts(self, mask: CausalMask, sees: Callable[[int, int], bool]) -> bool:
@@ -54,7 +54,7 @@ class ForwardContext:
 
 @dataclass
 class ProbeContext(ForwardContext):
-    """A first step over one sequence: finds out what caches the model wants and what masks it asks for."""
+    """The context of a first step over one sequence, to find out which caches and masks a model needs."""
 
     kv_caches: KVCaches = field(default_factory=list)
 
@@ -71,7 +71,7 @@ class ProbeContext(ForwardContext):
         return cache
 
     def accepts(self, mask: CausalMask, sees: Callable[[int, int], bool]) -> bool:
-        """Tried at the edges of the window, at positions beyond any prompt that could be computed at load."""
+        """Whether they agree at the edges of the window, beyond any prompt that could be computed at load."""
         window = mask.sliding_window
         if window is None:
             far, oldest = 10**6, 0
@@ -85,9 +85,9 @@ _current: ContextVar[ForwardContext] = ContextVar("fastserve_paged_step")
 
 
 @contextmanager
-def forward_context(step: ForwardContext) -> Iterator[None]:
-    """Within it, models whose attention implementation is ATTENTION compute this step."""
-    token = _current.set(step)
+def forward_context(context: ForwardContext) -> Iterator[None]:
+    """A context in which models whose attention implementation is ATTENTION compute this step."""
+    token = _current.set(context)
     try:
         yield
     finally:
@@ -105,7 +105,8 @@ def paged_attention(
     s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [1, H, T, D], key and value [1, Hk, T, D or Dv]; [1, T, H, Dv].
+    """Attention as transformers calls it: query [1, H, T, D], key and value [1, Hk, T, D or Dv]; returns
+    [1, T, H, Dv]. Raises ModelError for biases, attention sinks and masks that are not causal.
 
     What else the modules hand over (dropout, window sizes and the like) says again what config and mask say.
     """

@@ -1,4 +1,4 @@
-"""Our decoder of the Llama family: plain functions over `fastserve_kernels`, weights fused and packed."""
+"""Our decoder of the Llama family: plain functions over `fastserve_kernels.ops`, weights fused and packed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastserve_kernels.attention_metadata import AttentionMetadata
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """The weights of a layer, fused where one input meets several of them."""
+    """The weights of a layer; QKV and gate and up projections are fused, since they share an input."""
 
     input_layernorm: Tensor
     qkv_proj: AnyLinear
     """Rows: all heads' queries, then keys, then values."""
     q_norm: Tensor | None
     k_norm: Tensor | None
-    """Over each head's query and key (Qwen3); None: not normed."""
+    """RMSNorm over each head's query and key (Qwen3), [head_dim] each; None: there is none."""
     o_proj: AnyLinear
     post_attention_layernorm: Tensor
     gate_up_proj: AnyLinear
@@ -34,20 +34,20 @@ class DecoderLayer:
     sliding_window: int | None
 
 
-class Rows(Protocol):
-    """A tensor [vocab, hidden], or what reads one as its rows are asked for."""
+class EmbeddingTable(Protocol):
+    """The embedding [vocab, hidden]: a tensor, or an object that reads it when rows are looked up."""
 
     def __getitem__(self, rows: Tensor, /) -> Tensor:
-        """The rows [T, hidden] of these numbers [T]."""
+        """The embeddings [T, hidden] of token ids [T]."""
 
 
 @dataclass(frozen=True)
 class DecoderWeights:
     """All weights of a decoder, on one device and of one dtype."""
 
-    embedding: Rows
+    embedding: EmbeddingTable
     layers: Sequence[DecoderLayer]
-    """Taken one after the other, so that they may be read as they are asked for."""
+    """Iterated in order, so that layers may be read lazily."""
     final_norm: Tensor
     lm_head: AnyLinear
 
@@ -58,8 +58,9 @@ class _Batch(NamedTuple):
     hidden: Tensor
     """[T, hidden]."""
     residual: Tensor | None
-    """To be added to `hidden`, in one operator with the norm that follows; None: nothing."""
+    """[T, hidden], added to `hidden` in one operator with the norm that follows; None at the start."""
     rotation: tuple[Tensor, Tensor]
+    """Cosine and sine [T, head_dim] of the tokens' positions."""
     meta: AttentionMetadata
 
 
@@ -86,32 +87,33 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, meta: AttentionMetadata, kv_caches: KVCaches) -> Tensor:
         """The normed hidden states [T, hidden] of token_ids [T] int64; keys and values go into the caches."""
-        batch = self._entering(self.weights.embedding[token_ids], meta)
+        batch = self._embed(self.weights.embedding[token_ids], meta)
         for layer, kv_cache in zip(self.weights.layers, kv_caches, strict=True):
-            batch = self._through(layer, batch, kv_cache)
+            batch = self._layer_forward(layer, batch, kv_cache)
         return self._norm(batch, self.weights.final_norm)[0]
 
     @torch.inference_mode()
     def forward_layerwise(
         self, token_ids: Sequence[Tensor], metas: Sequence[AttentionMetadata], kv_caches: KVCaches
     ) -> list[Tensor]:
-        """`forward` of several batches, where each layer does all of them before the next one begins: a layer
-        that is read as it is asked for is read once.
+        """`forward` of several batches, each layer over all of them before the next: lazy ones are read once.
 
-        They are whole sequences, and may have the same slots of the caches.
+        The batches hold whole sequences, and may share slots of the caches. Returns the hidden states
+        [T, hidden] of each.
         """
         embedded = self.weights.embedding[torch.cat(list(token_ids))].split([len(ids) for ids in token_ids])
-        batches = [self._entering(rows, meta) for rows, meta in zip(embedded, metas, strict=True)]
+        batches = [self._embed(rows, meta) for rows, meta in zip(embedded, metas, strict=True)]
         del embedded
         for layer, kv_cache in zip(self.weights.layers, kv_caches, strict=True):
             for number, batch in enumerate(batches):
-                batches[number] = self._through(layer, batch, kv_cache)
+                batches[number] = self._layer_forward(layer, batch, kv_cache)
         return [self._norm(batch, self.weights.final_norm)[0] for batch in batches]
 
-    def _entering(self, embedded: Tensor, meta: AttentionMetadata) -> _Batch:
+    def _embed(self, embedded: Tensor, meta: AttentionMetadata) -> _Batch:
+        """The batch before the first layer."""
         return _Batch(embedded, None, (self._cos[meta.positions], self._sin[meta.positions]), meta)
 
-    def _through(self, layer: DecoderLayer, batch: _Batch, kv_cache: KVCache) -> _Batch:
+    def _layer_forward(self, layer: DecoderLayer, batch: _Batch, kv_cache: KVCache) -> _Batch:
         normed, hidden = self._norm(batch, layer.input_layernorm)
         attended = layer.o_proj(self._attention(layer, normed, batch.rotation, batch.meta, kv_cache))
         norm, eps = layer.post_attention_layernorm, self.config.rms_norm_eps
@@ -120,7 +122,7 @@ class Decoder:
         return batch._replace(hidden=hidden, residual=transformed)
 
     def _norm(self, batch: _Batch, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden states normed, and as they are."""
+        """The hidden states [T, hidden] after RMSNorm, and before it, the residual added."""
         if batch.residual is None:
             return ops.rms_norm(batch.hidden, weight, self.config.rms_norm_eps), batch.hidden
         return ops.add_rms_norm(batch.residual, batch.hidden, weight, self.config.rms_norm_eps)
@@ -133,7 +135,7 @@ class Decoder:
         meta: AttentionMetadata,
         cache: KVCache,
     ) -> Tensor:
-        """What each token gathers from those before it, [T, heads * head_dim]."""
+        """The attention output [T, heads * head_dim], before `o_proj`; keys and values go into the cache."""
         heads = layer.qkv_proj(normed).view(normed.shape[0], -1, self.config.head_dim)
         q, k, v = heads.split(self._head_counts, dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:

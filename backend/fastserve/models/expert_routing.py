@@ -1,4 +1,4 @@
-"""Which experts each token takes, recorded in one pass over a model and taken again in another.
+"""Expert routing, recorded in one pass over a mixture of experts and replayed in another.
 
 Two experts with nearly the same score change places when a score is rounded otherwise, and the token's hidden
 state is another one from there on: no rounding error, and none of attention either. So passes whose attention
@@ -18,12 +18,12 @@ _TOPK = (torch.topk, Tensor.topk)
 
 
 class RecordRouting(TorchFunctionMode):
-    """Within it, every choice is recorded."""
+    """A context in which every choice of experts is recorded."""
 
     def __init__(self) -> None:
         super().__init__()
         self.indices: list[Tensor] = []
-        """Of each call, in order: [T, k], with more dimensions between them for experts in groups."""
+        """The experts of each router call, in order: [T, k], with more dimensions between them for groups."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -35,7 +35,7 @@ class RecordRouting(TorchFunctionMode):
 
 
 class ReplayRouting(TorchFunctionMode):
-    """Within it, tokens of a recorded pass, those at the positions `tokens` [T] there, choose the same."""
+    """A context in which tokens take the experts of a recorded pass, where they are at positions `tokens`."""
 
     def __init__(self, recorded: RecordRouting, tokens: Tensor) -> None:
         super().__init__()

@@ -13,7 +13,8 @@ from fastserve.models.attention_interface import ATTENTION, CausalMask, paged_at
 
 
 class PagedFalconAttention(FalconAttention):
-    """All three layouts of its projection: one key for all heads (7B), one for some (40B), one for each."""
+    """Falcon's attention over a paged cache, in all layouts of its QKV projection: one key for all heads
+    (7B), one for some (40B), one for each."""
 
     def forward(  # type: ignore[override]  # its model calls it with our mask, and by these names
         self,
@@ -23,7 +24,7 @@ class PagedFalconAttention(FalconAttention):
         position_embeddings: tuple[Tensor, Tensor],
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states [1, T, hidden]: what each token gathers from those before it, of the same shape."""
+        """The attention output [1, T, hidden] of hidden_states [1, T, hidden]."""
         fused = self.query_key_value(hidden_states)
         # Each key and its value stand behind the queries that share them.
         heads = fused.view(*fused.shape[:2], self.num_kv_heads, -1, self.head_dim)
@@ -35,7 +36,7 @@ class PagedFalconAttention(FalconAttention):
 
 
 def use_paged_falcon_attention(model: PreTrainedModel) -> None:
-    """Gives a Falcon model our attention. Raises ModelError if its positions are biases of attention."""
+    """Gives a Falcon model our attention, in place. Raises ModelError if it uses ALiBi."""
     if model.config.alibi:
         raise ModelError("its attention has a bias by distance (ALiBi), which paged attention has not")
     for module in model.modules():

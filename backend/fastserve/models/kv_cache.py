@@ -9,31 +9,34 @@ import torch
 from torch import Tensor
 
 from fastserve.checkpoints.kv_cache_scheme import KVCacheShapes, KVScales
+from fastserve_kernels.formats import LARGEST_FP8
 
 KV_CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-"""Those that `--kv-cache-dtype` names."""
-QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""The magnitude of the largest number that a cache of 8 bits holds, before its scale."""
+"""The quantized dtypes that `--kv-cache-dtype` names."""
+QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: LARGEST_FP8}
+"""The largest magnitude that a cache of 8 bits holds, before its scale."""
 
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
-    """The cache of a layer."""
+    """The keys and values of a layer, in blocks that sequences share out among themselves."""
 
     keys: Tensor
     """[blocks, block_size, kv_heads, head_dim]; what nobody has written yet is zero."""
     values: Tensor
+    """[blocks, block_size, kv_heads, head_dim of values]."""
     k_scale: Tensor | None = None
     """[kv_heads] float32, as in `KVScales`, for keys of 8 bits; else None."""
     v_scale: Tensor | None = None
+    """[kv_heads] float32 for values of 8 bits; else None."""
 
 
 KVCaches = list[KVCache]
-"""One per layer."""
+"""The caches of a model, one per layer."""
 
 
 def num_elements(shapes: KVCacheShapes) -> int:
-    """Of all layers' keys and values."""
+    """The number of elements of all layers' keys and values together."""
     return sum(prod(shape) for layer in shapes for shape in layer)
 
 
@@ -43,7 +46,7 @@ def make_kv_caches(
     device: torch.device | str,
     scales: list[KVScales] | None = None,
 ) -> KVCaches:
-    """Caches of zeros; those of 8 bits need each layer's `scales`."""
+    """Caches of zeros of these shapes. `scales`: those of each layer, for a dtype of 8 bits."""
 
     def zeros(shape: tuple[int, ...]) -> Tensor:
         # Written over, so that the process has its memory from the start and a request never waits for the

@@ -19,19 +19,19 @@ class Linear:
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, K]: x W^T + b, [T, N]."""
+        """x [T, K]: x W^T + b, [T, N], in the dtype of x."""
         return ops.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
 class MixedFormatLinear:
-    """One linear layer whose rows are held in several formats."""
+    """A linear layer whose rows are held in several formats, as in a checkpoint that gives each its own."""
 
     parts: tuple[Linear, ...]
-    """From the first rows to the last."""
+    """The linear layers whose rows lie one below the other, the first ones first."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """As `Linear`."""
+        """x [T, K]: x W^T + b, [T, N]."""
         return torch.cat([part(x) for part in self.parts], dim=1)
 
 
