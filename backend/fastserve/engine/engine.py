@@ -270,9 +270,8 @@ class Engine:
         if numbers:
             last = metadata.last_token_index[torch.tensor(numbers, device=hidden.device)]
             logits = self._runner.model.logits(hidden[last])
-            sequences = [items[number].sequence for number in numbers]
-            states = [self._state(sequence).sampling for sequence in sequences]
-            tokens = self._sampler.sample(logits, sequences, states)
+            states = [self._state(items[number].sequence).sampling for number in numbers]
+            tokens = self._sampler.sample(logits, states)
             for number, token in zip(numbers, tokens, strict=True):
                 sampled[number] = token
         return sampled
