@@ -255,6 +255,7 @@ class Engine:
         """Computes the items: a token for each, or an error; None where a prompt has more chunks to come."""
         hidden, metadata = self._runner.run(StepPlan(items, []))
         sampled: list[SampledToken | None] = [None] * len(items)
+        states = [self._state(item.sequence) for item in items]
         finite = hidden.sum(-1, dtype=torch.float32).isfinite().tolist()  # of finite numbers the sum is, too
         end = 0
         for number, item in enumerate(items):
@@ -262,7 +263,7 @@ class Engine:
             error = None
             if False in finite[start:end]:
                 error = not_finite(item.sequence.num_computed_tokens + finite[start:end].index(False))
-            elif (collected := self._state(item.sequence).prompt_logprobs) is not None:
+            elif (collected := states[number].prompt_logprobs) is not None:
                 error = self._extend_prompt_logprobs(item, collected, hidden[start:end])
             if error is not None:
                 sampled[number] = SampledToken(-1, [], error)
@@ -270,8 +271,7 @@ class Engine:
         if numbers:
             last = metadata.last_token_index[torch.tensor(numbers, device=hidden.device)]
             logits = self._runner.model.logits(hidden[last])
-            states = [self._state(items[number].sequence).sampling for number in numbers]
-            tokens = self._sampler.sample(logits, states)
+            tokens = self._sampler.sample(logits, [states[number].sampling for number in numbers])
             for number, token in zip(numbers, tokens, strict=True):
                 sampled[number] = token
         return sampled
@@ -306,9 +306,10 @@ class Engine:
     def _advance(self, sequence: Sequence, token: SampledToken) -> None:
         """Gives a sequence its new token, and ends it if that was the last one, or if it cannot be taken."""
         try:
-            error = self._state(sequence).sampling.append(token.token_id)
+            state = self._state(sequence)
+            error = state.sampling.append(token.token_id)
             if error is None:
-                self._append(sequence, token)
+                self._append(state, token)
                 return
         except Exception as failure:
             logger.exception("request %s fails, and the others go on", sequence.request.uid)
@@ -319,11 +320,11 @@ class Engine:
         """Ends the whole request of a sequence: its client gets an error in place of what is left to come."""
         self._abort(sequence.request.uid, Outcome.ERROR, _failure(error))
 
-    def _append(self, sequence: Sequence, token: SampledToken) -> None:
-        uid, state = sequence.request.uid, self._state(sequence)
+    def _append(self, state: _SequenceState, token: SampledToken) -> None:
+        sequence, sampling = state.sequence, state.sampling
+        uid = sequence.request.uid
         is_first = sequence.num_generated_tokens == 0
         sequence.token_ids.append(token.token_id)
-        sampling = state.sampling
         outcome = check_stop(
             sequence, sampling.stop_token_ids, sampling.is_guide_complete, self.max_model_len
         )

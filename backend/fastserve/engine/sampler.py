@@ -98,9 +98,12 @@ class SamplingState:
         self.seed = seed
         self.stop_token_ids = stop_token_ids
         self.matcher = matcher
-        self.bad_words = BadWords(sequence.request.bad_words_token_ids)
+        bad_words = sequence.request.bad_words_token_ids
+        self.bad_words = BadWords(bad_words)
         has_penalty = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
         self.counts = TokenCounts(sequence.request.prompt_token_ids) if has_penalty else None
+        self.is_plain = not (matcher or has_penalty or params.min_tokens or params.logit_bias or bad_words)
+        """Whether the logits are taken as they are, but for temperature and truncation."""
 
     def append(self, token_id: int) -> RequestError | None:
         """Takes a token that was sampled; returns what is wrong if the guide does not take it."""
@@ -154,7 +157,10 @@ class Sampler:
         """
         rows = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         unprocessed = logits[rows].clone() if rows else None
-        errors = [_process_logits(logits[row], state) for row, state in enumerate(states)]
+        errors = [
+            None if state.is_plain else _process_logits(logits[row], state)
+            for row, state in enumerate(states)
+        ]
         token_ids, peaks = self._draw(logits, states)
         logprobs = {}
         if unprocessed is not None:
