@@ -43,14 +43,14 @@ class _SequenceState:
     sequence: Sequence
     sampling: SamplingState
     prompt_logprobs: list[list[TokenLogprob]] | None
-    """Those of the prompt tokens computed so far, if the request asks for them."""
+    """Log-probabilities of the prompt tokens computed so far, if the request asks for them."""
 
 
 @dataclass(slots=True)
 class _RequestState:
     request: Request
     sequences: dict[int, _SequenceState] = field(default_factory=dict)
-    """Those that have not ended, by index."""
+    """The sequences that have not ended, by index."""
 
 
 class Engine:
@@ -79,7 +79,7 @@ class Engine:
         """Requests that the scheduler has, by uid."""
         self._received = 0
         self._outputs: list[SequenceOutput] = []
-        """They leave with the next step."""
+        """Outputs that leave with the next step."""
         self._is_unchecked = False
         """Whether the scheduler's books have changed since they were checked."""
 
@@ -282,7 +282,7 @@ class Engine:
     def _extend_prompt_logprobs(
         self, item: ScheduledSequence, collected: list[list[TokenLogprob]], hidden: torch.Tensor
     ) -> RequestError | None:
-        """Adds those of the chunk `hidden` [item.num_tokens, hidden size].
+        """Adds the log-probabilities of the chunk `hidden` [item.num_tokens, hidden size].
 
         The row of a position tells of the token after it. What is computed again, after a preemption or in a
         step that raised, has been collected already. Returns an error if the numbers are not finite.
