@@ -77,7 +77,7 @@ def test_a_second_request_of_a_uid_whose_guide_compiles_fails_it(slow_compiler: 
 
 
 def test_an_end_token_that_the_model_does_not_have_never_comes(fake_engine: Any, helpers: Any) -> None:
-    """As with a tokenizer of more tokens than the model."""
+    """A tokenizer of more tokens than the model may have one."""
     engine = fake_engine(VOCAB, eos_token_ids=(VOCAB,))
     engine.add(helpers.make_request("a", [1, 2], min_tokens=3, **GREEDY))
     assert len(helpers.tokens_of(helpers.run_until_idle(engine)["a"])) == 5

@@ -24,7 +24,7 @@ def add_others(engine: Any, helpers: Any) -> None:
 
 
 def texts_of(outputs: dict[str, Any], helpers: Any) -> dict[tuple[str, int], list[int]]:
-    """Of the harmless requests, all of which came to their end."""
+    """The tokens of the harmless requests, all of which came to their end."""
     texts: dict[tuple[str, int], list[int]] = {}
     for uid, of_request in outputs.items():
         if uid.startswith("bad"):
@@ -136,7 +136,7 @@ def test_an_error_of_every_request_ends_the_engine(fake_engine: Any, helpers: An
 def test_an_error_of_large_batches_fails_nobody(
     fake_engine: Any, helpers: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when memory for a batch's activations is short."""
+    """Such as when memory for a batch's activations is short."""
     engine = fake_engine()
     run = engine._runner.run
 

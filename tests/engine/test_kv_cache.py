@@ -47,7 +47,7 @@ def texts(engine: Any, helpers: Any, prompts: list[list[int]], **sampling: Any) 
 
 
 def mean_loss(engine: Any, helpers: Any, windows: torch.Tensor) -> float:
-    """Of the windows' tokens, each after those before it."""
+    """The loss of the windows' tokens, each after those before it."""
     losses = []
     for index, window in enumerate(windows.tolist()):
         engine.add(helpers.make_request(str(index), window, max_tokens=1, prompt_logprobs=0))

@@ -36,14 +36,14 @@ CALL = {"type": "function", "id": "1", "function": {"name": "add", "arguments": 
 
 @pytest.fixture
 def input_processor(save_tokenizer: Callable[..., Path]) -> InputProcessor:
-    """Of a model whose template knows tools, reasoning and a variable."""
+    """For a model whose template knows tools, reasoning and a variable."""
     tokenizer = Tokenizer(save_tokenizer(chat_template=TEMPLATE))
     return InputProcessor(Config(), tokenizer, 512, tokenizer.vocab_size)
 
 
 @pytest.fixture(scope="module")
 def plain(tokenizer: Tokenizer) -> InputProcessor:
-    """Of a model whose template writes role and content, and nothing else."""
+    """For a model whose template writes role and content, and nothing else."""
     return InputProcessor(Config(), tokenizer, 512, tokenizer.vocab_size)
 
 

@@ -115,8 +115,7 @@ def test_what_the_last_token_ends(
     assert check_stop(sequence, stops, is_guide_complete, max_model_len) is outcome
 
 
-def test_a_stop_string_counts_one_token_later_than_a_stop_token() -> None:
-    """As in vLLM: a stop token may be the last of `min_tokens`, a stop string ends after them."""
+def test_a_stop_string_counts_after_min_tokens() -> None:
     params = SamplingParams(min_tokens=2)
     assert [stop_strings_count(params, number) for number in (1, 2, 3)] == [False, False, True]
 

@@ -43,14 +43,14 @@ class _SequenceState:
     sequence: Sequence
     sampling: SamplingState
     prompt_logprobs: list[list[TokenLogprob]] | None
-    """Those of the prompt tokens computed so far, if the request asks for them."""
+    """Log-probabilities of the prompt tokens computed so far, if the request asks for them."""
 
 
 @dataclass(slots=True)
 class _RequestState:
     request: Request
     sequences: dict[int, _SequenceState] = field(default_factory=dict)
-    """Those that have not ended, by index."""
+    """The sequences that have not ended, by index."""
 
 
 class Engine:
@@ -79,7 +79,7 @@ class Engine:
         """Requests that the scheduler has, by uid."""
         self._received = 0
         self._outputs: list[SequenceOutput] = []
-        """They leave with the next step."""
+        """Outputs that leave with the next step."""
         self._is_unchecked = False
         """Whether the scheduler's books have changed since they were checked."""
 
@@ -255,6 +255,7 @@ class Engine:
         """Computes the items: a token for each, or an error; None where a prompt has more chunks to come."""
         hidden, metadata = self._runner.run(StepPlan(items, []))
         sampled: list[SampledToken | None] = [None] * len(items)
+        states = [self._state(item.sequence) for item in items]
         finite = hidden.sum(-1, dtype=torch.float32).isfinite().tolist()  # of finite numbers the sum is, too
         end = 0
         for number, item in enumerate(items):
@@ -262,7 +263,7 @@ class Engine:
             error = None
             if False in finite[start:end]:
                 error = not_finite(item.sequence.num_computed_tokens + finite[start:end].index(False))
-            elif (collected := self._state(item.sequence).prompt_logprobs) is not None:
+            elif (collected := states[number].prompt_logprobs) is not None:
                 error = self._extend_prompt_logprobs(item, collected, hidden[start:end])
             if error is not None:
                 sampled[number] = SampledToken(-1, [], error)
@@ -270,9 +271,7 @@ class Engine:
         if numbers:
             last = metadata.last_token_index[torch.tensor(numbers, device=hidden.device)]
             logits = self._runner.model.logits(hidden[last])
-            sequences = [items[number].sequence for number in numbers]
-            states = [self._state(sequence).sampling for sequence in sequences]
-            tokens = self._sampler.sample(logits, sequences, states)
+            tokens = self._sampler.sample(logits, [states[number].sampling for number in numbers])
             for number, token in zip(numbers, tokens, strict=True):
                 sampled[number] = token
         return sampled
@@ -283,7 +282,7 @@ class Engine:
     def _extend_prompt_logprobs(
         self, item: ScheduledSequence, collected: list[list[TokenLogprob]], hidden: torch.Tensor
     ) -> RequestError | None:
-        """Adds those of the chunk `hidden` [item.num_tokens, hidden size].
+        """Adds the log-probabilities of the chunk `hidden` [item.num_tokens, hidden size].
 
         The row of a position tells of the token after it. What is computed again, after a preemption or in a
         step that raised, has been collected already. Returns an error if the numbers are not finite.
@@ -307,9 +306,10 @@ class Engine:
     def _advance(self, sequence: Sequence, token: SampledToken) -> None:
         """Gives a sequence its new token, and ends it if that was the last one, or if it cannot be taken."""
         try:
-            error = self._state(sequence).sampling.append(token.token_id)
+            state = self._state(sequence)
+            error = state.sampling.append(token.token_id)
             if error is None:
-                self._append(sequence, token)
+                self._append(state, token)
                 return
         except Exception as failure:
             logger.exception("request %s fails, and the others go on", sequence.request.uid)
@@ -320,11 +320,11 @@ class Engine:
         """Ends the whole request of a sequence: its client gets an error in place of what is left to come."""
         self._abort(sequence.request.uid, Outcome.ERROR, _failure(error))
 
-    def _append(self, sequence: Sequence, token: SampledToken) -> None:
-        uid, state = sequence.request.uid, self._state(sequence)
+    def _append(self, state: _SequenceState, token: SampledToken) -> None:
+        sequence, sampling = state.sequence, state.sampling
+        uid = sequence.request.uid
         is_first = sequence.num_generated_tokens == 0
         sequence.token_ids.append(token.token_id)
-        sampling = state.sampling
         outcome = check_stop(
             sequence, sampling.stop_token_ids, sampling.is_guide_complete, self.max_model_len
         )

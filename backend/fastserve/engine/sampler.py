@@ -93,19 +93,28 @@ class SamplingState:
         self, sequence: Sequence, seed: int, stop_token_ids: list[int], matcher: GuideMatcher | None
     ) -> None:
         """`stop_token_ids`: those that end the sequence (see `stop_conditions`)."""
-        params = sequence.request.sampling
+        self.sequence = sequence
+        self.params = params = sequence.request.sampling
         self.seed = seed
         self.stop_token_ids = stop_token_ids
         self.matcher = matcher
-        self.bad_words = BadWords(sequence.request.bad_words_token_ids)
+        bad_words = sequence.request.bad_words_token_ids
+        self.bad_words = BadWords(bad_words)
         has_penalty = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
         self.counts = TokenCounts(sequence.request.prompt_token_ids) if has_penalty else None
+        self.is_plain = not (matcher or has_penalty or params.min_tokens or params.logit_bias or bad_words)
+        """Whether the logits are taken as they are, but for temperature and truncation."""
 
     def append(self, token_id: int) -> RequestError | None:
         """Takes a token that was sampled; returns what is wrong if the guide does not take it."""
         if self.counts is not None:
             self.counts.add(token_id)
         return None if self.matcher is None else self.matcher.accept(token_id)
+
+    @property
+    def must_not_stop(self) -> bool:
+        """Whether the next token is one of the first `min_tokens`: stop tokens are masked then."""
+        return self.sequence.num_generated_tokens < self.params.min_tokens
 
     @property
     def is_guide_complete(self) -> bool:
@@ -140,38 +149,40 @@ class Sampler:
             matcher=guide.matcher() if guide else None,
         )
 
-    def sample(
-        self, logits: torch.Tensor, sequences: list[Sequence], states: list[SamplingState]
-    ) -> list[SampledToken]:
+    def sample(self, logits: torch.Tensor, states: list[SamplingState]) -> list[SampledToken]:
         """One token for each sequence, or why there is none; `SamplingState.append` is to be told of it.
 
-        logits: [len(sequences), vocab] fp32, on any device; changed in place. Log-probabilities are those
-        of the model itself, before any of the request's parameters.
+        logits: [len(states), vocab] fp32, on any device; changed in place. Log-probabilities are those of the
+        model itself, before any of the request's parameters.
         """
-        reported = _Logprobs(logits, [sequence.request.sampling.logprobs for sequence in sequences])
-        errors = [_process_logits(logits[row], sequences[row], states[row]) for row in range(len(sequences))]
-        token_ids, peaks = self._draw(logits, sequences, states)
-        logprobs = reported.of(token_ids)
+        rows = [row for row, state in enumerate(states) if state.params.logprobs is not None]
+        unprocessed = logits[rows].clone() if rows else None
+        errors = [
+            None if state.is_plain else _process_logits(logits[row], state)
+            for row, state in enumerate(states)
+        ]
+        token_ids, peaks = self._draw(logits, states)
+        logprobs = {}
+        if unprocessed is not None:
+            counts = [states[row].params.logprobs or 0 for row in rows]
+            logprobs = dict(zip(rows, token_logprobs(unprocessed, token_ids[rows], counts), strict=True))
         sampled = []
         for row, (token_id, peak) in enumerate(zip(token_ids.tolist(), peaks.tolist(), strict=True)):
             error = errors[row]
             if error is None and not math.isfinite(peak):
-                error = _no_token(peak, sequences[row], states[row])
-            sampled.append(SampledToken(token_id, logprobs[row], error))
+                error = _no_token(peak, states[row])
+            sampled.append(SampledToken(token_id, logprobs.get(row, []), error))
         return sampled
 
     @staticmethod
-    def _draw(
-        logits: torch.Tensor, sequences: list[Sequence], states: list[SamplingState]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(logits: torch.Tensor, states: list[SamplingState]) -> tuple[torch.Tensor, torch.Tensor]:
         """A token of each row [n], and the row's largest logit [n]: finite unless the row is of no use."""
-        params = [sequence.request.sampling for sequence in sequences]
+        params = [state.params for state in states]
         if all(p.temperature == 0.0 for p in params):
             greedy = logits.argmax(dim=-1)
             return greedy, logits.gather(1, greedy[:, None])[:, 0]
-        uniform = uniform_numbers(
-            [state.seed for state in states], [sequence.num_generated_tokens for sequence in sequences]
-        )
+        positions = [state.sequence.num_generated_tokens for state in states]
+        uniform = uniform_numbers([state.seed for state in states], positions)
         device = logits.device
         drawn = ops.sample(
             logits,
@@ -193,47 +204,25 @@ def not_finite(position: int) -> RequestError:
     )
 
 
-def _no_token(peak: float, sequence: Sequence, state: SamplingState) -> RequestError:
+def _no_token(peak: float, state: SamplingState) -> RequestError:
     """Why nothing can be drawn from a row whose largest logit is no finite number."""
-    if peak == -math.inf:
-        restrictions = _restrictions(sequence, state)
-        if restrictions:
-            return RequestError(
-                f"{' and '.join(restrictions)}: after {sequence.num_generated_tokens} tokens no token of the "
-                "model is left that may follow"
-            )
+    sequence = state.sequence
+    if peak == -math.inf and (restrictions := _restrictions(state)):
+        return RequestError(
+            f"{' and '.join(restrictions)}: after {sequence.num_generated_tokens} tokens no token of the "
+            "model is left that may follow"
+        )
     return not_finite(sequence.num_tokens - 1)
 
 
-def _restrictions(sequence: Sequence, state: SamplingState) -> list[str]:
+def _restrictions(state: SamplingState) -> list[str]:
     """The request's parameters that forbid tokens now."""
-    params = sequence.request.sampling
     restrictions = ["`structured_outputs`"] if state.matcher is not None else []
-    if sequence.num_generated_tokens < params.min_tokens and state.stop_token_ids:
+    if state.must_not_stop and state.stop_token_ids:
         restrictions.append("`min_tokens`")
-    if state.bad_words.banned(sequence):
+    if state.bad_words.banned(state.sequence):
         restrictions.append("`bad_words`")
     return restrictions
-
-
-class _Logprobs:
-    """The log-probabilities that some rows of a batch ask for, taken before the logits are adjusted."""
-
-    def __init__(self, logits: torch.Tensor, counts: list[int | None]) -> None:
-        self._counts = counts
-        self._rows = [row for row, count in enumerate(counts) if count is not None]
-        self._logits = logits[self._rows].clone() if self._rows else None
-
-    def of(self, token_ids: torch.Tensor) -> list[list[TokenLogprob]]:
-        """For each row of the batch, the chosen token's and then the likeliest ones'; empty where unasked."""
-        result: list[list[TokenLogprob]] = [[] for _ in self._counts]
-        if self._logits is not None:
-            counts = [self._counts[row] or 0 for row in self._rows]
-            for row, entry in zip(
-                self._rows, token_logprobs(self._logits, token_ids[self._rows], counts), strict=True
-            ):
-                result[row] = entry
-        return result
 
 
 def token_logprobs(
@@ -287,21 +276,21 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _process_logits(logits: torch.Tensor, sequence: Sequence, state: SamplingState) -> RequestError | None:
+def _process_logits(logits: torch.Tensor, state: SamplingState) -> RequestError | None:
     """Applies to one row [vocab] what its request asks for beyond temperature and truncation."""
-    params = sequence.request.sampling
+    params = state.params
     if state.matcher is not None:
         error = state.matcher.mask(logits)
         if error is not None:
             return error
-    if sequence.num_generated_tokens < params.min_tokens:
+    if state.must_not_stop:
         logits[state.stop_token_ids] = -torch.inf
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(
             list(params.logit_bias.values()), dtype=logits.dtype, device=logits.device
         )
-    banned = state.bad_words.banned(sequence)
+    banned = state.bad_words.banned(state.sequence)
     if banned:
         logits[banned] = -torch.inf
     if state.counts is not None:

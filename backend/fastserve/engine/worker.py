@@ -80,7 +80,7 @@ class _ParentPipe:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.inbox: queue.SimpleQueue[ToWorker | Exception] = queue.SimpleQueue()
-        """What came; in the end, why no more will."""
+        """Messages that came; last, the exception that ended the pipe."""
         self._outbox: queue.Queue[bytes | None] = queue.Queue(MAX_UNSENT_STEPS)
         self._sender = threading.Thread(target=self._send_all, name="pipe-sender", daemon=True)
         self._sender.start()

@@ -55,9 +55,9 @@ class BlockPool:
         self._cached: dict[bytes, int] = {}
         """The cached blocks by hash, used or free."""
         self._free = list(range(num_blocks - 1, -1, -1))
-        """Those that are not cached."""
+        """Free blocks that are not cached."""
         self._free_cached: OrderedDict[int, None] = OrderedDict()
-        """The next to be evicted first."""
+        """Free blocks that are cached, the next to be evicted first."""
 
     @property
     def num_free(self) -> int:

@@ -6,10 +6,10 @@
 A plan is made in three moves:
 
 1. Every running sequence gets the block that its next token needs. Where none is free, the sequence of the
-   lowest rank goes back to the queue and gives up its blocks.
-2. Those that wait are admitted, the highest key first and none out of turn, while there are a slot, blocks
-   and a share of the token budget for them. Where slots or blocks lack, running sequences of a lower key go
-   back to the queue for them.
+   lowest rank is preempted: it goes back to the queue and its blocks are freed.
+2. Waiting sequences are admitted, the highest key first and none out of turn, while there are a slot, blocks
+   and a share of the token budget for them. Where slots or blocks lack, running sequences of a lower key are
+   preempted for them.
 3. The token budget is shared out: to each decode its one token, so that none stalls behind a long prompt,
    then to prompts in chunks, by rank.
 """
@@ -25,7 +25,7 @@ from fastserve.scheduling.waiting_queue import WaitingQueue
 
 
 class CacheTooSmallError(Exception):
-    """A sequence needs more blocks than there are. It has to be removed: it can never run (again)."""
+    """A sequence needs more blocks than the cache has: it must be removed, for it can never run (again)."""
 
     def __init__(self, sequence: Sequence, num_blocks_needed: int, num_blocks: int) -> None:
         super().__init__(
@@ -179,7 +179,7 @@ class IterationScheduler:
             raise SchedulerError("a sequence counts as preempted that does not wait")
         self.pool.check([sequence.block_table for sequence in self._running])
 
-    # --- who runs
+    # --- admission and preemption
 
     def _extend_tables(self) -> list[Sequence]:
         """Gives every running sequence the blocks of its tokens; returns those preempted for it."""
@@ -313,7 +313,7 @@ class IterationScheduler:
         if needed > self.pool.num_blocks:
             raise CacheTooSmallError(sequence, needed, self.pool.num_blocks)
 
-    # --- how much of it
+    # --- token budget
 
     def _share_budget(self) -> list[ScheduledSequence]:
         """Decodes, then chunks of prompts; both by rank."""

@@ -19,7 +19,7 @@ from fastserve.errors import RequestError, invalid
 from fastserve.text.validation import coerce, decode_json, unknown_name
 
 CHAT_OPTIONS = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
-"""What may come beside `messages`, among the sampling parameters or as request parameters."""
+"""Options that may come beside `messages`, among the sampling parameters or as request parameters."""
 
 _MESSAGE_KEYS = (
     "role",
@@ -39,7 +39,7 @@ _RESERVED_VARIABLES = frozenset(
     ["messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"]
     + [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 )
-"""Those that FastServe and transformers fill in."""
+"""Template variables that FastServe and transformers fill in."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class TemplateNames:
     """The names in a chat template: what it does not mention, it would drop without a word."""
 
     variables: frozenset[str]
-    """What it takes from outside, such as `messages`, `tools`, `enable_thinking`."""
+    """Variables that it takes from outside, such as `messages`, `tools`, `enable_thinking`."""
     members: frozenset[str]
-    """What it may look up in a message: its attributes and strings."""
+    """Names that it may look up in a message: its attributes and strings."""
 
 
 @cache

@@ -48,7 +48,7 @@ class OutputProcessor:
         self._sequences: list[_Sequence] = []
         self._prompt_logprobs: list[list[TokenLogprob]] | None = None
         self.newly_stopped: list[int] = []
-        """Those that met a stop string in the last `push` and that the engine has not ended itself."""
+        """Sequences that met a stop string in the last `push` and that the engine has not ended itself."""
 
     def push(self, output: RequestOutput) -> Response | None:
         """The next response, or None where there is nothing to send yet.

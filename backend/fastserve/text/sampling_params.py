@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 from fastserve.errors import RequestError, invalid
 from fastserve.text.guide import GUIDE_NAMES
@@ -41,10 +42,20 @@ _NOT_SERVED: dict[str, tuple[bool | int | float | str, ...]] = {
 }
 
 _GREEDY_BELOW = 1e-5  # vLLM's bound: logits divided by less overflow
-_MAX_STRINGS = 64
-_MAX_STRING_LENGTH = 256
-_MAX_IDS = 1024
-_MAX_BIAS = 100.0
+_STRINGS = (
+    Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=64)],
+    "at most 64 texts, each of 1 to 256 characters",
+)
+_BOUNDED: dict[str, tuple[Any, str]] = {
+    "stop": _STRINGS,
+    "bad_words": _STRINGS,
+    "stop_token_ids": (Annotated[list[int], Meta(max_length=1024)], "at most 1024 {ids}"),
+    "logit_bias": (
+        Annotated[dict[int, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=1024)],
+        "an object of at most 1024 members, from token ids to numbers from -100 to 100",
+    ),
+}
+"""Types narrower than those of `SamplingParams`, and the same in words."""
 
 
 def parse_sampling_params(values: Mapping[str, Any], vocabulary: Vocabulary) -> SamplingParams:
@@ -93,55 +104,20 @@ def _json(value: object) -> str:
 
 
 def _parse(name: str, value: object, vocabulary: Vocabulary) -> Any:
-    if name == "stop":
-        return _strings(name, [value] if isinstance(value, str | bytes) else value)
-    if name == "bad_words":
-        return _strings(name, value)
-    if name == "stop_token_ids":
-        return _token_ids(name, value, vocabulary)
-    if name == "logit_bias":
-        return _logit_bias(value, vocabulary)
-    return coerce(name, value, _TYPES[name])
-
-
-def _strings(name: str, value: object) -> list[str]:
-    allowed = f"at most {_MAX_STRINGS} texts, each of 1 to {_MAX_STRING_LENGTH} characters"
-    strings = coerce(name, value, list[str], allowed)
-    if len(strings) > _MAX_STRINGS:
-        raise invalid(name, strings, allowed)
-    for text in strings:
-        decode_text(name, text)
-        if not text or len(text) > _MAX_STRING_LENGTH:
-            raise invalid(name, text, allowed)
-    return strings
-
-
-def _token_ids(name: str, value: object, vocabulary: Vocabulary) -> list[int]:
-    allowed = f"at most {_MAX_IDS} {vocabulary.allowed}"
-    ids = coerce(name, value, list[int], allowed)
-    if len(ids) > _MAX_IDS:
-        raise invalid(name, ids, allowed)
-    vocabulary.check(name, ids)
-    return ids
-
-
-def _logit_bias(value: object, vocabulary: Vocabulary) -> dict[int, float]:
-    allowed = (
-        f"an object of at most {_MAX_IDS} members, from token ids to numbers"
-        f" from {-_MAX_BIAS:g} to {_MAX_BIAS:g}"
-    )
-    bias = coerce("logit_bias", value, dict[int, float], allowed)
-    if len(bias) > _MAX_IDS:
-        raise invalid("logit_bias", f"{len(bias)} members", allowed)
-    vocabulary.check("logit_bias", bias)
-    for token_id, number in bias.items():
-        if not -_MAX_BIAS <= number <= _MAX_BIAS:
-            raise invalid("logit_bias", {token_id: number}, allowed)
-    return bias
+    if name == "stop" and isinstance(value, str | bytes):
+        value = [value]
+    kind, allowed = _BOUNDED.get(name, (_TYPES[name], None))
+    result = coerce(name, value, kind, allowed and allowed.format(ids=vocabulary.allowed))
+    if name in ("stop_token_ids", "logit_bias"):
+        vocabulary.check(name, result)
+    if name in ("stop", "bad_words"):
+        for text in result:
+            decode_text(name, text)
+    return result
 
 
 def _checked(params: SamplingParams, vocabulary: Vocabulary) -> SamplingParams:
-    """What concerns several parameters at once, and the values that mean another."""
+    """Checks what concerns several parameters at once, and replaces the values that mean another."""
     temperature = 0.0 if params.temperature < _GREEDY_BELOW else params.temperature
     if params.n > 1 and temperature == 0.0:
         raise invalid("n", params.n, "1 where `temperature` is 0: all the answers would be the same")

@@ -34,8 +34,8 @@ def check_stop(
 ) -> Outcome | None:
     """How the last token ends the sequence; None: it goes on.
 
-    A stop token among the first `min_tokens` does not count; `max_model_len` is in tokens of prompt and
-    answer. `max_tokens` and `max_model_len` are of the same outcome, LENGTH.
+    Before `min_tokens` are generated no stop token counts (the sampler masks them, too). `max_model_len` is
+    in tokens of prompt and answer; it ends a sequence as `max_tokens` does.
     """
     params, num_generated = sequence.request.sampling, sequence.num_generated_tokens
     if is_guide_complete or (num_generated >= params.min_tokens and sequence.token_ids[-1] in stop_token_ids):
@@ -46,8 +46,10 @@ def check_stop(
 
 
 def stop_strings_count(params: SamplingParams, num_generated: int) -> bool:
-    """Whether a stop string that ends in the text of the last token counts: as in vLLM, none does that ends
-    within the first `min_tokens`."""
+    """Whether a stop string counts that ends in the text of the last token.
+
+    As in vLLM, none does that ends within the first `min_tokens`.
+    """
     return num_generated > params.min_tokens
 
 

@@ -62,7 +62,7 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.token_ids = frozenset(self.backend.get_vocab(with_added_tokens=True).values())
-        """Those that mean something. The model's own vocabulary may be padded with others."""
+        """Ids that mean something. The model's own vocabulary may be padded with others."""
         self.vocab_size: int = max(self.token_ids) + 1
         """Every token id is below it."""
         self.special_token_ids = frozenset(

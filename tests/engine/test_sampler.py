@@ -62,12 +62,14 @@ def test_bad_words_are_found_wherever_they_would_end(
 
 def a_sequence(prompt: list[int], generated: list[int]) -> Sequence:
     class Request:
+        """A request as far as `Sequence` looks at it."""
+
         prompt_token_ids = prompt
 
     return Sequence(Request(), 0, 0.0, [*prompt, *generated])  # type: ignore[arg-type]
 
 
-def expected_penalised(logits: torch.Tensor, prompt: list[int], generated: list[int]) -> torch.Tensor:
+def expected_penalized(logits: torch.Tensor, prompt: list[int], generated: list[int]) -> torch.Tensor:
     logits = logits.clone()
     for token in {*prompt, *generated}:
         logits[token] *= 1.3 if logits[token] <= 0 else 1 / 1.3
@@ -83,8 +85,8 @@ def test_penalties_are_those_of_the_whole_sequence(helpers: Any) -> None:
     state = sampler.start(sequence, None)
     for _ in range(40):
         logits = torch.randn(1, 20) * 3
-        expected = expected_penalised(logits[0], sequence.token_ids[:3], sequence.token_ids[3:])
-        (token,) = sampler.sample(logits, [sequence], [state])
+        expected = expected_penalized(logits[0], sequence.token_ids[:3], sequence.token_ids[3:])
+        (token,) = sampler.sample(logits, [state])
         torch.testing.assert_close(logits[0], expected)
         assert token.token_id == expected.argmax()
         sequence.token_ids.append(token.token_id)
@@ -118,7 +120,7 @@ def test_a_step_that_is_repeated_books_its_token_once(fake_engine: Any, helpers:
     assert texts[0] == texts[1]
 
 
-def test_sequences_of_neighbouring_seeds_draw_other_numbers() -> None:
+def test_sequences_of_neighboring_seeds_draw_other_numbers() -> None:
     positions = list(range(100))
     streams = {
         (seed, index): uniform_numbers([sequence_seed(seed, index)] * 100, positions)
