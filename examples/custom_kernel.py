@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastserve_kernels import ops
-from fastserve_kernels.formats.prepared import prepare
 from fastserve_kernels.formats.weight import FLOATS, Weight, check_even, check_tensor, check_weight
+from fastserve_kernels.preparation import prepare
 from fastserve_kernels.registration import register_format
 
 CODES_PER_BYTE = 4

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels import ops, reference
-from fastserve_kernels.cpu import linear_preparation as cpu_linear
+from fastserve_kernels.cpu import linear_preparation, linears
 from fastserve_kernels.cpu.kernels import features
 from fastserve_kernels.formats import (
     FP8,
@@ -27,7 +27,7 @@ from fastserve_kernels.formats import (
     Sparse24Int4,
     Weight,
 )
-from fastserve_kernels.formats.prepared import prepare
+from fastserve_kernels.preparation import prepare
 
 pytestmark = pytest.mark.usefixtures("poison")
 native = pytest.mark.skipif(
@@ -76,9 +76,9 @@ def test_a_row_does_not_depend_on_the_others(
     for rows in (*range(1, 10), 16, 17, 31, 64, 66, 256, 258):
         assert torch.equal(ops.linear(x[:rows], weight), together[:rows]), rows
         assert torch.equal(ops.linear(x[-rows:], weight), together[-rows:]), rows
-    monkeypatch.setattr(cpu_linear, "LEAST_PARALLEL", 1)
+    monkeypatch.setattr(linears, "LEAST_PARALLEL", 1)
     assert torch.equal(ops.linear(x, weight), together)
-    monkeypatch.setattr(cpu_linear, "LEAST_PARALLEL", 1 << 60)
+    monkeypatch.setattr(linears, "LEAST_PARALLEL", 1 << 60)
     assert torch.equal(ops.linear(x, weight), together)
 
 
@@ -188,7 +188,7 @@ def test_other_processors_get_dense_weights(
 ) -> None:
     for name in FORMATS.keys() - {"bitmap", "sparse24"}:  # which are dense on every processor
         weight = FORMATS[name](torch.randn(64, 96).to(dtype))
-        prepare_it = getattr(cpu_linear, weight.operator.replace("linear", "prepare"))
+        prepare_it = linear_preparation.PREPARE[type(weight)]
         with pytest.warns(UserWarning, match="dequantized as they are loaded"):
             prepared = prepare_it(weight, dtype, {"avx2": True})
         assert prepared.operator == "linear"
@@ -202,5 +202,5 @@ def test_the_warning_comes_once() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
-            cpu_linear.prepare_int4(weight, torch.float32, {})
+            linear_preparation.prepare_int4(weight, torch.float32, {})
     assert len(caught) == 1

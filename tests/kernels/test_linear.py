@@ -24,7 +24,8 @@ from fastserve_kernels.formats import (
     Sparse24Int4,
     Weight,
 )
-from fastserve_kernels.formats.prepared import Prepared, prepare
+from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.preparation import prepare
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve_kernels import implementations, ops
+from fastserve_kernels import ops, reference
 from fastserve_kernels.attention_metadata import AttentionMetadata
+from fastserve_kernels.cpu import linears, operators, sampling
 from fastserve_kernels.formats import (
     FP8,
     NF4,
@@ -29,7 +31,7 @@ from fastserve_kernels.formats import (
     Sparse24Int4,
     Weight,
 )
-from fastserve_kernels.formats.prepared import prepare
+from fastserve_kernels.preparation import prepare
 
 OPS = torch.ops.fastserve
 MOST_IMPORT_SECONDS = 0.05
@@ -120,17 +122,29 @@ def test_opcheck_of_quantized_caches(name: str, dtype: torch.dtype, make_batch: 
 def test_every_operator_is_here() -> None:
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "fastserve::" in name}
     assert defined == {*FORMATS, *OTHERS}
-    assert {*implementations.CPU_MODULES, *implementations.GPU_MODULES} == defined
 
 
-@pytest.mark.parametrize("name", implementations.CPU_MODULES)
-def test_a_cpu_has_its_implementation(name: str) -> None:
-    assert callable(getattr(implementations.cpu_module(name), name))
+def has_implementation(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastserve::{name}", key)
 
 
-@pytest.mark.parametrize("name", implementations.GPU_MODULES)
-def test_a_gpu_has_its_implementation(name: str) -> None:
-    assert callable(getattr(implementations.gpu_module(name), name))
+@pytest.mark.parametrize("name", [*FORMATS, *OTHERS])
+def test_the_signature_is_that_of_the_reference(name: str) -> None:
+    """The schema's, and that of the implementations on a CPU and on a GPU."""
+    from fastserve_kernels.gpu.registry import IMPLEMENTATIONS
+
+    function = getattr(reference, name)
+    wanted = inspect.signature(function)
+    (overload,) = (getattr(getattr(OPS, name), key) for key in getattr(OPS, name).overloads())
+    assert [argument.name for argument in overload._schema.arguments] == list(wanted.parameters)
+    by_torch_alone = {"linear"}
+    assert has_implementation(name, "CUDA") == (name not in by_torch_alone)
+    assert (function in IMPLEMENTATIONS) == (name not in by_torch_alone)
+    cpu = next((m for m in (linears, operators, sampling) if hasattr(m, name)), None)
+    assert has_implementation(name, "CPU") == (cpu is not None)
+    assert inspect.signature(getattr(cpu, name, function)) == wanted
+    gpu = inspect.signature(IMPLEMENTATIONS.get(function, function))
+    gpu.bind(*wanted.parameters)  # a packed weight has other parts under other names, but as many
 
 
 def test_a_gpu_without_its_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from fastserve.checkpoints.weight_rows import stack_rows
 from fastserve.models.decoder import Decoder, DecoderLayer, DecoderWeights
 from fastserve.models.linear import AnyLinear, Linear, LinearRows
 from fastserve_kernels.formats import Dense, Weight
-from fastserve_kernels.formats.prepared import prepare
+from fastserve_kernels.preparation import prepare
 
 Shapes = Mapping[str, tuple[int, ...]]
 Quantize = Callable[[str, Tensor, str], Weight]

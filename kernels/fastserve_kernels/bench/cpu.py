@@ -39,9 +39,10 @@ from fastserve_kernels.formats import (
     Sparse24,
     Sparse24Int4,
 )
-from fastserve_kernels.formats.prepared import Prepared, prepare
+from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.operator import Cost
+from fastserve_kernels.preparation import prepare
 
 DTYPE = torch.bfloat16
 ROWS = (1, 4, 16, 64)

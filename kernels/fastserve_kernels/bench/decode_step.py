@@ -15,9 +15,10 @@ from fastserve_kernels.bench.graphs import capture, measure
 from fastserve_kernels.bench.report import Ceilings, Row, row
 from fastserve_kernels.bench.shapes import Model, group_size_for
 from fastserve_kernels.formats import Dense, Int4
-from fastserve_kernels.formats.prepared import Prepared, prepare
+from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.operator import Cost
+from fastserve_kernels.preparation import prepare
 
 EPS = 1e-5
 BLOCK_SIZE = 16

@@ -1,4 +1,8 @@
-"""The operators on a CPU beside the linears: kernels of our own for what torch has no operator for."""
+"""The operators on a CPU beside the linears: kernels of our own for what torch has no operator for.
+
+Each kernel is imported and compiled when it is first run: numba takes half a second, which nobody need wait
+for who runs none.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +26,45 @@ UNLIMITED = 1 << 40
 
 
 @functools.cache
-def _kernel(name: str, dtype: torch.dtype, stored: torch.dtype | None = None) -> Kernel:
-    """Imports numba, which nobody need wait for who runs no kernel on a CPU, and compiles the kernel."""
-    from fastserve_kernels.cpu.kernels import attention, rotary, rows
+def _rms_norm_kernel(dtype: torch.dtype) -> Kernel:
+    from fastserve_kernels.cpu.kernels.rows import rms_norm
 
-    modules = {"paged_attention": attention, "rotary_write_kv": rotary, "write_kv": rotary}
-    kernel: Kernel = getattr(modules.get(name, rows), name)(dtype, stored)
-    return kernel
+    return rms_norm(dtype)
+
+
+@functools.cache
+def _add_rms_norm_kernel(dtype: torch.dtype) -> Kernel:
+    from fastserve_kernels.cpu.kernels.rows import add_rms_norm
+
+    return add_rms_norm(dtype)
+
+
+@functools.cache
+def _swiglu_kernel(dtype: torch.dtype) -> Kernel:
+    from fastserve_kernels.cpu.kernels.rows import swiglu
+
+    return swiglu(dtype)
+
+
+@functools.cache
+def _write_kv_kernel(dtype: torch.dtype, stored: torch.dtype) -> Kernel:
+    from fastserve_kernels.cpu.kernels.rotary import write_kv
+
+    return write_kv(dtype, stored)
+
+
+@functools.cache
+def _rotary_write_kv_kernel(dtype: torch.dtype, stored: torch.dtype) -> Kernel:
+    from fastserve_kernels.cpu.kernels.rotary import rotary_write_kv
+
+    return rotary_write_kv(dtype, stored)
+
+
+@functools.cache
+def _paged_attention_kernel(dtype: torch.dtype, stored: torch.dtype) -> Kernel:
+    from fastserve_kernels.cpu.kernels.attention import paged_attention
+
+    return paged_attention(dtype, stored)
 
 
 def _with_tokens_whole(x: Tensor) -> Tensor:
@@ -49,7 +85,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         _refuse(x.dtype, weight=weight)
     x, weight = _with_tokens_whole(x), weight.contiguous()
     out = x.new_empty(x.shape)
-    _kernel("rms_norm", x.dtype)(
+    _rms_norm_kernel(x.dtype)(
         x.numel() >= LEAST_PARALLEL,
         x.data_ptr(),
         weight.data_ptr(),
@@ -68,7 +104,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         _refuse(x.dtype, residual=residual, weight=weight)
     x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
     out, total = x.new_empty(x.shape), x.new_empty(x.shape)
-    _kernel("add_rms_norm", x.dtype)(
+    _add_rms_norm_kernel(x.dtype)(
         x.numel() >= LEAST_PARALLEL,
         x.data_ptr(),
         residual.data_ptr(),
@@ -86,7 +122,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     tokens, dim = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, dim)
-    _kernel("swiglu", gate_up.dtype)(
+    _swiglu_kernel(gate_up.dtype)(
         out.numel() >= LEAST_PARALLEL, gate_up.data_ptr(), out.data_ptr(), tokens, dim
     )
     return out
@@ -141,7 +177,7 @@ def write_kv(
         _refuse(k.dtype, v=v)
     _check_caches(k.dtype, k_cache, v_cache, k_scale, v_scale)
     k, v, slot_mapping = _with_tokens_whole(k), _with_tokens_whole(v), slot_mapping.contiguous()
-    _kernel("write_kv", k.dtype, k_cache.dtype)(
+    _write_kv_kernel(k.dtype, k_cache.dtype)(
         k.numel() >= LEAST_PARALLEL,
         k.data_ptr(),
         v.data_ptr(),
@@ -176,7 +212,7 @@ def rotary_write_kv(
     cos, sin, slot_mapping = cos.contiguous(), sin.contiguous(), slot_mapping.contiguous()
     tokens, heads, dim = q.shape
     out = q.new_empty(q.shape)
-    _kernel("rotary_write_kv", q.dtype, k_cache.dtype)(
+    _rotary_write_kv_kernel(q.dtype, k_cache.dtype)(
         out.numel() >= LEAST_PARALLEL,
         q.data_ptr(),
         k.data_ptr(),
@@ -221,7 +257,7 @@ def paged_attention(
     _, block_size, kv_heads, dim_v = v_cache.shape
     sequences, table_width = block_tables.shape
     out = q.new_empty(tokens, heads, dim_v)
-    _kernel("paged_attention", q.dtype, k_cache.dtype)(
+    _paged_attention_kernel(q.dtype, k_cache.dtype)(
         tokens * table_width * block_size >= LEAST_PARALLEL_KEYS,
         q.data_ptr(),
         k_cache.data_ptr(),

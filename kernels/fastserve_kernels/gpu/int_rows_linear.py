@@ -11,10 +11,6 @@ from torch import Tensor
 from fastserve_kernels.formats import Int4, Int8, IntRows
 from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.gpu import int4_linear, int8_linear
-from fastserve_kernels.gpu.operator import Operator
-
-OPERATORS: tuple[Operator, ...] = ()
-"""Those of the two kernels are tuned."""
 
 
 def prepare(weight: IntRows, device: torch.device, dtype: torch.dtype) -> Prepared:
