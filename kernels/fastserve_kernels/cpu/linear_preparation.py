@@ -26,8 +26,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fastserve_kernels.cpu.kernels import arrangement, features
-from fastserve_kernels.cpu.kernels.pages import in_huge_pages
+from fastserve_kernels.cpu.kernels import cpu_features, packing
+from fastserve_kernels.cpu.kernels.huge_pages import in_huge_pages
 from fastserve_kernels.formats import (
     FP8,
     NF4,
@@ -47,13 +47,13 @@ from fastserve_kernels.formats.weight import Weight, pack_pairs, unpack_pairs
 
 Features = Mapping[str, bool]
 
-MOST_INTEGERS = 65536
+MAX_W8A8_COLUMNS = 65536
 """Columns whose products of eight bits cannot overflow 32."""
 
 
 def _dequantized(weight: Weight, dtype: torch.dtype) -> Prepared:
     warnings.warn(
-        f"this processor lacks some of {', '.join(features.FEATURES)}: quantized and sparse weights are "
+        f"this processor lacks some of {', '.join(cpu_features.FEATURES)}: quantized and sparse weights are "
         "dequantized as they are loaded, and take as much memory as if they were neither",
         stacklevel=3,
     )
@@ -61,12 +61,23 @@ def _dequantized(weight: Weight, dtype: torch.dtype) -> Prepared:
 
 
 def _supported(given: Features | None) -> bool:
-    return features.supported(features.of_host() if given is None else given)
+    return cpu_features.supported(cpu_features.host_features() if given is None else given)
 
 
 def _prepared(operator: str, arguments: tuple[Tensor | int | None, ...], weight: Weight) -> Prepared:
     in_place = tuple(in_huge_pages(a) if isinstance(a, Tensor) else a for a in arguments)
     return Prepared(operator, in_place, weight.out_features, weight.in_features)
+
+
+def _grouped(weight: Int4 | NF4 | Int8 | FP8, codes: Tensor, *tables: Tensor | None) -> Prepared:
+    """A weight of packed codes; `tables` are what its operator takes between scales and out_features."""
+    scales = packing.group_rows(weight.scales)
+    arguments = (codes, scales, *tables, weight.out_features, weight.group_size)
+    return _prepared(weight.operator, arguments, weight)
+
+
+def _group_rows(zeros: Tensor | None) -> Tensor | None:
+    return None if zeros is None else packing.group_rows(zeros)
 
 
 def prepare_dense(weight: Dense, dtype: torch.dtype) -> Prepared:
@@ -79,31 +90,18 @@ def prepare_dense(weight: Dense, dtype: torch.dtype) -> Prepared:
 
 
 def prepare_int4(weight: Int4, dtype: torch.dtype, given: Features | None = None) -> Prepared:
-    """`given` are a processor's features, in place of this one's."""
+    """Nibbles, and scales and zeros by panel. `given` are a processor's features, in place of this one's."""
     if not _supported(given):
         return _dequantized(weight, dtype)
-    zeros = None if weight.zeros is None else arrangement.group_rows(weight.zeros)
-    arguments = (
-        arrangement.nibbles(unpack_pairs(weight.codes)),
-        arrangement.group_rows(weight.scales),
-        zeros,
-        weight.out_features,
-        weight.group_size,
-    )
-    return _prepared("linear_int4", arguments, weight)
+    return _grouped(weight, packing.nibbles(unpack_pairs(weight.codes)), _group_rows(weight.zeros))
 
 
 def prepare_nf4(weight: NF4, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+    """Nibbles, and the codebook as a table of words for activations of the dtype."""
     if not _supported(given):
         return _dequantized(weight, dtype)
-    arguments = (
-        arrangement.nibbles(unpack_pairs(weight.codes)),
-        arrangement.group_rows(weight.scales),
-        arrangement.nibble_table(weight.codebook, dtype),
-        weight.out_features,
-        weight.group_size,
-    )
-    return _prepared("linear_nf4", arguments, weight)
+    table = packing.nibble_table(weight.codebook, dtype)
+    return _grouped(weight, packing.nibbles(unpack_pairs(weight.codes)), table)
 
 
 def prepare_int8(weight: Int8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
@@ -112,38 +110,27 @@ def prepare_int8(weight: Int8, dtype: torch.dtype, given: Features | None = None
     if not _supported(given):
         return _dequantized(weight, dtype)
     folded = weight.values ^ (weight.values >> 7 & 0x7F)
-    arguments = (
-        arrangement.codes(folded.view(torch.uint8)),
-        arrangement.group_rows(weight.scales),
-        None if weight.zeros is None else arrangement.group_rows(weight.zeros),
-        weight.out_features,
-        weight.group_size,
-    )
-    return _prepared("linear_int8", arguments, weight)
+    return _grouped(weight, packing.codes(folded.view(torch.uint8)), _group_rows(weight.zeros))
 
 
 def prepare_int_rows(weight: IntRows, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+    """Nibbles of the rows of at most 4 bits, codes of 8 bits of the others."""
     if not _supported(given):
         return _dequantized(weight, dtype)
 
-    def arranged(part: Int4 | Int8) -> tuple[Tensor | int | None, ...]:
+    def pack(part: Int4 | Int8) -> tuple[Tensor | int | None, ...]:
         if isinstance(part, Int4):
             return prepare_int4(part, dtype, given).arguments
         return prepare_int8(part, dtype, given).arguments
 
-    return Prepared(weight.operator, weight.arguments_of(arranged), weight.out_features, weight.in_features)
+    return Prepared(weight.operator, weight.arguments_of(pack), weight.out_features, weight.in_features)
 
 
 def prepare_fp8(weight: FP8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+    """Codes of 8 bits, which are looked up in a table of bfloat16."""
     if not _supported(given):
         return _dequantized(weight, dtype)
-    arguments = (
-        arrangement.codes(weight.values.view(torch.uint8)),
-        arrangement.group_rows(weight.scales),
-        weight.out_features,
-        weight.group_size,
-    )
-    return _prepared("linear_fp8", arguments, weight)
+    return _grouped(weight, packing.codes(weight.values.view(torch.uint8)))
 
 
 def prepare_w8a8(weight: W8A8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
@@ -151,18 +138,18 @@ def prepare_w8a8(weight: W8A8, dtype: torch.dtype, given: Features | None = None
     many columns that a sum might overflow."""
     if not _supported(given):
         return _dequantized(weight, dtype)
-    if weight.in_features > MOST_INTEGERS:
+    if weight.in_features > MAX_W8A8_COLUMNS:
         raise ValueError(
-            f"W8A8 on a CPU takes at most {MOST_INTEGERS} columns, not {weight.in_features}: their sum might "
-            "overflow 32 bits"
+            f"W8A8 on a CPU takes at most {MAX_W8A8_COLUMNS} columns, not {weight.in_features}: "
+            "their sum might overflow 32 bits"
         )
-    scales = arrangement.group_rows(weight.scales[:, None])
-    arguments = (arrangement.quads(weight.values), scales, weight.out_features)
+    scales = packing.group_rows(weight.scales[:, None])
+    arguments = (packing.quads(weight.values), scales, weight.out_features)
     return _prepared("linear_w8a8", arguments, weight)
 
 
 def prepare_bitmap(weight: Bitmap | Sparse24, dtype: torch.dtype) -> Prepared:
-    """As a dense weight: to put single weights in their places takes 3 to 4 cycles for each 32, more than a
+    """A dense weight: to put single weights in their places takes 3 to 4 cycles for each 32, more than a
     CPU's memory takes to bring the zeros too (0.7 to 1.0 times the speed of a dense weight, measured)."""
     return prepare_dense(Dense(weight.dequantize()), dtype)
 
@@ -170,7 +157,7 @@ def prepare_bitmap(weight: Bitmap | Sparse24, dtype: torch.dtype) -> Prepared:
 def prepare_sparse24_int4(
     weight: Sparse24Int4, dtype: torch.dtype, given: Features | None = None
 ) -> Prepared:
-    """As `Int4`, where what was left out has the code 8, which is 0: 4 bits for 3, but half the
+    """An `Int4`, where what was left out has the code 8, which is 0: 4 bits for 3, but half the
     instructions."""
     unscaled = Sparse24Int4(
         weight.codes, weight.indices, torch.ones_like(weight.scales), weight.group_size
@@ -184,16 +171,17 @@ def prepare_block_sparse(weight: BlockSparse, dtype: torch.dtype, given: Feature
     if not _supported(given):
         return _dequantized(weight, dtype)
     values, starts, columns = weight.blocks, weight.row_starts.long(), weight.columns.long()
-    if values.shape[1] < arrangement.STRIP:
-        values, starts, columns = arrangement.taller_blocks(values, starts, columns)
-    arguments = (arrangement.blocks(values, starts, dtype), starts, columns, weight.out_features)
+    if values.shape[1] < packing.PANEL_ROWS:
+        values, starts, columns = packing.taller_blocks(values, starts, columns)
+    arguments = (packing.blocks(values, starts, dtype), starts, columns, weight.out_features)
     return _prepared("linear_block_sparse", arguments, weight)
 
 
 def prepare_low_rank(weight: LowRank, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+    """Both matrices in words, as `BlockSparse` whose blocks are all there."""
     if not _supported(given):
         return _dequantized(weight, dtype)
-    arguments = (arrangement.whole(weight.down, dtype), arrangement.whole(weight.up, dtype))
+    arguments = (packing.whole(weight.down, dtype), packing.whole(weight.up, dtype))
     return Prepared("linear_low_rank", arguments, weight.out_features, weight.in_features)
 
 

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels import reference
-from fastserve_kernels.cpu.kernels import arrangement
+from fastserve_kernels.cpu.kernels import packing
 
 if TYPE_CHECKING:
     from fastserve_kernels.cpu.kernels.kernel import Kernel
 
 WIDEST_SINGLE_ROW = 1024
 """oneDNN adds up a wider single row in another order than several rows; rounding hides most of it."""
-LEAST_PARALLEL = 1 << 18
+MIN_PARALLEL = 1 << 18
 """Products that are worth a second thread: it takes a microsecond to get one."""
 RUN_BYTES = 1 << 19
-"""Of weights that lie together and go to one thread, at least, if there are enough for all; of a single
+"""Bytes of weights that lie together and go to one thread, at least, if there are enough for all; of a single
 token, for several take as long by fewer."""
 RUNS_PER_THREAD = 8
-"""So that the threads end together."""
+"""Runs of a thread, at least, so that the threads end together."""
 
 KernelFor = Callable[[torch.dtype, "torch.dtype | None"], "Kernel"]
 """Compiles a kernel for the dtype of the activations and that of the scales, once. Each of these imports its
@@ -33,16 +33,16 @@ CPU."""
 
 @functools.cache
 def _nibbles_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
-    from fastserve_kernels.cpu.kernels.linear import linear_nibbles
+    from fastserve_kernels.cpu.kernels.linear import linear_quantized
 
-    return linear_nibbles(dtype, stored)
+    return linear_quantized(dtype, stored, "Nibbles")
 
 
 @functools.cache
 def _codes_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
-    from fastserve_kernels.cpu.kernels.linear import linear_codes
+    from fastserve_kernels.cpu.kernels.linear import linear_quantized
 
-    return linear_codes(dtype, stored)
+    return linear_quantized(dtype, stored, "Codes")
 
 
 @functools.cache
@@ -68,17 +68,17 @@ def _quads_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
 
 @functools.cache
 def _int4_table(dtype: torch.dtype) -> Tensor:
-    return arrangement.nibble_table(torch.arange(16) - 8, dtype)
+    return packing.nibble_table(torch.arange(16) - 8, dtype)
 
 
 @functools.cache
 def _int8_table() -> Tensor:
-    return arrangement.code_table(torch.arange(128) + 0.5)
+    return packing.code_table(torch.arange(128) + 0.5)
 
 
 @functools.cache
 def _fp8_table() -> Tensor:
-    return arrangement.code_table(torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float())
+    return packing.code_table(torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float())
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -97,7 +97,7 @@ def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) 
 
 
 def _check_words(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.dtype != arrangement.word_dtype(x.dtype):
+    if tensor.dtype != packing.word_dtype(x.dtype):
         raise ValueError(f"{name} were prepared as {tensor.dtype}, which does not go with x of {x.dtype}")
 
 
@@ -119,7 +119,7 @@ def _run(
     if tokens == 0:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    in_parallel = tokens * in_features * out_features >= LEAST_PARALLEL
+    in_parallel = tokens * in_features * out_features >= MIN_PARALLEL
     threads = torch.get_num_threads() if in_parallel else 1
     kernel_for(x.dtype, stored)(
         in_parallel,
@@ -132,7 +132,7 @@ def _run(
         out_features,
         in_features,
         x.stride(0),
-        _strips_of_a_run(tokens, out_features, weight[0], threads),
+        _panels_of_a_run(tokens, out_features, weight[0], threads),
         threads,
         bias is not None,
         residual is not None,
@@ -141,10 +141,10 @@ def _run(
     return out
 
 
-def _strips_of_a_run(tokens: int, out_features: int, weight: Tensor | None, threads: int) -> int:
-    strips = -(-out_features // arrangement.STRIP)
+def _panels_of_a_run(tokens: int, out_features: int, weight: Tensor | None, threads: int) -> int:
+    panels = -(-out_features // packing.PANEL_ROWS)
     nbytes = tokens * (0 if weight is None else weight.nbytes)
-    return max(1, min(RUN_BYTES * strips // max(1, nbytes), strips // (RUNS_PER_THREAD * threads)))
+    return max(1, min(RUN_BYTES * panels // max(1, nbytes), panels // (RUNS_PER_THREAD * threads)))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -184,6 +184,7 @@ def linear_nf4(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """`reference.linear_nf4` on a CPU."""
     _check_words("codebook", codebook, x)
     weight, numbers = (codes, codebook, scales, None), (group_size, 0.0, False)
     return _run(_nibbles_kernel, x, weight, out_features, bias, residual, numbers, scales.dtype)
@@ -199,6 +200,7 @@ def linear_int8(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """`reference.linear_int8` on a CPU."""
     weight, numbers = (values, _int8_table(), scales, zeros), (group_size, 0.5, zeros is not None)
     return _run(_codes_kernel, x, weight, out_features, bias, residual, numbers, scales.dtype)
 
@@ -218,6 +220,7 @@ def linear_int_rows(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """`reference.linear_int_rows` on a CPU: panels of 4 bits and panels of 8, in one kernel."""
     of_narrow = (narrow, _int4_table(x.dtype), narrow_scales, narrow_zeros)
     weight = (*of_narrow, wide, _int8_table(), wide_scales, wide_zeros, rows)
     has_zeros = narrow_zeros is not None or wide_zeros is not None
@@ -236,6 +239,7 @@ def linear_fp8(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """`reference.linear_fp8` on a CPU."""
     weight, numbers = (values, _fp8_table(), scales, None), (group_size, 0.0, False)
     return _run(_codes_kernel, x, weight, out_features, bias, residual, numbers, scales.dtype)
 
@@ -248,6 +252,7 @@ def linear_w8a8(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """`reference.linear_w8a8` on a CPU: exact sums of int8 products in 32 bits."""
     return _run(_quads_kernel, x, (values, scales), out_features, bias, residual)
 
 
@@ -260,6 +265,7 @@ def linear_block_sparse(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """`reference.linear_block_sparse` on a CPU."""
     _check_words("blocks", blocks, x)
     weight, numbers = (blocks, row_starts, columns), tuple(blocks.shape[1:])
     return _run(_blocks_kernel, x, weight, out_features, bias, residual, numbers)
@@ -268,15 +274,15 @@ def linear_block_sparse(
 @functools.cache
 def _all_blocks(out_features: int, block_columns: int) -> tuple[Tensor, Tensor]:
     """row_starts and columns of a matrix whose blocks are all there."""
-    strips = -(-out_features // arrangement.STRIP)
-    return torch.arange(strips + 1) * block_columns, torch.arange(block_columns).repeat(strips)
+    panels = -(-out_features // packing.PANEL_ROWS)
+    return torch.arange(panels + 1) * block_columns, torch.arange(block_columns).repeat(panels)
 
 
 def _linear_whole(x: Tensor, matrix: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     _check_words("down and up", matrix, x)
     out_features, columns = matrix.shape
-    weight = (matrix, *_all_blocks(out_features, columns // arrangement.BLOCK))
-    numbers = (arrangement.STRIP, arrangement.BLOCK)
+    weight = (matrix, *_all_blocks(out_features, columns // packing.BLOCK))
+    numbers = (packing.PANEL_ROWS, packing.BLOCK)
     return _run(_blocks_kernel, x, weight, out_features, bias, residual, numbers)
 
 
