@@ -9,20 +9,7 @@ from typing import Any
 
 import torch
 
-from fastserve_kernels import reference
-from fastserve_kernels.formats import (
-    FP8,
-    NF4,
-    W8A8,
-    Bitmap,
-    BlockSparse,
-    Int4,
-    Int8,
-    IntRows,
-    LowRank,
-    Sparse24,
-    Sparse24Int4,
-)
+from fastserve_kernels import formats, reference
 from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu import (
@@ -67,17 +54,17 @@ IMPLEMENTATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
 """What an operator does on a GPU, by its function in `reference`."""
 
 PREPARE: Mapping[type[Weight], Callable[[Any, torch.device, torch.dtype], Prepared]] = {
-    Int4: int4_linear.prepare,
-    Int8: int8_linear.prepare,
-    IntRows: int_rows_linear.prepare,
-    NF4: int4_linear.prepare,
-    FP8: int8_linear.prepare,
-    W8A8: w8a8.prepare,
-    Sparse24: sparse24.prepare,
-    Sparse24Int4: sparse24.prepare,
-    BlockSparse: block_sparse.prepare,
-    Bitmap: bitmap.prepare,
-    LowRank: low_rank.prepare,
+    formats.Int4: int4_linear.linear_int4.prepare,
+    formats.Int8: int8_linear.linear_int8.prepare,
+    formats.IntRows: int_rows_linear.prepare,
+    formats.NF4: int4_linear.linear_nf4.prepare,
+    formats.FP8: int8_linear.linear_fp8.prepare,
+    formats.W8A8: w8a8.prepare,
+    formats.Sparse24: sparse24.prepare,
+    formats.Sparse24Int4: sparse24.prepare,
+    formats.BlockSparse: block_sparse.prepare,
+    formats.Bitmap: bitmap.prepare,
+    formats.LowRank: low_rank.prepare,
 }
 """What packs a weight for a GPU and activations of a dtype, by the weight's type."""
 
