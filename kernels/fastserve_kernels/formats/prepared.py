@@ -12,7 +12,7 @@ class Prepared:
     """What `ops.linear` takes; made by `preparation.prepare`, for one device and dtype of activations."""
 
     operator: str
-    """As in torch.ops.fastserve: "linear_int4"."""
+    """The operator's name in torch.ops.fastserve: "linear_int4"."""
     arguments: tuple[Tensor | int | None, ...]
     """What the operator takes between x and bias, packed for the device."""
     out_features: int
