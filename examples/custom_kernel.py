@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastserve_kernels import ops
-from fastserve_kernels.formats.prepared import prepare
-from fastserve_kernels.formats.weight import FLOATS, Weight, check_even, check_tensor, check_weight
+from fastserve_kernels.formats.weight import FLOATS, MatrixWeight, check_even, check_tensor, check_weight
+from fastserve_kernels.preparation import prepare
 from fastserve_kernels.registration import register_format
 
 CODES_PER_BYTE = 4
@@ -28,7 +28,7 @@ BLOCK_M, BLOCK_N, BLOCK_K = 16, 64, 64
 
 
 @dataclass(frozen=True, eq=False)
-class Ternary(Weight):
+class Ternary(MatrixWeight):
     """w = (code - 1) * scale, with codes 0, 1 and 2."""
 
     codes: Tensor
@@ -37,6 +37,7 @@ class Ternary(Weight):
     """[N] float32."""
 
     operator: ClassVar[str] = "ternary::linear"
+    columns_per_element: ClassVar[int] = CODES_PER_BYTE
 
     @classmethod
     def pack(cls, weight: Tensor) -> Ternary:
@@ -57,18 +58,12 @@ class Ternary(Weight):
         check_tensor("Ternary.scales", self.scales, (n,), FLOATS[:1])
 
     @property
-    def out_features(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return CODES_PER_BYTE * self.codes.shape[1]
-
-    @property
     def arguments(self) -> tuple[Tensor | int | None, ...]:
+        """What `linear_ternary` takes between x and bias."""
         return (self.codes, self.scales)
 
     def dequantize(self) -> Tensor:
+        """(code - 1) * scale: [N, K] float32."""
         shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=self.codes.device)
         codes = (self.codes[:, :, None] >> shifts & 3).flatten(1)
         return (codes.float() - 1) * self.scales[:, None]
@@ -80,8 +75,8 @@ def linear_ternary(
 ) -> Tensor:
     """x [T, K] times the weight transposed, plus bias [N] and residual [T, N]. Sums are float32."""
     y = x.float() @ Ternary(codes, scales).dequantize().T
-    for addend in (bias, residual):
-        y = y if addend is None else y + addend.float()
+    for term in (bias, residual):
+        y = y if term is None else y + term.float()
     return y.to(x.dtype)
 
 
@@ -94,7 +89,7 @@ def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: T
 def linear_ternary_gpu(
     x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """The same by the Triton kernel; interpreted, it takes tensors of a CPU."""
+    """`linear_ternary` by the Triton kernel; interpreted, it takes tensors of a CPU."""
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     m, n, k = x.shape[0], codes.shape[0], x.shape[1]

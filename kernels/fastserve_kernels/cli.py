@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def argument_parser() -> argparse.ArgumentParser:
+    """The parser of `fastserve-kernels`; each command sets `run`."""
     parser = argparse.ArgumentParser(
         prog="fastserve-kernels", description="The Triton kernels: compiled ahead, tuned, measured."
     )

@@ -1,12 +1,13 @@
 """The public functions. They check no more than torch does: callers pass the shapes and dtypes named here.
 
-Each is an operator of torch.ops.fastserve: one implementation for a CPU, one for a GPU of NVIDIA, and
-`reference` for any other device.
+Each is an operator of torch.ops.fastserve, whose schema is the annotated signature of its function in
+`reference`. `_define` registers all of its implementations: that of `cpu`; that of `gpu.registry` on a GPU of
+NVIDIA; the function of `reference` on any other device, and where there is none of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,51 +15,55 @@ from torch import Tensor
 
 from fastserve_kernels import reference
 from fastserve_kernels.attention_metadata import AttentionMetadata
+from fastserve_kernels.cpu import linears, operators, sampling
 from fastserve_kernels.formats.prepared import Prepared
-from fastserve_kernels.implementations import (
-    CPU_MODULES,
-    GPU_MODULES,
-    cpu_module,
-    gpu_module,
-    imported_at_first_call,
-)
+from fastserve_kernels.triton_requirement import require_triton
+
+Function = Callable[..., Any]
 
 _library = torch.library.Library("fastserve", "DEF")
 
 
-def _define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Defines an operator with all its implementations.
+def _define(
+    function: Function,
+    fake: Function,
+    cpu: Function | None = None,
+    gpu: bool = True,
+    mutates: tuple[str, ...] = (),
+) -> Function:
+    """Defines the operator of a function of `reference`; `mutates` are the parameters that it writes to.
 
     Gives the one overload that it has: to find it at each call would cost 0.3 us.
     """
-    name = schema[: schema.index("(")]
-    _library.define(schema)
+    name = function.__name__
+    schema = torch.library.infer_schema(function, mutates_args=mutates)
+    # Integers are a layer's sizes, the same at each call: nothing need be traced through them.
+    _library.define(name + schema.replace("SymInt", "int"))
     torch.library.register_fake(f"fastserve::{name}", fake, lib=_library)
-    _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-    if name in CPU_MODULES:
-        _library.impl(name, imported_at_first_call(name, cpu_module), "CPU")
-    if name in GPU_MODULES:
-        _library.impl(name, imported_at_first_call(name, gpu_module), "CUDA")
-    overload: Callable[..., Any] = getattr(torch.ops.fastserve, name).default
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    if cpu is not None:
+        _library.impl(name, cpu, "CPU")
+    if gpu:
+        _library.impl(name, _triton_implementation(function), "CUDA")
+    overload: Function = getattr(torch.ops.fastserve, name).default
     return overload
 
 
-_WEIGHTS = {
-    "linear": "Tensor weight",
-    "linear_int4": "Tensor codes, Tensor scales, Tensor? zeros, int out_features, int group_size",
-    "linear_int8": "Tensor values, Tensor scales, Tensor? zeros, int out_features, int group_size",
-    "linear_int_rows": "Tensor? narrow, Tensor? narrow_scales, Tensor? narrow_zeros, Tensor? wide, "
-    "Tensor? wide_scales, Tensor? wide_zeros, Tensor rows, int out_features, int narrow_rows, int group_size",
-    "linear_nf4": "Tensor codes, Tensor scales, Tensor codebook, int out_features, int group_size",
-    "linear_fp8": "Tensor values, Tensor scales, int out_features, int group_size",
-    "linear_w8a8": "Tensor values, Tensor scales, int out_features",
-    "linear_sparse24": "Tensor values, Tensor indices, int out_features",
-    "linear_sparse24_int4": "Tensor codes, Tensor indices, Tensor scales, int out_features, int group_size",
-    "linear_block_sparse": "Tensor blocks, Tensor row_starts, Tensor columns, int out_features",
-    "linear_bitmap": "Tensor values, Tensor mask, Tensor row_starts, int out_features",
-    "linear_low_rank": "Tensor down, Tensor up",
-}
-"""What the operator of each format takes between x and bias."""
+def _triton_implementation(function: Function) -> Function:
+    """The function's entry in `gpu.registry`, which is imported at the first call: Triton's compiler takes
+    longer to import than all the rest."""
+    implementation: Function | None = None
+
+    def call(*arguments: Any) -> Any:
+        nonlocal implementation
+        if implementation is None:
+            require_triton(function.__name__)
+            from fastserve_kernels.gpu.registry import IMPLEMENTATIONS
+
+            implementation = IMPLEMENTATIONS[function]
+        return implementation(*arguments)
+
+    return call
 
 
 def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
@@ -68,59 +73,79 @@ def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight[-1].shape[0] if out_features is None else out_features)
 
 
-LINEARS = {
-    name: _define(f"{name}(Tensor x, {weight}, Tensor? bias, Tensor? residual) -> Tensor", _fake_linear)
-    for name, weight in _WEIGHTS.items()
+_CPU_LINEARS: Mapping[Function, Function | None] = {
+    reference.linear_int4: linears.linear_int4,
+    reference.linear_int8: linears.linear_int8,
+    reference.linear_int_rows: linears.linear_int_rows,
+    reference.linear_nf4: linears.linear_nf4,
+    reference.linear_fp8: linears.linear_fp8,
+    reference.linear_w8a8: linears.linear_w8a8,
+    reference.linear_sparse24: None,
+    reference.linear_sparse24_int4: None,
+    reference.linear_block_sparse: linears.linear_block_sparse,
+    reference.linear_bitmap: None,
+    reference.linear_low_rank: linears.linear_low_rank,
+}
+"""The CPU's implementation of each; None for what `prepare` makes another format's weight on a CPU."""
+
+LINEARS: dict[str, Function] = {
+    "linear": _define(reference.linear, _fake_linear, linears.linear, gpu=False),
+    **{function.__name__: _define(function, _fake_linear, cpu) for function, cpu in _CPU_LINEARS.items()},
 }
 """What multiplies by a weight, by the operator that its format names; `registration` adds to it."""
 # Where a CPU's dense weight lies in oneDNN's blocks, torch's dispatcher takes this key before the CPU's.
-_library.impl("linear", imported_at_first_call("linear", cpu_module), "MkldnnCPU")
+_library.impl("linear", linears.linear, "MkldnnCPU")
 
 _rms_norm = _define(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    reference.rms_norm,
     lambda x, weight, eps: x.new_empty(x.shape),
+    operators.rms_norm,
 )
 _add_rms_norm = _define(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    reference.add_rms_norm,
     lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    operators.add_rms_norm,
 )
 _swiglu = _define(
-    "swiglu(Tensor gate_up) -> Tensor",
+    reference.swiglu,
     lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
+    operators.swiglu,
 )
 _rotary = _define(
-    "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    reference.rotary,
     lambda q, k, cos, sin: (q.new_empty(q.shape), k.new_empty(k.shape)),
 )
 _write_kv = _define(
-    "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
-    "Tensor? k_scale, Tensor? v_scale) -> ()",
+    reference.write_kv,
     lambda *_: None,
+    operators.write_kv,
+    mutates=("k_cache", "v_cache"),
 )
 _rotary_write_kv = _define(
-    "rotary_write_kv(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, "
-    "Tensor(b!) v_cache, Tensor slot_mapping, Tensor? k_scale, Tensor? v_scale) -> Tensor",
+    reference.rotary_write_kv,
     lambda q, *_: q.new_empty(q.shape),
+    operators.rotary_write_kv,
+    mutates=("k_cache", "v_cache"),
 )
 _paged_attention = _define(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor query_start, Tensor context_lens, "
-    "Tensor block_tables, float scale, int? sliding_window, float? softcap, Tensor? k_scale, "
-    "Tensor? v_scale) -> Tensor",
+    reference.paged_attention,
     lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]),
+    operators.paged_attention,
 )
 _sample = _define(
-    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor uniform) "
-    "-> Tensor",
+    reference.sample,
     lambda logits, *_: logits.new_empty(len(logits), dtype=torch.int64),
+    sampling.sample,
 )
 _log_probs = _define(
-    "log_probs(Tensor logits, Tensor token_ids, int k) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.log_probs,
     lambda logits, token_ids, k: (
         logits.new_empty(len(logits), dtype=torch.float32),
         logits.new_empty(len(logits), dtype=torch.int64),
         logits.new_empty(len(logits), k, dtype=torch.int64),
         logits.new_empty(len(logits), k, dtype=torch.float32),
     ),
+    sampling.log_probs,
 )
 
 

@@ -19,7 +19,7 @@ from fastserve_kernels.formats import (
     Weight,
 )
 
-LEAST_TEMPERATURE = 1e-5
+MIN_TEMPERATURE = 1e-5
 """Lower ones, which might overflow, count as this."""
 
 
@@ -55,6 +55,7 @@ def linear_int4(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """x [T, K] by an `Int4` (uint8 codes [N, K / 2]), bias [N], residual [T, N]: [T, N] of x's dtype."""
     return _product(x, Int4(codes, scales, zeros, group_size), bias, residual)
 
 
@@ -68,6 +69,7 @@ def linear_int8(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """x [T, K] by an `Int8` (int8 values [N, K]), bias [N], residual [T, N]: [T, N] of x's dtype."""
     return _product(x, Int8(values, scales, zeros, group_size), bias, residual)
 
 
@@ -105,6 +107,7 @@ def linear_nf4(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """x [T, K] by an `NF4` (uint8 codes [N, K / 2], codebook [16]), bias, residual: [T, N]."""
     return _product(x, NF4(codes, scales, codebook, group_size), bias, residual)
 
 
@@ -117,6 +120,7 @@ def linear_fp8(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """x [T, K] by an `FP8` (float8_e4m3fn values [N, K]), bias [N], residual [T, N]: [T, N]."""
     return _product(x, FP8(values, scales, group_size), bias, residual)
 
 
@@ -128,6 +132,10 @@ def linear_w8a8(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """x [T, K], rounded to int8 token by token, by a `W8A8`, bias [N], residual [T, N]: [T, N].
+
+    The scale of a token is max|x| / 127; halves are rounded to even, and sums of integers are exact.
+    """
     step = x.float().abs().amax(-1, keepdim=True) / 127
     rounded = (x.float() / step).round().masked_fill(step == 0, 0.0)
     total = rounded.double() @ values.double().T  # integers below 2^53: exact
@@ -142,6 +150,7 @@ def linear_sparse24(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """x [T, K] by a `Sparse24` (values [N, K / 2], indices [N, K / 8]), bias, residual: [T, N]."""
     return _product(x, Sparse24(values, indices), bias, residual)
 
 
@@ -155,6 +164,7 @@ def linear_sparse24_int4(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """x [T, K] by a `Sparse24Int4` (uint8 codes [N, K / 4]), bias, residual: [T, N]."""
     return _product(x, Sparse24Int4(codes, indices, scales, group_size), bias, residual)
 
 
@@ -167,6 +177,7 @@ def linear_block_sparse(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """x [T, K] by a `BlockSparse` (blocks [B, bn, bk]), bias [N], residual [T, N]: [T, N]."""
     weight = BlockSparse(blocks, row_starts, columns, (out_features, x.shape[1]))
     return _product(x, weight, bias, residual)
 
@@ -180,27 +191,32 @@ def linear_bitmap(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """x [T, K] by a `Bitmap` (values [nnz], mask [N, ceil(K / 8)]), bias, residual: [T, N]."""
     return _product(x, Bitmap(values, mask, row_starts, x.shape[1]), bias, residual)
 
 
 def linear_low_rank(
     x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
+    """x [T, K] by a `LowRank`, down [R, K] then up [N, R], bias [N], residual [T, N]: [T, N]."""
     return _finish(x.float() @ down.float().T @ up.float().T, x.dtype, bias, residual)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`ops.rms_norm`: the normed x is rounded to its dtype before the weight, as LlamaRMSNorm does."""
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`ops.add_rms_norm`: the sum is rounded to x's dtype before it is normed."""
     total = x + residual
     return rms_norm(total, weight, eps), total
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
+    """`ops.swiglu`: silu is rounded to the dtype before the product."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
@@ -214,6 +230,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`ops.rotary`: both products are rounded, and so is their sum."""
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
@@ -226,6 +243,7 @@ def write_kv(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
+    """`ops.write_kv`."""
     for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
         finite = torch.where(new.isfinite(), new, 0.0)
         stored = finite.to(cache.dtype) if scale is None else _quantize(finite, scale, cache.dtype)
@@ -252,6 +270,7 @@ def rotary_write_kv(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> Tensor:
+    """`ops.rotary_write_kv`."""
     q, k = rotary(q, k, cos, sin)
     write_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     return q
@@ -270,6 +289,10 @@ def paged_attention(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> Tensor:
+    """`ops.paged_attention`, sequence by sequence; the parameters are the fields of `AttentionMetadata`.
+
+    query_start is [B + 1], context_lens [B], block_tables [B, width]; scores and softmax are float32.
+    """
     group = q.shape[1] // k_cache.shape[2]
     out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
     starts = query_start.tolist()
@@ -301,9 +324,10 @@ def _cached(cache: Tensor, scale: Tensor | None, blocks: Tensor, context_len: in
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
 ) -> Tensor:
+    """`ops.sample`, by a stable sort of each row and probabilities in float64."""
     greedy = temperature == 0
     filtered = (top_k > 0) | (top_p < 1) | (min_p > 0)
-    scaled = logits.float() / temperature.float().clamp(min=LEAST_TEMPERATURE)[:, None]
+    scaled = logits.float() / temperature.float().clamp(min=MIN_TEMPERATURE)[:, None]
     vocabulary = logits.shape[-1]
     place = torch.arange(vocabulary, device=logits.device)
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
@@ -325,6 +349,7 @@ def sample(
 
 
 def log_probs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ops.log_probs`, by a stable sort of each row."""
     logits = logits.float()
     logprobs = logits.log_softmax(-1)
     chosen = token_ids[:, None]

@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels import ops
-from fastserve_kernels.formats.prepared import ARRANGEMENTS, Prepared
+from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.formats.weight_io import FORMATS
+from fastserve_kernels.preparation import REGISTERED
 
-Arrange = Callable[[Weight, torch.dtype], Prepared]
-"""`prepare` for one format: the weight is on its device already, the dtype is that of the activations."""
+Prepare = Callable[[Weight, torch.dtype], Prepared]
+"""`preparation.prepare` for one format: the weight is on its device already, the dtype is that of the
+activations."""
 
 
 def register_format(
-    kind: type[Weight], linear: Callable[..., Tensor], arrange: Arrange | None = None
+    kind: type[Weight], linear: Callable[..., Tensor], prepare: Prepare | None = None
 ) -> None:
     """Makes a format known: `prepare` and `ops.linear` take it, and it is stored as `weight_tensors` does.
 
     `linear(x, *arguments, bias, residual) -> Tensor` multiplies by it, as `ops.linear` says: an operator of
-    torch.library, so that torch picks the implementation by the device and can trace it. `arrange` gives the
+    torch.library, so that torch picks the implementation by the device and can trace it. `prepare` gives the
     weight as `linear` wants it on the device; without it the arguments are those of `kind.arguments`.
 
     Raises ValueError if there is another format of that name, or another operator of that name.
@@ -34,7 +36,7 @@ def register_format(
         raise ValueError(f"there is an operator {kind.operator} already: {ops.LINEARS[kind.operator]}")
     FORMATS[kind.__name__] = kind
     ops.LINEARS[kind.operator] = linear
-    ARRANGEMENTS[kind.operator] = arrange or _plain
+    REGISTERED[kind] = prepare or _plain
 
 
 def _plain(weight: Any, dtype: torch.dtype) -> Prepared:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastserve_kernels import ops
 from fastserve_kernels.formats import Dense
-from fastserve_kernels.formats.prepared import prepare
 from fastserve_kernels.formats.weight_io import weight_from_tensors, weight_tensors
+from fastserve_kernels.preparation import prepare
 from fastserve_kernels.registration import register_format
 
 

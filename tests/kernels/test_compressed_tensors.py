@@ -175,7 +175,7 @@ def test_words_of_old_versions_that_begin_with_a_new_code(bits: int, per_word: i
 
 
 def test_literal_sparse_bitmasks() -> None:
-    """As version 0.12 of the library wrote them, bit 0 for the first column."""
+    """Bitmaps as version 0.12 of the library wrote them, bit 0 for the first column."""
     dense = torch.tensor([[1.0, 0, 2, 0, 0, 3, 4, 0], [0, 0, -5, 6, 7, 8, 0, 0]])
     values = torch.tensor([1.0, 2, 3, 4, -5, 6, 7, 8])
     bitmask = torch.tensor([[0b01100101], [0b00111100]], dtype=torch.uint8)

@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def results(batch: Any, cache_dtype: torch.dtype) -> list[Tensor]:
-    """Of all kernels, on inputs as large as the batch's queries."""
+    """The results of all kernels, on inputs as large as the batch's queries."""
     dtype, tokens = batch.q.dtype, len(batch.q)
     torch.manual_seed(1)
     x, residual = torch.randn(2, tokens, 576).to(dtype)
@@ -48,11 +48,11 @@ def test_threads_make_no_difference(
     dtype: torch.dtype, cache_dtype: torch.dtype, make_batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = make_batch([1, 150, 1, 70], [20, 150, 300, 100], dtype=dtype)
-    monkeypatch.setattr(cpu, "LEAST_PARALLEL", 1)
-    monkeypatch.setattr(cpu, "LEAST_PARALLEL_KEYS", 1)
+    monkeypatch.setattr(cpu, "MIN_PARALLEL", 1)
+    monkeypatch.setattr(cpu, "MIN_PARALLEL_KEYS", 1)
     in_parallel = results(batch, cache_dtype)
-    monkeypatch.setattr(cpu, "LEAST_PARALLEL", 1 << 40)
-    monkeypatch.setattr(cpu, "LEAST_PARALLEL_KEYS", 1 << 40)
+    monkeypatch.setattr(cpu, "MIN_PARALLEL", 1 << 40)
+    monkeypatch.setattr(cpu, "MIN_PARALLEL_KEYS", 1 << 40)
     for came, wanted in zip(in_parallel, results(batch, cache_dtype), strict=True):
         assert torch.equal(came, wanted)
 

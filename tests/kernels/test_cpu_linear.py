@@ -1,4 +1,4 @@
-"""What is particular to the linears of a CPU: a row by itself, threads, arrangements, and other
+"""What is particular to the linears of a CPU: a row by itself, threads, packing, and other
 processors."""
 
 from __future__ import annotations
@@ -10,28 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve_kernels import ops, reference
-from fastserve_kernels.cpu import linear_preparation as cpu_linear
-from fastserve_kernels.cpu.kernels import features
-from fastserve_kernels.formats import (
-    FP8,
-    NF4,
-    W8A8,
-    Bitmap,
-    BlockSparse,
-    Int4,
-    Int8,
-    IntRows,
-    LowRank,
-    Sparse24,
-    Sparse24Int4,
-    Weight,
-)
-from fastserve_kernels.formats.prepared import prepare
+from fastserve_kernels import formats, ops, reference
+from fastserve_kernels.cpu import linear_preparation, linears
+from fastserve_kernels.cpu.kernels import cpu_features
+from fastserve_kernels.formats import Weight
+from fastserve_kernels.preparation import prepare
 
 pytestmark = pytest.mark.usefixtures("poison")
 native = pytest.mark.skipif(
-    not features.supported(features.of_host()), reason="this processor lacks extensions of AVX-512"
+    not cpu_features.supported(cpu_features.host_features()),
+    reason="this processor lacks extensions of AVX-512",
 )
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -43,21 +31,23 @@ def widths(rows: int) -> Tensor:
 
 
 FORMATS: dict[str, Callable[[Tensor], Weight]] = {
-    "int4": lambda weight: Int4.pack(weight, 32),
-    "int4 with zeros": lambda weight: Int4.pack(weight, None, symmetric=False),
-    "nf4": lambda weight: NF4.pack(weight, None),
-    "int8": lambda weight: Int8.pack(weight, 32),
-    "int8 with zeros": lambda weight: Int8.pack(weight, None, symmetric=False),
-    "int rows": lambda weight: IntRows.pack(weight, widths(len(weight)), 32),
-    "int rows with zeros": lambda weight: IntRows.pack(weight, widths(len(weight)), None, symmetric=False),
-    "fp8": lambda weight: FP8.pack(weight, None),
-    "w8a8": W8A8.pack,
-    "sparse24": Sparse24.pack,
-    "sparse24 int4": lambda weight: Sparse24Int4.pack(weight, 32),
-    "block sparse": lambda weight: BlockSparse.pack(weight, (16, 32), 0.5),
-    "tall blocks": lambda weight: BlockSparse.pack(weight, (64, 16), 0.3),
-    "bitmap": lambda weight: Bitmap.pack(weight, density=0.4),
-    "low rank": lambda weight: LowRank.pack(weight, 37),
+    "int4": lambda weight: formats.Int4.pack(weight, 32),
+    "int4 with zeros": lambda weight: formats.Int4.pack(weight, None, symmetric=False),
+    "nf4": lambda weight: formats.NF4.pack(weight, None),
+    "int8": lambda weight: formats.Int8.pack(weight, 32),
+    "int8 with zeros": lambda weight: formats.Int8.pack(weight, None, symmetric=False),
+    "int rows": lambda weight: formats.IntRows.pack(weight, widths(len(weight)), 32),
+    "int rows with zeros": lambda weight: formats.IntRows.pack(
+        weight, widths(len(weight)), None, symmetric=False
+    ),
+    "fp8": lambda weight: formats.FP8.pack(weight, None),
+    "w8a8": formats.W8A8.pack,
+    "sparse24": formats.Sparse24.pack,
+    "sparse24 int4": lambda weight: formats.Sparse24Int4.pack(weight, 32),
+    "block sparse": lambda weight: formats.BlockSparse.pack(weight, (16, 32), 0.5),
+    "tall blocks": lambda weight: formats.BlockSparse.pack(weight, (64, 16), 0.3),
+    "bitmap": lambda weight: formats.Bitmap.pack(weight, density=0.4),
+    "low rank": lambda weight: formats.LowRank.pack(weight, 37),
 }
 
 
@@ -76,9 +66,9 @@ def test_a_row_does_not_depend_on_the_others(
     for rows in (*range(1, 10), 16, 17, 31, 64, 66, 256, 258):
         assert torch.equal(ops.linear(x[:rows], weight), together[:rows]), rows
         assert torch.equal(ops.linear(x[-rows:], weight), together[-rows:]), rows
-    monkeypatch.setattr(cpu_linear, "LEAST_PARALLEL", 1)
+    monkeypatch.setattr(linears, "MIN_PARALLEL", 1)
     assert torch.equal(ops.linear(x, weight), together)
-    monkeypatch.setattr(cpu_linear, "LEAST_PARALLEL", 1 << 60)
+    monkeypatch.setattr(linears, "MIN_PARALLEL", 1 << 60)
     assert torch.equal(ops.linear(x, weight), together)
 
 
@@ -90,17 +80,17 @@ def test_odd_shapes(
 ) -> None:
     plain = torch.randn(shape)
     packs: list[Callable[[Tensor], Weight]] = [
-        lambda weight: Int4.pack(weight, None),
-        lambda weight: Int8.pack(weight, None),
-        lambda weight: Int8.pack(weight[:, :-1], None, symmetric=False),
-        lambda weight: IntRows.pack(weight, widths(len(weight)), None),
-        lambda weight: IntRows.pack(weight[:, :-1], widths(len(weight)), None, symmetric=False),
-        lambda weight: FP8.pack(weight[:, :-1], None),
-        lambda weight: LowRank.pack(weight[:, :-1], (min(weight.shape) + 1) // 2),
+        lambda weight: formats.Int4.pack(weight, None),
+        lambda weight: formats.Int8.pack(weight, None),
+        lambda weight: formats.Int8.pack(weight[:, :-1], None, symmetric=False),
+        lambda weight: formats.IntRows.pack(weight, widths(len(weight)), None),
+        lambda weight: formats.IntRows.pack(weight[:, :-1], widths(len(weight)), None, symmetric=False),
+        lambda weight: formats.FP8.pack(weight[:, :-1], None),
+        lambda weight: formats.LowRank.pack(weight[:, :-1], (min(weight.shape) + 1) // 2),
     ]
     for pack in packs:
         weight = pack(plain.to(dtype))
-        roundings = 2 if isinstance(weight, LowRank) else 1  # which few outputs do not even out
+        roundings = 2 if isinstance(weight, formats.LowRank) else 1  # which few outputs do not even out
         for rows in (1, 3, 17):
             x = torch.randn(rows, weight.in_features).to(dtype)
             came = ops.linear(x, prepare(weight, "cpu", dtype))
@@ -115,8 +105,8 @@ def test_scales_of_another_dtype(
 ) -> None:
     x = torch.randn(5, 256)
     for weight in (
-        Int4.pack(torch.randn(64, 256), 64, False, scale_dtype),
-        Int8.pack(torch.randn(64, 256), 64, False, scale_dtype),
+        formats.Int4.pack(torch.randn(64, 256), 64, False, scale_dtype),
+        formats.Int8.pack(torch.randn(64, 256), 64, False, scale_dtype),
     ):
         wanted = x.double() @ weight.dequantize().double().T
         assert rel_rms(ops.linear(x, prepare(weight, "cpu", torch.float32)), wanted) < 1e-5
@@ -129,26 +119,26 @@ def test_every_code_stands_for_its_value(dtype: torch.dtype) -> None:
     x = torch.eye(256).to(dtype)
     integers = torch.arange(-128, 128, dtype=torch.int8).repeat(2, 1)
     ones = torch.ones(2, 1)
-    came = ops.linear(x, prepare(Int8(integers, ones, None, 256), "cpu", dtype))
+    came = ops.linear(x, prepare(formats.Int8(integers, ones, None, 256), "cpu", dtype))
     assert torch.equal(came, integers.T.to(dtype))
     zeros = torch.tensor([[-128.0], [3.25]])
-    came = ops.linear(x, prepare(Int8(integers, ones, zeros, 256), "cpu", dtype))
+    came = ops.linear(x, prepare(formats.Int8(integers, ones, zeros, 256), "cpu", dtype))
     assert torch.equal(came, (integers.T - zeros.T).to(dtype))
     bits = torch.arange(256, dtype=torch.uint8)
     floats = bits[(bits & 0x7F) != 0x7F].view(torch.float8_e4m3fn).repeat(2, 1)
-    came = ops.linear(x[:254, :254], prepare(FP8(floats, ones, 254), "cpu", dtype))
+    came = ops.linear(x[:254, :254], prepare(formats.FP8(floats, ones, 254), "cpu", dtype))
     assert torch.equal(came, floats.T.to(dtype))
     nibbles = (bits[:16] | bits[:16].flip(0) << 4).repeat(2, 1)
-    came = ops.linear(x[:32, :32], prepare(Int4(nibbles, ones, None, 32), "cpu", dtype))
+    came = ops.linear(x[:32, :32], prepare(formats.Int4(nibbles, ones, None, 32), "cpu", dtype))
     codes = torch.stack((bits[:16], bits[:16].flip(0)), 1).flatten().float() - 8
     assert torch.equal(came, codes[:, None].expand(-1, 2).to(dtype))
 
 
 @native
 def test_w8a8_sums_are_exact() -> None:
-    """Of float32, whose sums of so many columns would not be."""
+    """Sums in float32 of so many columns would not be."""
     values = torch.randint(-127, 128, (40, 4100), dtype=torch.int8)
-    weight = W8A8(values, torch.rand(40) + 0.5)
+    weight = formats.W8A8(values, torch.rand(40) + 0.5)
     x = torch.randn(19, 4100)
     x[3] = 0
     x[4, 7], x[5, 9] = float("nan"), float("inf")
@@ -162,24 +152,24 @@ def test_w8a8_sums_are_exact() -> None:
 @native
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="at most 65536 columns, not 65600"):
-        prepare(W8A8(torch.ones(1, 65600, dtype=torch.int8), torch.ones(1)), "cpu", torch.float32)
+        prepare(formats.W8A8(torch.ones(1, 65600, dtype=torch.int8), torch.ones(1)), "cpu", torch.float32)
     x = torch.randn(2, 64)
-    for weight in (NF4.pack(torch.randn(8, 64), 64), LowRank.pack(torch.randn(8, 64), 4)):
+    for weight in (formats.NF4.pack(torch.randn(8, 64), 64), formats.LowRank.pack(torch.randn(8, 64), 4)):
         with pytest.raises(ValueError, match="prepared as"):
             ops.linear(x, prepare(weight, "cpu", torch.bfloat16))
-    prepared = prepare(Int4.pack(torch.randn(8, 64), 64), "cpu", torch.float32)
+    prepared = prepare(formats.Int4.pack(torch.randn(8, 64), 64), "cpu", torch.float32)
     with pytest.raises(ValueError, match="bias must be"):
         ops.linear(x, prepared, torch.zeros(8, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="residual must be"):
         ops.linear(x, prepared, None, torch.zeros(2, 9))
 
 
-@pytest.mark.parametrize("missing", features.FEATURES)
+@pytest.mark.parametrize("missing", cpu_features.FEATURES)
 def test_a_processor_must_have_all_extensions(missing: str) -> None:
-    every = dict.fromkeys(features.FEATURES, True)
-    assert features.supported(every)
-    assert not features.supported({**every, missing: False})
-    assert not features.supported({name: True for name in every if name != missing})
+    every = dict.fromkeys(cpu_features.FEATURES, True)
+    assert cpu_features.supported(every)
+    assert not cpu_features.supported({**every, missing: False})
+    assert not cpu_features.supported({name: True for name in every if name != missing})
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -188,7 +178,7 @@ def test_other_processors_get_dense_weights(
 ) -> None:
     for name in FORMATS.keys() - {"bitmap", "sparse24"}:  # which are dense on every processor
         weight = FORMATS[name](torch.randn(64, 96).to(dtype))
-        prepare_it = getattr(cpu_linear, weight.operator.replace("linear", "prepare"))
+        prepare_it = linear_preparation.PREPARE[type(weight)]
         with pytest.warns(UserWarning, match="dequantized as they are loaded"):
             prepared = prepare_it(weight, dtype, {"avx2": True})
         assert prepared.operator == "linear"
@@ -198,9 +188,9 @@ def test_other_processors_get_dense_weights(
 
 
 def test_the_warning_comes_once() -> None:
-    weight = Int4.pack(torch.randn(32, 64), 64)
+    weight = formats.Int4.pack(torch.randn(32, 64), 64)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
-            cpu_linear.prepare_int4(weight, torch.float32, {})
+            linear_preparation.prepare_int4(weight, torch.float32, {})
     assert len(caught) == 1

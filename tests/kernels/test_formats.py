@@ -149,7 +149,8 @@ def test_w8a8_is_int8_with_one_scale_per_row(drawn: tuple[Tensor, int | None]) -
 
 
 def test_the_normal_float_codebook_is_made_of_quantiles() -> None:
-    """As in the paper: 8 positive and 7 negative quantiles of equal probability and 0, scaled to 1."""
+    """The codebook of the paper: 8 positive and 7 negative quantiles of equal probability and 0, scaled to
+    1."""
     normal = torch.distributions.Normal(0, 1)
     offset = 0.9677083
     positive = normal.icdf(torch.linspace(offset, 0.5, 9)[:-1])

@@ -8,23 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve_kernels import ops, reference
-from fastserve_kernels.formats import (
-    FP8,
-    NF4,
-    W8A8,
-    Bitmap,
-    BlockSparse,
-    Dense,
-    Int4,
-    Int8,
-    IntRows,
-    LowRank,
-    Sparse24,
-    Sparse24Int4,
-    Weight,
-)
-from fastserve_kernels.formats.prepared import Prepared, prepare
+from fastserve_kernels import formats, ops, reference
+from fastserve_kernels.formats import Weight
+from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.preparation import prepare
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -38,27 +25,27 @@ def widths(rows: int) -> Tensor:
 
 
 FORMATS: dict[str, Callable[[Tensor], Weight]] = {
-    "dense": Dense,
-    "int4": Int4.pack,
-    "int4 g32 with zeros": lambda weight: Int4.pack(weight, 32, symmetric=False),
-    "int4 per row": lambda weight: Int4.pack(weight, None),
-    "int8": Int8.pack,
-    "int8 g64 with zeros": lambda weight: Int8.pack(weight, 64, symmetric=False),
-    "int rows": lambda weight: IntRows.pack(weight, widths(len(weight)), 64, symmetric=False),
-    "nf4": NF4.pack,
-    "nf4 of another codebook": lambda weight: NF4.pack(weight, 128, torch.randn(16)),
-    "fp8": FP8.pack,
-    "fp8 g128": lambda weight: FP8.pack(weight, 128),
-    "sparse24": Sparse24.pack,
-    "sparse24 int4": Sparse24Int4.pack,
-    "block sparse": lambda weight: BlockSparse.pack(weight, (16, 32), 0.5),
-    "bitmap": lambda weight: Bitmap.pack(weight, density=0.5),
-    "low rank": lambda weight: LowRank(weight[:20], weight[:, :20] * 5),
+    "dense": formats.Dense,
+    "int4": formats.Int4.pack,
+    "int4 g32 with zeros": lambda weight: formats.Int4.pack(weight, 32, symmetric=False),
+    "int4 per row": lambda weight: formats.Int4.pack(weight, None),
+    "int8": formats.Int8.pack,
+    "int8 g64 with zeros": lambda weight: formats.Int8.pack(weight, 64, symmetric=False),
+    "int rows": lambda weight: formats.IntRows.pack(weight, widths(len(weight)), 64, symmetric=False),
+    "nf4": formats.NF4.pack,
+    "nf4 of another codebook": lambda weight: formats.NF4.pack(weight, 128, torch.randn(16)),
+    "fp8": formats.FP8.pack,
+    "fp8 g128": lambda weight: formats.FP8.pack(weight, 128),
+    "sparse24": formats.Sparse24.pack,
+    "sparse24 int4": formats.Sparse24Int4.pack,
+    "block sparse": lambda weight: formats.BlockSparse.pack(weight, (16, 32), 0.5),
+    "bitmap": lambda weight: formats.Bitmap.pack(weight, density=0.5),
+    "low rank": lambda weight: formats.LowRank(weight[:20], weight[:, :20] * 5),
 }
 
 
 def on_cpu(weight: Tensor) -> Prepared:
-    return prepare(Dense(weight), "cpu", weight.dtype)
+    return prepare(formats.Dense(weight), "cpu", weight.dtype)
 
 
 def exact(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -73,7 +60,7 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
 def test_equals_the_product_in_double(
     name: str, dtype: torch.dtype, extras: bool, rel_rms: Callable[[Tensor, Tensor], float]
 ) -> None:
-    """Of strided activations too."""
+    """Strided activations too."""
     weight = FORMATS[name]((torch.randn(80, 384) / 20).to(dtype))
     prepared = prepare(weight, "cpu", dtype)
     assert (prepared.out_features, prepared.in_features) == (80, 384)
@@ -104,7 +91,7 @@ def test_bias_and_residual_come_alone_too(name: str, rel_rms: Callable[[Tensor, 
 def test_w8a8_rounds_activations_as_the_reference_does(
     dtype: torch.dtype, extras: bool, rel_rms: Callable[[Tensor, Tensor], float]
 ) -> None:
-    weight = W8A8.pack(torch.randn(80, 384) / 20)
+    weight = formats.W8A8.pack(torch.randn(80, 384) / 20)
     prepared = prepare(weight, "cpu", dtype)
     for rows in ROWS:
         x = torch.randn(rows, 384).to(dtype)

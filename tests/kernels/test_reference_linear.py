@@ -9,22 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve_kernels import reference
-from fastserve_kernels.formats import (
-    FP8,
-    NF4,
-    W8A8,
-    Bitmap,
-    BlockSparse,
-    Dense,
-    Int4,
-    Int8,
-    IntRows,
-    LowRank,
-    Sparse24,
-    Sparse24Int4,
-    Weight,
-)
+from fastserve_kernels import formats, reference
+from fastserve_kernels.formats import Weight
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
@@ -35,19 +21,19 @@ def widths(rows: int) -> Tensor:
 
 
 FORMATS: dict[str, Callable[[Tensor], Weight]] = {
-    "dense": Dense,
-    "int4": lambda weight: Int4.pack(weight, 32),
-    "int4 with zeros": lambda weight: Int4.pack(weight, None, symmetric=False),
-    "int8": Int8.pack,
-    "int8 with zeros": lambda weight: Int8.pack(weight, 64, symmetric=False),
-    "int rows": lambda weight: IntRows.pack(weight, widths(len(weight)), 64, symmetric=False),
-    "nf4": NF4.pack,
-    "fp8": FP8.pack,
-    "sparse24": Sparse24.pack,
-    "sparse24 int4": lambda weight: Sparse24Int4.pack(weight, 64),
-    "block sparse": lambda weight: BlockSparse.pack(weight, (16, 32), 0.5),
-    "bitmap": lambda weight: Bitmap.pack(weight, density=0.5),
-    "low rank": lambda weight: LowRank(weight[:20], weight[:, :20] * 5),
+    "dense": formats.Dense,
+    "int4": lambda weight: formats.Int4.pack(weight, 32),
+    "int4 with zeros": lambda weight: formats.Int4.pack(weight, None, symmetric=False),
+    "int8": formats.Int8.pack,
+    "int8 with zeros": lambda weight: formats.Int8.pack(weight, 64, symmetric=False),
+    "int rows": lambda weight: formats.IntRows.pack(weight, widths(len(weight)), 64, symmetric=False),
+    "nf4": formats.NF4.pack,
+    "fp8": formats.FP8.pack,
+    "sparse24": formats.Sparse24.pack,
+    "sparse24 int4": lambda weight: formats.Sparse24Int4.pack(weight, 64),
+    "block sparse": lambda weight: formats.BlockSparse.pack(weight, (16, 32), 0.5),
+    "bitmap": lambda weight: formats.Bitmap.pack(weight, density=0.5),
+    "low rank": lambda weight: formats.LowRank(weight[:20], weight[:, :20] * 5),
 }
 
 
@@ -77,7 +63,7 @@ def test_equals_the_product_in_double(
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_w8a8_multiplies_integers(dtype: torch.dtype, rel_rms: Callable[[Tensor, Tensor], float]) -> None:
-    weight = W8A8.pack(torch.randn(40, 300))
+    weight = formats.W8A8.pack(torch.randn(40, 300))
     x = torch.randn(5, 300).to(dtype)
     x[2] = 0
     bias, residual = torch.randn(40).to(dtype), torch.randn(5, 40).to(dtype)

@@ -70,7 +70,7 @@ def test_rms_norm_of_heads_that_lie_apart(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 16, 17, 64])
 @pytest.mark.parametrize("dim", [1, 77, 160])
 def test_swiglu(rows: int, dim: int, dtype: torch.dtype, rel_rms: Callable[[Tensor, Tensor], float]) -> None:
-    """Of columns of a wider tensor."""
+    """The operands are columns of a wider tensor."""
     gate_up = torch.randn(rows, 2 * dim + 5).to(dtype)[:, 2:-3]
     gate, up = gate_up.double().chunk(2, -1)
     assert rel_rms(ops.swiglu(gate_up), gate * torch.sigmoid(gate) * up) < TOLERANCE[dtype]
@@ -197,7 +197,7 @@ def test_the_cache_stays_finite(implementation: Callable[..., None]) -> None:
 def test_keys_that_become_infinite_as_they_are_turned_are_0(
     dtype: torch.dtype, cache_dtype: torch.dtype
 ) -> None:
-    """As are those that only rounding makes infinite."""
+    """Numbers that only rounding makes infinite too."""
     step = Step.random(2, (64, 64), 64, dtype, cache_dtype)
     largest = torch.finfo(dtype).max
     step.k.fill_(largest)

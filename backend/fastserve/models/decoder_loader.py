@@ -20,7 +20,7 @@ from fastserve.models.decoder_tensors import EMBEDDING, HEAD, check_tensors, has
 from fastserve.models.lazy_weights import LazyEmbedding, LazyLayers
 from fastserve.models.linear import AnyLinear, Linear, MixedFormatLinear
 from fastserve_kernels.formats import Dense, Weight
-from fastserve_kernels.formats.prepared import prepare
+from fastserve_kernels.preparation import prepare
 
 Quantize = Callable[[str, Tensor, str], Weight]
 

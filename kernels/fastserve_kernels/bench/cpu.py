@@ -17,31 +17,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastserve_kernels import ops
+from fastserve_kernels import formats, ops
 from fastserve_kernels.attention_metadata import AttentionMetadata
 from fastserve_kernels.bench.calls import Call, on_each
 from fastserve_kernels.bench.report import Ceilings, Row, row
 from fastserve_kernels.bench.shapes import MODELS, group_size_for, model_named
 from fastserve_kernels.bench.statistics import Samples
-from fastserve_kernels.cpu.kernels.arrangement import STRIP
-from fastserve_kernels.cpu.kernels.pages import in_huge_pages
-from fastserve_kernels.formats import (
-    FP8,
-    NF4,
-    W8A8,
-    Bitmap,
-    BlockSparse,
-    Dense,
-    Int4,
-    Int8,
-    IntRows,
-    LowRank,
-    Sparse24,
-    Sparse24Int4,
-)
-from fastserve_kernels.formats.prepared import Prepared, prepare
+from fastserve_kernels.cpu.kernels.huge_pages import in_huge_pages
+from fastserve_kernels.cpu.kernels.packing import PANEL_ROWS
+from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.operator import Cost
+from fastserve_kernels.preparation import prepare
 
 DTYPE = torch.bfloat16
 ROWS = (1, 4, 16, 64)
@@ -59,19 +46,21 @@ READING = "reading"
 Format = Callable[[Tensor], Weight]
 
 FORMATS: Mapping[str, Format] = {
-    "int4": lambda weight: Int4.pack(weight, group_size_for("linear_int4", weight.shape[1])),
-    "int8": Int8.pack,
-    "int_rows": lambda weight: IntRows.pack(
+    "int4": lambda weight: formats.Int4.pack(weight, group_size_for("linear_int4", weight.shape[1])),
+    "int8": formats.Int8.pack,
+    "int_rows": lambda weight: formats.IntRows.pack(
         weight, _mostly_four(len(weight)), group_size_for("linear_int4", weight.shape[1]), symmetric=False
     ),
-    "nf4": lambda weight: NF4.pack(weight, group_size_for("linear_nf4", weight.shape[1])),
-    "fp8": FP8.pack,
-    "w8a8": W8A8.pack,
-    "sparse24": Sparse24.pack,
-    "sparse24_int4": lambda weight: Sparse24Int4.pack(weight, group_size_for("linear_int4", weight.shape[1])),
-    "block_sparse": lambda weight: BlockSparse.pack(weight, (32, 32), 0.5),
-    "bitmap": lambda weight: Bitmap.pack(weight, density=0.5),
-    "low_rank": lambda weight: _low_rank(weight, -(-min(weight.shape) // (8 * STRIP)) * STRIP),
+    "nf4": lambda weight: formats.NF4.pack(weight, group_size_for("linear_nf4", weight.shape[1])),
+    "fp8": formats.FP8.pack,
+    "w8a8": formats.W8A8.pack,
+    "sparse24": formats.Sparse24.pack,
+    "sparse24_int4": lambda weight: formats.Sparse24Int4.pack(
+        weight, group_size_for("linear_int4", weight.shape[1])
+    ),
+    "block_sparse": lambda weight: formats.BlockSparse.pack(weight, (32, 32), 0.5),
+    "bitmap": lambda weight: formats.Bitmap.pack(weight, density=0.5),
+    "low_rank": lambda weight: _low_rank(weight, -(-min(weight.shape) // (8 * PANEL_ROWS)) * PANEL_ROWS),
 }
 """A weight [N, K] in each format."""
 
@@ -81,10 +70,10 @@ def _mostly_four(rows: int) -> Tensor:
     return torch.tensor([4, 4, 3, 4, 4, 4, 5, 4], dtype=torch.uint8).repeat(rows // 8 + 1)[:rows]
 
 
-def _low_rank(weight: Tensor, rank: int) -> LowRank:
-    """Any weight of that rank: a decomposition takes long, and changes no time. The rank is of whole strips:
+def _low_rank(weight: Tensor, rank: int) -> formats.LowRank:
+    """Any weight of that rank: a decomposition takes long, and changes no time. The rank is of whole panels:
     a copy lacks what would fill up the last one."""
-    return LowRank(weight[:rank].contiguous(), weight[:, :rank].contiguous())
+    return formats.LowRank(weight[:rank].contiguous(), weight[:, :rank].contiguous())
 
 
 def measure(contestants: Mapping[str, Sequence[Call]], repetitions: int) -> dict[str, Samples]:
@@ -105,7 +94,7 @@ def measure(contestants: Mapping[str, Sequence[Call]], repetitions: int) -> dict
 
 
 def _calls_per_sample(calls: itertools.cycle[Call]) -> int:
-    """As many as a sample's time holds; the first, slower calls are made here."""
+    """The calls that fill a sample's time; the first, slower calls are made here."""
     for _ in range(2):
         next(calls)()
     start = time.perf_counter()
@@ -114,7 +103,7 @@ def _calls_per_sample(calls: itertools.cycle[Call]) -> int:
 
 
 def ceilings() -> Ceilings:
-    """Of reading, and of bfloat16 products of matrices 2048 wide."""
+    """The rates of reading, and of bfloat16 products of matrices 2048 wide."""
     side = 2048
     a, b = (torch.randn(side, side, dtype=DTYPE) for _ in range(2))
     times = measure({READING: [_much().sum], "product": [lambda: a @ b]}, repetitions=5)
@@ -137,7 +126,7 @@ def _much() -> Tensor:
 
 
 def cache_bytes() -> int:
-    """Of the largest cache of the first processor, as Linux says."""
+    """Bytes of the largest cache of the first processor, as Linux says."""
     sizes = [
         int(path.read_text().strip().removesuffix("K")) * 1024
         for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
@@ -173,15 +162,15 @@ def measured(
     machine: Ceilings,
 ) -> Iterator[Row]:
     """A row for each of the names that `chosen` gives, for each of the sizes that `parts` does."""
-    formats = {name: FORMATS[name] for name in names if name in FORMATS}
-    for place, (n, k) in sizes.items() if formats else ():
-        yield from _linears(formats, place, torch.randn(n, k, dtype=DTYPE) * k**-0.5, rows, machine)
+    packs = {name: FORMATS[name] for name in names if name in FORMATS}
+    for place, (n, k) in sizes.items() if packs else ():
+        yield from _linears(packs, place, torch.randn(n, k, dtype=DTYPE) * k**-0.5, rows, machine)
     if ATTENTION in names:
         yield attention(machine)
 
 
 def _linears(
-    formats: Mapping[str, Format],
+    packs: Mapping[str, Format],
     place: tuple[str, str],
     weight: Tensor,
     rows: Sequence[int],
@@ -189,8 +178,8 @@ def _linears(
 ) -> Iterator[Row]:
     """Each format of a weight, against oneDNN's bfloat16 and torch's own kernels of few bits."""
     n, k = weight.shape
-    prepared = {name: _copies(prepare(pack(weight), "cpu", DTYPE)) for name, pack in formats.items()}
-    dense = _copies(prepare(Dense(weight), "cpu", DTYPE))
+    prepared = {name: _copies(prepare(pack(weight), "cpu", DTYPE)) for name, pack in packs.items()}
+    dense = _copies(prepare(formats.Dense(weight), "cpu", DTYPE))
     for m in rows:
         x = torch.randn(m, k, dtype=DTYPE)
         ours = {name: _linear_calls(x, copies) for name, copies in prepared.items()}
@@ -211,6 +200,7 @@ def _bytes_of(prepared: Prepared) -> int:
 
 
 def count_for(nbytes: int) -> int:
+    """Copies of nbytes each that exceed the last-level cache several times, at least 2."""
     return max(2, math.ceil(COLD_CACHES * cache_bytes() / nbytes) + 1)
 
 
@@ -225,7 +215,7 @@ def _copies(prepared: Prepared) -> list[Prepared]:
 
 
 def _copy(argument: Tensor) -> Tensor:
-    """In such pages as `prepare` puts it; oneDNN's own arrangement is for oneDNN to place."""
+    """In such pages as `prepare` puts it; oneDNN's own layout is for oneDNN to place."""
     return argument.clone() if argument.is_mkldnn else in_huge_pages(argument)
 
 

@@ -15,9 +15,10 @@ from fastserve_kernels.bench.graphs import capture, measure
 from fastserve_kernels.bench.report import Ceilings, Row, row
 from fastserve_kernels.bench.shapes import Model, group_size_for
 from fastserve_kernels.formats import Dense, Int4
-from fastserve_kernels.formats.prepared import Prepared, prepare
+from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.operator import Cost
+from fastserve_kernels.preparation import prepare
 
 EPS = 1e-5
 BLOCK_SIZE = 16
@@ -29,7 +30,7 @@ RandomWeight = Callable[[int, int, torch.device], Weight]
 
 
 def random_int4(n: int, k: int, device: torch.device) -> Int4:
-    """Symmetric, such that products keep the variance of what they are given."""
+    """A symmetric weight [n, k] such that products keep the variance of what they are given."""
     group = group_size_for("linear_int4", k)
     codes = torch.randint(256, (n, k // 2), dtype=torch.uint8, device=device)
     scales = torch.full((n, k // group), (21.5 * k) ** -0.5, dtype=DTYPE, device=device)
@@ -37,13 +38,13 @@ def random_int4(n: int, k: int, device: torch.device) -> Int4:
 
 
 def random_dense(n: int, k: int, device: torch.device) -> Dense:
-    """Likewise."""
+    """A dense weight [n, k] whose products keep the variance of what they are given."""
     return Dense(torch.randn(n, k, dtype=DTYPE, device=device) * k**-0.5)
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Of a decoder; linears by name as in `Model.linears`."""
+    """A layer of a decoder; linears by name as in `Model.linears`."""
 
     linears: dict[str, Prepared]
     attention_norm: Tensor

@@ -16,9 +16,9 @@ from fastserve_kernels.bench.statistics import Samples
 
 COLD_CACHES = 2
 """How many times the L2 the copies fill together."""
-MOST_COPIES = 512
+MAX_COPIES = 512
 """Where a weight is smaller still, some of it is found in the L2, as in serving such a model."""
-LEAST_CALLS = 24
+MIN_CALLS = 24
 """In a graph: the time to start it is shared among them."""
 
 
@@ -33,7 +33,7 @@ class Graph:
 def copies_needed(nbytes: int, device: torch.device) -> int:
     """Copies of that many bytes that together exceed the L2 cache `COLD_CACHES` times; small data has few."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(max(math.ceil(COLD_CACHES * cache / max(nbytes, 1)) + 1, 2), MOST_COPIES)
+    return min(max(math.ceil(COLD_CACHES * cache / max(nbytes, 1)) + 1, 2), MAX_COPIES)
 
 
 def copied(inputs: Sequence[Any], count: int) -> list[list[Any]]:
@@ -46,7 +46,7 @@ def copied(inputs: Sequence[Any], count: int) -> list[list[Any]]:
 
 def capture(calls: Sequence[Call], rounds: int | None = None) -> Graph:
     """Captures the calls in turn, several rounds of them if they are few; runs each once before."""
-    rounds = rounds or math.ceil(LEAST_CALLS / len(calls))
+    rounds = rounds or math.ceil(MIN_CALLS / len(calls))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -84,7 +84,7 @@ def measure(contestants: Mapping[str, Graph], repetitions: int, warmups: int = 2
 
 
 def ceilings(device: torch.device) -> Ceilings:
-    """Of a copy of 1 GiB, and of a product of matrices 8192 wide."""
+    """The rates of a copy of 1 GiB, and of a product of matrices 8192 wide."""
     source = torch.randint(256, (1 << 30,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     side = 8192

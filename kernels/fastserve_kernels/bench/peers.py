@@ -45,6 +45,7 @@ def _weights(shape: Shape, count: int, dtype: torch.dtype = DTYPE) -> list[Tenso
 
 
 def cublas(shape: Shape, count: int) -> list[Call]:
+    """torch's own product with a bfloat16 weight, one call for each of `count` copies of it."""
     x = _activations(shape)
     return on_each(lambda w: torch.nn.functional.linear(x, w), _weights(shape, count))
 
@@ -61,6 +62,7 @@ def tinygemm(shape: Shape, count: int) -> list[Call]:
 
 
 def gemlite(shape: Shape, count: int) -> list[Call]:
+    """gemlite's 4-bit product with float16 activations, one call for each copy of the weight."""
     helper = importlib.import_module("gemlite.helper")
     n, k, group = shape["n"], shape["k"], shape["group_size"]
     x = _activations(shape, torch.float16)
@@ -83,6 +85,7 @@ def _vllm_operator(*names: str) -> Callable[..., Tensor]:
 
 
 def marlin(shape: Shape, count: int) -> list[Call]:
+    """vLLM's Marlin kernel for 4-bit weights, one call for each copy of the weight."""
     multiply = _vllm_operator("marlin_gemm", "gptq_marlin_gemm")
     m, n, k, group = (shape[name] for name in ("m", "n", "k", "group_size"))
     x = _activations(shape)
@@ -121,6 +124,7 @@ def marlin(shape: Shape, count: int) -> list[Call]:
 
 
 def machete(shape: Shape, count: int) -> list[Call]:
+    """vLLM's Machete kernel for 4-bit weights (Hopper), one call for each copy of the weight."""
     pack = _vllm_operator("machete_prepack_B")
     multiply = _vllm_operator("machete_mm")
     n, k, group = shape["n"], shape["k"], shape["group_size"]
@@ -135,6 +139,7 @@ def machete(shape: Shape, count: int) -> list[Call]:
 
 
 def bitsandbytes_nf4(shape: Shape, count: int) -> list[Call]:
+    """bitsandbytes' NF4 product in blocks of 64, one call for each weight."""
     library = importlib.import_module("bitsandbytes")
     x = _activations(shape)
 
@@ -146,6 +151,7 @@ def bitsandbytes_nf4(shape: Shape, count: int) -> list[Call]:
 
 
 def cusparselt(shape: Shape, count: int) -> list[Call]:
+    """torch's 2:4 semi-structured product, one call for each weight."""
     x = _activations(shape)
     keep = torch.tensor([True, False, True, False], device="cuda").repeat(shape["n"], shape["k"] // 4)
     sparse = [torch.sparse.to_sparse_semi_structured(w * keep) for w in _weights(shape, count)]
@@ -205,6 +211,7 @@ def sdpa(shape: Shape, count: int) -> list[Call]:
 
 
 def flash_attention(shape: Shape, count: int) -> list[Call]:
+    """FlashAttention over a paged cache, one call for each copy of the cache."""
     attend = importlib.import_module("flash_attn").flash_attn_with_kvcache
     batch, queries = shape["batch"], shape["tokens"] // shape["batch"]
     q = _queries(shape).view(batch, queries, shape["heads"], shape["dim"])

@@ -18,9 +18,9 @@ class Ceilings:
     """What the machine does at most, measured in the same run."""
 
     bytes_per_second: float
-    """GPU: of a large copy, read and written bytes together. CPU: of reading."""
+    """The bandwidth on a GPU of a large copy, reads and writes together; on a CPU of reading."""
     flops_per_second: float
-    """Of a large bfloat16 matrix product of random data."""
+    """The rate of a large bfloat16 matrix product of random data."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Report:
     rows: Sequence[Row]
 
     def markdown(self) -> str:
+        """The report as Markdown: environment, a summary by model, all rows, what was not measured."""
         contestants = list(dict.fromkeys(other for one in self.rows for other in one.faster_than))
         head = [
             *(f"{name}: {value}  " for name, value in self.environment.items()),
@@ -137,6 +138,7 @@ class Report:
         return "\n".join([*head, *overview, "", *details, *absent]) + "\n"
 
     def json(self) -> str:
+        """The report as JSON: environment, ceilings and rows."""
         return json.dumps(
             {
                 "environment": dict(self.environment),

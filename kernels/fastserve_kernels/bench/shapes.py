@@ -11,10 +11,10 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 2048)
 """Tokens of a step."""
 CONTEXT = 4096
 BLOCK_SIZE = 16
-"""Of a paged cache."""
+"""Tokens of a block of a paged cache."""
 BLOCK = 64
 """Rows and columns of a block of a block-sparse weight; it divides every model's."""
-MOST_SEQUENCES = 256
+MAX_SEQUENCES = 256
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of the operator, and its variant."""
+        """The name of the operator, and its variant."""
         return f"{self.operator.name} {self.variant}".strip()
 
     @property
@@ -74,6 +74,7 @@ class Case:
 
     @property
     def label(self) -> str:
+        """The case for people, as in the reports."""
         sizes = " ".join(f"{name}={size}" for name, size in self.shape.items())
         return " ".join(word for word in (self.model, self.part, sizes) if word)
 
@@ -145,10 +146,10 @@ def _sizes(operator: str, model: Model, m: int) -> dict[str, dict[str, int]]:
     if operator == "rotary_write_kv":
         return {"": {"tokens": m, **heads}}
     if operator in ("sample", "log_probs"):
-        return {"": {"batch": m, "vocabulary": model.vocabulary}} if m <= MOST_SEQUENCES else {}
+        return {"": {"batch": m, "vocabulary": model.vocabulary}} if m <= MAX_SEQUENCES else {}
     if operator == "paged_attention_decode":
         paged = {"context": CONTEXT, **heads, "dim_v": model.head_dim, "block_size": BLOCK_SIZE}
-        return {"": {"batch": m, "tokens": m, **paged}} if m <= MOST_SEQUENCES else {}
+        return {"": {"batch": m, "tokens": m, **paged}} if m <= MAX_SEQUENCES else {}
     if operator == "paged_attention_prefill":
         paged = {"context": CONTEXT, **heads, "dim_v": model.head_dim, "block_size": BLOCK_SIZE}
         # Up to 16 tokens of a sequence may be decode's.

@@ -16,6 +16,7 @@ class Samples:
 
     @property
     def median(self) -> float:
+        """Seconds."""
         return statistics.median(self.seconds)
 
     @property

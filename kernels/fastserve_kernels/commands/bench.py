@@ -26,7 +26,7 @@ GPU_SHAPES = ("llama-3-8b", "llama-3-70b/8", "smollm2")
 
 @dataclass(frozen=True)
 class Arguments:
-    """Of the command line; what is empty has a default that depends on the device."""
+    """The arguments of `fastserve-kernels bench`; what is empty has a default that depends on the device."""
 
     what: str
     """operators or decode-step."""
@@ -119,7 +119,7 @@ def _environment(device: str) -> dict[str, str]:
 
 
 def _processor() -> str:
-    """As Linux calls it; elsewhere its architecture."""
+    """The processor's name, as Linux calls it; elsewhere its architecture."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -37,6 +37,7 @@ class Row:
     faults: list[str]
 
     def cells(self) -> tuple[str, ...]:
+        """The cells of the row of the table."""
         limit = shared_limit(self.compilation.arch)
         return (
             self.operator,
@@ -51,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Of the command line."""
+    """The arguments of `fastserve-kernels compile`."""
 
     arch: Sequence[int]
     dtype: Sequence[str]
@@ -128,25 +129,26 @@ def _stand_in(operator: Operator, shape: Shape, config: Config) -> Shape:
 def compilations(
     operator: Operator, shape: Shape, dtype: torch.dtype, config: Config, architectures: Sequence[int]
 ) -> list[Compilation]:
-    """Of all launches of the operator; tensors on the CPU stand in for the GPU's."""
+    """The compilations of all launches of the operator; tensors on the CPU stand in for the GPU's."""
     inputs = operator.inputs(shape, dtype, torch.device("cpu"))
     launches = operator.plan(*inputs, config=config)
     return [compilation(launch, arch) for arch in architectures for launch in launches]
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype: float16."""
     return str(dtype).removeprefix("torch.")
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table, for people."""
+    """The rows as a table, for people."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def json_text(rows: Sequence[Row]) -> str:
-    """The same, for programs."""
+    """The rows as JSON, for programs."""
     return json.dumps(
         [
             {

@@ -29,7 +29,7 @@ TESTS_OF_COMMANDS = ("test_bench", "test_cli", "test_compile", "test_tuning")
 
 @dataclass(frozen=True)
 class Arguments:
-    """Of the command line."""
+    """The arguments of `fastserve-kernels session`."""
 
     out: Path
     seconds: float

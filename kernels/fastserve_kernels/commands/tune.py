@@ -32,7 +32,7 @@ ROUNDS = ((3, 12), (9, 4), (25, 1))
 
 @dataclass(frozen=True)
 class Arguments:
-    """Of the command line."""
+    """The arguments of `fastserve-kernels tune`."""
 
     operator: Sequence[str]
     shapes: Sequence[str]
@@ -80,7 +80,7 @@ def run(arguments: Arguments) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of tuning a case."""
+    """What came of tuning a case."""
 
     case: Case
     entry: Entry | None
@@ -90,6 +90,7 @@ class Outcome:
     wrong: list[Config]
 
     def line(self) -> str:
+        """The outcome in a line for people."""
         name = f"{self.case.operator.name} {self.case.label}"
         rejected = f"{self.pruned} pruned, {len(self.wrong)} wrong"
         if self.entry is None:

@@ -1,4 +1,8 @@
-"""The operators on a CPU beside the linears: kernels of our own for what torch has no operator for."""
+"""The operators on a CPU beside the linears: kernels of our own for what torch has no operator for.
+
+Each kernel is imported and compiled when it is first run: numba takes half a second, which nobody need wait
+for who runs none.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastserve_kernels.cpu.kernels.kernel import Kernel
 
-LEAST_PARALLEL = 16 * 1024
+MIN_PARALLEL = 16 * 1024
 """Elements that are worth a second thread: it takes a microsecond to get one."""
-LEAST_PARALLEL_KEYS = 128
+MIN_PARALLEL_KEYS = 128
 """Queries times keys that are."""
 QUANTIZED_CACHES = (torch.int8, torch.float8_e4m3fn)
 """The dtypes of caches that have scales."""
@@ -22,13 +26,45 @@ UNLIMITED = 1 << 40
 
 
 @functools.cache
-def _kernel(name: str, dtype: torch.dtype, stored: torch.dtype | None = None) -> Kernel:
-    """Imports numba, which nobody need wait for who runs no kernel on a CPU, and compiles the kernel."""
-    from fastserve_kernels.cpu.kernels import attention, rotary, rows
+def _rms_norm_kernel(dtype: torch.dtype) -> Kernel:
+    from fastserve_kernels.cpu.kernels.norms import rms_norm
 
-    modules = {"paged_attention": attention, "rotary_write_kv": rotary, "write_kv": rotary}
-    kernel: Kernel = getattr(modules.get(name, rows), name)(dtype, stored)
-    return kernel
+    return rms_norm(dtype)
+
+
+@functools.cache
+def _add_rms_norm_kernel(dtype: torch.dtype) -> Kernel:
+    from fastserve_kernels.cpu.kernels.norms import add_rms_norm
+
+    return add_rms_norm(dtype)
+
+
+@functools.cache
+def _swiglu_kernel(dtype: torch.dtype) -> Kernel:
+    from fastserve_kernels.cpu.kernels.swiglu import swiglu
+
+    return swiglu(dtype)
+
+
+@functools.cache
+def _write_kv_kernel(dtype: torch.dtype, stored: torch.dtype) -> Kernel:
+    from fastserve_kernels.cpu.kernels.rotary import write_kv
+
+    return write_kv(dtype, stored)
+
+
+@functools.cache
+def _rotary_write_kv_kernel(dtype: torch.dtype, stored: torch.dtype) -> Kernel:
+    from fastserve_kernels.cpu.kernels.rotary import rotary_write_kv
+
+    return rotary_write_kv(dtype, stored)
+
+
+@functools.cache
+def _paged_attention_kernel(dtype: torch.dtype, stored: torch.dtype) -> Kernel:
+    from fastserve_kernels.cpu.kernels.attention import paged_attention
+
+    return paged_attention(dtype, stored)
 
 
 def _with_tokens_whole(x: Tensor) -> Tensor:
@@ -45,12 +81,13 @@ def _refuse(dtype: torch.dtype, **others: Tensor) -> NoReturn:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`ops.rms_norm`. Raises ValueError if an operand has another dtype than the first."""
     if weight.dtype != x.dtype:
         _refuse(x.dtype, weight=weight)
     x, weight = _with_tokens_whole(x), weight.contiguous()
     out = x.new_empty(x.shape)
-    _kernel("rms_norm", x.dtype)(
-        x.numel() >= LEAST_PARALLEL,
+    _rms_norm_kernel(x.dtype)(
+        x.numel() >= MIN_PARALLEL,
         x.data_ptr(),
         weight.data_ptr(),
         out.data_ptr(),
@@ -64,12 +101,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`ops.add_rms_norm`. Raises ValueError if an operand has another dtype than the first."""
     if not x.dtype == residual.dtype == weight.dtype:
         _refuse(x.dtype, residual=residual, weight=weight)
     x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
     out, total = x.new_empty(x.shape), x.new_empty(x.shape)
-    _kernel("add_rms_norm", x.dtype)(
-        x.numel() >= LEAST_PARALLEL,
+    _add_rms_norm_kernel(x.dtype)(
+        x.numel() >= MIN_PARALLEL,
         x.data_ptr(),
         residual.data_ptr(),
         weight.data_ptr(),
@@ -83,11 +121,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
+    """`ops.swiglu`."""
     gate_up = gate_up.contiguous()
     tokens, dim = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, dim)
-    _kernel("swiglu", gate_up.dtype)(
-        out.numel() >= LEAST_PARALLEL, gate_up.data_ptr(), out.data_ptr(), tokens, dim
+    _swiglu_kernel(gate_up.dtype)(
+        out.numel() >= MIN_PARALLEL, gate_up.data_ptr(), out.data_ptr(), tokens, dim
     )
     return out
 
@@ -137,12 +176,13 @@ def write_kv(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
+    """`ops.write_kv`. Raises ValueError if operands have several dtypes, or the caches are unfit."""
     if v.dtype != k.dtype:
         _refuse(k.dtype, v=v)
     _check_caches(k.dtype, k_cache, v_cache, k_scale, v_scale)
     k, v, slot_mapping = _with_tokens_whole(k), _with_tokens_whole(v), slot_mapping.contiguous()
-    _kernel("write_kv", k.dtype, k_cache.dtype)(
-        k.numel() >= LEAST_PARALLEL,
+    _write_kv_kernel(k.dtype, k_cache.dtype)(
+        k.numel() >= MIN_PARALLEL,
         k.data_ptr(),
         v.data_ptr(),
         k_cache.data_ptr(),
@@ -169,6 +209,7 @@ def rotary_write_kv(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> Tensor:
+    """`ops.rotary_write_kv`. Raises ValueError as `write_kv` does."""
     if not q.dtype == k.dtype == v.dtype == cos.dtype == sin.dtype:
         _refuse(q.dtype, k=k, v=v, cos=cos, sin=sin)
     _check_caches(q.dtype, k_cache, v_cache, k_scale, v_scale)
@@ -176,8 +217,8 @@ def rotary_write_kv(
     cos, sin, slot_mapping = cos.contiguous(), sin.contiguous(), slot_mapping.contiguous()
     tokens, heads, dim = q.shape
     out = q.new_empty(q.shape)
-    _kernel("rotary_write_kv", q.dtype, k_cache.dtype)(
-        out.numel() >= LEAST_PARALLEL,
+    _rotary_write_kv_kernel(q.dtype, k_cache.dtype)(
+        out.numel() >= MIN_PARALLEL,
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
@@ -215,14 +256,15 @@ def paged_attention(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> Tensor:
+    """`ops.paged_attention`. Raises ValueError if the caches are unfit for q's dtype."""
     _check_caches(q.dtype, k_cache, v_cache, k_scale, v_scale)
     q = _with_tokens_whole(q)
     tokens, heads, dim = q.shape
     _, block_size, kv_heads, dim_v = v_cache.shape
     sequences, table_width = block_tables.shape
     out = q.new_empty(tokens, heads, dim_v)
-    _kernel("paged_attention", q.dtype, k_cache.dtype)(
-        tokens * table_width * block_size >= LEAST_PARALLEL_KEYS,
+    _paged_attention_kernel(q.dtype, k_cache.dtype)(
+        tokens * table_width * block_size >= MIN_PARALLEL_KEYS,
         q.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastserve_kernels.reference import LEAST_TEMPERATURE
+from fastserve_kernels.reference import MIN_TEMPERATURE
 
 CANDIDATES = 128
 """How many of the likeliest tokens are looked at before a row is sorted further."""
@@ -38,7 +38,7 @@ def sample(
 
 
 def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
-    return logits.float() / temperature.float().clamp(min=LEAST_TEMPERATURE)[:, None]
+    return logits.float() / temperature.float().clamp(min=MIN_TEMPERATURE)[:, None]
 
 
 def _rows(logits: Tensor, chosen: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
-"""The formats of a linear layer's weight. `prepared.prepare` arranges one for a device; its type picks the
+"""The formats of a linear layer's weight. `preparation.prepare` packs one for a device; its type picks the
 operator.
 
 | format | bits per weight (bfloat16, G = 128) | |
 |---|---|---|
 | `Dense` | 16 | |
 | `Int4`, `NF4` | 4.125 | groups of columns share a scale |
-| `Int8`, `FP8` | 8.125 | the same |
-| `IntRows` | 2.125 to 8.125 | the same, bits by row |
+| `Int8`, `FP8` | 8.125 | groups of columns share a scale |
+| `IntRows` | 2.125 to 8.125 | groups of columns share a scale, bits by row |
 | `W8A8` | 8 | the activations are rounded to eight bits too |
 | `Sparse24` | 9 | two of four columns |
-| `Sparse24Int4` | 3.125 | the same in four bits |
+| `Sparse24Int4` | 3.125 | two of four columns, in four bits |
 | `BlockSparse` | 16 times the density | blocks |
 | `Bitmap` | 1 + 16 times the density | single weights |
 | `LowRank` | 16 R (1 / N + 1 / K) | two thin matrices |
@@ -26,7 +26,7 @@ from torch import Tensor
 from fastserve_kernels.formats.int_rows import IntRows
 from fastserve_kernels.formats.quantized import FP8, LARGEST_FP8, NF4, NORMAL_FLOAT_4, W8A8, Int4, Int8
 from fastserve_kernels.formats.sparse import Bitmap, BlockSparse, Sparse24, Sparse24Int4
-from fastserve_kernels.formats.weight import FLOATS, Weight, check_tensor, check_weight
+from fastserve_kernels.formats.weight import FLOATS, MatrixWeight, Weight, check_tensor, check_weight
 
 __all__ = [
     "FP8",
@@ -48,7 +48,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False)
-class Dense(Weight):
+class Dense(MatrixWeight):
     """An ordinary weight."""
 
     weight: Tensor
@@ -60,18 +60,12 @@ class Dense(Weight):
         check_tensor("Dense.weight", self.weight, ("N", "K"), FLOATS)
 
     @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    @property
     def arguments(self) -> tuple[Tensor | int | None, ...]:
+        """What the operator takes between x and bias, in the plain layout."""
         return (self.weight,)
 
     def dequantize(self) -> Tensor:
+        """The weight: [N, K] float32."""
         return self.weight.float()
 
 
@@ -107,15 +101,19 @@ class LowRank(Weight):
 
     @property
     def out_features(self) -> int:
+        """N."""
         return self.up.shape[0]
 
     @property
     def in_features(self) -> int:
+        """K."""
         return self.down.shape[1]
 
     @property
     def arguments(self) -> tuple[Tensor | int | None, ...]:
+        """What the operator takes between x and bias, in the plain layout."""
         return (self.down, self.up)
 
     def dequantize(self) -> Tensor:
+        """up @ down: [N, K] float32."""
         return self.up.float() @ self.down.float()

@@ -50,7 +50,7 @@ class CompressedTensors:
     """The weight of one layer, without its bias, as a checkpoint has it."""
 
     format: str
-    """Of `quantization_config`, or of its `config_groups` entry or `sparsity_config`: "pack-quantized"."""
+    """The format that `quantization_config`, its `config_groups` entry or `sparsity_config` names."""
     tensors: Mapping[str, Tensor]
     """By name, less the layer's: "weight_packed"."""
     scheme: Mapping[str, Any]

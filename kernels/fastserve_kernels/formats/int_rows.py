@@ -20,7 +20,7 @@ from fastserve_kernels.formats.weight import (
     pack_pairs,
 )
 
-STRIP = 32
+PANEL_ROWS = 32
 """Rows that kernels take together."""
 
 
@@ -71,8 +71,8 @@ class IntRows(Weight):
 
     @classmethod
     def from_codes(cls, codes: Tensor, bits: Tensor, scales: Tensor, zeros: Tensor | None) -> IntRows:
-        """Of codes [N, K] uint8 below 2^bits, bits [N] uint8, scales [N, K / G] and whole zero points of the
-        same shape, or None. Raises ValueError if a row's bits are not from 2 to 8."""
+        """A weight of codes [N, K] uint8 below 2^bits, bits [N] uint8, scales [N, K / G] and whole zero
+        points [N, K / G], or None. Raises ValueError if a row's bits are not from 2 to 8."""
         stored = codes if zeros is None else torch.cat((codes, zeros.to(torch.uint8)), 1)
         words = [pack_codes(stored[rows].view(1, -1), width)[0] for width, rows in rows_by_width(bits)]
         return cls(torch.cat(words), bits, scales, codes.shape[1] // scales.shape[1], zeros is None)
@@ -91,10 +91,12 @@ class IntRows(Weight):
 
     @property
     def out_features(self) -> int:
+        """N."""
         return self.scales.shape[0]
 
     @property
     def in_features(self) -> int:
+        """K."""
         return self.scales.shape[1] * self.group_size
 
     @property
@@ -104,15 +106,16 @@ class IntRows(Weight):
 
     @property
     def arguments(self) -> tuple[Tensor | int | None, ...]:
+        """What the operator takes between x and bias, in the plain layout."""
         return self.arguments_of(lambda part: part.arguments)
 
     def arguments_of(
-        self, arranged: Callable[[Int4 | Int8], tuple[Tensor | int | None, ...]]
+        self, pack: Callable[[Int4 | Int8], tuple[Tensor | int | None, ...]]
     ) -> tuple[Tensor | int | None, ...]:
-        """What the operator takes between x and bias, where `arranged` gives what the operator of a part
+        """What the operator takes between x and bias, where `pack` gives what the operator of a part
         takes: its first three."""
         narrow, wide, rows = self.parts()
-        given = [(None,) * 3 if part is None else arranged(part)[:3] for part in (narrow, wide)]
+        given = [(None,) * 3 if part is None else pack(part)[:3] for part in (narrow, wide)]
         count = 0 if narrow is None else narrow.out_features
         return (*given[0], *given[1], rows, self.out_features, count, self.group_size)
 
@@ -120,13 +123,13 @@ class IntRows(Weight):
         """Rows of at most 4 bits, if K is even, and the others; None where there are none. Also which row
         each of these is, one below the other: [N] int64.
 
-        Where there are both, the first are whole strips: what is left of them goes with the others.
+        Where there are both, the first are whole panels: what is left of them goes with the others.
         """
         plain = self.int8()
         fits = (self.bits <= 4) & (self.in_features % 2 == 0)
         few, many = fits.nonzero()[:, 0], (~fits).nonzero()[:, 0]
         if len(many):
-            few, rest = few.split((len(few) // STRIP * STRIP, len(few) % STRIP))
+            few, rest = few.split((len(few) // PANEL_ROWS * PANEL_ROWS, len(few) % PANEL_ROWS))
             many = torch.cat((many, rest)).sort().values
         narrow, wide = None, None
         if len(few):
@@ -138,7 +141,7 @@ class IntRows(Weight):
         return narrow, wide, torch.cat((few, many))
 
     def codes(self) -> tuple[Tensor, Tensor | None]:
-        """Of all rows [N, K] uint8, and their zero points [N, K / G] uint8 if there are any."""
+        """The codes of all rows [N, K] uint8, and their zero points [N, K / G] uint8 if there are any."""
         shape = (self.out_features, self._codes_of_a_row)
         stored = torch.empty(shape, dtype=torch.uint8, device=self.device)
         start = 0
@@ -151,7 +154,7 @@ class IntRows(Weight):
         return codes, None if self.symmetric else zeros
 
     def int8(self) -> Int8:
-        """The same numbers, less 2^(bits - 1): those of rows of 4 bits at most are from -8 to 7."""
+        """The codes less 2^(bits - 1) as an `Int8`: those of rows of at most 4 bits are from -8 to 7."""
         codes, zeros = self.codes()
         middle = 2 ** (self.bits.short()[:, None] - 1)
         values = (codes.short() - middle).to(torch.int8)
@@ -159,6 +162,7 @@ class IntRows(Weight):
         return Int8(values, self.scales, signed, self.group_size)
 
     def dequantize(self) -> Tensor:
+        """(code - zero) * scale: [N, K] float32."""
         return self.int8().dequantize()
 
 

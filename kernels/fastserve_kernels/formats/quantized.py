@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastserve_kernels.formats.weight import (
     FLOATS,
-    Weight,
+    MatrixWeight,
     check_even,
     check_group_size,
     check_tensor,
@@ -50,7 +50,7 @@ NORMAL_FLOAT_4 = (
 
 
 @dataclass(frozen=True, eq=False)
-class Int4(Weight):
+class Int4(MatrixWeight):
     """w = (code - zero) * scale, with codes from 0 to 15."""
 
     codes: Tensor
@@ -62,6 +62,7 @@ class Int4(Weight):
     group_size: int
 
     operator: ClassVar[str] = "linear_int4"
+    columns_per_element: ClassVar[int] = 2
 
     @classmethod
     def pack(
@@ -89,25 +90,14 @@ class Int4(Weight):
         n, half = check_tensor("Int4.codes", self.codes, ("N", "K / 2"), (torch.uint8,))
         _check_groups("Int4", n, 2 * half, self.group_size, self.scales, self.zeros)
 
-    @property
-    def out_features(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return 2 * self.codes.shape[1]
-
-    @property
-    def arguments(self) -> tuple[Tensor | int | None, ...]:
-        return (self.codes, self.scales, self.zeros, self.out_features, self.group_size)
-
     def dequantize(self) -> Tensor:
+        """(code - zero) * scale: [N, K] float32."""
         zeros = 8.0 if self.zeros is None else spread(self.zeros, self.group_size)
         return (unpack_pairs(self.codes).float() - zeros) * spread(self.scales, self.group_size)
 
 
 @dataclass(frozen=True, eq=False)
-class Int8(Weight):
+class Int8(MatrixWeight):
     """w = (value - zero) * scale, with values from -128 to 127."""
 
     values: Tensor
@@ -145,25 +135,14 @@ class Int8(Weight):
         n, k = check_tensor("Int8.values", self.values, ("N", "K"), (torch.int8,))
         _check_groups("Int8", n, k, self.group_size, self.scales, self.zeros)
 
-    @property
-    def out_features(self) -> int:
-        return self.values.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.values.shape[1]
-
-    @property
-    def arguments(self) -> tuple[Tensor | int | None, ...]:
-        return (self.values, self.scales, self.zeros, self.out_features, self.group_size)
-
     def dequantize(self) -> Tensor:
+        """(value - zero) * scale: [N, K] float32."""
         zeros = 0.0 if self.zeros is None else spread(self.zeros, self.group_size)
         return (self.values.float() - zeros) * spread(self.scales, self.group_size)
 
 
 @dataclass(frozen=True, eq=False)
-class NF4(Weight):
+class NF4(MatrixWeight):
     """w = codebook[code] * scale."""
 
     codes: Tensor
@@ -175,6 +154,7 @@ class NF4(Weight):
     group_size: int
 
     operator: ClassVar[str] = "linear_nf4"
+    columns_per_element: ClassVar[int] = 2
 
     @classmethod
     def pack(
@@ -207,24 +187,13 @@ class NF4(Weight):
         check_tensor("NF4.codebook", self.codebook, (16,), (torch.float32,))
         _check_groups("NF4", n, 2 * half, self.group_size, self.scales)
 
-    @property
-    def out_features(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return 2 * self.codes.shape[1]
-
-    @property
-    def arguments(self) -> tuple[Tensor | int | None, ...]:
-        return (self.codes, self.scales, self.codebook, self.out_features, self.group_size)
-
     def dequantize(self) -> Tensor:
+        """codebook[code] * scale: [N, K] float32."""
         return self.codebook[unpack_pairs(self.codes).int()] * spread(self.scales, self.group_size)
 
 
 @dataclass(frozen=True, eq=False)
-class FP8(Weight):
+class FP8(MatrixWeight):
     """w = value * scale."""
 
     values: Tensor
@@ -256,24 +225,13 @@ class FP8(Weight):
         n, k = check_tensor("FP8.values", self.values, ("N", "K"), (torch.float8_e4m3fn,))
         _check_groups("FP8", n, k, self.group_size, self.scales)
 
-    @property
-    def out_features(self) -> int:
-        return self.values.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.values.shape[1]
-
-    @property
-    def arguments(self) -> tuple[Tensor | int | None, ...]:
-        return (self.values, self.scales, self.out_features, self.group_size)
-
     def dequantize(self) -> Tensor:
+        """value * scale: [N, K] float32."""
         return self.values.float() * spread(self.scales, self.group_size)
 
 
 @dataclass(frozen=True, eq=False)
-class W8A8(Weight):
+class W8A8(MatrixWeight):
     """w = value * scale of its row, multiplied in integers with activations that are rounded too.
 
     For each row of x: sx = max|x| / 127, xq = x / sx rounded half to even, y = (xq . value) * sx * scale.
@@ -300,19 +258,8 @@ class W8A8(Weight):
         n, _ = check_tensor("W8A8.values", self.values, ("N", "K"), (torch.int8,))
         check_tensor("W8A8.scales", self.scales, (n,), (torch.float32,))
 
-    @property
-    def out_features(self) -> int:
-        return self.values.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.values.shape[1]
-
-    @property
-    def arguments(self) -> tuple[Tensor | int | None, ...]:
-        return (self.values, self.scales, self.out_features)
-
     def dequantize(self) -> Tensor:
+        """value * scale: [N, K] float32."""
         return self.values.float() * self.scales[:, None]
 
 

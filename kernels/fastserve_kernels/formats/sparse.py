@@ -12,6 +12,7 @@ from fastserve_kernels.formats.quantized import round_to_integers
 from fastserve_kernels.formats.weight import (
     FLOATS,
     GROUP_SIZES,
+    MatrixWeight,
     Weight,
     check_even,
     check_tensor,
@@ -26,8 +27,8 @@ BLOCK_SIZES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True, eq=False)
-class Sparse24(Weight):
-    """Of each four adjacent columns of a row two are kept, as NVIDIA's sparse tensor cores want it."""
+class Sparse24(MatrixWeight):
+    """Two of each four adjacent columns of a row are kept, as NVIDIA's sparse tensor cores want it."""
 
     values: Tensor
     """[N, K / 2] float32, float16 or bfloat16: what is kept, in the order of the columns. K % 8 == 0."""
@@ -36,6 +37,7 @@ class Sparse24(Weight):
     of the first that is kept in the low two bits, that of the second, which is greater, in the high two."""
 
     operator: ClassVar[str] = "linear_sparse24"
+    columns_per_element: ClassVar[int] = 2
 
     @classmethod
     def pack(cls, weight: Tensor) -> Sparse24:
@@ -51,25 +53,15 @@ class Sparse24(Weight):
         check_even(2 * half, 8)
         _check_indices("Sparse24.indices", self.indices, n, 2 * half)
 
-    @property
-    def out_features(self) -> int:
-        return self.values.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return 2 * self.values.shape[1]
-
-    @property
-    def arguments(self) -> tuple[Tensor | int | None, ...]:
-        return (self.values, self.indices, self.out_features)
-
     def dequantize(self) -> Tensor:
+        """The kept values in their columns, zeros elsewhere: [N, K] float32."""
         return _put_two_of_four(self.values.float(), self.indices)
 
 
 @dataclass(frozen=True, eq=False)
-class Sparse24Int4(Weight):
-    """As `Sparse24`, and what is kept is w = (code - 8) * scale, with codes from 0 to 15."""
+class Sparse24Int4(MatrixWeight):
+    """Two of each four columns are kept, as in `Sparse24`, each as w = (code - 8) * scale, with codes from 0
+    to 15."""
 
     codes: Tensor
     """[N, K / 4] uint8: two codes per byte, the earlier in the low nibble; in the order of the columns."""
@@ -81,6 +73,7 @@ class Sparse24Int4(Weight):
     """G: columns, kept or not, that share a scale: 32, 64 or 128."""
 
     operator: ClassVar[str] = "linear_sparse24_int4"
+    columns_per_element: ClassVar[int] = 4
 
     @classmethod
     def pack(
@@ -102,19 +95,8 @@ class Sparse24Int4(Weight):
         _check_indices("Sparse24Int4.indices", self.indices, n, 4 * quarter)
         check_tensor("Sparse24Int4.scales", self.scales, (n, 4 * quarter // self.group_size), FLOATS)
 
-    @property
-    def out_features(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return 4 * self.codes.shape[1]
-
-    @property
-    def arguments(self) -> tuple[Tensor | int | None, ...]:
-        return (self.codes, self.indices, self.scales, self.out_features, self.group_size)
-
     def dequantize(self) -> Tensor:
+        """(code - 8) * scale in the kept columns, zeros elsewhere: [N, K] float32."""
         kept = (unpack_pairs(self.codes).float() - 8) * spread(self.scales, self.group_size // 2)
         return _put_two_of_four(kept, self.indices)
 
@@ -184,17 +166,21 @@ class BlockSparse(Weight):
 
     @property
     def out_features(self) -> int:
+        """N."""
         return self.shape[0]
 
     @property
     def in_features(self) -> int:
+        """K."""
         return self.shape[1]
 
     @property
     def arguments(self) -> tuple[Tensor | int | None, ...]:
+        """What the operator takes between x and bias, in the plain layout."""
         return (self.blocks, self.row_starts, self.columns, self.out_features)
 
     def dequantize(self) -> Tensor:
+        """The blocks in their places, zeros elsewhere: [N, K] float32."""
         _, rows, columns = self.blocks.shape
         n, k = self.shape
         tiles = self.blocks.new_zeros(n // rows, k // columns, rows, columns, dtype=torch.float32)
@@ -253,13 +239,16 @@ class Bitmap(Weight):
 
     @property
     def out_features(self) -> int:
+        """N."""
         return self.mask.shape[0]
 
     @property
     def arguments(self) -> tuple[Tensor | int | None, ...]:
+        """What the operator takes between x and bias, in the plain layout."""
         return (self.values, self.mask, self.row_starts, self.out_features)
 
     def dequantize(self) -> Tensor:
+        """The kept values in their places, zeros elsewhere: [N, K] float32."""
         dense = self.values.new_zeros(self.out_features, self.in_features, dtype=torch.float32)
         return dense.masked_scatter_(unpack_bits(self.mask, self.in_features), self.values.float())
 

@@ -68,7 +68,7 @@ class Weight(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Of all its tensors."""
+        """Bytes of all its tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
 
     @property
@@ -82,8 +82,36 @@ class Weight(ABC):
         return next(iter(self._tensors().values())).device
 
     def to(self, device: torch.device | str) -> Self:
-        """The same weight on another device."""
+        """The weight on another device."""
         return dataclasses.replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
+
+
+class MatrixWeight(Weight):
+    """A weight whose first tensor has a row for each row of W."""
+
+    columns_per_element: ClassVar[int] = 1
+    """Columns of W that an element of the first tensor holds."""
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self._first.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.columns_per_element * self._first.shape[1]
+
+    @property
+    def _first(self) -> Tensor:
+        return next(iter(self._tensors().values()))
+
+    @property
+    def arguments(self) -> tuple[Tensor | int | None, ...]:
+        """The tensors, N, and the group size if there is one."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        sizes = [self.out_features, *(values.pop(name) for name in ("group_size",) if name in values)]
+        return (*values.values(), *sizes)
 
 
 def check_tensor(
@@ -107,11 +135,12 @@ def check_tensor(
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As in `float16`."""
+    """The dtype's name: `float16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def names_of(dtypes: Sequence[torch.dtype]) -> str:
+    """The dtypes' names: `float16 or bfloat16`."""
     return " or ".join(map(name_of, dtypes))
 
 

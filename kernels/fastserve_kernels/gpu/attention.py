@@ -22,8 +22,8 @@ from fastserve_kernels.gpu.launch import Argument, Config, Launch, launch_all
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.tuning import config_for
 
-LEAST_ROWS = 16
-"""Of a product on tensor cores."""
+MIN_ROWS = 16
+"""Rows that a product on tensor cores has at least."""
 SCAN = 256
 """Sequences whose lengths a program looks at together to find its own."""
 INTERPRETED_SMS = 3
@@ -75,7 +75,7 @@ def _check_cache(cache: Tensor, scale: Tensor | None, name: str) -> None:
 
 
 def _one_token_each(q: Tensor, block_tables: Tensor) -> bool:
-    """As no sequence is without tokens, the numbers of both tell."""
+    """Whether each sequence has one token: none is without, so the numbers of both tell."""
     return q.shape[0] <= block_tables.shape[0]
 
 
@@ -97,7 +97,7 @@ def _shape_of(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor)
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; interpreted, a few."""
+    """The multiprocessors of a GPU; interpreted, a few."""
     if device.type != "cuda":
         return INTERPRETED_SMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -168,7 +168,7 @@ def _constants(
 
 
 def _decode_rows(group: int) -> int:
-    return max(triton.next_power_of_2(group), LEAST_ROWS)
+    return max(triton.next_power_of_2(group), MIN_ROWS)
 
 
 def _decoded_queries(q: Tensor, block_tables: Tensor, group: int) -> int:
@@ -180,7 +180,7 @@ def _for_dtype(config: Config, dtype: torch.dtype) -> Config:
     """Tensor cores do not multiply float32 as it is: it has small tiles, whatever was tuned for others."""
     if dtype != torch.float32:
         return config
-    return Config({**config.constants, "BLOCK_M": LEAST_ROWS, "BLOCK_N": 32}, num_stages=2)
+    return Config({**config.constants, "BLOCK_M": MIN_ROWS, "BLOCK_N": 32}, num_stages=2)
 
 
 def plan_decode(*inputs: Any, config: Config) -> list[Launch]:
@@ -237,7 +237,7 @@ def plan_prefill(*inputs: Any, config: Config) -> list[Launch]:
 
 
 def _key_bytes(shape: Shape) -> int:
-    """Of one key and value of a head, as tiles hold them; the activations' dtype taken to have two bytes."""
+    """Bytes of a key and a value of a head in a tile; the activations' dtype is taken to have two bytes."""
     size = 2 if shape["cache_format"] == 1 else 1
     return size * (triton.next_power_of_2(shape["dim"]) + triton.next_power_of_2(shape["dim_v"]))
 

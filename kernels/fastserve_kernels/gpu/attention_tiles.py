@@ -55,7 +55,7 @@ def decoded(codes, dtype: tl.constexpr, PURE: tl.constexpr):
     """Elements of a cache as numbers of dtype, but for the factor `code_unit`: exact, four codes at a time.
 
     Not PURE says that the conversion has side effects, though it has none. Else the compiler moves it behind
-    the change to the arrangement in which tensor cores take small tiles from registers, and for that loads
+    the change to the layout in which tensor cores take small tiles from registers, and for that loads
     codes from shared memory byte by byte: three times the instructions in all. Tiles of 64 rows and more go
     through shared memory as they are.
     """
@@ -80,91 +80,92 @@ def load_queries(
     q, start, query_len, head, q_token, q_head, CODES: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(rows [BLOCK_M, BLOCK_D], their unit [BLOCK_M]) of the tokens from start that share key head `head`.
+    """(queries [BLOCK_M, BLOCK_D], q_scale [BLOCK_M]) of the tokens from start that share key head `head`.
 
     Rows beyond query_len are zeros.
     """
-    rows = tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
-    token = (start + rows // GROUP).to(tl.int64)
-    within = (rows // GROUP < query_len)[:, None] & (dims < DIM)[None, :]
-    place = token * q_token + (head * GROUP + rows % GROUP) * q_head
-    queries = tl.load(q + place[:, None] + dims[None, :], mask=within, other=0.0)
-    unit = tl.full((BLOCK_M,), 1.0, tl.float32)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    token = (start + offs_m // GROUP).to(tl.int64)
+    mask = (offs_m // GROUP < query_len)[:, None] & (offs_d < DIM)[None, :]
+    offs = token * q_token + (head * GROUP + offs_m % GROUP) * q_head
+    queries = tl.load(q + offs[:, None] + offs_d[None, :], mask=mask, other=0.0)
+    q_scale = tl.full((BLOCK_M,), 1.0, tl.float32)
     if CODES:
         largest = tl.max(tl.abs(queries.to(tl.float32)), 1)
-        unit = tl.where(largest > 0, largest, 1.0)
-        queries = queries.to(tl.float32) / unit[:, None]
+        q_scale = tl.where(largest > 0, largest, 1.0)
+        queries = queries.to(tl.float32) / q_scale[:, None]
         if q.dtype.element_ty != tl.float32:
             queries = queries.to(tl.float16)
-    return queries, unit
+    return queries, q_scale
 
 
 @triton.jit
 def _blocks(table, tile, end, context_len, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The block of each key of a tile; 0 for tiles from `end` on, and keys beyond the context."""
-    key = tl.arange(0, BLOCK_N)
-    held = tile * BLOCK_N + key < tl.minimum(context_len, end * BLOCK_N)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask = tile * BLOCK_N + offs_n < tl.minimum(context_len, end * BLOCK_N)
     if BLOCK_N % BLOCK_SIZE == 0:
-        entry = tile * (BLOCK_N // BLOCK_SIZE) + key // BLOCK_SIZE
+        entry = tile * (BLOCK_N // BLOCK_SIZE) + offs_n // BLOCK_SIZE
     else:
-        entry = (tile * BLOCK_N + key) // BLOCK_SIZE
-    return tl.load(table + entry, mask=held, other=0)
+        entry = (tile * BLOCK_N + offs_n) // BLOCK_SIZE
+    return tl.load(table + entry, mask=mask, other=0)
 
 
 @triton.jit
 def _within_block(tile, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Where each key of a tile lies in its block; where tiles are whole blocks, the same for all tiles."""
-    key = tl.arange(0, BLOCK_N)
-    return key % BLOCK_SIZE if BLOCK_N % BLOCK_SIZE == 0 else (tile * BLOCK_N + key) % BLOCK_SIZE
+    offs_n = tl.arange(0, BLOCK_N)
+    return offs_n % BLOCK_SIZE if BLOCK_N % BLOCK_SIZE == 0 else (tile * BLOCK_N + offs_n) % BLOCK_SIZE
 
 
 @triton.jit
 def attend(
-    queries, units, results, peaks, sums, first, end, last_position, context_len,
+    queries, qk_scale, acc, m_i, l_i, first, end, last_position, context_len,
     k_cache, v_cache, table, k_block, k_position, v_block, v_position, window, softcap,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Adds the key tiles first to end to the (results, peaks, sums) of a tile of rows.
+    """One pass of the online softmax (arXiv 2205.14135) over the key tiles first to end: (acc, m_i, l_i).
 
-    units [BLOCK_M]: what a product of queries and keys is multiplied with to be a score, and with 1 / ln 2
-    where scores are not capped. Without MASKED each row must see all keys of these tiles.
+    acc [BLOCK_M, BLOCK_DV] is the sum of exponentials times values, m_i the largest score, l_i the sum of
+    exponentials. qk_scale [BLOCK_M] makes a score of a product of queries and keys, times 1 / ln 2 where
+    scores are not capped. Without MASKED each row must see all keys of these tiles.
     """
     pure: tl.constexpr = queries.shape[0] >= 64
-    dims = tl.arange(0, BLOCK_D)
-    dims_v = tl.arange(0, BLOCK_DV)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
     # Looked up a tile ahead: the addresses of keys and values must not wait for the table.
     block = _blocks(table, first, end, context_len, BLOCK_SIZE, BLOCK_N)
     for tile in range(first, end):
-        position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        following = _blocks(table, tile + 1, end, context_len, BLOCK_SIZE, BLOCK_N)
-        k_held, v_held = (dims < DIM)[None, :], (dims_v < DIM_V)[None, :]
+        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        next_block = _blocks(table, tile + 1, end, context_len, BLOCK_SIZE, BLOCK_N)
+        k_mask, v_mask = (offs_d < DIM)[None, :], (offs_dv < DIM_V)[None, :]
         if MASKED:
-            held = position < context_len
-            k_held, v_held = held[:, None] & k_held, held[:, None] & v_held
-        within = _within_block(tile, BLOCK_SIZE, BLOCK_N)
-        k_place = (block * k_block)[:, None] + (within * k_position)[:, None] + dims[None, :]
-        v_place = (block * v_block)[:, None] + (within * v_position)[:, None] + dims_v[None, :]
-        keys = tl.load(k_cache + k_place, mask=k_held, other=0)
-        values = tl.load(v_cache + v_place, mask=v_held, other=0)
-        scores = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
-        scores = multiply(queries, tl.trans(decoded(keys, queries.dtype, pure)), scores) * units[:, None]
+            in_context = offs_n < context_len
+            k_mask, v_mask = in_context[:, None] & k_mask, in_context[:, None] & v_mask
+        offs_in_block = _within_block(tile, BLOCK_SIZE, BLOCK_N)
+        k_offs = (block * k_block)[:, None] + (offs_in_block * k_position)[:, None] + offs_d[None, :]
+        v_offs = (block * v_block)[:, None] + (offs_in_block * v_position)[:, None] + offs_dv[None, :]
+        k = tl.load(k_cache + k_offs, mask=k_mask, other=0)
+        v = tl.load(v_cache + v_offs, mask=v_mask, other=0)
+        qk = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
+        qk = multiply(queries, tl.trans(decoded(k, queries.dtype, pure)), qk) * qk_scale[:, None]
         if CAPPED:
-            scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E / softcap)) + 1.0)) * LOG2_E
+            qk = softcap * (1.0 - 2.0 / (tl.exp2(qk * (2.0 * LOG2_E / softcap)) + 1.0)) * LOG2_E
         if MASKED:
-            seen = position[None, :] <= last_position[:, None]
+            mask = offs_n[None, :] <= last_position[:, None]
             if WINDOWED:
-                seen = seen & (position[None, :] > last_position[:, None] - window)
-            scores = tl.where(seen, scores, float("-inf"))
-        before = peaks
-        peaks = tl.maximum(peaks, tl.max(scores, 1))
-        origin = tl.where(peaks > float("-inf"), peaks, 0.0)
-        weights = tl.exp2(scores - origin[:, None])
-        fading = tl.exp2(before - origin)
-        sums = sums * fading + tl.sum(weights, 1)
-        results *= fading[:, None]
-        results = multiply(rounded(weights, queries.dtype), decoded(values, queries.dtype, pure), results)
-        block = following
-    return results, peaks, sums
+                mask = mask & (offs_n[None, :] > last_position[:, None] - window)
+            qk = tl.where(mask, qk, float("-inf"))
+        m_prev = m_i
+        m_i = tl.maximum(m_i, tl.max(qk, 1))
+        m_safe = tl.where(m_i > float("-inf"), m_i, 0.0)
+        p = tl.exp2(qk - m_safe[:, None])
+        alpha = tl.exp2(m_prev - m_safe)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc *= alpha[:, None]
+        acc = multiply(rounded(p, queries.dtype), decoded(v, queries.dtype, pure), acc)
+        block = next_block
+    return acc, m_i, l_i

@@ -1,4 +1,4 @@
-"""Unstructured sparse weights on a GPU: their arrangement, launches and configs.
+"""Unstructured sparse weights on a GPU: their packing, launches and configs.
 
 The kernels are in `bitmap_kernels`. `prepare` keeps two descriptions of where the numbers belong, each of 2
 bits per weight at half density, of which a launch reads one: with one or two tokens the lists of eight, with
@@ -17,10 +17,15 @@ from fastserve_kernels.formats.sparse import Bitmap, unpack_bits
 from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.bitmap_kernels import SEGMENT_BITS, STEP_BITS, bitmap_few, bitmap_many
 from fastserve_kernels.gpu.launch import Config, Launch
-from fastserve_kernels.gpu.linear_call import call_linear, linear_cost, random_linear, splits_for
+from fastserve_kernels.gpu.linear_call import (
+    call_linear,
+    linear_cost,
+    random_linear,
+    split_k_launch,
+    splits_for,
+)
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.quantized_linear import check_device
-from fastserve_kernels.gpu.split_k import arrivals, partial_sums
 
 _SEGMENT = 1 << int(SEGMENT_BITS.value)
 _LIST = 8
@@ -74,7 +79,7 @@ def _records(places: _Places, in_features: int) -> Tensor:
 
 
 def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepared:
-    """Arranges a `Bitmap`: values [lists, 8] in the activations' dtype; in the place of the mask the records;
+    """Packs a `Bitmap`: values [lists, 8] in the activations' dtype; in the place of the mask the records;
     in that of row_starts the starts of `_Places`, filled up to a multiple of 4, then the words of the lists.
 
     Raises ValueError if it is another format, too large, or the device cannot multiply by it.
@@ -113,36 +118,15 @@ def plan(
     config: Config,
 ) -> list[Launch]:
     """x [M, K] and out [M, N] contiguous, of the values' dtype; the rest as `prepare` made it."""
-    m, n, k = *out.shape, x.shape[1]
+    n, k = out.shape[1], x.shape[1]
     constants = {name: size for name, size in config.constants.items() if name != "FEW"}
-    splits = constants["SPLITS"]
     if config.constants["FEW"]:
         kernel = bitmap_few
         starts, words = lists[: -(-k // _SEGMENT) * n + 1], lists[-len(values) :]
         weight = {"values": values, "starts": starts, "words": words}
     else:
         kernel, weight = bitmap_many, {"values": values, "records": records}
-    return [
-        Launch(
-            kernel,
-            (-(-m // constants["BLOCK_M"]), -(-n // constants["BLOCK_N"]), splits),
-            {
-                "x": x,
-                **weight,
-                "bias": bias,
-                "residual": residual,
-                "out": out,
-                "partial": partial_sums(splits, m, n, x.device),
-                "arrivals": arrivals(x.device) if splits > 1 else None,
-                "M": m,
-                "N": n,
-                "K": k,
-            },
-            constants,
-            config.num_warps,
-            config.num_stages,
-        )
-    ]
+    return [split_k_launch(kernel, x, weight, bias, residual, out, k, constants, config)]
 
 
 def _few(shape: Shape) -> list[Config]:

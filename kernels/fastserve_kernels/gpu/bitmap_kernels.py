@@ -46,10 +46,10 @@ def _eight(lists):
 @triton.jit
 def _load_lists(values, words, number, end):
     """(numbers [P, 8], words [P]) of lists; 0, at the first column of the segment, from `end` on."""
-    there = number < end
-    place = number.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    numbers = tl.load(values + place, mask=there[:, None], other=0.0, eviction_policy="evict_first")
-    return numbers, tl.load(words + number, mask=there, other=0, eviction_policy="evict_first")
+    mask = number < end
+    offs = number.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    numbers = tl.load(values + offs, mask=mask[:, None], other=0.0, eviction_policy="evict_first")
+    return numbers, tl.load(words + number, mask=mask, other=0, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -64,17 +64,17 @@ def bitmap_few(
     """
     thread = tl.arange(0, BLOCK_N * LANES)
     row = tl.program_id(1) * BLOCK_N + thread // LANES
-    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     segments = tl.cdiv(K, _SEGMENT)
     split = tl.program_id(2)
-    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for segment in range(split * segments // SPLITS, (split + 1) * segments // SPLITS):
         first = tl.load(starts + segment * N + row, mask=row < N, other=0)
         end = tl.load(starts + segment * N + row + 1, mask=row < N, other=0)
         longest = tl.max(end - first)
         first += thread % LANES
-        column_0 = x + segment * _SEGMENT
-        total = tl.zeros((BLOCK_N * LANES, BLOCK_M), tl.float32)
+        segment_ptr = x + segment * _SEGMENT
+        lane_acc = tl.zeros((BLOCK_N * LANES, BLOCK_M), tl.float32)
         numbers, word = _load_lists(values, words, first, end)
         for taken in range(0, longest, LANES):
             next_numbers, next_word = _load_lists(values, words, first + taken + LANES, end)
@@ -83,21 +83,21 @@ def bitmap_few(
             for i in tl.static_range(8):
                 if i > 0:
                     column += (word >> (SEGMENT_BITS + STEP_BITS * (i - 1))) & _STEP_MASK
-                place = tokens[None, :] * K + column.to(tl.uint32)[:, None]
-                x_there = tl.load(column_0 + place, mask=(tokens < M)[None, :], other=0.0)
-                total += eight[i].to(tl.float32)[:, None] * x_there.to(tl.float32)
+                offs = offs_m[None, :] * K + column.to(tl.uint32)[:, None]
+                x_there = tl.load(segment_ptr + offs, mask=(offs_m < M)[None, :], other=0.0)
+                lane_acc += eight[i].to(tl.float32)[:, None] * x_there.to(tl.float32)
             numbers, word = next_numbers, next_word
-        sums += tl.sum(tl.reshape(total, (BLOCK_N, LANES, BLOCK_M)), axis=1)
-    features = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc += tl.sum(tl.reshape(lane_acc, (BLOCK_N, LANES, BLOCK_M)), axis=1)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     store_sums(
-        sums, out, bias, residual, partial, arrivals, features, tokens, N, M, N,
+        acc, out, bias, residual, partial, arrivals, offs_n, offs_m, N, M, N,
         tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), split, SPLITS,
     )  # fmt: skip
 
 
 @triton.jit
 def _bits_below(mask, columns):
-    """Of masks [R, 1] of 32 columns, how many bits are set below each column: [R, 32]."""
+    """The number of bits set below each column, [R, 32], in masks [R, 1] of 32 columns."""
     if INTERPRETED:
         bits = (mask >> columns) & 1
         below = tl.cumsum(bits, axis=1) - bits
@@ -116,23 +116,23 @@ def bitmap_many(
 
     grid: (tiles of M, tiles of N, SPLITS).
     """
-    features = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, 32)
     steps = tl.cdiv(K, 32)
     split = tl.program_id(2)
-    tile = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(split * steps // SPLITS, (split + 1) * steps // SPLITS):
-        record = tl.load(records + step * N + features, mask=features < N, other=0)[:, None]
-        mask = record.to(tl.int32)
-        place = (record >> 32).to(tl.int32) + _bits_below(mask, columns[None, :])
-        kept = ((mask >> columns[None, :]) & 1) != 0
-        w = tl.load(values + place, mask=kept, other=0.0)
-        depth = step * 32 + columns
-        inside = (depth < K)[:, None] & (tokens < M)[None, :]
-        x_tile = tl.load(x + tokens.to(tl.int64)[None, :] * K + depth[:, None], mask=inside, other=0.0)
-        tile = multiply(w, x_tile, tile)
+        record = tl.load(records + step * N + offs_n, mask=offs_n < N, other=0)[:, None]
+        bitmask = record.to(tl.int32)
+        value_offs = (record >> 32).to(tl.int32) + _bits_below(bitmask, columns[None, :])
+        kept = ((bitmask >> columns[None, :]) & 1) != 0
+        w = tl.load(values + value_offs, mask=kept, other=0.0)
+        offs_k = step * 32 + columns
+        mask = (offs_k < K)[:, None] & (offs_m < M)[None, :]
+        x_tile = tl.load(x + offs_m.to(tl.int64)[None, :] * K + offs_k[:, None], mask=mask, other=0.0)
+        acc = multiply(w, x_tile, acc)
     store_sums(
-        tile, out, bias, residual, partial, arrivals, features, tokens, N, M, N,
+        acc, out, bias, residual, partial, arrivals, offs_n, offs_m, N, M, N,
         tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), split, SPLITS,
     )  # fmt: skip

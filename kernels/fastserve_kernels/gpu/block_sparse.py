@@ -29,7 +29,7 @@ from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.linear_call import call_linear, linear_cost
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.quantized_linear import check_device
-from fastserve_kernels.gpu.split_k import MOST_TILES, arrivals, store_sums
+from fastserve_kernels.gpu.split_k import MAX_TILES, arrivals, store_sums
 
 _WARPS_WANTED = 2112
 """That multiply at once where K is split: 16 on each of an H200's 132 multiprocessors."""
@@ -50,42 +50,42 @@ def block_sparse(
     fields = runs + (first_run + run) * 5
     row, first, end = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
     part, parts = tl.load(fields + 3), tl.load(fields + 4)
-    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.arange(0, BN)
-    depth = tl.arange(0, TOGETHER * BK)
-    tile = tl.zeros((BN, BLOCK_M), tl.float32)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_bn = tl.arange(0, BN)
+    offs_bk = tl.arange(0, TOGETHER * BK)
+    acc = tl.zeros((BN, BLOCK_M), tl.float32)
     for start in range(first, end, TOGETHER):
-        block = start + depth // BK
-        there = block < end
-        column = tl.load(columns + block, mask=there, other=0) * BK + depth % BK
-        number = block.to(tl.int64)[None, :] * (BN * BK) + rows[:, None] * BK + (depth % BK)[None, :]
-        w = tl.load(blocks + number, mask=there[None, :], other=0.0)
-        inside = there[:, None] & (tokens < M)[None, :]
-        x_tile = tl.load(x + tokens[None, :] * K + column[:, None], mask=inside, other=0.0)
-        tile = multiply(w, x_tile, tile)
+        block = start + offs_bk // BK
+        mask_k = block < end
+        column = tl.load(columns + block, mask=mask_k, other=0) * BK + offs_bk % BK
+        w_offs = block.to(tl.int64)[None, :] * (BN * BK) + offs_bn[:, None] * BK + (offs_bk % BK)[None, :]
+        w = tl.load(blocks + w_offs, mask=mask_k[None, :], other=0.0)
+        mask = mask_k[:, None] & (offs_m < M)[None, :]
+        x_tile = tl.load(x + offs_m[None, :] * K + column[:, None], mask=mask, other=0.0)
+        acc = multiply(w, x_tile, acc)
 
     last = True
     if partial is not None:  # known when compiled  # noqa: SIM102
         if parts > 1:
             size: tl.constexpr = BN * BLOCK_M
-            place = rows[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-            first_part = (tl.program_id(0) * tl.num_programs(1) + run - part).to(tl.int64) * size + place
-            tl.store(partial + first_part + part * size, tile)
+            offs = offs_bn[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+            first_part = (tl.program_id(0) * tl.num_programs(1) + run - part).to(tl.int64) * size + offs
+            tl.store(partial + first_part + part * size, acc)
             tl.debug_barrier()
             counter = arrivals + tl.program_id(0) * (N // BN) + row
             last = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
             if last:
-                tile = tl.zeros((BN, BLOCK_M), tl.float32)
+                acc = tl.zeros((BN, BLOCK_M), tl.float32)
                 for other in range(parts):
-                    tile += tl.load(partial + first_part + other * size, cache_modifier=".cg")
+                    acc += tl.load(partial + first_part + other * size, cache_modifier=".cg")
                 tl.store(counter, 0)
     if last:
-        features = row * BN + rows
-        store_sums(tile, out, bias, residual, None, None, features, tokens, N, M, N, 0, 0, 1)
+        offs_n = row * BN + offs_bn
+        store_sums(acc, out, bias, residual, None, None, offs_n, offs_m, N, M, N, 0, 0, 1)
 
 
 def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepared:
-    """Arranges a `BlockSparse`: in the place of row_starts the runs: whole rows, and, if any is cut, the cut.
+    """Packs a `BlockSparse`: in the place of row_starts the runs: whole rows, and, if any is cut, the cut.
 
     Raises ValueError if it is another format, or the device cannot multiply by it.
     """
@@ -104,7 +104,7 @@ def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepare
 
 
 def _warps(rows: int) -> int:
-    """Of a program for so many rows of the weight and few tokens: 32 rows per warp."""
+    """Warps of a program for so many rows of the weight and few tokens: 32 rows per warp."""
     return max(rows // 32, 1)
 
 
@@ -141,7 +141,7 @@ def plan(
     _, rows, depth = blocks.shape
     block_m = config.constants["BLOCK_M"]
     m_tiles, block_rows = -(-m // block_m), n // rows
-    cut = bool(config.constants["CUT"]) and len(runs) > block_rows and m_tiles * block_rows <= MOST_TILES
+    cut = bool(config.constants["CUT"]) and len(runs) > block_rows and m_tiles * block_rows <= MAX_TILES
     count = len(runs) - block_rows if cut else block_rows
     partial = x.new_empty(m_tiles * count * rows * block_m, dtype=torch.float32) if cut else None
     return [

@@ -45,10 +45,12 @@ class Compilation:
 
     @property
     def num_warps(self) -> int:
+        """Warps of a program."""
         return int(self.options["num_warps"])
 
     @property
     def num_stages(self) -> int:
+        """Stages of the software pipeline."""
         return int(self.options["num_stages"])
 
     @property
@@ -64,7 +66,7 @@ class Usage:
     """What a compiled kernel takes. An error and no more if it could not be compiled."""
 
     registers: int = 0
-    """Of each thread."""
+    """Registers of each thread."""
     stack: int = 0
     """Bytes of each thread in local memory: spilled registers lie there, so that 0 says that none is."""
     shared: int = 0

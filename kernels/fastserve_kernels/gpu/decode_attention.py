@@ -42,10 +42,10 @@ def _tiles(
 @triton.jit
 def _lengths(query_start, context_lens, sequence, sequences):
     """(queries, keys) of sequences by number; 0 for numbers beyond the last."""
-    there = sequence < sequences
-    start = tl.load(query_start + sequence, mask=there, other=0)
-    query_len = tl.load(query_start + sequence + 1, mask=there, other=0) - start
-    context_len = tl.load(context_lens + sequence, mask=there, other=0)
+    mask = sequence < sequences
+    start = tl.load(query_start + sequence, mask=mask, other=0)
+    query_len = tl.load(query_start + sequence + 1, mask=mask, other=0) - start
+    context_len = tl.load(context_lens + sequence, mask=mask, other=0)
     return query_len.to(tl.int32), context_len.to(tl.int32)
 
 
@@ -111,8 +111,8 @@ def decode(
     head = (place - earlier * KV_HEADS) // (end - first)
     skipped = (place - earlier * KV_HEADS) % (end - first)
 
-    rows = tl.arange(0, BLOCK_M)
-    dims_v = tl.arange(0, BLOCK_DV)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_dv = tl.arange(0, BLOCK_DV)
     slot = 2 * program
     while place < stop:
         query_len, context_len = _lengths(query_start, context_lens, sequence, sequences)
@@ -120,23 +120,23 @@ def decode(
         count = tl.minimum(end - first - skipped, stop - place)
         if count > 0:
             start = tl.load(query_start + sequence)
-            queries, units = load_queries(
+            queries, qk_scale = load_queries(
                 q, start, query_len, head, q_token, q_head, k_scale is not None, GROUP, DIM, BLOCK_M, BLOCK_D
             )
-            units *= scale
+            qk_scale *= scale
             if k_scale is not None:
-                units *= tl.load(k_scale + head) * code_unit(k_cache.dtype.element_ty)
+                qk_scale *= tl.load(k_scale + head) * code_unit(k_cache.dtype.element_ty)
             if not CAPPED:
-                units *= LOG2_E
-            results, peaks, sums = attend(
+                qk_scale *= LOG2_E
+            acc, m_i, l_i = attend(
                 queries,
-                units,
+                qk_scale,
                 tl.zeros((BLOCK_M, BLOCK_DV), tl.float32),
                 tl.full((BLOCK_M,), float("-inf"), tl.float32),
                 tl.zeros((BLOCK_M,), tl.float32),
                 first + skipped,
                 first + skipped + count,
-                context_len - tl.maximum(query_len - rows // GROUP, 1),
+                context_len - tl.maximum(query_len - offs_m // GROUP, 1),
                 context_len,
                 k_cache + head * k_head,
                 v_cache + head * v_head,
@@ -144,19 +144,19 @@ def decode(
                 k_block, k_position, v_block, v_position, window, softcap,
                 True, WINDOWED, CAPPED, BLOCK_SIZE, DIM, DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
-            share = 1.0 / tl.where(sums > 0, sums, 1.0)
+            out_scale = 1.0 / tl.where(l_i > 0, l_i, 1.0)
             if v_scale is not None:
-                share *= tl.load(v_scale + head) * code_unit(v_cache.dtype.element_ty)
-            results *= share[:, None]
-            filled = (rows // GROUP < query_len)[:, None] & (dims_v < DIM_V)[None, :]
+                out_scale *= tl.load(v_scale + head) * code_unit(v_cache.dtype.element_ty)
+            acc *= out_scale[:, None]
+            mask = (offs_m // GROUP < query_len)[:, None] & (offs_dv < DIM_V)[None, :]
             if count == end - first:
-                row = (start + rows // GROUP) * (KV_HEADS * GROUP) + head * GROUP + rows % GROUP
-                to = out + row[:, None] * DIM_V + dims_v[None, :]
-                tl.store(to, rounded(results, out.dtype.element_ty), mask=filled)
+                offs_row = (start + offs_m // GROUP) * (KV_HEADS * GROUP) + head * GROUP + offs_m % GROUP
+                out_ptrs = out + offs_row[:, None] * DIM_V + offs_dv[None, :]
+                tl.store(out_ptrs, rounded(acc, out.dtype.element_ty), mask=mask)
             else:
-                row = slot.to(tl.int64) * BLOCK_M + rows
-                tl.store(parts + row[:, None] * DIM_V + dims_v[None, :], results, mask=filled)
-                tl.store(logs + row, peaks + tl.log2(tl.where(sums > 0, sums, 1.0)))
+                offs_row = slot.to(tl.int64) * BLOCK_M + offs_m
+                tl.store(parts + offs_row[:, None] * DIM_V + offs_dv[None, :], acc, mask=mask)
+                tl.store(logs + offs_row, m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0)))
             slot = 2 * program + 1
             place += count
         skipped = 0
@@ -195,28 +195,28 @@ def combine(
         return
     # In the first program's share something else may come before.
     first_slot = 2 * first_program + (first_program * work // programs < begin).to(tl.int32)
-    dims_v = tl.arange(0, BLOCK_DV)
-    result = tl.zeros((BLOCK_DV,), tl.float32)
-    peak = tl.max(tl.full((PARTS,), float("-inf"), tl.float32), 0)
-    weight_sum = tl.sum(tl.zeros((PARTS,), tl.float32), 0)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    acc = tl.zeros((BLOCK_DV,), tl.float32)
+    m_i = tl.max(tl.full((PARTS,), float("-inf"), tl.float32), 0)
+    l_i = tl.sum(tl.zeros((PARTS,), tl.float32), 0)
     for base in range(first_program, last_program + 1, PARTS):
         program = base + tl.arange(0, PARTS)
-        there = program <= last_program
+        mask = program <= last_program
         slot = tl.where(program == first_program, first_slot, 2 * program).to(tl.int64)
-        row = slot * BLOCK_M + query * GROUP + member
-        log = tl.load(logs + row, mask=there, other=float("-inf"))
+        offs_row = slot * BLOCK_M + query * GROUP + member
+        log = tl.load(logs + offs_row, mask=mask, other=float("-inf"))
         part = tl.load(
-            parts + row[:, None] * DIM_V + dims_v[None, :],
-            mask=there[:, None] & (dims_v < DIM_V)[None, :],
+            parts + offs_row[:, None] * DIM_V + offs_dv[None, :],
+            mask=mask[:, None] & (offs_dv < DIM_V)[None, :],
             other=0.0,
         )
-        before = peak
-        peak = tl.maximum(peak, tl.max(log, 0))
-        origin = tl.where(peak > float("-inf"), peak, 0.0)
-        weight = tl.exp2(log - origin)
-        fading = tl.exp2(before - origin)
-        weight_sum = weight_sum * fading + tl.sum(weight, 0)
-        result = result * fading + tl.sum(weight[:, None] * part, 0)
+        m_prev = m_i
+        m_i = tl.maximum(m_i, tl.max(log, 0))
+        m_safe = tl.where(m_i > float("-inf"), m_i, 0.0)
+        p = tl.exp2(log - m_safe)
+        alpha = tl.exp2(m_prev - m_safe)
+        l_i = l_i * alpha + tl.sum(p, 0)
+        acc = acc * alpha + tl.sum(p[:, None] * part, 0)
     start = tl.load(query_start + sequence)
-    to = out + ((start + query) * (KV_HEADS * GROUP) + head * GROUP + member) * DIM_V + dims_v
-    tl.store(to, rounded(result / weight_sum, out.dtype.element_ty), mask=dims_v < DIM_V)
+    out_ptrs = out + ((start + query) * (KV_HEADS * GROUP) + head * GROUP + member) * DIM_V + offs_dv
+    tl.store(out_ptrs, rounded(acc / l_i, out.dtype.element_ty), mask=offs_dv < DIM_V)

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 ROWS = 16
-"""Of a block."""
+"""Rows of a block."""
 SLICE = 32
 """Columns of a block that are multiplied at a time."""
 WORDS = 512
-"""Of a block."""
+"""Words of a block."""
 
 
 def block_columns(bits: int) -> int:
@@ -44,7 +44,7 @@ def blocks_of(size: int, each: int) -> int:
     return -(-size // each)
 
 
-def arrange_codes(codes: Tensor, bits: int) -> Tensor:
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes [N, K] of any integer dtype, of which the low bits count, as blocks [., ., 512] int16."""
     columns = block_columns(bits)
     padded = _pad(codes.to(torch.int32), columns) & (1 << bits) - 1
@@ -57,7 +57,7 @@ def arrange_codes(codes: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
 
 
-def arrange_groups(values: Tensor, group_size: int, bits: int) -> Tensor:
+def pack_groups(values: Tensor, group_size: int, bits: int) -> Tensor:
     """Scales or zeros [N, K / G] in the order of the blocks; of their own dtype."""
     columns = block_columns(bits)
     if values.shape[1] == 1:

@@ -10,22 +10,19 @@ from torch import Tensor
 
 from fastserve_kernels.formats import Int4, Int8, IntRows
 from fastserve_kernels.formats.prepared import Prepared
-from fastserve_kernels.gpu import int4_linear, int8_linear
-from fastserve_kernels.gpu.operator import Operator
-
-OPERATORS: tuple[Operator, ...] = ()
-"""Those of the two kernels are tuned."""
+from fastserve_kernels.gpu.int4_linear import linear_int4
+from fastserve_kernels.gpu.int8_linear import linear_int8
 
 
 def prepare(weight: IntRows, device: torch.device, dtype: torch.dtype) -> Prepared:
     """The two parts as their kernels read them. Raises ValueError if the GPU is too old."""
     on_device = weight.to(device)
 
-    def arranged(part: Int4 | Int8) -> tuple[Tensor | int | None, ...]:
-        module = int4_linear if isinstance(part, Int4) else int8_linear
-        return module.prepare(part, device, dtype).arguments
+    def pack(part: Int4 | Int8) -> tuple[Tensor | int | None, ...]:
+        linear = linear_int4 if isinstance(part, Int4) else linear_int8
+        return linear.prepare(part, device, dtype).arguments
 
-    arguments = on_device.arguments_of(arranged)
+    arguments = on_device.arguments_of(pack)
     return Prepared(weight.operator, arguments, weight.out_features, weight.in_features)
 
 
@@ -44,6 +41,8 @@ def linear_int_rows(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    """`reference.linear_int_rows` on a GPU."""
+
     def part(tensor: Tensor | None, of_part: slice) -> Tensor | None:
         return None if tensor is None else tensor[..., rows[of_part]]
 
@@ -51,9 +50,9 @@ def linear_int_rows(
     parts = []
     if narrow is not None and narrow_scales is not None:
         weight = (narrow, narrow_scales, narrow_zeros, narrow_rows, group_size)
-        parts.append(int4_linear.linear_int4(x, *weight, part(bias, few), part(residual, few)))
+        parts.append(linear_int4(x, *weight, part(bias, few), part(residual, few)))
     if wide is not None and wide_scales is not None:
         weight = (wide, wide_scales, wide_zeros, out_features - narrow_rows, group_size)
-        parts.append(int8_linear.linear_int8(x, *weight, part(bias, many), part(residual, many)))
+        parts.append(linear_int8(x, *weight, part(bias, many), part(residual, many)))
     came = torch.cat(parts, dim=1)
     return torch.empty_like(came).index_copy_(1, rows, came)

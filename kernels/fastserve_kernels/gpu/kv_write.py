@@ -64,38 +64,61 @@ def _stored(x, scale, CACHED: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _copy(
-    x, place, out, to, first, there, scale, DIM: tl.constexpr, BLOCK: tl.constexpr, CACHED: tl.constexpr
+    x,
+    x_offs,
+    out,
+    out_offs,
+    first,
+    head_mask,
+    scale,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CACHED: tl.constexpr,
 ):
     """Stores the dimensions first to DIM of the heads at `place` at `to`."""
-    dims = first + tl.arange(0, BLOCK)
-    within = there[:, None] & (dims < DIM)[None, :]
-    here = tl.load(x + place[:, None] + dims[None, :], mask=within, other=0.0).to(tl.float32)
+    offs_d = first + tl.arange(0, BLOCK)
+    mask = head_mask[:, None] & (offs_d < DIM)[None, :]
+    x_rows = tl.load(x + x_offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(
-        out + to[:, None] + dims[None, :], _stored(here, scale, CACHED, out.dtype.element_ty), mask=within
+        out + out_offs[:, None] + offs_d[None, :],
+        _stored(x_rows, scale, CACHED, out.dtype.element_ty),
+        mask=mask,
     )
 
 
 @triton.jit
 def _rotate(
-    x, place, cos, sin, out, to, there, scale, HALF: tl.constexpr, BLOCK: tl.constexpr, CACHED: tl.constexpr
+    x,
+    x_offs,
+    cos,
+    sin,
+    out,
+    out_offs,
+    head_mask,
+    scale,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CACHED: tl.constexpr,
 ):
     """Stores the first 2 HALF dimensions, rotated: products and their sum are rounded, as torch does."""
     dtype: tl.constexpr = x.dtype.element_ty
-    dims = tl.arange(0, BLOCK)
-    short = dims < HALF
-    within = there[:, None] & short[None, :]
-    low = tl.load(x + place[:, None] + dims[None, :], mask=within, other=0.0).to(tl.float32)
-    high = tl.load(x + place[:, None] + HALF + dims[None, :], mask=within, other=0.0).to(tl.float32)
-    cos_low = tl.load(cos + dims, mask=short, other=0.0).to(tl.float32)[None, :]
-    cos_high = tl.load(cos + HALF + dims, mask=short, other=0.0).to(tl.float32)[None, :]
-    sin_low = tl.load(sin + dims, mask=short, other=0.0).to(tl.float32)[None, :]
-    sin_high = tl.load(sin + HALF + dims, mask=short, other=0.0).to(tl.float32)[None, :]
+    offs_d = tl.arange(0, BLOCK)
+    dim_mask = offs_d < HALF
+    mask = head_mask[:, None] & dim_mask[None, :]
+    low = tl.load(x + x_offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(x + x_offs[:, None] + HALF + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    cos_low = tl.load(cos + offs_d, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
+    cos_high = tl.load(cos + HALF + offs_d, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
+    sin_low = tl.load(sin + offs_d, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
+    sin_high = tl.load(sin + HALF + offs_d, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
     new_low = _round_trip(low * cos_low, dtype) - _round_trip(high * sin_low, dtype)
     new_high = _round_trip(high * cos_high, dtype) + _round_trip(low * sin_high, dtype)
     new_low, new_high = _round_trip(new_low, dtype), _round_trip(new_high, dtype)
     stored: tl.constexpr = out.dtype.element_ty
-    tl.store(out + to[:, None] + dims[None, :], _stored(new_low, scale, CACHED, stored), mask=within)
-    tl.store(out + to[:, None] + HALF + dims[None, :], _stored(new_high, scale, CACHED, stored), mask=within)
+    tl.store(out + out_offs[:, None] + offs_d[None, :], _stored(new_low, scale, CACHED, stored), mask=mask)
+    tl.store(
+        out + out_offs[:, None] + HALF + offs_d[None, :], _stored(new_high, scale, CACHED, stored), mask=mask
+    )
 
 
 @triton.jit
@@ -104,20 +127,20 @@ def _move(
     DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, HEADS: tl.constexpr, CACHED: tl.constexpr,
 ):  # fmt: skip
     """Moves the `part`-th HEADS of a token's COUNT heads to `row`; the first ROTARY_DIM dimensions turn."""
-    head = part * HEADS + tl.arange(0, HEADS)
-    there = head < COUNT
-    place = token * x_token + head * x_head
-    to = row + head * out_head
+    offs_h = part * HEADS + tl.arange(0, HEADS)
+    head_mask = offs_h < COUNT
+    x_offs = token * x_token + offs_h * x_head
+    out_offs = row + offs_h * out_head
     scale = None
     if scales is not None:
-        scale = tl.load(scales + head, mask=there, other=1.0)
+        scale = tl.load(scales + offs_h, mask=head_mask, other=1.0)
     if ROTARY_DIM > 0:
         HALF: tl.constexpr = ROTARY_DIM // 2
         HALF_BLOCK: tl.constexpr = triton.next_power_of_2(HALF)
-        _rotate(x, place, cos, sin, out, to, there, scale, HALF, HALF_BLOCK, CACHED)
+        _rotate(x, x_offs, cos, sin, out, out_offs, head_mask, scale, HALF, HALF_BLOCK, CACHED)
     if ROTARY_DIM < DIM:
         REST_BLOCK: tl.constexpr = triton.next_power_of_2(DIM - ROTARY_DIM)
-        _copy(x, place, out, to, ROTARY_DIM, there, scale, DIM, REST_BLOCK, CACHED)
+        _copy(x, x_offs, out, out_offs, ROTARY_DIM, head_mask, scale, DIM, REST_BLOCK, CACHED)
 
 
 @triton.jit
@@ -267,6 +290,7 @@ def _codes(cache: Tensor) -> Tensor:
 
 
 def candidates(shape: Shape) -> list[Config]:
+    """Heads of a program, and its warps."""
     return [Config({"HEADS": heads}, warps, 1) for heads, warps in ((8, 4), (4, 2), (2, 1), (4, 1), (16, 4))]
 
 

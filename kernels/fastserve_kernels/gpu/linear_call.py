@@ -1,16 +1,18 @@
-"""What the operators of sparse and low-rank weights do alike on the host: calls, splits, random inputs."""
+"""What the linears do alike on the host: calls, launches, splits, random inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.formats.weight import Weight
-from fastserve_kernels.gpu.launch import launch_all
+from fastserve_kernels.gpu.launch import Config, Launch, launch_all
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
+from fastserve_kernels.gpu.split_k import arrivals, partial_sums
 from fastserve_kernels.gpu.tuning import config_for
 
 LinearInputs = tuple[Tensor | int | None, ...]
@@ -33,6 +35,54 @@ def call_linear(
         residual = None if residual is None else residual.contiguous()
         launch_all(operator.plan(x.contiguous(), *weight, bias, residual, out, config=config))
     return out
+
+
+def rows_contiguous(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(x, bias, residual) with adjacent elements in each row; copied only where they are not."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    if residual is not None and residual.stride(1) != 1:
+        residual = residual.contiguous()
+    return x, bias, residual
+
+
+def split_k_launch(
+    kernel: object,
+    x: Tensor,
+    weight: Mapping[str, Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    k: int,
+    constants: Mapping[str, Any],
+    config: Config,
+) -> Launch:
+    """The launch of a kernel on the grid (tiles of M, tiles of N, SPLITS), whose splits share the columns K.
+
+    out is [M, N] contiguous; the constants have BLOCK_M, BLOCK_N and SPLITS; `weight` are pointers by name.
+    """
+    (m, n), splits = out.shape, constants["SPLITS"]
+    return Launch(
+        kernel,
+        (-(-m // constants["BLOCK_M"]), -(-n // constants["BLOCK_N"]), splits),
+        {
+            "x": x,
+            **weight,
+            "bias": bias,
+            "residual": residual,
+            "out": out,
+            "partial": partial_sums(splits, m, n, x.device),
+            "arrivals": arrivals(x.device) if splits > 1 else None,
+            "M": m,
+            "N": n,
+            "K": k,
+        },
+        constants,
+        config.num_warps,
+        config.num_stages,
+    )
 
 
 def words_of_fours(x: Tensor) -> Tensor:
@@ -60,7 +110,7 @@ def random_linear(
 
 
 def linear_cost(shape: Shape, dtype: torch.dtype, weight_bytes: int, kept: int) -> Cost:
-    """Of a linear that reads so many bytes of weight, and multiplies by so many weights."""
+    """The cost of a linear that reads `weight_bytes` of weight, and multiplies by `kept` weights."""
     m, n, k = shape["m"], shape["n"], shape["k"]
     return Cost(bytes=weight_bytes + dtype.itemsize * m * (k + n), flops=2 * m * kept)
 

@@ -32,47 +32,47 @@ from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.linear_call import call_linear, linear_cost, random_linear, splits_for
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.quantized_linear import check_device
-from fastserve_kernels.gpu.split_k import MOST_TILES, arrivals, store_sums
+from fastserve_kernels.gpu.split_k import MAX_TILES, arrivals, store_sums
 
 _RANK_MULTIPLE = 16
 _BOTH, _DOWN, _UP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _load(w, rows, depth, count, K):
-    """A tile [rows, depth] of w [count, K]; 0 outside."""
-    inside = (rows < count)[:, None] & (depth < K)[None, :]
-    return tl.load(w + rows.to(tl.int64)[:, None] * K + depth[None, :], mask=inside, other=0.0)
+def _load(w, offs_n, offs_k, count, K):
+    """A tile [offs_n, offs_k] of w [count, K]; 0 outside."""
+    mask = (offs_n < count)[:, None] & (offs_k < K)[None, :]
+    return tl.load(w + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _make_hidden(
-    x, down, hidden, row_tile, split, tokens, M, K, R,
+    x, down, hidden, row_tile, split, offs_m, M, K, R,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """A tile of down times a share of x."""
-    BLOCK_M: tl.constexpr = tokens.shape[0]
-    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    BLOCK_M: tl.constexpr = offs_m.shape[0]
+    offs_r = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
-    tile = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(split * steps // SPLITS, (split + 1) * steps // SPLITS):
-        depth = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside = (depth < K)[:, None] & (tokens < M)[None, :]
-        x_tile = tl.load(x + tokens.to(tl.int64)[None, :] * K + depth[:, None], mask=inside, other=0.0)
-        tile = multiply(_load(down, rows, depth, R, K), x_tile, tile)
-    place = (split * M + tokens).to(tl.int64)[None, :] * R + rows[:, None]
-    tl.store(hidden + place, tile, mask=(rows < R)[:, None] & (tokens < M)[None, :])
+        offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = (offs_k < K)[:, None] & (offs_m < M)[None, :]
+        x_tile = tl.load(x + offs_m.to(tl.int64)[None, :] * K + offs_k[:, None], mask=mask, other=0.0)
+        acc = multiply(_load(down, offs_r, offs_k, R, K), x_tile, acc)
+    offs = (split * M + offs_m).to(tl.int64)[None, :] * R + offs_r[:, None]
+    tl.store(hidden + offs, acc, mask=(offs_r < R)[:, None] & (offs_m < M)[None, :])
 
 
 @triton.jit
-def _load_hidden(hidden, tokens, depth, M, R, dtype: tl.constexpr, SPLITS: tl.constexpr):
+def _load_hidden(hidden, offs_m, offs_r, M, R, dtype: tl.constexpr, SPLITS: tl.constexpr):
     """h [depth, tokens] in the activations' dtype: the shares added up in order."""
-    inside = (depth < R)[:, None] & (tokens < M)[None, :]
-    place = tokens.to(tl.int64)[None, :] * R + depth[:, None]
-    total = tl.load(hidden + place, mask=inside, other=0.0, cache_modifier=".cg")
+    mask = (offs_r < R)[:, None] & (offs_m < M)[None, :]
+    offs = offs_m.to(tl.int64)[None, :] * R + offs_r[:, None]
+    total = tl.load(hidden + offs, mask=mask, other=0.0, cache_modifier=".cg")
     for split in tl.static_range(1, SPLITS):
-        share = hidden + split * M.to(tl.int64) * R + place
-        total += tl.load(share, mask=inside, other=0.0, cache_modifier=".cg")
+        share = hidden + split * M.to(tl.int64) * R + offs
+        total += tl.load(share, mask=mask, other=0.0, cache_modifier=".cg")
     return rounded(total, dtype)
 
 
@@ -91,7 +91,7 @@ def low_rank(
     program = first_program + tl.program_id(0)
     token_tiles = tl.cdiv(M, BLOCK_M)
     makers = tl.cdiv(R, BLOCK_N) * SPLITS
-    tokens = (program % token_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = (program % token_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     counter = arrivals
     if STAGES == _BOTH:
         counter += 2 * (program % token_tiles)
@@ -99,30 +99,30 @@ def low_rank(
     if number < makers:
         if STAGES != _UP:
             split, row_tile = number % SPLITS, number // SPLITS
-            _make_hidden(x, down, hidden, row_tile, split, tokens, M, K, R, BLOCK_N, BLOCK_K, SPLITS)
+            _make_hidden(x, down, hidden, row_tile, split, offs_m, M, K, R, BLOCK_N, BLOCK_K, SPLITS)
         if STAGES == _BOTH:
             tl.debug_barrier()  # all threads have stored before one of them says so
             tl.atomic_add(counter, 1, sem="release")
     elif STAGES != _DOWN:
-        features = (number - makers) * BLOCK_N + tl.arange(0, BLOCK_N)
-        depth = tl.arange(0, BLOCK_R)
-        w = _load(up, features, depth, N, R)
+        offs_n = (number - makers) * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_r = tl.arange(0, BLOCK_R)
+        w = _load(up, offs_n, offs_r, N, R)
         if STAGES == _BOTH:
             while tl.atomic_add(counter, 0, sem="acquire") < makers:
                 pass
             tl.debug_barrier()
-        tile = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for start in range(0, R, BLOCK_R):
-            h = _load_hidden(hidden, tokens, start + depth, M, R, out.dtype.element_ty, SPLITS)
-            tile = multiply(w, h, tile)
-            w = _load(up, features, start + BLOCK_R + depth, N, R)
+            h = _load_hidden(hidden, offs_m, start + offs_r, M, R, out.dtype.element_ty, SPLITS)
+            acc = multiply(w, h, acc)
+            w = _load(up, offs_n, start + BLOCK_R + offs_r, N, R)
         if STAGES == _BOTH:
             tl.debug_barrier()
             users = tl.cdiv(N, BLOCK_N)
             if tl.atomic_add(counter + 1, 1, sem="acq_rel") == users - 1:
                 tl.store(counter, 0)
                 tl.store(counter + 1, 0)
-        store_sums(tile, out, bias, residual, None, None, features, tokens, N, M, N, 0, 0, 1)
+        store_sums(acc, out, bias, residual, None, None, offs_n, offs_m, N, M, N, 0, 0, 1)
 
 
 def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepared:
@@ -157,7 +157,7 @@ def plan(
     token_tiles = -(-m // constants["BLOCK_M"])
     makers = token_tiles * -(-rank // constants["BLOCK_N"]) * constants["SPLITS"]
     users = token_tiles * -(-n // constants["BLOCK_N"])
-    one = config.constants["LAUNCHES"] == 1 and 2 * token_tiles <= MOST_TILES
+    one = config.constants["LAUNCHES"] == 1 and 2 * token_tiles <= MAX_TILES
     arguments = {
         "x": x,
         "down": down,

@@ -23,7 +23,7 @@ from fastserve_kernels.gpu.tuning import config_for
 
 
 @triton.jit
-def _normed(x, weight, within, dim, eps, dtype: tl.constexpr):
+def _normed(x, weight, mask, dim, eps, dtype: tl.constexpr):
     """x [ROWS, BLOCK_D] float32, zeros where not within: rounded to dtype before and after the weight."""
     scale = tl.rsqrt(tl.sum(x * x, 1) / dim + eps)
     return rounded(rounded(x * scale[:, None], dtype).to(tl.float32) * weight[None, :], dtype)
@@ -35,14 +35,14 @@ def rms_norm_kernel(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """x [T, HEADS, DIM] with strides, out [T, HEADS, DIM]; row r is token r // HEADS, head r % HEADS."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    dims = tl.arange(0, BLOCK_D)
-    within = (row < rows)[:, None] & (dims < DIM)[None, :]
-    place = row // HEADS * x_token + row % HEADS * x_head
-    here = tl.load(x + place[:, None] + dims[None, :], mask=within, other=0.0).to(tl.float32)
-    factor = tl.load(weight + dims, mask=dims < DIM, other=0.0).to(tl.float32)
-    normed = _normed(here, factor, within, DIM, eps, out.dtype.element_ty)
-    tl.store(out + (row * DIM)[:, None] + dims[None, :], normed, mask=within)
+    offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_m < rows)[:, None] & (offs_d < DIM)[None, :]
+    x_offs = offs_m // HEADS * x_token + offs_m % HEADS * x_head
+    x_rows = tl.load(x + x_offs[:, None] + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(weight + offs_d, mask=offs_d < DIM, other=0.0).to(tl.float32)
+    normed = _normed(x_rows, w, mask, DIM, eps, out.dtype.element_ty)
+    tl.store(out + (offs_m * DIM)[:, None] + offs_d[None, :], normed, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -51,17 +51,19 @@ def add_rms_norm_kernel(
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """x and residual [T, DIM] with strides, out and total [T, DIM]."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    dims = tl.arange(0, BLOCK_D)
-    within = (row < rows)[:, None] & (dims < DIM)[None, :]
-    here = tl.load(x + (row * x_token)[:, None] + dims[None, :], mask=within, other=0.0)
-    added = tl.load(residual + (row * residual_token)[:, None] + dims[None, :], mask=within, other=0.0)
-    summed = rounded(here.to(tl.float32) + added.to(tl.float32), total.dtype.element_ty)
-    to = (row * DIM)[:, None] + dims[None, :]
-    tl.store(total + to, summed, mask=within)
-    factor = tl.load(weight + dims, mask=dims < DIM, other=0.0).to(tl.float32)
-    normed = _normed(summed.to(tl.float32), factor, within, DIM, eps, out.dtype.element_ty)
-    tl.store(out + to, normed, mask=within)
+    offs_m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_m < rows)[:, None] & (offs_d < DIM)[None, :]
+    x_rows = tl.load(x + (offs_m * x_token)[:, None] + offs_d[None, :], mask=mask, other=0.0)
+    residual_rows = tl.load(
+        residual + (offs_m * residual_token)[:, None] + offs_d[None, :], mask=mask, other=0.0
+    )
+    summed = rounded(x_rows.to(tl.float32) + residual_rows.to(tl.float32), total.dtype.element_ty)
+    out_offs = (offs_m * DIM)[:, None] + offs_d[None, :]
+    tl.store(total + out_offs, summed, mask=mask)
+    w = tl.load(weight + offs_d, mask=offs_d < DIM, other=0.0).to(tl.float32)
+    normed = _normed(summed.to(tl.float32), w, mask, DIM, eps, out.dtype.element_ty)
+    tl.store(out + out_offs, normed, mask=mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

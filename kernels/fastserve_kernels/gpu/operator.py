@@ -29,9 +29,9 @@ class Operator:
     """An operator whose kernels are compiled ahead, tuned and measured."""
 
     name: str
-    """As in torch.ops.fastserve."""
+    """The operator's name in torch.ops.fastserve."""
     inputs: Callable[[Shape, torch.dtype, torch.device], Any]
-    """Random arguments of `plan` for a shape; the weight arranged as `prepare` arranges it."""
+    """Random arguments of `plan` for a shape; the weight packed as `prepare` packs it."""
     plan: Callable[..., list[Launch]]
     """plan(*inputs, config=...): the launches, in order. The last argument of the inputs is the output."""
     candidates: Callable[[Shape], list[Config]]
@@ -42,4 +42,5 @@ class Operator:
     reference: Callable[..., Tensor] | None = None
     """reference(*inputs): the output in float32 by torch alone. None: the config taken first is the judge."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
-    """Of the activations. bfloat16 and float16 are the main paths: no register may be spilled there."""
+    """Dtypes of the activations. bfloat16 and float16 are the main paths: no register may be spilled
+    there."""

@@ -54,20 +54,20 @@ def prefill(
     # What follows is as if the sequence ended with this tile's queries.
     context_len = tl.load(context_lens + sequence).to(tl.int32) - length + before + query_len
 
-    rows = tl.arange(0, BLOCK_M)
-    dims_v = tl.arange(0, BLOCK_DV)
-    queries, units = load_queries(
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    queries, qk_scale = load_queries(
         q, start, query_len, head, q_token, q_head, k_scale is not None, GROUP, DIM, BLOCK_M, BLOCK_D
     )
-    units *= scale
+    qk_scale *= scale
     if k_scale is not None:
-        units *= tl.load(k_scale + head) * code_unit(k_cache.dtype.element_ty)
+        qk_scale *= tl.load(k_scale + head) * code_unit(k_cache.dtype.element_ty)
     if not CAPPED:
-        units *= LOG2_E
-    results = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    peaks = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    sums = tl.zeros((BLOCK_M,), tl.float32)
-    last_position = context_len - tl.maximum(query_len - rows // GROUP, 1)
+        qk_scale *= LOG2_E
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    last_position = context_len - tl.maximum(query_len - offs_m // GROUP, 1)
     k_cache += head * k_head
     v_cache += head * v_head
     table = block_tables + sequence.to(tl.int64) * table_row
@@ -79,20 +79,20 @@ def prefill(
         entered = tl.minimum(tl.cdiv(tl.maximum(context_len - window, 0), BLOCK_N), end)
     left = tl.maximum((context_len - query_len + 1) // BLOCK_N, entered)
     for part in tl.static_range(0 if WINDOWED else 1, 3):
-        results, peaks, sums = attend(
-            queries, units, results, peaks, sums,
+        acc, m_i, l_i = attend(
+            queries, qk_scale, acc, m_i, l_i,
             first if part == 0 else (entered if part == 1 else left),
             entered if part == 0 else (left if part == 1 else end),
             last_position, context_len, k_cache, v_cache, table,
             k_block, k_position, v_block, v_position, window, softcap,
             part != 1, WINDOWED, CAPPED, BLOCK_SIZE, DIM, DIM_V, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-    share = 1.0 / sums
+    out_scale = 1.0 / l_i
     if v_scale is not None:
-        share *= tl.load(v_scale + head) * code_unit(v_cache.dtype.element_ty)
-    row = (start + rows // GROUP) * (KV_HEADS * GROUP) + head * GROUP + rows % GROUP
+        out_scale *= tl.load(v_scale + head) * code_unit(v_cache.dtype.element_ty)
+    offs_row = (start + offs_m // GROUP) * (KV_HEADS * GROUP) + head * GROUP + offs_m % GROUP
     tl.store(
-        out + row[:, None] * DIM_V + dims_v[None, :],
-        rounded(results * share[:, None], out.dtype.element_ty),
-        mask=(rows // GROUP < query_len)[:, None] & (dims_v < DIM_V)[None, :],
+        out + offs_row[:, None] * DIM_V + offs_dv[None, :],
+        rounded(acc * out_scale[:, None], out.dtype.element_ty),
+        mask=(offs_m // GROUP < query_len)[:, None] & (offs_dv < DIM_V)[None, :],
     )

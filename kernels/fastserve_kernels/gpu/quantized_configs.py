@@ -8,25 +8,25 @@ from collections.abc import Iterator
 from fastserve_kernels.gpu.fragments import ROWS, WORDS, block_columns, blocks_of
 from fastserve_kernels.gpu.launch import Config
 from fastserve_kernels.gpu.operator import Shape
-from fastserve_kernels.gpu.split_k import MOST_TILES
+from fastserve_kernels.gpu.split_k import MAX_TILES
 
 MOST = 24
 """Candidates for a shape."""
 MULTIPROCESSORS = 132
 SHARED_BYTES = 160 * 1024
-"""Of a program, on an A100 too."""
+"""Shared memory that a program may take, on an A100 too."""
 SHARED_BYTES_OF_MULTIPROCESSOR = 227 * 1024
 WARPS_OF_MULTIPROCESSOR = 32
-"""That have 64 registers and more each."""
+"""Warps whose threads have 64 registers or more."""
 BYTES_ON_THEIR_WAY = 40 * 1024
-"""Of codes, per multiprocessor, that keep the memory busy: its rate times its latency."""
+"""Bytes of codes per multiprocessor that keep the memory busy: its rate times its latency."""
 L2_COST = 0.25
-"""Of a byte from the L2 cache, in bytes from memory."""
+"""The cost of a byte from the L2 cache, in bytes from memory."""
 SPLIT_COST = 0.1
-"""Of waiting for the other programs of a tile, as a share of the product's time."""
-MOST_SUMS = 64
+"""The cost of waiting for the other programs of a tile, as a share of the product's time."""
+MAX_SUMS = 64
 """Registers of a thread that may be sums."""
-LEAST_TURNS = 4
+MIN_TURNS = 4
 """Warps that share K even if there is no block of columns for each."""
 FEW_TOKENS = 16
 """Up to which the warps of a program may share K."""
@@ -90,7 +90,7 @@ def _many_tokens() -> Iterator[Config]:
 
 
 def _block_bytes(config: Config, bits: int) -> tuple[int, int]:
-    """Of the (codes, x) that a program reads in a step."""
+    """The bytes of (codes, x) that a program reads in a step."""
     sizes = config.constants
     turns = max(sizes["K_WARPS"], 1)
     return turns * sizes["ROW_BLOCKS"] * WORDS * 2, turns * sizes["BLOCK_M"] * block_columns(bits) * 2
@@ -112,17 +112,15 @@ def _splits_well(config: Config, shape: Shape, bits: int) -> bool:
     splits, turns = config.constants["SPLITS"], max(config.constants["K_WARPS"], 1)
     tiles = _tiles(config, shape)
     blocks = blocks_of(shape["k"], block_columns(bits))
-    useful = splits == 1 or (tiles * splits <= 4 * MULTIPROCESSORS and tiles <= MOST_TILES)
-    return (
-        useful and _sums_fit(config) and (blocks >= splits * turns or (splits == 1 and turns <= LEAST_TURNS))
-    )
+    useful = splits == 1 or (tiles * splits <= 4 * MULTIPROCESSORS and tiles <= MAX_TILES)
+    return useful and _sums_fit(config) and (blocks >= splits * turns or (splits == 1 and turns <= MIN_TURNS))
 
 
 def _sums_fit(config: Config) -> bool:
     """Whether the sums of a tile and of a group leave registers, also where those of others are added up."""
     sizes = config.constants
     sums = ROWS * sizes["ROW_BLOCKS"] * sizes["BLOCK_M"] * max(sizes["K_WARPS"], 1) / (32 * config.num_warps)
-    most = MOST_SUMS if sizes["SPLITS"] == 1 else MOST_SUMS // 2
+    most = MAX_SUMS if sizes["SPLITS"] == 1 else MAX_SUMS // 2
     return sums * (1 if sizes["SCALED_WEIGHTS"] else 2) <= most
 
 

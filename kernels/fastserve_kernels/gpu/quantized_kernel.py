@@ -57,7 +57,7 @@ _ROWS, _SLICE, _WORDS = tl.constexpr(ROWS), tl.constexpr(SLICE), tl.constexpr(WO
 
 @triton.jit
 def _group_words(words, INDEX: tl.constexpr, GROUPS: tl.constexpr):
-    """Of words [W, R, 8 GROUPS] of a block, those [W, R, 8] of one group."""
+    """The words [W, R, 8] of one group among those [W, R, 8 GROUPS] of a block."""
     if GROUPS == 1:
         return words
     elif GROUPS == 2:
@@ -74,28 +74,28 @@ def _spread_group(
     groups, plane, block, group, GROUPS: tl.constexpr, SOURCE: tl.constexpr, DTYPE: tl.constexpr
 ):
     """The scales or zeros of one group of blocks [W, R, 1], spread over their words."""
-    place = block * (8 * GROUPS) + tl.arange(0, 8)[None, None, :] * GROUPS + group
-    return spread_over_words(tl.load(groups + plane + place), SOURCE, DTYPE)
+    offs = block * (8 * GROUPS) + tl.arange(0, 8)[None, None, :] * GROUPS + group
+    return spread_over_words(tl.load(groups + plane + offs), SOURCE, DTYPE)
 
 
 @triton.jit
-def _multiply(values, x, sums, K_WARPS: tl.constexpr, DTYPE: tl.constexpr):
-    """sums + W x^T of a slice: values [W, R, 512] of the weights, x [W, BLOCK_M, 32] or [BLOCK_M, 32]."""
+def _multiply(values, x, acc, K_WARPS: tl.constexpr, DTYPE: tl.constexpr):
+    """acc + W x^T of a slice: values [W, R, 512] of the weights, x [W, BLOCK_M, 32] or [BLOCK_M, 32]."""
     tile = as_tile(values, DTYPE)
     if K_WARPS:
-        return multiply(tile, tl.permute(x, (0, 2, 1)), sums)
+        return multiply(tile, tl.permute(x, (0, 2, 1)), acc)
     else:
-        return multiply(tl.reshape(tile, (tile.shape[1], _SLICE)), tl.permute(x, (1, 0)), sums)
+        return multiply(tl.reshape(tile, (tile.shape[1], _SLICE)), tl.permute(x, (1, 0)), acc)
 
 
 @triton.jit
-def _scaled(sums, words, K_WARPS: tl.constexpr, SCALE: tl.constexpr):
+def _scaled(acc, words, K_WARPS: tl.constexpr, SCALE: tl.constexpr):
     """Sums of a group times its scales in words [W, R, 8]."""
     rows = spread_over_rows(words, SCALE)
     if K_WARPS:
-        return sums * rows[:, :, None]
+        return acc * rows[:, :, None]
     else:
-        return sums * tl.reshape(rows, (rows.shape[1],))[:, None]
+        return acc * tl.reshape(rows, (rows.shape[1],))[:, None]
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -109,7 +109,7 @@ def quantized_linear(
     """x [tokens, in_features], rows x_row apart; codes [row_blocks, blocks, 512].
 
     scales: words of two numbers of dtype SCALE, for GROUPS groups in a block; if that is 0, [out_features]
-    float32. zeros: ZEROS planes of words of two numbers of x's dtype, as `arrange_zeros` makes them.
+    float32. zeros: ZEROS planes of words of two numbers of x's dtype, as `pack_zeros` makes them.
     EVEN: the blocks of columns are full, and as many for each warp of each split. Where they are not, a warp
     reads the last block again and multiplies it by zeros in place of x.
     """
@@ -124,15 +124,15 @@ def quantized_linear(
     )
     split = tl.program_id(1) if SPLITS > 1 else 0
     row_block = tl.minimum(row_tile * ROW_BLOCKS + tl.arange(0, ROW_BLOCKS), row_blocks - 1)[None, :, None]
-    token = token_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    x_token = x + token.to(tl.int64)[:, None] * x_row
-    there = (token < tokens)[:, None]
+    offs_m = token_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    x_ptrs = x + offs_m.to(tl.int64)[:, None] * x_row
+    mask_m = (offs_m < tokens)[:, None]
     steps = tl.cdiv(blocks, WARPS * SPLITS)
     last = blocks - 1
     first = split * steps * WARPS + tl.arange(0, WARPS)[:, None, None]
     shape: tl.constexpr = (WARPS, ROW_BLOCKS * _ROWS, BLOCK_M) if K_WARPS else (ROW_BLOCKS * _ROWS, BLOCK_M)
 
-    sums = tl.zeros(shape, tl.float32)
+    acc = tl.zeros(shape, tl.float32)
     table = load_codebook(codebook, DTYPE) if FORMAT == "nf4" else codebook
     offset = tl.full((1, 1, 1), power_of_mantissa(DTYPE) + 8.0, DTYPE if is_packed(DTYPE) else tl.float32)
     group_words = tl.arange(0, 8 * BLOCK_GROUPS)[None, None, :]
@@ -149,7 +149,7 @@ def quantized_linear(
             next_words = tl.load(scales + next_block * (8 * GROUPS) + group_words)
         for group in tl.static_range(BLOCK_GROUPS):
             zero = _spread_group(zeros, 0, block, group, BLOCK_GROUPS, DTYPE, DTYPE) if ZEROS else offset
-            part = tl.zeros(shape, tl.float32) if SCALED_SUMS else sums
+            group_acc = tl.zeros(shape, tl.float32) if SCALED_SUMS else acc
             for i in tl.static_range(GROUP_SLICES):
                 values = unpacked(words, zero, table, group * GROUP_SLICES + i, FORMAT, ZEROS, DTYPE)
                 if ZEROS == 2:
@@ -159,28 +159,28 @@ def quantized_linear(
                 if GROUPS and SCALED_WEIGHTS:
                     factor = _spread_group(scales, 0, block, group, GROUPS, SCALE, DTYPE)
                     values = multiplied(values, factor, DTYPE)
-                slice = (group * GROUP_SLICES + i) * _SLICE
+                slice_start = (group * GROUP_SLICES + i) * _SLICE
                 if K_WARPS:
-                    column = column_block * BLOCK_K + (slice + tl.arange(0, _SLICE)[None, None, :])
-                    inside = there[None, :, :] if EVEN else there[None, :, :] & (column < in_features)
-                    x_tile = tl.load(x_token[None, :, :] + column, mask=inside, other=0.0)
+                    offs_k = column_block * BLOCK_K + (slice_start + tl.arange(0, _SLICE)[None, None, :])
+                    mask = mask_m[None, :, :] if EVEN else mask_m[None, :, :] & (offs_k < in_features)
+                    x_tile = tl.load(x_ptrs[None, :, :] + offs_k, mask=mask, other=0.0)
                 else:
-                    column = (split * steps + step) * BLOCK_K + (slice + tl.arange(0, _SLICE)[None, :])
-                    inside = there if EVEN else there & (column < in_features)
-                    x_tile = tl.load(x_token + column, mask=inside, other=0.0)
-                part = _multiply(values, x_tile, part, K_WARPS, DTYPE)
+                    offs_k = (split * steps + step) * BLOCK_K + (slice_start + tl.arange(0, _SLICE)[None, :])
+                    mask = mask_m if EVEN else mask_m & (offs_k < in_features)
+                    x_tile = tl.load(x_ptrs + offs_k, mask=mask, other=0.0)
+                group_acc = _multiply(values, x_tile, group_acc, K_WARPS, DTYPE)
             if SCALED_SUMS:
-                sums += _scaled(part, _group_words(scale_words, group, GROUPS), K_WARPS, SCALE)
+                acc += _scaled(group_acc, _group_words(scale_words, group, GROUPS), K_WARPS, SCALE)
             else:
-                sums = part
+                acc = group_acc
         if SCALED_SUMS:
             scale_words = next_words
 
-    total = tl.sum(sums, 0) if K_WARPS else sums
-    row = row_tile * (ROW_BLOCKS * _ROWS) + tl.arange(0, ROW_BLOCKS * _ROWS)
+    total = tl.sum(acc, 0) if K_WARPS else acc
+    offs_n = row_tile * (ROW_BLOCKS * _ROWS) + tl.arange(0, ROW_BLOCKS * _ROWS)
     if GROUPS == 0:
-        total *= tl.load(scales + row, mask=row < out_features, other=0.0)[:, None]
+        total *= tl.load(scales + offs_n, mask=offs_n < out_features, other=0.0)[:, None]
     store_sums(
-        total, y, bias, residual, partial, arrivals, row, token, out_features, tokens, residual_row,
+        total, y, bias, residual, partial, arrivals, offs_n, offs_m, out_features, tokens, residual_row,
         tl.program_id(0), split, SPLITS,
     )  # fmt: skip

@@ -14,14 +14,14 @@ from fastserve_kernels.gpu.launch import Argument, Config, Launch, launch_all
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.tuning import config_for
 
-MOST_TOKENS = 1 << 20
+MAX_TOKENS = 1 << 20
 """In the vocabulary: as many ids as an order holds."""
 
 
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
 ) -> Tensor:
-    """`ops.sample`. Raises ValueError for a vocabulary of more than MOST_TOKENS."""
+    """`ops.sample`. Raises ValueError for a vocabulary of more than MAX_TOKENS."""
     _check(logits)
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     config = config_for(SAMPLE, _shape_of(logits), logits.device)
@@ -32,7 +32,7 @@ def sample(
 
 
 def log_probs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`ops.log_probs`. Raises ValueError for a vocabulary of more than MOST_TOKENS."""
+    """`ops.log_probs`. Raises ValueError for a vocabulary of more than MAX_TOKENS."""
     _check(logits)
     rows, device = len(logits), logits.device
     ranks = torch.empty(rows, dtype=torch.int64, device=device)
@@ -45,8 +45,8 @@ def log_probs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor
 
 
 def _check(logits: Tensor) -> None:
-    if logits.shape[1] > MOST_TOKENS:
-        raise ValueError(f"logits: a vocabulary of {logits.shape[1]}, must be at most {MOST_TOKENS}")
+    if logits.shape[1] > MAX_TOKENS:
+        raise ValueError(f"logits: a vocabulary of {logits.shape[1]}, must be at most {MAX_TOKENS}")
 
 
 def _shape_of(logits: Tensor) -> dict[str, int]:

@@ -23,12 +23,12 @@ import triton.language as tl
 
 GROUP = tl.constexpr(128)
 UNIT = tl.constexpr(float(2**40))
-"""Of weights: 2**20 of them stay below 2**63."""
+"""The fixed-point unit of weights: 2**20 of them stay below 2**63."""
 ID_BITS = tl.constexpr(20)
 IDS = tl.constexpr(1 << 20)
 NONE = tl.constexpr(-(1 << 62))
 """Below any order."""
-LEAST_TEMPERATURE = tl.constexpr(1e-5)
+MIN_TEMPERATURE = tl.constexpr(1e-5)
 MARGIN = tl.constexpr(1e-4)
 """How far bounds that were computed in float32 are moved to the safe side."""
 
@@ -40,13 +40,13 @@ def _divisor(temperature, row):
         return 1.0
     else:
         given = tl.load(temperature + row)
-        return tl.where(given == 0.0, 1.0, tl.maximum(given, LEAST_TEMPERATURE))
+        return tl.where(given == 0.0, 1.0, tl.maximum(given, MIN_TEMPERATURE))
 
 
 @triton.jit
-def _scaled(logits, token, within, divisor):
-    """The scaled logits of tokens, -inf where not within. Adding 0 makes -0.0 equal to 0.0."""
-    logit = tl.load(logits + token, mask=within, other=float("-inf")).to(tl.float32)
+def _scaled(logits, token, mask, divisor):
+    """The scaled logits of tokens, -inf outside the mask. Adding 0 makes -0.0 equal to 0.0."""
+    logit = tl.load(logits + token, mask=mask, other=float("-inf")).to(tl.float32)
     return tl.div_rn(logit, divisor) + 0.0
 
 
@@ -152,7 +152,7 @@ def summarise(
     logits, temperature, leaders, peaks, sums, places, vocabulary, logits_row, CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk of each row: its largest scaled logit, the sum of the exponentials relative to that, and
+    """Writes the largest scaled logit of each chunk of each row, the sum of exponentials relative to it, and
     where it is first: [B, CHUNKS]. leaders [B, CHUNKS, CHUNK / GROUP]: the largest of each group as an order
     whose id is the group's number in the row."""
     row, chunk = (tl.program_id(0) // CHUNKS).to(tl.int64), tl.program_id(0) % CHUNKS
@@ -198,8 +198,8 @@ def bound(
     temperature, top_k, top_p, min_p, leaders, peaks, sums, least, counts, likeliest, groups, vocabulary,
     CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each row: `least`, a scaled logit that no token which is kept lies below, inf where nothing is
-    filtered; and counts = 0. Without a temperature the `likeliest` tokens are kept, as many as that says.
+    """Writes for each row `least`, a scaled logit that no token which is kept lies below, inf where nothing
+    is filtered; and counts = 0. Without a temperature the `likeliest` tokens are kept, as many as that says.
 
     Leaders are tokens too: where so many of them lie, or so much weight of theirs, lie all that are kept.
     """
@@ -238,10 +238,10 @@ def gather(
     """
     row, chunk = (tl.program_id(0) // CHUNKS).to(tl.int64), tl.program_id(0) % CHUNKS
     token = chunk * CHUNK + tl.arange(0, CHUNK)
-    within = token < vocabulary
+    mask = token < vocabulary
     logits += row * logits_row
     divisor = _divisor(temperature, row)
-    value = _scaled(logits, token, within, divisor)
+    value = _scaled(logits, token, mask, divisor)
     if chosen is None:
         each = tl.arange(0, BLOCK_C)
         peak = tl.max(tl.load(peaks + row * CHUNKS + each, mask=each < CHUNKS, other=float("-inf")), 0)
@@ -249,7 +249,7 @@ def gather(
     else:
         bar = _scaled(logits, tl.load(chosen + row), True, divisor)
         tl.store(likelier + tl.program_id(0), tl.sum((value > bar).to(tl.int32), 0))
-    listed = (within & (value >= tl.load(least + row))).to(tl.int32)
+    listed = (mask & (value >= tl.load(least + row))).to(tl.int32)
     number = tl.sum(listed, 0)
     if number > 0:
         place = tl.atomic_add(counts + row, number) + tl.cumsum(listed, 0) - 1

@@ -1,4 +1,4 @@
-"""2:4 weights, of floats or of four-bit integers, on a GPU: their arrangement, launches and configs.
+"""2:4 weights, of floats or of four-bit integers, on a GPU: their packing, launches and configs.
 
 The kernels, and how they decode, are in `sparse24_kernels`.
 """
@@ -16,20 +16,20 @@ from fastserve_kernels.gpu.linear_call import (
     call_linear,
     linear_cost,
     random_linear,
+    split_k_launch,
     splits_for,
     words_of_fours,
 )
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.quantized_linear import check_device
 from fastserve_kernels.gpu.sparse24_kernels import CHUNKS, GROUPS, sparse24, sparse24_int4
-from fastserve_kernels.gpu.split_k import arrivals, partial_sums
 
 TILE = 4 * CHUNKS.value * GROUPS.value
 """Columns of a tile."""
 
 
 def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepared:
-    """Arranges a `Sparse24` or `Sparse24Int4` as the kernels read it, floats in the activations' dtype.
+    """Packs a `Sparse24` or `Sparse24Int4` as the kernels read it, floats in the activations' dtype.
 
     Raises ValueError if it is another format, or the device cannot multiply by it.
     """
@@ -119,29 +119,9 @@ def _plan(
     config: Config,
 ) -> list[Launch]:
     config = _FLOAT32 if x.dtype == torch.float32 else config
-    m, n, k = *out.shape, x.shape[1]
-    block_m, block_n, splits = (config.constants[name] for name in ("BLOCK_M", "BLOCK_N", "SPLITS"))
-    return [
-        Launch(
-            kernel,
-            (-(-m // block_m), -(-n // block_n), splits),
-            {
-                "x": words_of_fours(x),
-                **weight,
-                "bias": bias,
-                "residual": residual,
-                "out": out,
-                "partial": partial_sums(splits, m, n, x.device),
-                "arrivals": arrivals(x.device) if splits > 1 else None,
-                "M": m,
-                "N": n,
-                "K": k,
-            },
-            {**constants, **config.constants, "EVEN_K": k % TILE == 0},
-            config.num_warps,
-            config.num_stages,
-        )
-    ]
+    k = x.shape[1]
+    constants = {**constants, **config.constants, "EVEN_K": k % TILE == 0}
+    return [split_k_launch(kernel, words_of_fours(x), weight, bias, residual, out, k, constants, config)]
 
 
 _FLOAT32 = Config({"BLOCK_M": 16, "BLOCK_N": 32, "SPLITS": 1}, num_warps=4, num_stages=1)

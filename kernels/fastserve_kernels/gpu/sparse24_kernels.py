@@ -34,7 +34,7 @@ from fastserve_kernels.gpu.split_k import store_sums
 
 CHUNKS = tl.constexpr(4)
 GROUPS = tl.constexpr(16)
-"""Of four columns each, in a chunk; CHUNKS chunks are a tile."""
+"""Groups of four columns in a chunk; CHUNKS chunks are a tile."""
 TILE = tl.constexpr(256)
 
 
@@ -145,19 +145,19 @@ def _number(words, CHUNK: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _columns(x, fours, tokens, M, K, dtype: tl.constexpr, EVEN_K: tl.constexpr):
+def _columns(x, offs_k4, offs_m, M, K, dtype: tl.constexpr, EVEN_K: tl.constexpr):
     """Columns 0 to 3 of groups of four columns of x, transposed: each [groups, tokens]."""
-    inside = (tokens < M)[None, :]
+    mask = (offs_m < M)[None, :]
     if not EVEN_K:
-        inside = inside & (fours < K // 4)[:, None]
+        mask = mask & (offs_k4 < K // 4)[:, None]
     if dtype == tl.float32:
-        first = x + tokens[None, :] * K + 4 * fours[:, None]
-        x0 = tl.load(first, mask=inside, other=0.0)
-        x1 = tl.load(first + 1, mask=inside, other=0.0)
-        x2 = tl.load(first + 2, mask=inside, other=0.0)
-        x3 = tl.load(first + 3, mask=inside, other=0.0)
+        first = x + offs_m[None, :] * K + 4 * offs_k4[:, None]
+        x0 = tl.load(first, mask=mask, other=0.0)
+        x1 = tl.load(first + 1, mask=mask, other=0.0)
+        x2 = tl.load(first + 2, mask=mask, other=0.0)
+        x3 = tl.load(first + 3, mask=mask, other=0.0)
     else:
-        words = tl.load(x + tokens[None, :] * (K // 4) + fours[:, None], mask=inside, other=0)
+        words = tl.load(x + offs_m[None, :] * (K // 4) + offs_k4[:, None], mask=mask, other=0)
         x0 = words.to(tl.int16).to(dtype, bitcast=True)
         x1 = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
         x2 = (words >> 32).to(tl.int16).to(dtype, bitcast=True)
@@ -166,12 +166,12 @@ def _columns(x, fours, tokens, M, K, dtype: tl.constexpr, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def _multiply(tile, w0, w1, w2, w3, x0, x1, x2, x3):
-    """Adds to the tile [features, tokens] the four products of a chunk."""
-    tile = multiply(w0, x0, tile)
-    tile = multiply(w1, x1, tile)
-    tile = multiply(w2, x2, tile)
-    return multiply(w3, x3, tile)
+def _multiply(acc, w0, w1, w2, w3, x0, x1, x2, x3):
+    """acc [features, tokens] plus the four products of a chunk."""
+    acc = multiply(w0, x0, acc)
+    acc = multiply(w1, x1, acc)
+    acc = multiply(w2, x2, acc)
+    return multiply(w3, x3, acc)
 
 
 @triton.jit
@@ -191,24 +191,24 @@ def sparse24(
     patterns: [tiles of K, N, 16] int16. grid: (tiles of M, tiles of N, SPLITS).
     """
     DTYPE: tl.constexpr = out.dtype.element_ty
-    features = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     groups = tl.arange(0, 16)
-    row = (features < N)[:, None]
-    place = features[:, None] * 16 + groups[None, :]
-    tile = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    mask_n = (offs_n < N)[:, None]
+    offs = offs_n[:, None] * 16 + groups[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first, end = _share(tl.cdiv(K, TILE), SPLITS)
     for step in range(first, end):
-        kept = tl.load(patterns + step * N * 16 + place, mask=row, other=0)
+        kept = tl.load(patterns + step * N * 16 + offs, mask=mask_n, other=0)
         for chunk in tl.static_range(4):
-            pair = values + (step * 4 + chunk) * N * 32 + place
-            a = tl.load(pair, mask=row, other=0.0)
-            b = tl.load(pair + N * 16, mask=row, other=0.0)
+            pair = values + (step * 4 + chunk) * N * 32 + offs
+            a = tl.load(pair, mask=mask_n, other=0.0)
+            b = tl.load(pair + N * 16, mask=mask_n, other=0.0)
             w0, w1, w2, w3 = _spread(a, b, kept, chunk)
-            x0, x1, x2, x3 = _columns(x, step * 64 + chunk * 16 + groups, tokens, M, K, DTYPE, EVEN_K)
-            tile = _multiply(tile, w0, w1, w2, w3, x0, x1, x2, x3)
+            x0, x1, x2, x3 = _columns(x, step * 64 + chunk * 16 + groups, offs_m, M, K, DTYPE, EVEN_K)
+            acc = _multiply(acc, w0, w1, w2, w3, x0, x1, x2, x3)
     store_sums(
-        tile, out, bias, residual, partial, arrivals, features, tokens, N, M, N,
+        acc, out, bias, residual, partial, arrivals, offs_n, offs_m, N, M, N,
         tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.program_id(2), SPLITS,
     )  # fmt: skip
 
@@ -220,12 +220,12 @@ def _only(x, ours):
 
 
 @triton.jit
-def _load_scales(scales, step, features, N, PER_TILE: tl.constexpr):
+def _load_scales(scales, step, offs_n, N, PER_TILE: tl.constexpr):
     """The scales of a tile of K, one tensor [features] float32 for each of its scale groups."""
     found = ()
     for group in tl.static_range(PER_TILE):
-        place = (step * PER_TILE + group) * N + features
-        loaded = tl.load(scales + place, mask=features < N, other=0.0)
+        offs = (step * PER_TILE + group) * N + offs_n
+        loaded = tl.load(scales + offs, mask=offs_n < N, other=0.0)
         found += (loaded.to(tl.float32),)  # type: ignore[assignment]
     return found
 
@@ -245,37 +245,37 @@ def sparse24_int4(
     """
     DTYPE: tl.constexpr = out.dtype.element_ty
     PER_TILE: tl.constexpr = TILE // GROUP
-    features = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     groups = tl.arange(0, 16)
-    row = (features < N)[:, None]
-    place = features[:, None] * 16 + groups[None, :]
-    tile = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    mask_n = (offs_n < N)[:, None]
+    offs = offs_n[:, None] * 16 + groups[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first, end = _share(tl.cdiv(K, TILE), SPLITS)
     for step in range(first, end):
-        kept = tl.load(patterns + step * N * 16 + place, mask=row, other=0)
-        a = tl.load(codes + step * N * 32 + place, mask=row, other=0)
-        b = tl.load(codes + step * N * 32 + N * 16 + place, mask=row, other=0)
-        scale = _load_scales(scales, step, features, N, PER_TILE)
+        kept = tl.load(patterns + step * N * 16 + offs, mask=mask_n, other=0)
+        a = tl.load(codes + step * N * 32 + offs, mask=mask_n, other=0)
+        b = tl.load(codes + step * N * 32 + N * 16 + offs, mask=mask_n, other=0)
+        scale = _load_scales(scales, step, offs_n, N, PER_TILE)
         w = _spread_integers(a, b, kept, DTYPE)
-        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        group_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for chunk in tl.static_range(4):
             w0, w1, w2, w3 = w[4 * chunk], w[4 * chunk + 1], w[4 * chunk + 2], w[4 * chunk + 3]
-            x0, x1, x2, x3 = _columns(x, step * 64 + chunk * 16 + groups, tokens, M, K, DTYPE, EVEN_K)
+            x0, x1, x2, x3 = _columns(x, step * 64 + chunk * 16 + groups, offs_m, M, K, DTYPE, EVEN_K)
             if GROUP == 32:
                 for half in tl.static_range(2):
                     ours = (groups // 8 == half)[:, None]
-                    total = _multiply(
+                    group_acc = _multiply(
                         tl.zeros((BLOCK_N, BLOCK_M), tl.float32), w0, w1, w2, w3,
                         _only(x0, ours), _only(x1, ours), _only(x2, ours), _only(x3, ours),
                     )  # fmt: skip
-                    tile += total * scale[2 * chunk + half][:, None]
+                    acc += group_acc * scale[2 * chunk + half][:, None]
             else:
-                total = _multiply(total, w0, w1, w2, w3, x0, x1, x2, x3)
+                group_acc = _multiply(group_acc, w0, w1, w2, w3, x0, x1, x2, x3)
                 if (64 * chunk + 64) % GROUP == 0:
-                    tile += total * scale[64 * chunk // GROUP][:, None]
-                    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                    acc += group_acc * scale[64 * chunk // GROUP][:, None]
+                    group_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     store_sums(
-        tile, out, bias, residual, partial, arrivals, features, tokens, N, M, N,
+        acc, out, bias, residual, partial, arrivals, offs_n, offs_m, N, M, N,
         tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.program_id(2), SPLITS,
     )  # fmt: skip

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from fastserve_kernels.gpu.arithmetic import rounded
 
-MOST_TILES = 1 << 14
-"""Of a product whose programs share K."""
+MAX_TILES = 1 << 14
+"""Tiles of a product whose programs share K, at most."""
 LOADED_TOGETHER = tl.constexpr(8 * 1024)
 """Sums that a program has on their way at once: as many as registers hold."""
 
 
 @functools.cache
 def arrivals(device: torch.device) -> Tensor:
-    """The counts [MOST_TILES] int32 of a device, all 0 between launches; made at the first call.
+    """The counts [MAX_TILES] int32 of a device, all 0 between launches; made at the first call.
 
     Raises RuntimeError if that is in the capture of a CUDA graph, which would set them to 0 only when it
     runs.
@@ -34,7 +34,7 @@ def arrivals(device: torch.device) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a product whose programs share K was never run before a CUDA graph was captured")
     with torch.inference_mode(False):
-        return torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
+        return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 
 def partial_sums(splits: int, tokens: int, out_features: int, device: torch.device) -> Tensor | None:
@@ -46,36 +46,39 @@ def partial_sums(splits: int, tokens: int, out_features: int, device: torch.devi
 
 @triton.jit
 def store_sums(
-    sums, y, bias, residual, partial, arrivals, row, token, out_features, tokens, residual_row, tile, split,
-    SPLITS: tl.constexpr,
+    acc, y, bias, residual, partial, arrivals, offs_n, offs_m, out_features, tokens, residual_row, tile,
+    split, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Ends the tile of sums [rows of W, tokens] float32; y [tokens, out_features] is contiguous."""
-    inside = (row[:, None] < out_features) & (token[None, :] < tokens)
-    place = token.to(tl.int64)[None, :] * out_features + row[:, None]
+    """Stores the accumulators [rows of W, tokens] float32 of a tile to y [tokens, out_features] contiguous.
+
+    With SPLITS > 1 the last program of a tile to arrive adds up the partial sums of all, in order.
+    """
+    mask = (offs_n[:, None] < out_features) & (offs_m[None, :] < tokens)
+    offs = offs_m.to(tl.int64)[None, :] * out_features + offs_n[:, None]
     if SPLITS == 1:
-        _store(sums, y, bias, residual, place, inside, row, token, out_features, residual_row)
+        _store(acc, y, bias, residual, offs, mask, offs_n, offs_m, out_features, residual_row)
     else:
-        LOADS: tl.constexpr = LOADED_TOGETHER // (sums.shape[0] * sums.shape[1])
+        LOADS: tl.constexpr = LOADED_TOGETHER // (acc.shape[0] * acc.shape[1])
         TOGETHER: tl.constexpr = SPLITS if LOADS >= SPLITS else (LOADS if LOADS else 1)
         size = tokens.to(tl.int64) * out_features
-        tl.store(partial + split * size + place, sums, mask=inside)
+        tl.store(partial + split * size + offs, acc, mask=mask)
         tl.debug_barrier()
-        before = tl.atomic_add(arrivals + tile, 1, sem="acq_rel")
-        if before == SPLITS - 1:
-            total = tl.zeros_like(sums)
+        arrived = tl.atomic_add(arrivals + tile, 1, sem="acq_rel")
+        if arrived == SPLITS - 1:
+            total = tl.zeros_like(acc)
             for first in range(0, SPLITS, TOGETHER):
                 for i in tl.static_range(TOGETHER):
-                    other = partial + (first + i) * size + place
-                    total += tl.load(other, mask=inside, other=0.0, cache_modifier=".cg")
-            _store(total, y, bias, residual, place, inside, row, token, out_features, residual_row)
+                    other = partial + (first + i) * size + offs
+                    total += tl.load(other, mask=mask, other=0.0, cache_modifier=".cg")
+            _store(total, y, bias, residual, offs, mask, offs_n, offs_m, out_features, residual_row)
             tl.store(arrivals + tile, 0)
 
 
 @triton.jit
-def _store(sums, y, bias, residual, place, inside, row, token, out_features, residual_row):
+def _store(acc, y, bias, residual, offs, mask, offs_n, offs_m, out_features, residual_row):
     if bias is not None:
-        sums += tl.load(bias + row, mask=row < out_features, other=0.0).to(tl.float32)[:, None]
+        acc += tl.load(bias + offs_n, mask=offs_n < out_features, other=0.0).to(tl.float32)[:, None]
     if residual is not None:
-        added = residual + token.to(tl.int64)[None, :] * residual_row + row[:, None]
-        sums += tl.load(added, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + place, rounded(sums, y.dtype.element_ty), mask=inside)
+        residual_ptrs = residual + offs_m.to(tl.int64)[None, :] * residual_row + offs_n[:, None]
+        acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + offs, rounded(acc, y.dtype.element_ty), mask=mask)

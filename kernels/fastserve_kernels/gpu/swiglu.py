@@ -24,12 +24,12 @@ def swiglu_kernel(gate_up, out, token_stride, DIM: tl.constexpr, BLOCK: tl.const
     """gate_up [T, 2 DIM] with a stride, out [T, DIM]. silu is rounded, then the product, as torch does."""
     blocks: tl.constexpr = (DIM + BLOCK - 1) // BLOCK
     token = (tl.program_id(0) // blocks).to(tl.int64)
-    dims = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    within = dims < DIM
-    gate = tl.load(gate_up + token * token_stride + dims, mask=within, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + token * token_stride + DIM + dims, mask=within, other=0.0).to(tl.float32)
+    offs_d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = offs_d < DIM
+    gate = tl.load(gate_up + token * token_stride + offs_d, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + token * token_stride + DIM + offs_d, mask=mask, other=0.0).to(tl.float32)
     silu = rounded(gate / (1.0 + tl.exp(-gate)), out.dtype.element_ty).to(tl.float32)
-    tl.store(out + token * DIM + dims, rounded(silu * up, out.dtype.element_ty), mask=within)
+    tl.store(out + token * DIM + offs_d, rounded(silu * up, out.dtype.element_ty), mask=mask)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Entry:
     config: Config
     microseconds: float
     date: str
-    """Of the measurement, YYYY-MM-DD."""
+    """The day of the measurement, YYYY-MM-DD."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class TunedConfigs:
     """The contents of a file: by operator, an entry for each tuned shape."""
 
     device: str
-    """As torch.cuda.get_device_name says."""
+    """The device's name, as torch.cuda.get_device_name says it."""
     entries: dict[str, list[Entry]]
 
     def has(self, operator: str, shape: Shape) -> bool:

@@ -27,7 +27,7 @@ _ROWS, _SLICE, _WORDS = tl.constexpr(ROWS), tl.constexpr(SLICE), tl.constexpr(WO
 
 
 def bits_of(format: str) -> int:
-    """Of a code."""
+    """Bits of a code."""
     return {"int4": 4, "nf4": 4, "int8": 8, "fp8": 8}[format]
 
 

@@ -27,9 +27,10 @@ from fastserve_kernels.formats import W8A8, Weight
 from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.gpu.fragments import blocks_of
 from fastserve_kernels.gpu.launch import Argument, Config, Launch, launch_all
+from fastserve_kernels.gpu.linear_call import rows_contiguous
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.quantized_linear import check_device
-from fastserve_kernels.gpu.split_k import MOST_TILES, arrivals, partial_sums, store_sums
+from fastserve_kernels.gpu.split_k import MAX_TILES, arrivals, partial_sums, store_sums
 from fastserve_kernels.gpu.tiles import tile_of
 from fastserve_kernels.gpu.tuning import config_for
 
@@ -39,7 +40,7 @@ BLOCK = 4096
 """Columns that `quantize_tokens` reads at a time."""
 MULTIPROCESSORS = 132
 SHARED_BYTES = 160 * 1024
-"""Of a program, on an A100 too."""
+"""Shared memory that a program may take, on an A100 too."""
 LARGE_TILE = 128 * 256
 """Sums that leave no registers to add up those of other programs."""
 LARGEST = tl.constexpr(127.0)
@@ -51,20 +52,22 @@ ROUNDING = tl.constexpr(1.5 * 2**23)
 def quantize_tokens(x, quantized, steps, in_features, width, x_row, BLOCK: tl.constexpr):
     """quantized [T, width] int8, zeros beyond in_features; steps [T] float32."""
     token = tl.program_id(0)
-    start = x + token.to(tl.int64) * x_row
-    largest = tl.zeros((BLOCK,), tl.float32)
+    x_ptr = x + token.to(tl.int64) * x_row
+    absmax = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, in_features, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        values = tl.load(start + column, mask=column < in_features, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(values))
-    step = tl.max(largest, 0) / LARGEST
-    tl.store(steps + token, step)
-    divisor = tl.where(step > 0, step, 1.0)
+        offs_k = first + tl.arange(0, BLOCK)
+        values = tl.load(x_ptr + offs_k, mask=offs_k < in_features, other=0.0).to(tl.float32)
+        absmax = tl.maximum(absmax, tl.abs(values))
+    scale = tl.max(absmax, 0) / LARGEST
+    tl.store(steps + token, scale)
+    divisor = tl.where(scale > 0, scale, 1.0)
     for first in range(0, width, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        values = tl.load(start + column, mask=column < in_features, other=0.0).to(tl.float32)
-        whole = (tl.div_rn(values, divisor) + ROUNDING) - ROUNDING
-        tl.store(quantized + token.to(tl.int64) * width + column, whole.to(tl.int8), mask=column < width)
+        offs_k = first + tl.arange(0, BLOCK)
+        values = tl.load(x_ptr + offs_k, mask=offs_k < in_features, other=0.0).to(tl.float32)
+        rounded_values = (tl.div_rn(values, divisor) + ROUNDING) - ROUNDING
+        tl.store(
+            quantized + token.to(tl.int64) * width + offs_k, rounded_values.to(tl.int8), mask=offs_k < width
+        )
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -76,38 +79,38 @@ def w8a8_linear(
     """EVEN: the columns of a split are a multiple of BLOCK_K."""
     row_tile, token_tile = tile_of(tl.program_id(0), tl.cdiv(out_features, BLOCK_N), tl.cdiv(tokens, BLOCK_M))
     split = tl.program_id(1)
-    row = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = token_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = (token < tokens)[:, None]
-    values_row = values + tl.minimum(row, out_features - 1).to(tl.int64)[:, None] * width
-    x_token = quantized + token.to(tl.int64)[:, None] * width
-    turns = tl.cdiv(width, BLOCK_K * SPLITS)
-    products = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    for turn in range(turns):
-        column = (split * turns + turn) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    offs_n = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = token_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = (offs_m < tokens)[:, None]
+    w_ptrs = values + tl.minimum(offs_n, out_features - 1).to(tl.int64)[:, None] * width
+    x_ptrs = quantized + offs_m.to(tl.int64)[:, None] * width
+    k_tiles = tl.cdiv(width, BLOCK_K * SPLITS)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for k_tile in range(k_tiles):
+        offs_k = (split * k_tiles + k_tile) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
         if EVEN:
-            weight = tl.load(values_row + column)
-            x_tile = tl.load(x_token + column, mask=there, other=0)
+            weight = tl.load(w_ptrs + offs_k)
+            x_tile = tl.load(x_ptrs + offs_k, mask=mask_m, other=0)
         else:
-            weight = tl.load(values_row + column, mask=column < width, other=0)
-            x_tile = tl.load(x_token + column, mask=there & (column < width), other=0)
-        products = tl.dot(weight, tl.permute(x_tile, (1, 0)), products, out_dtype=tl.int32)
-    scale = tl.load(scales + row, mask=row < out_features, other=0.0)
-    step = tl.load(steps + token, mask=token < tokens, other=0.0)
+            weight = tl.load(w_ptrs + offs_k, mask=offs_k < width, other=0)
+            x_tile = tl.load(x_ptrs + offs_k, mask=mask_m & (offs_k < width), other=0)
+        acc = tl.dot(weight, tl.permute(x_tile, (1, 0)), acc, out_dtype=tl.int32)
+    scale = tl.load(scales + offs_n, mask=offs_n < out_features, other=0.0)
+    x_scale = tl.load(steps + offs_m, mask=offs_m < tokens, other=0.0)
     store_sums(
-        products.to(tl.float32) * scale[:, None] * step[None, :], y, bias, residual, partial, arrivals, row,
-        token, out_features, tokens, residual_row, tl.program_id(0), split, SPLITS,
+        acc.to(tl.float32) * scale[:, None] * x_scale[None, :], y, bias, residual, partial, arrivals, offs_n,
+        offs_m, out_features, tokens, residual_row, tl.program_id(0), split, SPLITS,
     )  # fmt: skip
 
 
 def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepared:
     """Raises ValueError if the GPU is too old."""
     check_device(weight.operator, device)
-    arguments = _arranged(weight.to(device))
+    arguments = _pack(weight.to(device))
     return Prepared(weight.operator, arguments, weight.out_features, weight.in_features)
 
 
-def _arranged(weight: Weight) -> tuple[Tensor | int | None, ...]:
+def _pack(weight: Weight) -> tuple[Tensor | int | None, ...]:
     assert isinstance(weight, W8A8)
     values = torch.nn.functional.pad(weight.values, (0, -weight.in_features % ALIGNMENT))
     return (values.contiguous(), weight.scales.contiguous(), weight.out_features)
@@ -116,13 +119,11 @@ def _arranged(weight: Weight) -> tuple[Tensor | int | None, ...]:
 def linear_w8a8(
     x: Tensor, values: Tensor, scales: Tensor, out_features: int, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
+    """`reference.linear_w8a8` on a GPU."""
     y = x.new_empty(x.shape[0], out_features)
     if x.shape[0] == 0:
         return y
-    x = x if x.stride(1) == 1 else x.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    if residual is not None and residual.stride(1) != 1:
-        residual = residual.contiguous()
+    x, bias, residual = rows_contiguous(x, bias, residual)
     shape = {"m": triton.next_power_of_2(x.shape[0]), "n": out_features, "k": x.shape[1]}
     config = config_for(W8A8_LINEAR, shape, x.device)
     launch_all(plan(x, values, scales, out_features, bias, residual, y, config=config))
@@ -190,7 +191,7 @@ def candidates(shape: Shape) -> list[Config]:
     for rows, tokens, columns, warps, stages in _tiles(shape["m"]):
         tiles = blocks_of(shape["n"], rows) * blocks_of(shape["m"], tokens)
         for splits in (1, 2, 4, 8):
-            few = tiles * splits <= 4 * MULTIPROCESSORS and tiles <= MOST_TILES and rows * tokens < LARGE_TILE
+            few = tiles * splits <= 4 * MULTIPROCESSORS and tiles <= MAX_TILES and rows * tokens < LARGE_TILE
             if splits == 1 or (few and shape["k"] >= splits * columns):
                 sizes = {"BLOCK_N": rows, "BLOCK_M": tokens, "BLOCK_K": columns, "SPLITS": splits}
                 found.append((abs(tiles * splits - 2 * MULTIPROCESSORS), Config(sizes, warps, stages)))
@@ -217,7 +218,7 @@ def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any
     values = torch.randint(-128, 128, (shape["n"], shape["k"]), dtype=torch.int8, device=device)
     weight = W8A8(values, torch.rand(shape["n"], device=device) + 0.5)
     x = torch.randn(shape["m"], shape["k"], device=device).to(dtype)
-    return (x, *_arranged(weight), None, None, x.new_empty(shape["m"], shape["n"]))
+    return (x, *_pack(weight), None, None, x.new_empty(shape["m"], shape["n"]))
 
 
 def _cost(shape: Shape, dtype: torch.dtype) -> Cost:

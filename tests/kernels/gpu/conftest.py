@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastserve_kernels import reference
 from fastserve_kernels.formats import Weight
+from fastserve_kernels.gpu.registry import IMPLEMENTATIONS, PREPARE
 
 
 @pytest.fixture(scope="session")
@@ -34,15 +35,15 @@ def product(device: torch.device) -> Callable[..., Tensor]:
     """The product by a weight on the device, the way `ops.linear` goes there, brought back to the CPU."""
 
     def multiply(
-        module: ModuleType,
         weight: Weight,
         x: Tensor,
         bias: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        prepared = module.prepare(weight, device, x.dtype)
+        prepared = PREPARE[type(weight)](weight, device, x.dtype)
+        linear = IMPLEMENTATIONS[getattr(reference, prepared.operator)]
         added = (None if tensor is None else tensor.to(device) for tensor in (bias, residual))
-        y: Tensor = getattr(module, prepared.operator)(x.to(device), *prepared.arguments, *added)
+        y: Tensor = linear(x.to(device), *prepared.arguments, *added)
         return y.cpu()
 
     return multiply

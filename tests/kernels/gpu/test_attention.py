@@ -253,7 +253,7 @@ def test_strided_queries_and_caches(make_batch: Any, device: torch.device) -> No
 def test_a_batch_that_does_not_fill_its_tensors(
     make_batch: Any, device: torch.device, rel_rms: RelRms
 ) -> None:
-    """As in a CUDA graph that was captured for more tokens, and for wider block tables."""
+    """A batch as in a CUDA graph that was captured for more tokens, and for wider block tables."""
     batch = make_batch([1, 20, 1], [30, 64, 5], heads=HEADS, dtype=torch.float16)
     wanted = wanted_of(batch)
     batch.q = torch.cat((batch.q, torch.full_like(batch.q, float("nan"))))

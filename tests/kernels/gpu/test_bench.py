@@ -105,7 +105,8 @@ def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_models_have_the_published_numbers_of_parameters() -> None:
-    """Of the linear layers: 8.03e9, 70.6e9 and 0.135e9 in all, less the embeddings and the norms."""
+    """Parameters of the linear layers: 8.03e9, 70.6e9 and 0.135e9 in all, less the embeddings and the
+    norms."""
     counts = {
         name: model.layers * sum(n * k for n, k in model.linears.values()) for name, model in MODELS.items()
     }

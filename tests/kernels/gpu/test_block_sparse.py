@@ -48,7 +48,7 @@ def test_equals_the_float32_product(
 ) -> None:
     weight = uneven(3, 5, (16, 32), dtype)
     x, bias, residual = (torch.randn(size).to(dtype) for size in ((tokens, 160), (48,), (tokens, 48)))
-    came = product(block_sparse, weight, x, bias, residual)
+    came = product(weight, x, bias, residual)
     assert came.dtype == dtype
     assert rel_rms(came, wanted_of(weight, x, bias, residual)) < TOLERANCE[dtype]
 
@@ -56,23 +56,23 @@ def test_equals_the_float32_product(
 @pytest.mark.parametrize("block_shape", [(16, 16), (16, 128), (32, 64), (64, 16), (128, 128)])
 def test_block_shapes(block_shape: tuple[int, int], product: Product, rel_rms: RelRms) -> None:
     weight, x = uneven(3, 5, block_shape, torch.float16), torch.randn(3, 5 * block_shape[1]).half()
-    assert rel_rms(product(block_sparse, weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float16]
+    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float16]
 
 
 def test_a_weight_of_no_block(product: Product) -> None:
     weight = BlockSparse.pack(torch.zeros(32, 32), (16, 16))
     bias = torch.randn(32)
-    assert torch.equal(product(block_sparse, weight, torch.randn(2, 32), bias), bias.expand(2, 32))
+    assert torch.equal(product(weight, torch.randn(2, 32), bias), bias.expand(2, 32))
 
 
 def test_x_that_is_not_contiguous(product: Product, rel_rms: RelRms) -> None:
     weight, x = uneven(2, 4, (16, 16), torch.bfloat16), torch.randn(64, 3).bfloat16().t()
-    assert rel_rms(product(block_sparse, weight, x), wanted_of(weight, x)) < TOLERANCE[torch.bfloat16]
+    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.bfloat16]
 
 
 def test_no_tokens(product: Product) -> None:
     weight = uneven(2, 2, (16, 16), torch.float16)
-    assert product(block_sparse, weight, torch.empty(0, 32).half()).shape == (0, 32)
+    assert product(weight, torch.empty(0, 32).half()).shape == (0, 32)
 
 
 @pytest.mark.usefixtures("short_runs")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels.formats import NF4, Int4, Weight
-from fastserve_kernels.gpu import int4_linear
-from fastserve_kernels.gpu.int4_linear import INT4_LINEAR
+from fastserve_kernels.gpu.int4_linear import linear_int4
 from fastserve_kernels.gpu.launch import Config
 from fastserve_kernels.gpu.split_k import arrivals
 
@@ -41,7 +40,7 @@ def test_any_number_of_tokens(
 ) -> None:
     weight, x = int4(51, 192, 64), torch.randn(m, 192).to(dtype)
     bias, residual = torch.randn(51).to(dtype), torch.randn(m, 51).to(dtype)
-    y = product(int4_linear, weight, x, bias, residual)
+    y = product(weight, x, bias, residual)
     assert y.dtype == dtype
     assert rel_rms(y, expected(weight, x, bias, residual)) < BARS[dtype]
 
@@ -54,14 +53,14 @@ def test_groups_and_zeros(
 ) -> None:
     for m in (3, 20):
         weight, x = int4(20, k, group_size, zeros, torch.float32), torch.randn(m, k).to(dtype)
-        assert rel_rms(product(int4_linear, weight, x), expected(weight, x)) < BARS[dtype]
+        assert rel_rms(product(weight, x), expected(weight, x)) < BARS[dtype]
 
 
 def test_scales_too_small_for_float16(product: Product, rel_rms: RelRms) -> None:
     weight = int4(20, 128, 64, scales=torch.float32)
     weight = dataclasses.replace(weight, scales=weight.scales * 1e-6)
     x = torch.randn(3, 128).bfloat16()
-    assert rel_rms(product(int4_linear, weight, x), expected(weight, x)) < BARS[torch.bfloat16]
+    assert rel_rms(product(weight, x), expected(weight, x)) < BARS[torch.bfloat16]
 
 
 def test_zeros_far_from_the_codes(product: Product, rel_rms: RelRms) -> None:
@@ -69,7 +68,7 @@ def test_zeros_far_from_the_codes(product: Product, rel_rms: RelRms) -> None:
     assert weight.zeros is not None
     weight = dataclasses.replace(weight, zeros=weight.zeros - 70)
     x = torch.randn(3, 128).bfloat16()
-    assert rel_rms(product(int4_linear, weight, x), expected(weight, x)) < BARS[torch.bfloat16]
+    assert rel_rms(product(weight, x), expected(weight, x)) < BARS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", BARS)
@@ -78,7 +77,7 @@ def test_nf4(product: Product, rel_rms: RelRms, k: int, group_size: int, dtype: 
     weight = NF4.pack(torch.randn(35, k), group_size, torch.randn(16))
     for m in (2, 20):
         x, bias = torch.randn(m, k).to(dtype), torch.randn(35).to(dtype)
-        assert rel_rms(product(int4_linear, weight, x, bias), expected(weight, x, bias)) < BARS[dtype]
+        assert rel_rms(product(weight, x, bias), expected(weight, x, bias)) < BARS[dtype]
 
 
 def test_strided_operands(product: Product, rel_rms: RelRms) -> None:
@@ -86,24 +85,24 @@ def test_strided_operands(product: Product, rel_rms: RelRms) -> None:
     bias = torch.randn(40)[::2]
     for x in (torch.randn(6, 100)[::2, 7:71], torch.randn(64, 3).T):
         residual = torch.randn(20, 3).T
-        came = product(int4_linear, weight, x, bias, residual)
+        came = product(weight, x, bias, residual)
         assert rel_rms(came, expected(weight, x, bias, residual)) < BARS[torch.float32]
 
 
 def test_no_tokens(product: Product) -> None:
-    assert product(int4_linear, int4(20, 64, 32), torch.randn(0, 64)).shape == (0, 20)
+    assert product(int4(20, 64, 32), torch.randn(0, 64)).shape == (0, 20)
 
 
 def test_columns_that_do_not_match(product: Product) -> None:
     with pytest.raises(ValueError, match="x has 300 columns"):
-        product(int4_linear, int4(20, 64, 32), torch.randn(2, 300))
+        product(int4(20, 64, 32), torch.randn(2, 300))
 
 
 def planned(weight: Int4, x: Tensor, config: Config, device: torch.device) -> Tensor:
     """By a config, into an output full of NaN."""
-    prepared = int4_linear.prepare(weight, device, x.dtype)
+    prepared = linear_int4.prepare(weight, device, x.dtype)
     y = torch.full((x.shape[0], weight.out_features), float("nan"), dtype=x.dtype, device=device)
-    for launch in INT4_LINEAR.plan(x.to(device), *prepared.arguments, None, None, y, config=config):
+    for launch in linear_int4.entry.plan(x.to(device), *prepared.arguments, None, None, y, config=config):
         launch.run()
     return y.cpu()
 
@@ -116,7 +115,7 @@ def distinct(configs: list[Config]) -> list[Config]:
 @pytest.mark.parametrize("m", [1, 12, 24, 65])
 def test_every_candidate(device: torch.device, rel_rms: RelRms, m: int) -> None:
     weight, x = int4(40, 640, 128, "fractional"), torch.randn(m, 640).bfloat16()
-    candidates = INT4_LINEAR.candidates({"m": m, "n": 40, "k": 640, "group_size": 128})
+    candidates = linear_int4.entry.candidates({"m": m, "n": 40, "k": 640, "group_size": 128})
     assert 1 <= len(candidates) <= 24
     for config in distinct(candidates)[:: 1 if m < 24 else 4]:
         assert rel_rms(planned(weight, x, config, device), expected(weight, x)) < BARS[torch.bfloat16], config
@@ -126,7 +125,9 @@ def test_every_candidate(device: torch.device, rel_rms: RelRms, m: int) -> None:
 def test_candidates_of_any_shape(shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     for group_size in (32, k):
-        candidates = INT4_LINEAR.candidates({"m": m, "n": n, "k": k, "group_size": group_size, "zeros": 0})
+        candidates = linear_int4.entry.candidates(
+            {"m": m, "n": n, "k": k, "group_size": group_size, "zeros": 0}
+        )
         assert 1 <= len(candidates) <= 24
 
 
@@ -156,4 +157,4 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ValueError, match=r"linear_int4 needs .* 8.0 or higher; Tesla T4 has 7.5"):
-        int4_linear.prepare(int4(16, 64, 32), torch.device("cuda"), torch.bfloat16)
+        linear_int4.prepare(int4(16, 64, 32), torch.device("cuda"), torch.bfloat16)

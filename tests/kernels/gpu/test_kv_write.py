@@ -29,7 +29,7 @@ class Step:
         self.slot_mapping = torch.randperm(6 * 4)[:tokens]
 
     def caches(self, stored: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Of blocks of 4; full of ones."""
+        """A cache in blocks of 4, full of ones."""
         return torch.ones(6, 4, 3, 64).to(stored), torch.ones(6, 4, 3, self.v.shape[2]).to(stored)
 
     def moved(self, device: torch.device) -> dict[str, Tensor]:

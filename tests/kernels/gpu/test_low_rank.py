@@ -38,7 +38,7 @@ def test_equals_the_float32_product(
 ) -> None:
     weight = factors(77, 301, 35, dtype)
     x, bias, residual = (torch.randn(size).to(dtype) for size in ((tokens, 301), (77,), (tokens, 77)))
-    came = product(low_rank, weight, x, bias, residual)
+    came = product(weight, x, bias, residual)
     assert came.dtype == dtype
     assert rel_rms(came, wanted_of(weight, x, bias, residual)) < TOLERANCE[dtype]
 
@@ -46,16 +46,16 @@ def test_equals_the_float32_product(
 @pytest.mark.parametrize("rank", [1, 16, 130])
 def test_ranks(rank: int, product: Product, rel_rms: RelRms) -> None:
     weight, x = factors(33, 64, rank, torch.float16), torch.randn(3, 64).half()
-    assert rel_rms(product(low_rank, weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float16]
+    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float16]
 
 
 def test_x_that_is_not_contiguous(product: Product, rel_rms: RelRms) -> None:
     weight, x = factors(16, 64, 16, torch.bfloat16), torch.randn(64, 3).bfloat16().t()
-    assert rel_rms(product(low_rank, weight, x), wanted_of(weight, x)) < TOLERANCE[torch.bfloat16]
+    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.bfloat16]
 
 
 def test_no_tokens(product: Product) -> None:
-    assert product(low_rank, factors(16, 64, 16, torch.float16), torch.empty(0, 64).half()).shape == (0, 16)
+    assert product(factors(16, 64, 16, torch.float16), torch.empty(0, 64).half()).shape == (0, 16)
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 70])

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastserve_kernels.gpu import pair_assembly
-from fastserve_kernels.gpu.int4_linear import arrange_codebook
+from fastserve_kernels.gpu.int4_linear import pack_codebook
 
 DTYPES = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
 WORDS = torch.arange(1 << 16)
@@ -120,7 +120,7 @@ def test_float8(registers: Tensor, dtype: tl.dtype, index: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codebook(registers: Tensor, dtype: tl.dtype) -> None:
     entries = torch.randn(16)
-    planes = arrange_codebook(entries, DTYPES[dtype])[16:].view(torch.int32).long() & 0xFFFFFFFF
+    planes = pack_codebook(entries, DTYPES[dtype])[16:].view(torch.int32).long() & 0xFFFFFFFF
     twice = [plane for plane in planes for _ in range(2)]
     results = run(pair_assembly.codebook(), registers, *twice, results=4)
     for i, result in enumerate(results):

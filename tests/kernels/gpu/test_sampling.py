@@ -167,6 +167,6 @@ def test_every_config(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_refuses_too_large_a_vocabulary(device: torch.device) -> None:
-    logits = torch.zeros(1, 1).expand(1, sampling.MOST_TOKENS + 1)
+    logits = torch.zeros(1, 1).expand(1, sampling.MAX_TOKENS + 1)
     with pytest.raises(ValueError, match="a vocabulary of 1048577, must be at most 1048576"):
         sample(logits, parameters(LIMITS[:1]), device)

@@ -49,7 +49,7 @@ def test_equals_the_float32_product(
 ) -> None:
     weight = make(37, 320, dtype)
     x, bias, residual = (torch.randn(size).to(dtype) for size in ((tokens, 320), (37,), (tokens, 37)))
-    came = product(sparse24, weight, x, bias, residual)
+    came = product(weight, x, bias, residual)
     assert came.dtype == dtype
     assert rel_rms(came, wanted_of(weight, x, bias, residual)) < TOLERANCE[dtype]
 
@@ -60,13 +60,13 @@ def test_scale_groups(group_size: int, dtype: torch.dtype, product: Product, rel
     columns = torch.arange(384) // group_size  # a wrong group's scale would show
     weight = Sparse24Int4.pack((torch.randn(16, 384) * 2.0**columns).to(dtype), group_size)
     x = (torch.randn(3, 384) * 2.0**-columns).to(dtype)
-    assert rel_rms(product(sparse24, weight, x), wanted_of(weight, x)) < TOLERANCE[dtype]
+    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("columns", [8, 24, 256, 264, 776])
 def test_columns_that_fill_no_tile(columns: int, product: Product, rel_rms: RelRms) -> None:
     weight, x = floats(19, columns, torch.float16), torch.randn(2, columns).half()
-    assert rel_rms(product(sparse24, weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float16]
+    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float16]
 
 
 def test_every_pattern_in_every_place(product: Product, rel_rms: RelRms) -> None:
@@ -75,7 +75,7 @@ def test_every_pattern_in_every_place(product: Product, rel_rms: RelRms) -> None
     dense = torch.zeros(6, 64, 4).scatter_(2, kept, torch.randn(6, 64, 2)).flatten(1).half()
     weight, x = Sparse24.pack(dense), torch.randn(3, 256).half()
     assert torch.equal(weight.dequantize(), dense.float())
-    assert rel_rms(product(sparse24, weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float16]
+    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("make", [floats, integers])
@@ -85,13 +85,13 @@ def test_x_that_is_not_contiguous_or_not_aligned(
     weight = make(16, 256, torch.bfloat16)
     wide = torch.randn(3, 512).bfloat16()
     wanted = wanted_of(weight, wide[:, ::2])
-    assert rel_rms(product(sparse24, weight, wide[:, ::2]), wanted) < TOLERANCE[torch.bfloat16]
+    assert rel_rms(product(weight, wide[:, ::2]), wanted) < TOLERANCE[torch.bfloat16]
     odd = torch.cat((torch.zeros(1), wide[:, ::2].flatten())).bfloat16().to(device)[1:].view(3, 256)
-    assert rel_rms(product(sparse24, weight, odd), wanted) < TOLERANCE[torch.bfloat16]
+    assert rel_rms(product(weight, odd), wanted) < TOLERANCE[torch.bfloat16]
 
 
 def test_no_tokens(product: Product) -> None:
-    assert product(sparse24, floats(16, 64, torch.float16), torch.empty(0, 64).half()).shape == (0, 16)
+    assert product(floats(16, 64, torch.float16), torch.empty(0, 64).half()).shape == (0, 16)
 
 
 @pytest.mark.parametrize("operator", sparse24.OPERATORS, ids=lambda operator: operator.name)
@@ -121,10 +121,10 @@ def test_candidates_are_few_and_split_small_layers() -> None:
 
 
 @pytest.mark.parametrize("make", [floats, integers])
-def test_cost_counts_the_bytes_of_the_arrangement(make: Callable[..., Weight], device: torch.device) -> None:
+def test_cost_counts_the_packed_bytes(make: Callable[..., Weight], device: torch.device) -> None:
     weight = make(32, 512, torch.float16)
-    arranged = sparse24.prepare(weight, device, torch.float16).arguments
-    held = sum(tensor.nbytes for tensor in arranged if isinstance(tensor, Tensor))
+    packed = sparse24.prepare(weight, device, torch.float16).arguments
+    held = sum(tensor.nbytes for tensor in packed if isinstance(tensor, Tensor))
     operator = FLOATS if isinstance(weight, Sparse24) else INTEGERS
     shape = {"m": 3, "n": 32, "k": 512, "group_size": 64}
     assert operator.cost(shape, torch.float16).bytes == held + 2 * 3 * (32 + 512)

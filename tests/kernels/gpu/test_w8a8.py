@@ -33,7 +33,7 @@ def test_any_number_of_tokens(
 ) -> None:
     weight, x = W8A8.pack(torch.randn(51, k)), torch.randn(m, k).to(dtype)
     bias, residual = torch.randn(51).to(dtype), torch.randn(m, 51).to(dtype)
-    y = product(w8a8, weight, x, bias, residual)
+    y = product(weight, x, bias, residual)
     assert rel_rms(y, expected(weight, x, bias, residual)) < BARS[dtype]
 
 
@@ -41,14 +41,14 @@ def test_activations_are_rounded_half_to_even(product: Product) -> None:
     """Whole numbers of steps, and halves between them: exact."""
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 3.0]])
     weight = W8A8(torch.eye(8, dtype=torch.int8), torch.ones(8))
-    assert product(w8a8, weight, x).tolist() == [[127.0, 0.0, 2.0, 2.0, 0.0, -2.0, -126.0, 3.0]]
+    assert product(weight, x).tolist() == [[127.0, 0.0, 2.0, 2.0, 0.0, -2.0, -126.0, 3.0]]
 
 
 def test_tokens_of_zeros(product: Product) -> None:
     weight = W8A8.pack(torch.randn(20, 32))
     x = torch.randn(3, 32)
     x[1] = 0
-    y = product(w8a8, weight, x)
+    y = product(weight, x)
     assert torch.equal(y[1], torch.zeros(20))
     assert y[0].abs().sum() > 0
 
@@ -57,19 +57,19 @@ def test_more_columns_than_are_rounded_at_a_time(product: Product, rel_rms: RelR
     k = w8a8.BLOCK + 40
     weight, x = W8A8.pack(torch.randn(16, k)), torch.randn(2, k)
     x[0, -1], x[1, 0] = 9.0, -9.0
-    assert rel_rms(product(w8a8, weight, x), expected(weight, x)) < BARS[torch.float32]
+    assert rel_rms(product(weight, x), expected(weight, x)) < BARS[torch.float32]
 
 
 def test_strided_operands(product: Product, rel_rms: RelRms) -> None:
     weight = W8A8.pack(torch.randn(20, 64))
     bias, residual = torch.randn(40)[::2], torch.randn(20, 3).T
     for x in (torch.randn(6, 100)[::2, 7:71], torch.randn(64, 3).T):
-        came = product(w8a8, weight, x, bias, residual)
+        came = product(weight, x, bias, residual)
         assert rel_rms(came, expected(weight, x, bias, residual)) < BARS[torch.float32]
 
 
 def test_no_tokens(product: Product) -> None:
-    assert product(w8a8, W8A8.pack(torch.randn(20, 64)), torch.randn(0, 64)).shape == (0, 20)
+    assert product(W8A8.pack(torch.randn(20, 64)), torch.randn(0, 64)).shape == (0, 20)
 
 
 def planned(x: Tensor, prepared: Prepared, config: Config) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fastserve.atomic_write import explained, write_bytes
+from fastserve.atomic_write import write_bytes, write_errors
 from fastserve.compression.calibration.linear_report import LinearReport
 from fastserve.compression.report.plots import Plot, plots, svg
 from fastserve.compression.report.report import Report, whole_rows
@@ -21,7 +21,7 @@ TEMPLATE = "report.html"
 
 def write_page(report: Report, directory: Path) -> None:
     """Writes `report.html`. Raises WriteError."""
-    with explained(directory / FILE):  # matplotlib makes a cache of fonts, which a full disk refuses
+    with write_errors(directory / FILE):  # matplotlib makes a cache of fonts, which a full disk refuses
         content = page(report).encode()
     write_bytes(directory / FILE, content)
 

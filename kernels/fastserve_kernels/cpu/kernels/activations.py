@@ -1,8 +1,8 @@
-"""Activations as words, those of up to MOST_TOKENS tokens side by side: one group, [words of a row, W].
+"""Activations as words, those of up to MAX_TOKENS tokens side by side: one group, [words of a row, W].
 
 W is the number of tokens rounded up to a power of two; what lies beyond the tokens is never looked at. Rows
 are filled up with zeros. bfloat16 becomes pairs, float32 and float16 single words; or all of them quads,
-which are x / step rounded half to even.
+which are x / scale rounded half to even.
 """
 
 from __future__ import annotations
@@ -15,30 +15,32 @@ from numba import njit, types
 from fastserve_kernels.cpu.kernels import vectors
 from fastserve_kernels.cpu.kernels.elements import FLOAT, I8, I16, I32, I64, float32, same, widen
 from fastserve_kernels.cpu.kernels.kernel import Elements, Floats
-from fastserve_kernels.cpu.kernels.products import MOST_TOKENS, for_each_count, width_for, width_of
+from fastserve_kernels.cpu.kernels.products import MAX_TOKENS, for_each_count, width_for, width_of
 from fastserve_kernels.cpu.kernels.vectors import (
     LANES,
+    as_float32,
     at,
     intrinsic,
-    largest,
-    load_part,
+    load_masked,
     multiply_add,
+    pointer_cast,
+    reduce_add,
+    reduce_max,
     splat,
-    total,
 )
-from fastserve_kernels.cpu.kernels.words import (
+from fastserve_kernels.cpu.kernels.vnni import (
     BYTES,
-    ROWS,
     SUMS,
+    VECTOR_ROWS,
     WORDS,
     Word,
+    broadcast,
     columns_of,
     invoke,
     load,
     of_elements,
     quad,
     single,
-    spread,
     store,
 )
 
@@ -48,7 +50,7 @@ Words = Any
 
 @intrinsic
 def as_words(typing: Any, x: Any, memory: Any) -> Any:
-    """The same memory as the words that x becomes."""
+    """The pointer `memory` as one to the words that x becomes."""
     words = types.CPointer(of_elements(x.dtype))
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -59,7 +61,7 @@ def as_words(typing: Any, x: Any, memory: Any) -> Any:
 
 @intrinsic
 def as_elements(typing: Any, x: Any, memory: Any) -> Any:
-    """The same memory as elements like those of x."""
+    """The pointer `memory` as one to elements like those of x."""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         return builder.bitcast(args[1], context.get_value_type(x))
@@ -67,22 +69,14 @@ def as_elements(typing: Any, x: Any, memory: Any) -> Any:
     return x(x, memory), lower
 
 
-@intrinsic
-def as_quads(typing: Any, memory: Any) -> Any:
-    """The same memory as quads."""
-    words = types.CPointer(quad)
-
-    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return builder.bitcast(args[0], context.get_value_type(words))
-
-    return words(memory), lower
+as_quads = pointer_cast(quad)
 
 
 @njit(error_model="numpy")
 def pack(x: Elements, start: int, stride: int, dim: int, padded: int, tokens: int, words: Words) -> None:
     """A group of tokens, whose rows of `dim` elements begin at x[start] and lie `stride` apart, filled up to
     `padded` columns, a multiple of 32."""
-    step = ROWS * columns_of(words)
+    step = VECTOR_ROWS * columns_of(words)
     width = width_for(tokens)
     unused = as_float32(words)
     for i in range(0, padded, step):
@@ -99,25 +93,25 @@ def quantize(
     padded: int,
     tokens: int,
     words: Words,
-    steps: Floats,
+    x_scales: Floats,
     sums: Floats,
 ) -> None:
-    """A group of tokens as quads, `padded` a multiple of 64. steps [tokens] become max|x| / 127 of each
-    token; sums [tokens, ROWS] int32 the sums of the quads in lane i of each vector."""
+    """A group of tokens as quads, `padded` a multiple of 64. x_scales [tokens] become max|x| / 127 of each
+    token; sums [tokens, VECTOR_ROWS] int32 the sums of the quads in lane i of each vector."""
     width = width_for(tokens)
     zero = splat(float32(0), LANES)
     for t in range(tokens):
-        peak = zero
-        spoilt = zero
+        absmax = zero
+        nonfinite = zero
         for i in range(0, dim, LANES):
-            part = load_part(x, start + t * stride + i, dim - i)
-            peak = _larger(peak, part)
-            spoilt = multiply_add(part, zero, spoilt)
-        # Of numbers that are not finite the step is none.
-        steps[t] = largest(peak) / float32(127) + total(spoilt)
-        vectors.store(sums, t * ROWS, zero)
-    for i in range(0, padded, 4 * ROWS):
-        _pack_words(x, start + i, stride, dim - i, tokens, at(words, i // 4 * width), steps, sums)
+            part = load_masked(x, start + t * stride + i, dim - i)
+            absmax = _larger(absmax, part)
+            nonfinite = multiply_add(part, zero, nonfinite)
+        # A token that is not finite everywhere has the scale NaN.
+        x_scales[t] = reduce_max(absmax) / float32(127) + reduce_add(nonfinite)
+        vectors.store(sums, t * VECTOR_ROWS, zero)
+    for i in range(0, padded, 4 * VECTOR_ROWS):
+        _pack_words(x, start + i, stride, dim - i, tokens, at(words, i // 4 * width), x_scales, sums)
 
 
 @intrinsic
@@ -132,39 +126,38 @@ def _larger(typing: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def as_float32(typing: Any, memory: Any) -> Any:
-    """The same memory as float32."""
-    floats = types.CPointer(types.float32)
-
-    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return builder.bitcast(args[0], context.get_value_type(floats))
-
-    return floats(memory), lower
-
-
-@intrinsic
 def _pack_words(
-    typing: Any, x: Any, start: Any, stride: Any, left: Any, tokens: Any, target: Any, steps: Any, sums: Any
+    typing: Any,
+    x: Any,
+    start: Any,
+    stride: Any,
+    left: Any,
+    tokens: Any,
+    target: Any,
+    x_scales: Any,
+    sums: Any,
 ) -> Any:
-    """The next ROWS words of each token. Each round of interleaving takes the highest bit of a token's number
-    and puts it below the word's, which leaves them in order."""
+    """The next VECTOR_ROWS words of each token. Each round of interleaving takes the highest bit of a token's
+    number and puts it below the word's, which leaves them in order."""
     word, integer = target.dtype, types.int64
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        source, start_, stride_, left_, token_count, to, steps_, sums_ = args
+        source, start_, stride_, left_, token_count, to, x_scales_, sums_ = args
 
         def body(tokens_: int) -> None:
             rows = []
             for t in range(tokens_):
                 place = builder.gep(source, [builder.add(start_, builder.mul(stride_, I64(t)))])
                 if word == quad:
-                    rows.append(_round_words(builder, x.dtype, place, left_, builder.gep(steps_, [I64(t)])))
+                    rows.append(
+                        _round_words(builder, x.dtype, place, left_, builder.gep(x_scales_, [I64(t)]))
+                    )
                     _add_bytes(builder, rows[t], sums_, t)
                 else:
                     rows.append(_load_words(builder, x.dtype, word, place, left_))
             rows += rows[-1:] * (width_of(tokens_) - tokens_)
-            low = [lane for i in range(ROWS // 2) for lane in (i, ROWS + i)]
-            halves = [ir.Constant(WORDS, [lane + first for lane in low]) for first in (0, ROWS // 2)]
+            low = [lane for i in range(VECTOR_ROWS // 2) for lane in (i, VECTOR_ROWS + i)]
+            halves = [ir.Constant(WORDS, [lane + first for lane in low]) for first in (0, VECTOR_ROWS // 2)]
             half = len(rows) // 2
             for _ in range(half.bit_length()):
                 rows = [
@@ -178,13 +171,13 @@ def _pack_words(
         for_each_count(builder, token_count, body)
         return context.get_dummy_value()
 
-    return types.void(x, integer, integer, integer, integer, target, steps, sums), lower
+    return types.void(x, integer, integer, integer, integer, target, x_scales, sums), lower
 
 
 def _masked_load(builder: ir.IRBuilder, place: ir.Value, kind: ir.VectorType, count: ir.Value) -> ir.Value:
     """The first `count` elements of a vector, and zeros."""
     lane = ir.Constant(ir.VectorType(I32, kind.count), list(range(kind.count)))
-    mask = builder.icmp_signed("<", lane, spread(builder, builder.trunc(count, I32), kind.count))
+    mask = builder.icmp_signed("<", lane, broadcast(builder, builder.trunc(count, I32), kind.count))
     name = "f32" if kind.element == FLOAT else f"i{kind.element.width}"
     place = builder.bitcast(place, kind.as_pointer())
     return invoke(
@@ -195,27 +188,27 @@ def _masked_load(builder: ir.IRBuilder, place: ir.Value, kind: ir.VectorType, co
 def _load_words(
     builder: ir.IRBuilder, element: types.Type, word: Word, place: ir.Value, left: ir.Value
 ) -> ir.Value:
-    """ROWS words of a row of which there are `left` elements."""
-    count = ROWS * word.columns
+    """VECTOR_ROWS words of a row of which there are `left` elements."""
+    count = VECTOR_ROWS * word.columns
     kind = FLOAT if element == float32 else I16
     raw = _masked_load(builder, place, ir.VectorType(kind, count), left)
     return builder.bitcast(widen(builder, element, raw) if word == single else raw, WORDS)
 
 
 def _round_words(
-    builder: ir.IRBuilder, element: types.Type, place: ir.Value, left: ir.Value, step: ir.Value
+    builder: ir.IRBuilder, element: types.Type, place: ir.Value, left: ir.Value, scale: ir.Value
 ) -> ir.Value:
-    """ROWS quads of a row of which there are `left` elements; 0 where the step is 0."""
-    count = 4 * ROWS
+    """VECTOR_ROWS quads of a row of which there are `left` elements; 0 where the scale is 0."""
+    count = 4 * VECTOR_ROWS
     floats, integers = ir.VectorType(FLOAT, count), ir.VectorType(I32, count)
     raw = _masked_load(builder, place, ir.VectorType(FLOAT if element == float32 else I16, count), left)
-    by = builder.load(step)
+    by = builder.load(scale)
     by = builder.select(builder.fcmp_ordered(">", by, FLOAT(0.0)), by, FLOAT(float("inf")))
     rounded = invoke(
         builder,
         f"rint.v{count}f32",
         floats,
-        builder.fdiv(widen(builder, element, raw), spread(builder, by, count)),
+        builder.fdiv(widen(builder, element, raw), broadcast(builder, by, count)),
     )
     return builder.bitcast(builder.trunc(builder.fptosi(rounded, integers), ir.VectorType(I8, count)), WORDS)
 
@@ -232,11 +225,11 @@ def _add_bytes(builder: ir.IRBuilder, quads: ir.Value, sums: ir.Value, token: in
 def sum_groups(
     x: Elements, start: int, stride: int, dim: int, group: int, groups: int, tokens: int, sums: Floats
 ) -> None:
-    """sums [groups, MOST_TOKENS] of `group` columns each, of the rows of a group of tokens."""
+    """sums [groups, MAX_TOKENS] of `group` columns each, of the rows of a group of tokens."""
     for t in range(tokens):
         row = start + t * stride
         for g in range(groups):
             found = splat(float32(0), LANES)
             for i in range(g * group, min(dim, (g + 1) * group), LANES):
-                found = found + load_part(x, row + i, dim - i)
-            sums[g * MOST_TOKENS + t] = total(found)
+                found = found + load_masked(x, row + i, dim - i)
+            sums[g * MAX_TOKENS + t] = reduce_add(found)

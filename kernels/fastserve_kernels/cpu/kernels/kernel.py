@@ -21,11 +21,11 @@ import torch
 from llvmlite import ir
 from numba import cfunc, njit, types
 
-from fastserve_kernels.cpu.kernels import elements, words
+from fastserve_kernels.cpu.kernels import elements, vnni
 from fastserve_kernels.cpu.kernels.vectors import intrinsic
 
-Work = Any
-"""In a kernel: where `claim` counts the pieces of work that threads have taken."""
+WorkCounter = Any
+"""In a kernel: the atomic counter from which threads take work items."""
 Elements = Any
 """In a kernel: a pointer to elements of the dtype that it is compiled for; callers give an address."""
 Stored = Any
@@ -42,6 +42,8 @@ Quads = Any
 Nibbles = Any
 Codes = Any
 """In a kernel: pointers to these words of weights."""
+Packed = Any
+"""In a kernel: a pointer to the words of weights that it is compiled for, "Nibbles" or "Codes"."""
 
 AS_MANY_THREADS_AS_TORCH = 0
 """The runtime's default, which `torch.set_num_threads` sets; another number would end or start threads."""
@@ -56,17 +58,23 @@ STORED = {**ELEMENTS, torch.int8: elements.int8, torch.float8_e4m3fn: elements.f
 
 class Kernel:
     """A compiled function. Call it with addresses and numbers in the order of the function's parameters,
-    less the first, `work`."""
+    less the first, `counter`."""
 
     def __init__(
-        self, function: Callable[..., None], dtype: torch.dtype, stored: torch.dtype | None = None
+        self,
+        function: Callable[..., None],
+        dtype: torch.dtype,
+        stored: torch.dtype | None = None,
+        packed: str = "",
     ) -> None:
         if dtype not in ELEMENTS:
             raise ValueError(f"{function.__name__} takes {' or '.join(map(str, ELEMENTS))}, not {dtype}")
-        kinds = [str(p.annotation) for p in inspect.signature(function).parameters.values()][1:]
+        named = [str(p.annotation) for p in inspect.signature(function).parameters.values()][1:]
+        kinds = [packed if kind == "Packed" else kind for kind in named]
         self._arguments = struct.Struct("=q" + "".join("d" if kind == "float" else "q" for kind in kinds))
         self._buffer = ctypes.c_int64 * (len(kinds) + 1)
-        self._compiled = _compile(function, ELEMENTS[dtype], STORED[stored or dtype], ",".join(kinds))
+        name = function.__name__ + packed
+        self._compiled = _compile(name, function, ELEMENTS[dtype], STORED[stored or dtype], ",".join(kinds))
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._compiled.address)
 
     def __call__(self, in_parallel: bool, *arguments: float) -> None:
@@ -81,12 +89,11 @@ class Kernel:
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., Kernel]:
-    """Decorates a function that claims pieces of work until none is left; gives its kernel for a dtype, and
-    for a second one if it has parameters that are `Stored`.
+    """Decorates a function that takes work items until none is left; gives its kernel for a dtype, and
+    for a second one if it has parameters that are `Stored`, and for words if any are `Packed`.
 
-    Its parameters are annotated with `Work`, the first, the names above, `int` and `float`. It is compiled
-    when its dtypes are first asked for, once per machine: numba keeps what it compiles on disk.
-    """
+    Its parameters are annotated with `WorkCounter`, the first, the names above, `int` and `float`. It is
+    compiled when its dtypes are first asked for, once per machine: numba keeps what it compiles on disk."""
     return functools.cache(functools.partial(Kernel, function))
 
 
@@ -95,7 +102,9 @@ def _entry(arguments: Any) -> None:
     body(arguments, *unpack(arguments, element, stored, kinds))  # type: ignore[name-defined] # noqa: F821
 
 
-def _compile(function: Callable[..., None], element: types.Type, stored: types.Type, kinds: str) -> Any:
+def _compile(
+    name: str, function: Callable[..., None], element: types.Type, stored: types.Type, kinds: str
+) -> Any:
     # numba's cache goes by the entry's file and name, and finds no globals changed: all is in the name.
     entry = FunctionType(
         _entry.__code__,
@@ -108,13 +117,13 @@ def _compile(function: Callable[..., None], element: types.Type, stored: types.T
         },
     )
     entry.__module__ = __name__
-    entry.__qualname__ = f"{function.__name__}_{element}_{stored}_{_digest()}"
+    entry.__qualname__ = f"{name}_{element}_{stored}_{_digest()}"
     return cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")(entry)
 
 
 @functools.cache
 def _digest() -> str:
-    """Of the sources of all kernels."""
+    """A digest of the sources of all kernels."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
@@ -139,10 +148,10 @@ def unpack(typing: Any, arguments: Any, element: Any, stored: Any, kinds: Any) -
         "Floats": types.CPointer(types.float32),
         "Integers": types.CPointer(types.int64),
         "Bytes": types.CPointer(types.uint8),
-        "RowWords": types.CPointer(words.of_elements(element.instance_type)),
-        "Quads": types.CPointer(words.quad),
-        "Nibbles": types.CPointer(words.nibbles),
-        "Codes": types.CPointer(words.codes),
+        "RowWords": types.CPointer(vnni.of_elements(element.instance_type)),
+        "Quads": types.CPointer(vnni.quad),
+        "Nibbles": types.CPointer(vnni.nibbles),
+        "Codes": types.CPointer(vnni.codes),
         "int": types.int64,
         "float": types.float64,
     }
@@ -162,10 +171,10 @@ def unpack(typing: Any, arguments: Any, element: Any, stored: Any, kinds: Any) -
 
 
 @intrinsic
-def claim(typing: Any, work: Any) -> Any:
-    """The number of the next piece of work, from 0: no two threads get the same."""
+def fetch_add(typing: Any, counter: Any) -> Any:
+    """The number of the next work item, from 0: no two threads get the same."""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         return builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "monotonic")
 
-    return types.int64(work), lower
+    return types.int64(counter), lower

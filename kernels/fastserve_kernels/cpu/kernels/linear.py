@@ -1,9 +1,9 @@
-"""Linears: y = x W^T for weights as `linear_preparation` arranges them, from one token to a whole prompt.
+"""Linears: y = x W^T for weights as `linear_preparation` packs them, from one token to a whole prompt.
 
-A thread takes a few strips of rows for up to TOKENS tokens (`strips`), whose activations it puts into words
-for itself (`activations`). SLICE columns of a strip at a time, whose weights then lie in the nearest cache,
+A thread takes a few panels of rows for up to TOKENS tokens (`panels`), whose activations it puts into words
+for itself (`activations`). SLICE columns of a panel at a time, whose weights then lie in the nearest cache,
 meet the tokens in groups of eight (`products`). Codes are unpacked in registers, next to each group again,
-which costs as much as writing them down and reading them until there are UNPACKED_AGAIN tokens.
+which costs as much as writing them down and reading them until there are MAX_UNPACK_TOKENS tokens.
 
 The sum over a *block* of columns, a group of the weight or BLOCK of them, begins at 0, is scaled and then
 added to the total of its row and token. So a token's result is the same to the last bit whatever else is
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from numba import float32, njit
 
-from fastserve_kernels.cpu.kernels.activations import Words, as_float32, as_quads, quantize
+from fastserve_kernels.cpu.kernels.activations import Words, as_quads, quantize
 from fastserve_kernels.cpu.kernels.kernel import (
     Bytes,
     Codes,
@@ -29,151 +29,147 @@ from fastserve_kernels.cpu.kernels.kernel import (
     Floats,
     Integers,
     Nibbles,
+    Packed,
     Quads,
     RowWords,
     Stored,
-    Work,
+    WorkCounter,
     kernel,
 )
+from fastserve_kernels.cpu.kernels.panels import (
+    PANEL_ROWS,
+    SLICE,
+    LinearShape,
+    Outputs,
+    WorkItem,
+    Workspace,
+    allocate_workspace,
+    free_workspace,
+    init_acc_from_zeros,
+    next_work_item,
+    scatter_panel,
+    shape_for,
+    store_panel,
+    store_vector,
+    take_work_item,
+    zero_acc,
+)
 from fastserve_kernels.cpu.kernels.products import (
-    MOST_TOKENS,
+    MAX_TOKENS,
     multiply,
     multiply_integers,
     span_for,
     width_for,
 )
-from fastserve_kernels.cpu.kernels.strips import (
-    ROWS,
-    SLICE,
-    Memory,
-    Outputs,
-    Piece,
-    Shape,
-    clear,
-    free_memory,
-    memory_for,
-    next_piece,
-    scatter,
-    shape_for,
-    subtract_zeros,
-    take,
-    write,
-    write_vector,
-)
-from fastserve_kernels.cpu.kernels.vectors import LANES, at, load, splat, store
-from fastserve_kernels.cpu.kernels.words import ROWS as PANEL
-from fastserve_kernels.cpu.kernels.words import (
+from fastserve_kernels.cpu.kernels.vectors import LANES, as_float32, at, load, splat, store
+from fastserve_kernels.cpu.kernels.vnni import (
+    VECTOR_ROWS,
     columns_of,
-    integers_above,
-    sum_integers,
+    int32_to_float32_less,
+    reduce_add_int32,
     unpack,
 )
 
-UNPACKED_AGAIN = 32
+MAX_UNPACK_TOKENS = 32
 """Tokens, at most, for which codes are unpacked next to each group; for more they are unpacked once."""
 
 
 @njit(error_model="numpy")
 def _multiply_slice(
-    shape: Shape, memory: Memory, weights: Words, table: Bytes, first: int, columns: int, tokens: int
+    shape: LinearShape,
+    workspace: Workspace,
+    weights: Words,
+    table: Bytes,
+    first: int,
+    columns: int,
+    tokens: int,
 ) -> None:
-    """Adds to the totals of a strip what `columns` columns give, whose weights are there from column `first`,
-    the beginning of a block."""
-    step = ROWS if shape.groups > 1 else 0
+    """Adds to the accumulators of a panel what `columns` columns give, whose weights are there from column
+    `first`, the beginning of a block."""
+    scale_stride = PANEL_ROWS if shape.groups > 1 else 0
     size = shape.block // columns_of(weights)
-    scales = at(memory.scales, first // shape.block * step)
-    for t in range(0, tokens, MOST_TOKENS):
-        count = min(MOST_TOKENS, tokens - t)
+    scales = at(workspace.scales, first // shape.block * scale_stride)
+    for t in range(0, tokens, MAX_TOKENS):
+        count = min(MAX_TOKENS, tokens - t)
         width, span = width_for(count), span_for(count, columns_of(weights))
-        x = at(memory.words, t * (shape.padded // columns_of(memory.words)))
-        totals = at(memory.totals, t * ROWS)
+        x = at(workspace.words, t * (shape.padded // columns_of(workspace.words)))
+        acc = at(workspace.acc, t * PANEL_ROWS)
         done = 0
         while done < columns:
             blocks = span if done + span * shape.block <= columns else 1
             multiply(
-                at(weights, done // columns_of(weights) * ROWS),
+                at(weights, done // columns_of(weights) * PANEL_ROWS),
                 table,
-                at(x, (first + done) // columns_of(memory.words) * width),
+                at(x, (first + done) // columns_of(workspace.words) * width),
                 count,
                 blocks,
                 min(size, (columns - done) // columns_of(weights)),
-                totals,
-                at(scales, done // shape.block * step),
-                step,
+                acc,
+                at(scales, done // shape.block * scale_stride),
+                scale_stride,
             )
             done += blocks * shape.block
 
 
-class Coded(NamedTuple):
+class QuantizedWeight(NamedTuple):
     """Rows of weights (table[code] - zero - shift) * scale."""
 
     codes: Words
-    """[strips, padded, ROWS]."""
+    """[panels, padded, PANEL_ROWS]."""
     table: Bytes
     scales: Stored
-    """[strips, groups, ROWS]."""
+    """[panels, groups, PANEL_ROWS]."""
     zeros: Stored
-    """[strips, groups, ROWS], if there are any."""
+    """[panels, groups, PANEL_ROWS], if there are any."""
     shift: float
     has_zeros: int
 
 
 @njit(error_model="numpy")
-def _is_corrected(weight: Coded) -> bool:
+def _is_corrected(weight: QuantizedWeight) -> bool:
     """Whether sums of the activations are needed, for what is taken off the codes."""
     return weight.has_zeros != 0 or weight.shift != 0
 
 
 @njit(error_model="numpy")
-def _load_scales(shape: Shape, memory: Memory, weight: Coded, strip: int) -> None:
-    start = strip * shape.groups * ROWS
-    for i in range(0, shape.groups * ROWS, LANES):
+def _load_scales(shape: LinearShape, workspace: Workspace, weight: QuantizedWeight, panel: int) -> None:
+    start = panel * shape.groups * PANEL_ROWS
+    for i in range(0, shape.groups * PANEL_ROWS, LANES):
         scale, zero = load(weight.scales, start + i, LANES), splat(float32(weight.shift), LANES)
-        store(memory.scales, i, scale)
+        store(workspace.scales, i, scale)
         if weight.has_zeros:
             zero = zero + load(weight.zeros, start + i, LANES)
-        store(memory.zeros, i, splat(float32(0), LANES) - zero * scale)
+        store(workspace.zeros, i, splat(float32(0), LANES) - zero * scale)
 
 
 @njit(error_model="numpy")
-def _multiply_strip(shape: Shape, memory: Memory, weight: Coded, strip: int, tokens: int) -> None:
-    """Makes the totals of a strip."""
-    _load_scales(shape, memory, weight, strip)
+def _multiply_panel(
+    shape: LinearShape, workspace: Workspace, weight: QuantizedWeight, panel: int, tokens: int
+) -> None:
+    """Computes the accumulators of a panel."""
+    _load_scales(shape, workspace, weight, panel)
     if _is_corrected(weight):
-        subtract_zeros(shape, memory, tokens)
+        init_acc_from_zeros(shape, workspace, tokens)
     else:
-        clear(memory, tokens)
-    codes = at(weight.codes, strip * (shape.padded // columns_of(weight.codes)) * ROWS)
+        zero_acc(workspace, tokens)
+    codes = at(weight.codes, panel * (shape.padded // columns_of(weight.codes)) * PANEL_ROWS)
     # One group of tokens needs no slices, and has the more blocks to multiply together.
-    size = SLICE if tokens > MOST_TOKENS else shape.padded
+    size = SLICE if tokens > MAX_TOKENS else shape.padded
     for first in range(0, shape.padded, size):
         columns = min(size, shape.padded - first)
-        of_slice = at(codes, first // columns_of(codes) * ROWS)
-        if tokens > UNPACKED_AGAIN:
-            unpack(of_slice, weight.table, columns // columns_of(codes), memory.expanded)
-            _multiply_slice(shape, memory, memory.expanded, weight.table, first, columns, tokens)
+        of_slice = at(codes, first // columns_of(codes) * PANEL_ROWS)
+        if tokens > MAX_UNPACK_TOKENS:
+            unpack(of_slice, weight.table, columns // columns_of(codes), workspace.expanded)
+            _multiply_slice(shape, workspace, workspace.expanded, weight.table, first, columns, tokens)
         else:
-            _multiply_slice(shape, memory, of_slice, weight.table, first, columns, tokens)
-
-
-@njit(error_model="numpy")
-def _multiply_codes(work: Work, shape: Shape, outputs: Outputs, x: Elements, weight: Coded) -> None:
-    """Of `linear_nibbles` and `linear_codes`."""
-    memory = memory_for(shape, x)
-    piece = take(work, shape, memory, x, -1, _is_corrected(weight))
-    while piece.tokens > 0:
-        for strip in range(piece.first, piece.end):
-            _multiply_strip(shape, memory, weight, strip, piece.tokens)
-            write(shape, memory, outputs, piece, strip)
-        piece = take(work, shape, memory, x, piece.token, _is_corrected(weight))
-    free_memory(memory)
+            _multiply_slice(shape, workspace, of_slice, weight.table, first, columns, tokens)
 
 
 @kernel
-def linear_nibbles(
-    work: Work,
+def linear_quantized(
+    counter: WorkCounter,
     x: Elements,
-    codes: Nibbles,
+    codes: Packed,
     table: Bytes,
     scales: Stored,
     zeros: Stored,
@@ -192,44 +188,24 @@ def linear_nibbles(
     shift: float,
     has_zeros: int,
 ) -> None:
-    """codes [strips, K / 8, ROWS] words; scales and zeros [strips, groups, ROWS]; see `Coded`."""
+    """codes [panels, K / 8, PANEL_ROWS] words of nibbles, or [panels, K / 4, PANEL_ROWS] words of codes of 8
+    bits; scales and zeros [panels, groups, PANEL_ROWS]; see `QuantizedWeight`."""
     shape = shape_for(tokens, out_features, in_features, x_stride, 32, group, run, threads)
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
-    _multiply_codes(work, shape, outputs, x, Coded(codes, table, scales, zeros, shift, has_zeros))
-
-
-@kernel
-def linear_codes(
-    work: Work,
-    x: Elements,
-    codes: Codes,
-    table: Bytes,
-    scales: Stored,
-    zeros: Stored,
-    bias: Elements,
-    residual: Elements,
-    out: Elements,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    x_stride: int,
-    run: int,
-    threads: int,
-    has_bias: int,
-    has_residual: int,
-    group: int,
-    shift: float,
-    has_zeros: int,
-) -> None:
-    """As `linear_nibbles`, codes [strips, K / 4, ROWS] words."""
-    shape = shape_for(tokens, out_features, in_features, x_stride, 32, group, run, threads)
-    outputs = Outputs(bias, residual, out, has_bias, has_residual)
-    _multiply_codes(work, shape, outputs, x, Coded(codes, table, scales, zeros, shift, has_zeros))
+    weight = QuantizedWeight(codes, table, scales, zeros, shift, has_zeros)
+    workspace = allocate_workspace(shape, x)
+    item = take_work_item(counter, shape, workspace, x, -1, _is_corrected(weight))
+    while item.tokens > 0:
+        for panel in range(item.first, item.end):
+            _multiply_panel(shape, workspace, weight, panel, item.tokens)
+            store_panel(shape, workspace, outputs, item, panel)
+        item = take_work_item(counter, shape, workspace, x, item.token, _is_corrected(weight))
+    free_workspace(workspace)
 
 
 @kernel
 def linear_rows(
-    work: Work,
+    counter: WorkCounter,
     x: Elements,
     nibbles: Nibbles,
     nibble_table: Bytes,
@@ -257,39 +233,43 @@ def linear_rows(
     code_shift: float,
     has_zeros: int,
 ) -> None:
-    """The first `nibble_rows` of the weight are those of `linear_nibbles`, in strips of their own, the others
-    those of `linear_codes`. rows [out_features] says which row of the output each is."""
-    strips = (nibble_rows + ROWS - 1) // ROWS
-    code_strips = (out_features - nibble_rows + ROWS - 1) // ROWS
-    shape = shape_for(tokens, (strips + code_strips) * ROWS, in_features, x_stride, 32, group, run, threads)
+    """The first `nibble_rows` of the weight are nibbles, in panels of their own, the others
+    codes of 8 bits. rows [out_features] says which row of the output each is."""
+    panels = (nibble_rows + PANEL_ROWS - 1) // PANEL_ROWS
+    code_panels = (out_features - nibble_rows + PANEL_ROWS - 1) // PANEL_ROWS
+    shape = shape_for(
+        tokens, (panels + code_panels) * PANEL_ROWS, in_features, x_stride, 32, group, run, threads
+    )
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
-    narrow = Coded(nibbles, nibble_table, nibble_scales, nibble_zeros, nibble_shift, has_zeros)
-    wide = Coded(codes, code_table, code_scales, code_zeros, code_shift, has_zeros)
-    memory = memory_for(shape, x)
-    piece = take(work, shape, memory, x, -1, True)
-    while piece.tokens > 0:
-        for strip in range(piece.first, piece.end):
-            if strip < strips:
-                _multiply_strip(shape, memory, narrow, strip, piece.tokens)
-                first, end = strip * ROWS, nibble_rows
+    narrow = QuantizedWeight(nibbles, nibble_table, nibble_scales, nibble_zeros, nibble_shift, has_zeros)
+    wide = QuantizedWeight(codes, code_table, code_scales, code_zeros, code_shift, has_zeros)
+    workspace = allocate_workspace(shape, x)
+    item = take_work_item(counter, shape, workspace, x, -1, True)
+    while item.tokens > 0:
+        for panel in range(item.first, item.end):
+            if panel < panels:
+                _multiply_panel(shape, workspace, narrow, panel, item.tokens)
+                first, end = panel * PANEL_ROWS, nibble_rows
             else:
-                _multiply_strip(shape, memory, wide, strip - strips, piece.tokens)
-                first, end = nibble_rows + (strip - strips) * ROWS, out_features
-            scatter(memory, outputs, piece, at(rows, first), min(ROWS, end - first), out_features)
-        piece = take(work, shape, memory, x, piece.token, True)
-    free_memory(memory)
+                _multiply_panel(shape, workspace, wide, panel - panels, item.tokens)
+                first, end = nibble_rows + (panel - panels) * PANEL_ROWS, out_features
+            scatter_panel(
+                workspace, outputs, item, at(rows, first), min(PANEL_ROWS, end - first), out_features
+            )
+        item = take_work_item(counter, shape, workspace, x, item.token, True)
+    free_workspace(workspace)
 
 
 @njit(error_model="numpy")
-def _fill(memory: Memory) -> None:
+def _fill(workspace: Workspace) -> None:
     """The scales of weights that have none."""
-    for i in range(0, ROWS, LANES):
-        store(memory.scales, i, splat(float32(1), LANES))
+    for i in range(0, PANEL_ROWS, LANES):
+        store(workspace.scales, i, splat(float32(1), LANES))
 
 
 @kernel
 def linear_blocks(
-    work: Work,
+    counter: WorkCounter,
     x: Elements,
     blocks: RowWords,
     row_starts: Integers,
@@ -308,48 +288,49 @@ def linear_blocks(
     block_rows: int,
     block_columns: int,
 ) -> None:
-    """blocks, those of a block row one after another for its first strip, then for its next one: of each
-    [block_columns, ROWS] in words. row_starts [block rows + 1] counts blocks; columns are block columns."""
+    """blocks, those of a block row one after another for its first panel, then for its next one: of each
+    [block_columns, PANEL_ROWS] in words. row_starts [block rows + 1] counts blocks; columns are block
+    columns."""
     shape = shape_for(
         tokens, out_features, in_features, x_stride, max(32, block_columns), in_features, run, threads
     )
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
-    memory = memory_for(shape, x)
-    _fill(memory)
-    strip_size = block_columns // columns_of(blocks) * ROWS
-    strips = block_rows // ROWS
-    piece = take(work, shape, memory, x, -1, False)
-    while piece.tokens > 0:
-        for strip in range(piece.first, piece.end):
-            clear(memory, piece.tokens)
-            first, end = row_starts[strip // strips], row_starts[strip // strips + 1]
-            start = (first * strips + strip % strips * (end - first)) * strip_size
+    workspace = allocate_workspace(shape, x)
+    _fill(workspace)
+    panel_size = block_columns // columns_of(blocks) * PANEL_ROWS
+    panels = block_rows // PANEL_ROWS
+    item = take_work_item(counter, shape, workspace, x, -1, False)
+    while item.tokens > 0:
+        for panel in range(item.first, item.end):
+            zero_acc(workspace, item.tokens)
+            first, end = row_starts[panel // panels], row_starts[panel // panels + 1]
+            start = (first * panels + panel % panels * (end - first)) * panel_size
             for i in range(first, end):
-                weights = at(blocks, start + (i - first) * strip_size)
+                weights = at(blocks, start + (i - first) * panel_size)
                 column = columns[i] * block_columns
-                _multiply_block(shape, memory, weights, column, block_columns, piece.tokens)
-            write(shape, memory, outputs, piece, strip)
-        piece = take(work, shape, memory, x, piece.token, False)
-    free_memory(memory)
+                _multiply_block(shape, workspace, weights, column, block_columns, item.tokens)
+            store_panel(shape, workspace, outputs, item, panel)
+        item = take_work_item(counter, shape, workspace, x, item.token, False)
+    free_workspace(workspace)
 
 
 @njit(error_model="numpy")
 def _multiply_block(
-    shape: Shape, memory: Memory, weights: Words, column: int, columns: int, tokens: int
+    shape: LinearShape, workspace: Workspace, weights: Words, column: int, columns: int, tokens: int
 ) -> None:
-    """Adds to the totals of a strip what one block of it gives, which begins at any column."""
+    """Adds to the accumulators of a panel what one block of it gives, which begins at any column."""
     count = columns // columns_of(weights)
     unused = as_float32(weights)
-    for t in range(0, tokens, MOST_TOKENS):
-        group = min(MOST_TOKENS, tokens - t)
-        x = at(memory.words, t * (shape.padded // columns_of(memory.words)))
-        x = at(x, column // columns_of(memory.words) * width_for(group))
-        multiply(weights, unused, x, group, 1, count, at(memory.totals, t * ROWS), memory.scales, 0)
+    for t in range(0, tokens, MAX_TOKENS):
+        group = min(MAX_TOKENS, tokens - t)
+        x = at(workspace.words, t * (shape.padded // columns_of(workspace.words)))
+        x = at(x, column // columns_of(workspace.words) * width_for(group))
+        multiply(weights, unused, x, group, 1, count, at(workspace.acc, t * PANEL_ROWS), workspace.scales, 0)
 
 
 @kernel
 def linear_quads(
-    work: Work,
+    counter: WorkCounter,
     x: Elements,
     values: Quads,
     scales: Floats,
@@ -365,44 +346,50 @@ def linear_quads(
     has_bias: int,
     has_residual: int,
 ) -> None:
-    """values [strips, K / 4, ROWS] quads, each value + 128 as a byte without a sign; scales [strips,
-    ROWS]."""
+    """values [panels, K / 4, PANEL_ROWS] quads, each value + 128 as a byte without a sign; scales [panels,
+    PANEL_ROWS]."""
     shape = shape_for(tokens, out_features, in_features, x_stride, 64, in_features, run, threads)
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
-    memory = memory_for(shape, x)
-    words = as_quads(memory.words)
-    steps = as_float32(memory.expanded)
+    workspace = allocate_workspace(shape, x)
+    words = as_quads(workspace.words)
+    x_scales = as_float32(workspace.expanded)
     packed = -1
-    piece = next_piece(work, shape)
-    while piece.tokens > 0:
-        if piece.token != packed:
-            for t in range(0, piece.tokens, MOST_TOKENS):
-                start, count = (piece.token + t) * x_stride, min(MOST_TOKENS, piece.tokens - t)
-                to, sums = at(words, t * (shape.padded // 4)), at(memory.sums, t * PANEL)
-                quantize(x, start, x_stride, in_features, shape.padded, count, to, at(steps, t), sums)
-            packed = piece.token
-        for strip in range(piece.first, piece.end):
-            clear(memory, piece.tokens)
+    item = next_work_item(counter, shape)
+    while item.tokens > 0:
+        if item.token != packed:
+            for t in range(0, item.tokens, MAX_TOKENS):
+                start, count = (item.token + t) * x_stride, min(MAX_TOKENS, item.tokens - t)
+                to, sums = at(words, t * (shape.padded // 4)), at(workspace.sums, t * VECTOR_ROWS)
+                quantize(x, start, x_stride, in_features, shape.padded, count, to, at(x_scales, t), sums)
+            packed = item.token
+        for panel in range(item.first, item.end):
+            zero_acc(workspace, item.tokens)
             for first in range(0, shape.padded, 2 * SLICE):
                 count = min(2 * SLICE, shape.padded - first) // 4
-                weights = at(values, (strip * shape.padded + first) // 4 * ROWS)
-                for t in range(0, piece.tokens, MOST_TOKENS):
-                    group = min(MOST_TOKENS, piece.tokens - t)
+                weights = at(values, (panel * shape.padded + first) // 4 * PANEL_ROWS)
+                for t in range(0, item.tokens, MAX_TOKENS):
+                    group = min(MAX_TOKENS, item.tokens - t)
                     of_x = at(words, t * (shape.padded // 4) + first // 4 * width_for(group))
-                    multiply_integers(weights, of_x, group, count, at(memory.totals, t * ROWS))
-            _write_integers(shape, memory, outputs, piece, strip, steps, scales)
-        piece = next_piece(work, shape)
-    free_memory(memory)
+                    multiply_integers(weights, of_x, group, count, at(workspace.acc, t * PANEL_ROWS))
+            _write_integers(shape, workspace, outputs, item, panel, x_scales, scales)
+        item = next_work_item(counter, shape)
+    free_workspace(workspace)
 
 
 @njit(error_model="numpy")
 def _write_integers(
-    shape: Shape, memory: Memory, outputs: Outputs, piece: Piece, strip: int, steps: Floats, scales: Floats
+    shape: LinearShape,
+    workspace: Workspace,
+    outputs: Outputs,
+    item: WorkItem,
+    panel: int,
+    x_scales: Floats,
+    scales: Floats,
 ) -> None:
-    row = strip * ROWS
-    for t in range(piece.tokens):
-        place = (piece.token + t) * shape.out_features + row
-        excess = 128 * sum_integers(memory.sums, t * PANEL)
-        for i in range(0, ROWS, LANES):
-            y = integers_above(memory.totals, t * ROWS + i, excess) * splat(steps[t], LANES)
-            write_vector(shape, outputs, y * load(scales, row + i, LANES), place + i, row + i)
+    row = panel * PANEL_ROWS
+    for t in range(item.tokens):
+        place = (item.token + t) * shape.out_features + row
+        excess = 128 * reduce_add_int32(workspace.sums, t * VECTOR_ROWS)
+        for i in range(0, PANEL_ROWS, LANES):
+            y = int32_to_float32_less(workspace.acc, t * PANEL_ROWS + i, excess) * splat(x_scales[t], LANES)
+            store_vector(shape, outputs, y * load(scales, row + i, LANES), place + i, row + i)

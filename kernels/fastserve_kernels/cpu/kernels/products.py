@@ -1,7 +1,7 @@
-"""Products of weights with the words of up to MOST_TOKENS tokens: the innermost loops of the linears.
+"""Products of weights with the words of up to MAX_TOKENS tokens: the innermost loops of the linears.
 
-All sums of a loop stay in registers: MOST_TOKENS times PANELS vectors, with two of weights, a word and a
-table 32 at most. What is added up for a token, and in which order, does not depend on how many tokens there
+All sums of a loop stay in registers: MAX_TOKENS times PANEL_VECTORS vectors, with two of weights, a word and
+a table 32 at most. What is added up for a token, and in which order, does not depend on how many tokens there
 are.
 """
 
@@ -15,29 +15,29 @@ from numba import njit, types
 
 from fastserve_kernels.cpu.kernels.elements import I32, I64, same
 from fastserve_kernels.cpu.kernels.vectors import intrinsic
-from fastserve_kernels.cpu.kernels.words import (
-    PANELS,
+from fastserve_kernels.cpu.kernels.vnni import (
+    PANEL_VECTORS,
     SUMS,
     WORDS,
     Unpack,
     Word,
+    address_of,
+    broadcast,
     invoke,
     load,
     multiply_words,
     nibbles,
-    place_of,
     prefetch,
-    spread,
     store,
     unpacker,
 )
 
-MOST_TOKENS = 8
+MAX_TOKENS = 8
 """Tokens that are multiplied together."""
 COLUMNS_OF_NIBBLES = nibbles.columns
 
 Sums = list[list[list[ir.Value]]]
-"""By block, panel and token."""
+"""By block, vector and token."""
 
 
 def width_of(tokens: int) -> int:
@@ -57,18 +57,18 @@ def span_of(tokens: int, columns: int) -> int:
 
 
 width_for: Any = njit(width_of)
-"""The same in a kernel."""
+"""`width_of` in a kernel."""
 span_for: Any = njit(span_of)
-"""The same in a kernel."""
+"""`span_of` in a kernel."""
 
 
 def for_each_count(builder: ir.IRBuilder, tokens: ir.Value, body: Callable[[int], None]) -> None:
-    """The body for the number of tokens there are, from 1 to MOST_TOKENS."""
+    """The body for the number of tokens there are, from 1 to MAX_TOKENS."""
     after = builder.append_basic_block("multiplied")
-    cases = [builder.append_basic_block(f"tokens{t}") for t in range(1, MOST_TOKENS + 1)]
+    cases = [builder.append_basic_block(f"tokens{t}") for t in range(1, MAX_TOKENS + 1)]
     switch = builder.switch(tokens, cases[-1])
     for t, case in enumerate(cases, 1):
-        if t < MOST_TOKENS:
+        if t < MAX_TOKENS:
             switch.add_case(I64(t), case)
         builder.position_at_end(case)
         body(t)
@@ -85,7 +85,7 @@ def _add_products(
     count: ir.Value,
     first: Sums,
 ) -> Sums:
-    """first + the products of `count` vectors of each block and panel with the words of each token."""
+    """first + the products of `count` vectors of each block of a panel with the words of each token."""
     tokens = len(first[0][0])
     width = width_of(tokens)
     before = builder.block
@@ -93,30 +93,30 @@ def _add_products(
     builder.branch(loop)
     builder.position_at_end(loop)
     i = builder.phi(I64)
-    sums = [[[builder.phi(total.type) for total in panel] for panel in of_block] for of_block in first]
-    totals = [[list(panel) for panel in of_block] for of_block in sums]
+    sums = [[[builder.phi(total.type) for total in vector] for vector in of_block] for of_block in first]
+    totals = [[list(vector) for vector in of_block] for of_block in sums]
     for s in range(len(first)):
         position = builder.add(i, builder.mul(count, I64(s)))
         found = []
-        for p in range(PANELS):
-            index = builder.add(builder.mul(position, I64(PANELS)), I64(p))
+        for p in range(PANEL_VECTORS):
+            index = builder.add(builder.mul(position, I64(PANEL_VECTORS)), I64(p))
             # In the order in which they lie, which memory likes better than that of the loads.
-            ordinal = builder.add(builder.mul(i, I64(len(first) * PANELS)), I64(s * PANELS + p))
-            prefetch(builder, place_of(builder, weights, ordinal, WORDS))
+            ordinal = builder.add(builder.mul(i, I64(len(first) * PANEL_VECTORS)), I64(s * PANEL_VECTORS + p))
+            prefetch(builder, address_of(builder, weights, ordinal, WORDS))
             found.append(unpack(load(builder, weights, index)))
-        of_x = place_of(builder, x, builder.mul(position, I64(len(found[0]) * width)), I32)
+        of_x = address_of(builder, x, builder.mul(position, I64(len(found[0]) * width)), I32)
         for j in range(len(found[0])):
             for t in range(tokens):
-                words = spread(builder, builder.load(builder.gep(of_x, [I64(j * width + t)])))
-                for p in range(PANELS):
+                words = broadcast(builder, builder.load(builder.gep(of_x, [I64(j * width + t)])))
+                for p in range(PANEL_VECTORS):
                     totals[s][p][t] = multiply_words(builder, word, totals[s][p][t], found[p][j], words)
     following = builder.add(i, I64(1))
     builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
     i.add_incoming(I64(0), before)
     i.add_incoming(following, loop)
     for s, of_block in enumerate(sums):
-        for p, panel in enumerate(of_block):
-            for t, total in enumerate(panel):
+        for p, vector in enumerate(of_block):
+            for t, total in enumerate(vector):
                 total.add_incoming(first[s][p][t], before)
                 total.add_incoming(totals[s][p][t], loop)
     builder.position_at_end(after)
@@ -138,11 +138,10 @@ def multiply(
 ) -> Any:
     """totals[token, row] += scales[row] * sum of weights * x, block by block.
 
-    A block is `count` vectors of each panel, whose sum begins at 0; it has scales [PANELS * ROWS] float32,
-    those of the next block `step` further on. The blocks lie one after another, and there are 1 or
+    A block is `count` pairs of vectors, whose sum begins at 0; it has scales [PANEL_VECTORS * VECTOR_ROWS]
+    float32, those of the next block `step` further on. The blocks lie one after another, and there are 1 or
     span_for(tokens, columns). (A loop over all blocks here is slower: LLVM keeps totals for all of it, and
-    spills.)
-    """
+    spills.)"""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         weights, table_, words, token_count, blocks_, count_, totals_, scales_, step_ = args
@@ -151,7 +150,7 @@ def multiply(
             unpack = unpacker(builder, stored.dtype, x.dtype, table_)
 
             def add(blocks: int) -> None:
-                nothing = [[[same(SUMS, 0.0)] * tokens_] * PANELS for _ in range(blocks)]
+                nothing = [[[same(SUMS, 0.0)] * tokens_] * PANEL_VECTORS for _ in range(blocks)]
                 sums = _add_products(builder, unpack, x.dtype, weights, words, count_, nothing)
                 _add_scaled(builder, sums, totals_, scales_, step_)
 
@@ -179,33 +178,34 @@ def _add_scaled(
     factors = []
     for s in range(len(sums)):
         of_block = builder.gep(scales, [builder.mul(step, I64(s))])
-        factors.append([load(builder, of_block, I64(p), SUMS) for p in range(PANELS)])
+        factors.append([load(builder, of_block, I64(p), SUMS) for p in range(PANEL_VECTORS)])
     for t in range(len(sums[0][0])):
-        for p in range(PANELS):
-            place = I64(t * PANELS + p)
+        for p in range(PANEL_VECTORS):
+            place = I64(t * PANEL_VECTORS + p)
             total = load(builder, totals, place, SUMS)
-            for s, of_panels in enumerate(sums):
-                total = invoke(builder, "fma.v16f32", SUMS, factors[s][p], of_panels[p][t], total)
+            for s, of_vectors in enumerate(sums):
+                total = invoke(builder, "fma.v16f32", SUMS, factors[s][p], of_vectors[p][t], total)
             store(builder, total, totals, place)
 
 
 @intrinsic
 def multiply_integers(typing: Any, weights: Any, x: Any, tokens: Any, count: Any, totals: Any) -> Any:
-    """totals[token, row] += sum of weights * x over `count` vectors of each panel; totals are int32."""
+    """totals[token, row] += sum of weights * x over `count` pairs of vectors; totals are int32."""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         weights_, x_words, token_count, count_, totals_ = args
 
         def body(tokens_: int) -> None:
             first = [
-                [load(builder, totals_, I64(t * PANELS + p)) for t in range(tokens_)] for p in range(PANELS)
+                [load(builder, totals_, I64(t * PANEL_VECTORS + p)) for t in range(tokens_)]
+                for p in range(PANEL_VECTORS)
             ]
             sums = _add_products(
                 builder, lambda vector: [vector], x.dtype, weights_, x_words, count_, [first]
             )
-            for p, panel in enumerate(sums[0]):
-                for t, total in enumerate(panel):
-                    store(builder, total, totals_, I64(t * PANELS + p))
+            for p, vector in enumerate(sums[0]):
+                for t, total in enumerate(vector):
+                    store(builder, total, totals_, I64(t * PANEL_VECTORS + p))
 
         for_each_count(builder, token_count, body)
         return context.get_dummy_value()
@@ -217,9 +217,8 @@ def multiply_integers(typing: Any, weights: Any, x: Any, tokens: Any, count: Any
 def multiply_groups(typing: Any, factors: Any, sums: Any, tokens: Any, groups: Any, totals: Any) -> Any:
     """totals[token, row] = sum over the groups of factors[group, row] * sums[group, token].
 
-    factors have PANELS * ROWS rows, sums MOST_TOKENS tokens. All tokens are taken together, for each sum
-    waits for the one before it: one at a time they take 15 % of a prompt in groups of 32.
-    """
+    factors have PANEL_VECTORS * VECTOR_ROWS rows, sums MAX_TOKENS tokens. All tokens are taken together, for
+    each sum waits for the one before it: one at a time they take 15 % of a prompt in groups of 32."""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         factors_, sums_, token_count, groups_, totals_ = args
@@ -230,14 +229,14 @@ def multiply_groups(typing: Any, factors: Any, sums: Any, tokens: Any, groups: A
             builder.branch(loop)
             builder.position_at_end(loop)
             g = builder.phi(I64)
-            found = [[builder.phi(SUMS) for _ in range(tokens_)] for _ in range(PANELS)]
-            places = [builder.add(builder.mul(g, I64(PANELS)), I64(p)) for p in range(PANELS)]
+            found = [[builder.phi(SUMS) for _ in range(tokens_)] for _ in range(PANEL_VECTORS)]
+            places = [builder.add(builder.mul(g, I64(PANEL_VECTORS)), I64(p)) for p in range(PANEL_VECTORS)]
             of_rows = [load(builder, factors_, place, SUMS) for place in places]
-            of_tokens = builder.gep(sums_, [builder.mul(g, I64(MOST_TOKENS))])
+            of_tokens = builder.gep(sums_, [builder.mul(g, I64(MAX_TOKENS))])
             following = builder.add(g, I64(1))
             for t in range(tokens_):
-                of_token = spread(builder, builder.load(builder.gep(of_tokens, [I64(t)])))
-                for p in range(PANELS):
+                of_token = broadcast(builder, builder.load(builder.gep(of_tokens, [I64(t)])))
+                for p in range(PANEL_VECTORS):
                     total = invoke(builder, "fma.v16f32", SUMS, of_rows[p], of_token, found[p][t])
                     found[p][t].add_incoming(same(SUMS, 0.0), before)
                     found[p][t].add_incoming(total, loop)
@@ -246,9 +245,9 @@ def multiply_groups(typing: Any, factors: Any, sums: Any, tokens: Any, groups: A
             g.add_incoming(following, loop)
             builder.cbranch(builder.icmp_signed("<", following, groups_), loop, after)
             builder.position_at_end(after)
-            for p in range(PANELS):
+            for p in range(PANEL_VECTORS):
                 for t in range(tokens_):
-                    store(builder, found[p][t], totals_, I64(t * PANELS + p))
+                    store(builder, found[p][t], totals_, I64(t * PANEL_VECTORS + p))
 
         for_each_count(builder, token_count, body)
         return context.get_dummy_value()

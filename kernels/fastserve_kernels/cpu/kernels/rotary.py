@@ -7,24 +7,32 @@ from typing import Any
 
 from numba import float32, njit
 
-from fastserve_kernels.cpu.kernels.kernel import Elements, Floats, Integers, Stored, Work, claim, kernel
+from fastserve_kernels.cpu.kernels.kernel import (
+    Elements,
+    Floats,
+    Integers,
+    Stored,
+    WorkCounter,
+    fetch_add,
+    kernel,
+)
 from fastserve_kernels.cpu.kernels.vectors import (
     LANES,
-    finite,
     is_quantized,
-    load_part,
+    load_masked,
     round_to,
     splat,
-    store_part,
+    store_masked,
+    zero_nonfinite,
 )
 
-PIECE = 4
-"""Tokens that a thread takes at a time."""
+ITEM_TOKENS = 4
+"""Tokens of a work item."""
 
 
 @kernel
 def rotary_write_kv(
-    work: Work,
+    counter: WorkCounter,
     q: Elements,
     k: Elements,
     v: Elements,
@@ -50,9 +58,9 @@ def rotary_write_kv(
     apart as the strides say; cos and sin [tokens, rotary_dim]; out [tokens, heads, dim]; caches
     [slots, kv_heads, dim or dim_v]; scales [kv_heads], which are read for quantized caches alone."""
     one = float32(1)
-    first = claim(work) * PIECE
+    first = fetch_add(counter) * ITEM_TOKENS
     while first < tokens:
-        for token in range(first, min(first + PIECE, tokens)):
+        for token in range(first, min(first + ITEM_TOKENS, tokens)):
             angle = token * rotary_dim
             start = token * heads
             for head in range(heads):
@@ -69,12 +77,12 @@ def rotary_write_kv(
                 scale = _scale(v_cache, v_scales, head)
                 to = (start + head) * dim_v
                 _copy(v, token * v_stride + head * dim_v, v_cache, to, dim_v, True, scale)
-        first = claim(work) * PIECE
+        first = fetch_add(counter) * ITEM_TOKENS
 
 
 @kernel
 def write_kv(
-    work: Work,
+    counter: WorkCounter,
     k: Elements,
     v: Elements,
     k_cache: Stored,
@@ -89,17 +97,17 @@ def write_kv(
     k_stride: int,
     v_stride: int,
 ) -> None:
-    """As `rotary_write_kv`, of keys that are as they should be."""
-    first = claim(work) * PIECE
+    """Stores k and v in the caches, k without a rotation; shapes as in `rotary_write_kv`."""
+    first = fetch_add(counter) * ITEM_TOKENS
     while first < tokens:
-        for token in range(first, min(first + PIECE, tokens)):
+        for token in range(first, min(first + ITEM_TOKENS, tokens)):
             for head in range(kv_heads):
                 place = slots[token] * kv_heads + head
                 scale = _scale(k_cache, k_scales, head)
                 _copy(k, token * k_stride + head * dim, k_cache, place * dim, dim, True, scale)
                 scale = _scale(v_cache, v_scales, head)
                 _copy(v, token * v_stride + head * dim_v, v_cache, place * dim_v, dim_v, True, scale)
-        first = claim(work) * PIECE
+        first = fetch_add(counter) * ITEM_TOKENS
 
 
 @njit(error_model="numpy")
@@ -118,36 +126,41 @@ def _rotate(
     out: Stored,
     to: int,
     dim: int,
-    scrub: bool,
+    drop_nonfinite: bool,
     scale: Any,
 ) -> None:
     """One head; both products are rounded, and so is their sum."""
     half = rotary_dim // 2
     for i in range(0, half, LANES):
         count = half - i
-        low, high = load_part(x, start + i, count), load_part(x, start + half + i, count)
-        turned = round_to(x, low * load_part(cos, angle + i, count)) - round_to(
-            x, high * load_part(sin, angle + i, count)
+        low, high = load_masked(x, start + i, count), load_masked(x, start + half + i, count)
+        rotated = round_to(x, low * load_masked(cos, angle + i, count)) - round_to(
+            x, high * load_masked(sin, angle + i, count)
         )
-        _put(x, turned, out, to + i, count, scrub, scale)
-        turned = round_to(x, high * load_part(cos, angle + half + i, count)) + round_to(
-            x, low * load_part(sin, angle + half + i, count)
+        _store(x, rotated, out, to + i, count, drop_nonfinite, scale)
+        rotated = round_to(x, high * load_masked(cos, angle + half + i, count)) + round_to(
+            x, low * load_masked(sin, angle + half + i, count)
         )
-        _put(x, turned, out, to + half + i, count, scrub, scale)
-    _copy(x, start + rotary_dim, out, to + rotary_dim, dim - rotary_dim, scrub, scale)
+        _store(x, rotated, out, to + half + i, count, drop_nonfinite, scale)
+    _copy(x, start + rotary_dim, out, to + rotary_dim, dim - rotary_dim, drop_nonfinite, scale)
 
 
 @njit(error_model="numpy")
-def _copy(x: Elements, start: int, out: Stored, to: int, count: int, scrub: bool, scale: Any) -> None:
+def _copy(
+    x: Elements, start: int, out: Stored, to: int, count: int, drop_nonfinite: bool, scale: Any
+) -> None:
     for i in range(0, count, LANES):
-        _put(x, load_part(x, start + i, count - i), out, to + i, count - i, scrub, scale)
+        _store(x, load_masked(x, start + i, count - i), out, to + i, count - i, drop_nonfinite, scale)
 
 
 @njit(error_model="numpy")
-def _put(x: Elements, part: Any, out: Stored, to: int, count: int, scrub: bool, scale: Any) -> None:
-    """Part of a head of x's dtype, to a cache or elsewhere. With scrub, what is not finite becomes 0."""
-    if scrub:
-        part = finite(x, part)
+def _store(
+    x: Elements, part: Any, out: Stored, to: int, count: int, drop_nonfinite: bool, scale: Any
+) -> None:
+    """Part of a head of x's dtype, to a cache or elsewhere. With drop_nonfinite, what is not finite becomes
+    0."""
+    if drop_nonfinite:
+        part = zero_nonfinite(x, part)
     if is_quantized(out):
         part = round_to(x, part) / splat(scale, LANES)
-    store_part(out, to, part, count)
+    store_masked(out, to, part, count)

@@ -33,7 +33,6 @@ from fastserve_kernels.cpu.kernels.elements import (
     int8,
     narrow,
     same,
-    vector_of,
     widen,
 )
 
@@ -89,7 +88,7 @@ def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
     return _choose(builder, builder.insert_element(nothing, value, I32(0)), nothing, [0] * lanes)
 
 
-def _place(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, kind: ir.VectorType) -> ir.Value:
+def _address(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, kind: ir.VectorType) -> ir.Value:
     return builder.bitcast(builder.gep(pointer, [index]), kind.as_pointer())
 
 
@@ -123,15 +122,22 @@ def at(typing: Any, pointer: Any, index: Any) -> Any:
     return pointer(pointer, types.int64), lower
 
 
-@intrinsic
-def as_integers(typing: Any, pointer: Any) -> Any:
-    """The same memory as int64."""
-    integers = types.CPointer(types.int64)
+def pointer_cast(element: types.Type) -> Any:
+    """What makes any pointer one to elements of this type."""
+    target = types.CPointer(element)
 
-    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return builder.bitcast(args[0], context.get_value_type(integers))
+    @intrinsic
+    def cast(typing: Any, pointer: Any) -> Any:
+        def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+            return builder.bitcast(args[0], context.get_value_type(target))
 
-    return integers(pointer), lower
+        return target(pointer), lower
+
+    return cast
+
+
+as_int64 = pointer_cast(types.int64)
+as_float32 = pointer_cast(types.float32)
 
 
 @intrinsic
@@ -155,20 +161,20 @@ def load(typing: Any, pointer: Any, index: Any, lanes: Any) -> Any:
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         memory = ir.VectorType(context.get_value_type(element), count)
-        raw = builder.load(_place(builder, args[0], args[1], memory), align=bytes_of(element))
+        raw = builder.load(_address(builder, args[0], args[1], memory), align=bytes_of(element))
         return widen(builder, element, raw)
 
     return Vector(count)(pointer, types.int64, lanes), lower
 
 
 @intrinsic
-def load_part(typing: Any, pointer: Any, index: Any, count: Any) -> Any:
+def load_masked(typing: Any, pointer: Any, index: Any, count: Any) -> Any:
     """pointer[index : index + LANES] as float32; if there are but `count`, 0 follows these."""
     element = pointer.dtype
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         memory = ir.VectorType(context.get_value_type(element), LANES)
-        place = _place(builder, args[0], args[1], memory)
+        place = _address(builder, args[0], args[1], memory)
         with builder.if_else(builder.icmp_signed(">=", args[2], I64(LANES))) as (whole, part):
             with whole:
                 all_lanes, whole_block = builder.load(place, align=bytes_of(element)), builder.block
@@ -208,20 +214,20 @@ def store(typing: Any, pointer: Any, index: Any, vector: Any) -> Any:
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         raw = narrow(builder, element, args[2])
-        builder.store(raw, _place(builder, args[0], args[1], raw.type), align=bytes_of(element))
+        builder.store(raw, _address(builder, args[0], args[1], raw.type), align=bytes_of(element))
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, vector), lower
 
 
 @intrinsic
-def store_part(typing: Any, pointer: Any, index: Any, vector: Any, count: Any) -> Any:
+def store_masked(typing: Any, pointer: Any, index: Any, vector: Any, count: Any) -> Any:
     """pointer[index : index + LANES] = vector, rounded; no more than `count` of it."""
     element = pointer.dtype
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         raw = narrow(builder, element, args[2])
-        place = _place(builder, args[0], args[1], raw.type)
+        place = _address(builder, args[0], args[1], raw.type)
         with builder.if_else(builder.icmp_signed(">=", args[3], I64(LANES))) as (whole, part):
             with whole:
                 builder.store(raw, place, align=bytes_of(element))
@@ -275,44 +281,7 @@ def multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def exp(typing: Any, x: Any) -> Any:
-    """e^x to within 2 units in the last place; below -87 it is 0, above 88 it is e^88.
-
-    Cody and Waite: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for e^r, and n added to the exponent.
-    """
-
-    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        kind, words = args[0].type, vector_of(I32, args[0])
-
-        def number(value: float) -> ir.Constant:
-            return same(kind, value)
-
-        x = builder.select(builder.fcmp_ordered(">", args[0], number(88.0)), number(88.0), args[0])
-        n = call(builder, "rint", builder.fmul(x, number(1.44269504088896341)))
-        r = call(builder, "fmuladd", n, number(-0.693359375), x)
-        r = call(builder, "fmuladd", n, number(2.12194440e-4), r)
-        power = number(1 / 720)
-        for divisor in (120, 24, 6, 2, 1, 1):
-            power = call(builder, "fmuladd", power, r, number(1 / divisor))
-        exponent = builder.shl(builder.fptosi(n, words), same(words, 23))
-        scaled = builder.bitcast(builder.add(builder.bitcast(power, words), exponent), kind)
-        return builder.select(builder.fcmp_ordered("<", x, number(-87.0)), number(0.0), scaled)
-
-    return x(x), lower
-
-
-@intrinsic
-def square_root(typing: Any, x: Any) -> Any:
-    """The square root."""
-
-    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return call(builder, "sqrt", *args)
-
-    return x(x), lower
-
-
-@intrinsic
-def only(typing: Any, x: Any, first: Any, end: Any, other: Any) -> Any:
+def select_range(typing: Any, x: Any, first: Any, end: Any, other: Any) -> Any:
     """Lanes first to end of x, and `other` in those outside."""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -329,7 +298,7 @@ def only(typing: Any, x: Any, first: Any, end: Any, other: Any) -> Any:
 
 
 @intrinsic
-def finite(typing: Any, pointer: Any, x: Any) -> Any:
+def zero_nonfinite(typing: Any, pointer: Any, x: Any) -> Any:
     """x with 0 in place of what would not be finite in pointer's memory."""
     too_large = {float32: float("inf"), float16: 65520.0, bfloat16: 2.0**128 - 2.0**119}[pointer.dtype]
 
@@ -351,7 +320,7 @@ def _fold(builder: ir.IRBuilder, vector: ir.Value, join: Any) -> ir.Value:
 
 
 @intrinsic
-def total(typing: Any, x: Any) -> Any:
+def reduce_add(typing: Any, x: Any) -> Any:
     """The sum of all lanes."""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -361,7 +330,7 @@ def total(typing: Any, x: Any) -> Any:
 
 
 @intrinsic
-def largest(typing: Any, x: Any) -> Any:
+def reduce_max(typing: Any, x: Any) -> Any:
     """The largest lane."""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -390,7 +359,7 @@ def store_transposed(
         rows = []
         for i in range(16):
             start = builder.mul(builder.load(builder.gep(numbers, [I64(i)])), size)
-            rows.append(builder.load(_place(builder, source, start, memory), align=bytes_of(element)))
+            rows.append(builder.load(_address(builder, source, start, memory), align=bytes_of(element)))
         low = [lane for i in range(8) for lane in (i, 16 + i)]
         high = [lane + 8 for lane in low]
         for _ in range(4):
@@ -398,7 +367,7 @@ def store_transposed(
         for j, row in enumerate(rows):
             column = widen(builder, element, row)
             place = builder.add(index, builder.mul(step, I64(j)))
-            builder.store(column, _place(builder, target, place, column.type), align=4)
+            builder.store(column, _address(builder, target, place, column.type), align=4)
         return context.get_dummy_value()
 
     return types.void(source, rows, integer, target, integer, integer), lower

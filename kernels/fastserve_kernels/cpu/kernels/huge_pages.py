@@ -10,30 +10,30 @@ import threading
 import torch
 from torch import Tensor
 
-CHUNK = 32 << 20
+CHUNK_BYTES = 32 << 20
 """Bytes that are asked for at a time: many weights are smaller than a page of 2 MB."""
-LINE = 64
+CACHE_LINE = 64
 """Bytes of a line of the cache."""
 
 
-class _Chunks:
+class _BumpAllocator:
     """Memory that is cut up from front to back. A chunk is given back with the last tensor in it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._rest = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, nbytes: int) -> Tensor:
+    def allocate(self, nbytes: int) -> Tensor:
         """That many bytes, at the beginning of a line."""
-        whole = -(-nbytes // LINE) * LINE
+        whole = -(-nbytes // CACHE_LINE) * CACHE_LINE
         with self._lock:
             if whole > len(self._rest):
-                self._rest = _huge_pages(max(CHUNK, whole))
-            taken, self._rest = self._rest[:nbytes], self._rest[whole:]
-        return taken
+                self._rest = _huge_pages(max(CHUNK_BYTES, whole))
+            allocated, self._rest = self._rest[:nbytes], self._rest[whole:]
+        return allocated
 
 
-_chunks = _Chunks()
+_allocator = _BumpAllocator()
 
 
 def _huge_pages(nbytes: int) -> Tensor:
@@ -46,5 +46,5 @@ def _huge_pages(nbytes: int) -> Tensor:
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
     """A contiguous copy."""
-    copy = _chunks.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+    copy = _allocator.allocate(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
     return copy.copy_(tensor)

@@ -1,8 +1,8 @@
 """Weights in the order in which the kernels of `linear` read them.
 
-Rows are dealt out to *strips* of 32, two panels of 16, and the last strip is filled up. A strip's vectors of
-64 bytes follow each other in the order of the columns, for each columns the first panel's and then the
-second's; what is in a vector is told in `words`. Columns are filled up too, and meet activations of 0 there.
+Rows are dealt out to *panels* of 32, two vectors of 16, and the last panel is filled up. A panel's vectors of
+64 bytes follow each other in the order of the columns, for each columns the first 16 rows' and then the
+others'; what is in a vector is told in `words`. Columns are filled up too, and meet activations of 0 there.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastserve_kernels.cpu.kernels.pages import in_huge_pages
+from fastserve_kernels.cpu.kernels.huge_pages import in_huge_pages
 
-PANEL, PANELS = 16, 2
-STRIP = PANEL * PANELS
+VECTOR_ROWS, PANEL_VECTORS = 16, 2
+PANEL_ROWS = VECTOR_ROWS * PANEL_VECTORS
 """Rows."""
 BLOCK = 128
 """Columns of the blocks of a matrix that is whole."""
@@ -26,36 +26,36 @@ def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _in_vectors(matrix: Tensor, columns: int) -> Tensor:
-    """[N, K] as [strips, K / columns, PANELS, PANEL, columns]."""
+    """[N, K] as [panels, K / columns, PANEL_VECTORS, VECTOR_ROWS, columns]."""
     return (
         matrix.unflatten(1, (-1, columns))
-        .unflatten(0, (-1, PANELS, PANEL))
+        .unflatten(0, (-1, PANEL_VECTORS, VECTOR_ROWS))
         .permute(0, 3, 1, 2, 4)
         .contiguous()
     )
 
 
 def nibbles(codes: Tensor) -> Tensor:
-    """Codes [N, K] uint8 from 0 to 15 as [strips, K / 8, 2, 16, 4] uint8."""
-    eight = _in_vectors(_padded(codes, STRIP, 32), 8)
+    """Codes [N, K] uint8 from 0 to 15 as [panels, K / 8, 2, 16, 4] uint8."""
+    eight = _in_vectors(_padded(codes, PANEL_ROWS, 32), 8)
     return eight[..., [0, 4, 1, 5]] | eight[..., [2, 6, 3, 7]] << 4
 
 
 def codes(values: Tensor) -> Tensor:
-    """Codes [N, K] uint8 as [strips, K / 4, 2, 4, 2, 4, 2] uint8: four rows' two columns, then their next
+    """Codes [N, K] uint8 as [panels, K / 4, 2, 4, 2, 4, 2] uint8: four rows' two columns, then their next
     two."""
-    four = _in_vectors(_padded(values, STRIP, 32), 4)
+    four = _in_vectors(_padded(values, PANEL_ROWS, 32), 4)
     return four.unflatten(4, (2, 2)).unflatten(3, (4, 4)).transpose(4, 5).contiguous()
 
 
 def quads(values: Tensor) -> Tensor:
-    """int8 [N, K] as [strips, K / 4, 2, 16, 4] uint8: each value + 128."""
-    return _in_vectors(_padded(values.view(torch.uint8) ^ 0x80, STRIP, 64), 4)
+    """int8 [N, K] as [panels, K / 4, 2, 16, 4] uint8: each value + 128."""
+    return _in_vectors(_padded(values.view(torch.uint8) ^ 0x80, PANEL_ROWS, 64), 4)
 
 
 def group_rows(per_group: Tensor) -> Tensor:
-    """Scales or zeros [N, groups] as [strips, groups, 32]."""
-    return _padded(per_group, STRIP, 1).unflatten(0, (-1, STRIP)).transpose(1, 2).contiguous()
+    """Scales or zeros [N, groups] as [panels, groups, 32]."""
+    return _padded(per_group, PANEL_ROWS, 1).unflatten(0, (-1, PANEL_ROWS)).transpose(1, 2).contiguous()
 
 
 def word_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,23 +68,23 @@ def _word_columns(dtype: torch.dtype) -> int:
 
 
 def blocks(values: Tensor, row_starts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks [B, bn, bk] as many, in words: those of a block row one after another for its first strip, then
+    """Blocks [B, bn, bk] as many, in words: those of a block row one after another for its first panel, then
     for its next one. bn is a multiple of 32."""
     of_rows = []
     for found in values.to(word_dtype(dtype)).split(row_starts.diff().tolist()):
-        strips = found.unflatten(2, (-1, _word_columns(dtype))).unflatten(1, (-1, PANELS, PANEL))
-        of_rows.append(strips.permute(1, 0, 4, 2, 3, 5).reshape(found.shape))
+        panels = found.unflatten(2, (-1, _word_columns(dtype))).unflatten(1, (-1, PANEL_VECTORS, VECTOR_ROWS))
+        of_rows.append(panels.permute(1, 0, 4, 2, 3, 5).reshape(found.shape))
     return torch.cat(of_rows)
 
 
 def whole(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix [N, K] without gaps as `blocks` of [STRIP, BLOCK]: [N, K'] elements, and those that fill the
-    last strip lie behind them."""
-    padded = _padded(matrix, STRIP, BLOCK)
-    tiles = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, STRIP)).transpose(1, 2)
+    """A matrix [N, K] without gaps as `blocks` of [PANEL_ROWS, BLOCK]: [N, K'] elements, and those that fill
+    the last panel lie behind them."""
+    padded = _padded(matrix, PANEL_ROWS, BLOCK)
+    tiles = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, PANEL_ROWS)).transpose(1, 2)
     row_starts = torch.arange(len(tiles) + 1) * tiles.shape[1]
-    arranged = blocks(tiles.flatten(0, 1), row_starts, dtype)
-    return in_huge_pages(arranged.view(padded.shape))[: len(matrix)]
+    packed = blocks(tiles.flatten(0, 1), row_starts, dtype)
+    return in_huge_pages(packed.view(padded.shape))[: len(matrix)]
 
 
 def taller_blocks(values: Tensor, row_starts: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

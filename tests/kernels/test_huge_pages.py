@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastserve_kernels.cpu.kernels.pages import CHUNK, LINE, in_huge_pages
+from fastserve_kernels.cpu.kernels.huge_pages import CACHE_LINE, CHUNK_BYTES, in_huge_pages
 
 
 def test_a_copy_has_the_values_the_shape_and_the_dtype_and_begins_a_line() -> None:
@@ -20,7 +20,7 @@ def test_a_copy_has_the_values_the_shape_and_the_dtype_and_begins_a_line() -> No
             copy = in_huge_pages(tensor)
             assert copy.dtype == dtype
             assert torch.equal(copy, tensor)
-            assert copy.data_ptr() % LINE == 0
+            assert copy.data_ptr() % CACHE_LINE == 0
 
 
 def test_copies_do_not_overlap() -> None:
@@ -30,7 +30,7 @@ def test_copies_do_not_overlap() -> None:
 
 
 def test_a_tensor_larger_than_a_chunk_has_one_of_its_own() -> None:
-    tensor = torch.arange(CHUNK // 8 + 1, dtype=torch.int64)
+    tensor = torch.arange(CHUNK_BYTES // 8 + 1, dtype=torch.int64)
     assert torch.equal(in_huge_pages(tensor), tensor)
 
 
@@ -44,8 +44,10 @@ def test_memory_goes_back_with_the_last_tensor_in_it(monkeypatch: pytest.MonkeyP
 
     real = mmap.mmap
     monkeypatch.setattr(mmap, "mmap", noted)
-    large = in_huge_pages(torch.zeros(CHUNK + 1, dtype=torch.uint8))
-    in_huge_pages(torch.zeros(CHUNK, dtype=torch.uint8))  # no part of the first one's memory is free now
+    large = in_huge_pages(torch.zeros(CHUNK_BYTES + 1, dtype=torch.uint8))
+    in_huge_pages(
+        torch.zeros(CHUNK_BYTES, dtype=torch.uint8)
+    )  # no part of the first one's memory is free now
     assert [memory() is None for memory in made] == [False, False]
     del large
     gc.collect()

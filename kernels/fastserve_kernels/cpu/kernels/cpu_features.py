@@ -11,7 +11,7 @@ Rapids."""
 
 
 @functools.cache
-def of_host() -> Mapping[str, bool]:
+def host_features() -> Mapping[str, bool]:
     """The features of this machine's processor."""
     import llvmlite.binding
 

@@ -1,4 +1,4 @@
-"""Weights and activations in words of 32 bits.
+"""Weights and activations in words of 32 bits: the layout of the dot products of VNNI and BF16.
 
 A word is what a lane of a vector of 16 takes in one multiplication: one float32, two bfloat16 or four int8 of
 adjacent columns. A vector of weights has one word each of 16 rows, so that a sum over columns needs no sum
@@ -30,15 +30,15 @@ from numba.extending import models, register_model
 from fastserve_kernels.cpu.kernels.elements import FLOAT, I8, I16, I32, I64, bfloat16, same
 from fastserve_kernels.cpu.kernels.vectors import Vector, intrinsic
 
-ROWS = 16
+VECTOR_ROWS = 16
 """Rows of a vector."""
-PANELS = 2
+PANEL_VECTORS = 2
 """Vectors of weights that meet each word of the activations while it is in a register."""
 AHEAD = 8192
 """Bytes by which weights are asked for before they are needed: as many as are ever multiplied together."""
 
-WORDS, SUMS = ir.VectorType(I32, ROWS), ir.VectorType(FLOAT, ROWS)
-SHORTS, BYTES = ir.VectorType(I16, 2 * ROWS), ir.VectorType(I8, 4 * ROWS)
+WORDS, SUMS = ir.VectorType(I32, VECTOR_ROWS), ir.VectorType(FLOAT, VECTOR_ROWS)
+SHORTS, BYTES = ir.VectorType(I16, 2 * VECTOR_ROWS), ir.VectorType(I8, 4 * VECTOR_ROWS)
 
 
 class Word(types.Type):
@@ -80,26 +80,26 @@ def invoke(builder: ir.IRBuilder, name: str, kind: ir.Type, *args: ir.Value) -> 
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}"), args)
 
 
-def spread(builder: ir.IRBuilder, value: ir.Value, lanes: int = ROWS) -> ir.Value:
+def broadcast(builder: ir.IRBuilder, value: ir.Value, lanes: int = VECTOR_ROWS) -> ir.Value:
     """A vector of one value."""
     nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     first = builder.insert_element(nothing, value, I32(0))
     return builder.shuffle_vector(first, nothing, same(ir.VectorType(I32, lanes), 0))
 
 
-def place_of(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, kind: ir.Type) -> ir.Value:
+def address_of(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, kind: ir.Type) -> ir.Value:
     """Where pointer[index] lies if the memory is seen as of this type."""
     return builder.gep(builder.bitcast(pointer, kind.as_pointer()), [index])
 
 
 def load(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, kind: ir.Type = WORDS) -> ir.Value:
     """pointer[index] of vectors."""
-    return builder.load(place_of(builder, pointer, index, kind), align=4)
+    return builder.load(address_of(builder, pointer, index, kind), align=4)
 
 
 def store(builder: ir.IRBuilder, vector: ir.Value, pointer: ir.Value, index: ir.Value) -> None:
     """pointer[index] = vector."""
-    builder.store(vector, place_of(builder, pointer, index, vector.type), align=4)
+    builder.store(vector, address_of(builder, pointer, index, vector.type), align=4)
 
 
 def prefetch(builder: ir.IRBuilder, place: ir.Value) -> None:
@@ -185,13 +185,13 @@ def unpack(typing: Any, stored: Any, table: Any, count: Any, target: Any) -> Any
         source, table_, count_, to = args
         words_of = unpacker(builder, stored.dtype, target.dtype, table_)
         with cgutils.for_range(builder, count_) as loop:
-            first = builder.mul(loop.index, I64(PANELS))
-            for panel in range(PANELS):
-                index = builder.add(first, I64(panel))
-                prefetch(builder, place_of(builder, source, index, WORDS))
+            first = builder.mul(loop.index, I64(PANEL_VECTORS))
+            for vector in range(PANEL_VECTORS):
+                index = builder.add(first, I64(vector))
+                prefetch(builder, address_of(builder, source, index, WORDS))
                 found = words_of(load(builder, source, index))
                 for j, words in enumerate(found):
-                    place = builder.add(builder.mul(first, I64(len(found))), I64(j * PANELS + panel))
+                    place = builder.add(builder.mul(first, I64(len(found))), I64(j * PANEL_VECTORS + vector))
                     store(builder, words, to, place)
         return context.get_dummy_value()
 
@@ -199,24 +199,24 @@ def unpack(typing: Any, stored: Any, table: Any, count: Any, target: Any) -> Any
 
 
 @intrinsic
-def sum_integers(typing: Any, memory: Any, index: Any) -> Any:
-    """The sum of the ROWS int32 at memory[index]."""
+def reduce_add_int32(typing: Any, memory: Any, index: Any) -> Any:
+    """The sum of the VECTOR_ROWS int32 at memory[index]."""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         place = builder.gep(args[0], [args[1]])
-        total = invoke(builder, f"vector.reduce.add.v{ROWS}i32", I32, load(builder, place, I64(0)))
+        total = invoke(builder, f"vector.reduce.add.v{VECTOR_ROWS}i32", I32, load(builder, place, I64(0)))
         return builder.sext(total, I64)
 
     return types.int64(memory, types.int64), lower
 
 
 @intrinsic
-def integers_above(typing: Any, memory: Any, index: Any, excess: Any) -> Any:
-    """The ROWS int32 at memory[index], less the excess, as float32."""
+def int32_to_float32_less(typing: Any, memory: Any, index: Any, excess: Any) -> Any:
+    """The VECTOR_ROWS int32 at memory[index], less the excess, as float32."""
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         integers = load(builder, builder.gep(args[0], [args[1]]), I64(0))
-        less = spread(builder, builder.trunc(args[2], I32))
+        less = broadcast(builder, builder.trunc(args[2], I32))
         return builder.sitofp(builder.sub(integers, less), SUMS)
 
-    return Vector(ROWS)(memory, types.int64, types.int64), lower
+    return Vector(VECTOR_ROWS)(memory, types.int64, types.int64), lower

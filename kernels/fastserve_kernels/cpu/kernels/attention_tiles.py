@@ -1,4 +1,5 @@
-"""How paged attention is divided: a batch into tiles of queries, and the keys that these see into spans."""
+"""How paged attention is divided: a batch into tiles of queries, and the keys that these see into kv
+tiles."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from numba import njit
 from fastserve_kernels.cpu.kernels.kernel import Integers
 from fastserve_kernels.cpu.kernels.vectors import at
 
-SPAN = 64
-"""Keys between two looks at the softmax."""
+BLOCK_N = 64
+"""Keys of a kv tile: between two updates of the softmax."""
 
 
-class Shape(NamedTuple):
-    """What is the same for all pieces of work."""
+class AttentionShape(NamedTuple):
+    """What is the same for all work items."""
 
     heads: int
     kv_heads: int
@@ -59,9 +60,9 @@ class Tile(NamedTuple):
 
 
 @njit(error_model="numpy")
-def tile_of(batch: Batch, shape: Shape, piece: int) -> Tile:
-    """The tile that is a certain piece of the batch's work; beyond the last, one of no queries."""
-    number, kv_head = piece // shape.kv_heads, piece % shape.kv_heads
+def tile_of(batch: Batch, shape: AttentionShape, item: int) -> Tile:
+    """The tile that is a certain work item of the batch; beyond the last, one of no queries."""
+    number, kv_head = item // shape.kv_heads, item % shape.kv_heads
     for i in range(batch.sequences):
         start, end = batch.query_start[i], batch.query_start[i + 1]
         tiles = (end - start + batch.tile_len - 1) // batch.tile_len
@@ -76,12 +77,12 @@ def tile_of(batch: Batch, shape: Shape, piece: int) -> Tile:
 
 
 @njit(error_model="numpy")
-def first_span(tile: Tile, shape: Shape) -> int:
-    """Where the first span begins of which the tile sees anything."""
-    return max(0, tile.position - shape.window + 1) // SPAN * SPAN
+def first_kv_tile(tile: Tile, shape: AttentionShape) -> int:
+    """Where the first kv tile begins of which the tile sees anything."""
+    return max(0, tile.position - shape.window + 1) // BLOCK_N * BLOCK_N
 
 
 @njit(error_model="numpy")
-def span_len(tile: Tile, base: int) -> int:
-    """How many keys the tile sees of the span at base, and before them."""
-    return min(SPAN, tile.position + tile.queries - base)
+def kv_tile_len(tile: Tile, base: int) -> int:
+    """How many keys the tile sees of the kv tile at base, and before them."""
+    return min(BLOCK_N, tile.position + tile.queries - base)
