@@ -6,12 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Here, before anything imports triton, which reads it once: its kernels then run interpreted, on CPU tensors.
 # On a machine with a GPU, TRITON_INTERPRET=0 has the tests compile them.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastserve.checkpoints.model_files import ModelFiles, locate
+
+# A machine that is busy makes no example a wrong one.
+settings.register_profile("fastserve", deadline=None)
+settings.load_profile("fastserve")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
