@@ -62,6 +62,19 @@ def save_tiny(tmp_path: Path) -> SaveTiny:
 
 
 @pytest.fixture
+def save_byte_model(save_tiny: SaveTiny, save_byte_tokenizer: Callable[..., Path]) -> SaveTiny:
+    """Makes a random model whose tokens are bytes, saves it with its tokenizer, and returns its directory."""
+
+    def save(**config: Any) -> Path:
+        directory = save_tiny(vocab_size=257, **config)
+        for file in save_byte_tokenizer().glob("tokenizer*"):
+            (directory / file.name).write_bytes(file.read_bytes())
+        return directory
+
+    return save
+
+
+@pytest.fixture
 def source(save_tiny: SaveTiny) -> SourceState:
     """A tiny Llama in float32."""
     return SourceState(save_tiny())

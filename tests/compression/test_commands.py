@@ -6,11 +6,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
+from tests.compression.conftest import SaveTiny
 
 from fastserve import cli
 from fastserve.commands import compress as compress_command
@@ -29,12 +29,9 @@ evaluation: {length: 64, tokens: 256}
 
 
 @pytest.fixture
-def model(save_tiny: Callable[..., Path], save_byte_tokenizer: Callable[..., Path]) -> Path:
-    """Whose tokens are bytes."""
-    directory = save_tiny(vocab_size=257)
-    for file in save_byte_tokenizer().glob("tokenizer*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
+def model(save_byte_model: SaveTiny) -> Path:
+    """A model whose tokens are bytes."""
+    return save_byte_model()
 
 
 def test_evaluate_prints_what_the_function_of_that_name_returns(

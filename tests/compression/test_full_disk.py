@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib.font_manager  # noqa: F401 -- makes its cache of fonts now, not while writes are counted
 import pytest
 from safetensors import SafetensorError
+from tests.compression.conftest import SaveTiny
 
 from fastserve import cli
 from fastserve.atomic_write import WriteError
@@ -27,12 +28,9 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.fixture
-def model(save_tiny: Callable[..., Path], save_byte_tokenizer: Callable[..., Path]) -> Path:
-    """Of two layers, whose tokens are bytes."""
-    directory = save_tiny(vocab_size=257, num_hidden_layers=2)
-    for file in save_byte_tokenizer().glob("tokenizer*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
+def model(save_byte_model: SaveTiny) -> Path:
+    """A model of two layers, whose tokens are bytes."""
+    return save_byte_model(num_hidden_layers=2)
 
 
 class Disk:

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.progress import Progress
+from tests.compression.conftest import SaveTiny
 
 from fastserve.checkpoints.model_files import locate
 from fastserve.compression.pipeline import PARTIAL, compress
@@ -51,12 +51,9 @@ run(Path(sys.argv[1]), Path(sys.argv[2]))
 
 
 @pytest.fixture
-def model(save_tiny: Callable[..., Path], save_byte_tokenizer: Callable[..., Path]) -> Path:
-    """Whose tokens are bytes."""
-    directory = save_tiny(vocab_size=257)
-    for file in save_byte_tokenizer().glob("tokenizer*"):
-        (directory / file.name).write_bytes(file.read_bytes())
-    return directory
+def model(save_byte_model: SaveTiny) -> Path:
+    """A model whose tokens are bytes."""
+    return save_byte_model()
 
 
 def run(model: Path, out: Path) -> None:

@@ -293,11 +293,11 @@ def round_to_integers(
 def scales_and_zeros(
     low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales and whole zero points, of any one shape, for codes 0 to 2^bits - 1 of ranges that include 0.
+    """Scales and whole zero points of one shape, for codes from 0 to 2^bits - 1 of ranges that include 0.
 
-    Symmetric: scale = 2 max(-low, high) / (2^bits - 1), and None: the zero point is 2^(bits - 1). Else
-    scale = (high - low) / (2^bits - 1), zero = round(-low / scale). Raises ValueError if the dtype cannot
-    hold a scale.
+    Symmetric: scale = 2 max(-low, high) / (2^bits - 1), and None: the zero point is 2^(bits - 1). Else scale
+    = (high - low) / (2^bits - 1), zero = round(-low / scale). Raises ValueError if the dtype cannot hold a
+    scale.
     """
     largest = 2**bits - 1
     if symmetric:
