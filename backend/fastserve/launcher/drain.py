@@ -5,9 +5,9 @@ models that clients call are unloaded, which leaves the requests in them running
 nothing is in flight. Triton server's own stop does not: on SIGTERM, 2.51 lets its gRPC streams stand still.
 
 The server keeps some requests for ever, and their models with them (2.51): one whose gRPC stream the client
-cancels while it ends, and one that gets an error while another step of it is in flight. Our client and our steps
-avoid that where they can; others' clients may not. So it is enough as well that the gauges say nothing runs and
-that, for a while, no process computes.
+cancels while it ends, and one that gets an error while another step of it is in flight. Our client and our
+steps avoid that where they can; others' clients may not. So it is enough as well that the gauges say nothing
+runs and that, for a while, no process computes.
 """
 
 from __future__ import annotations
