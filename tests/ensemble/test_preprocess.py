@@ -129,3 +129,22 @@ def test_what_is_refused_at_once_is_counted(pb_utils: Any, step: Any) -> None:
     [response] = step.execute([request(pb_utils, "")])
     assert response.error().code() == pb_utils.TritonError.INVALID_ARG
     assert pb_utils.server.metric("fastserve_requests_total", outcome="rejected") == 1
+
+
+def test_a_request_whose_answer_cannot_be_made_fails_alone(
+    pb_utils: Any, step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while shared memory is full: the whole batch had the server's error."""
+    from fastserve.ensemble import preprocess
+
+    answer, failures = preprocess._answer, [OSError("no space left on device")]
+
+    def fail_first(parsed: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return answer(parsed)
+
+    monkeypatch.setattr(preprocess, "_answer", fail_first)
+    bad, good = step.execute([request(pb_utils, "a"), request(pb_utils, "b")])
+    assert bad.error().message() == "INTERNAL: OSError: no space left on device"
+    assert built(good).prompt == "b"

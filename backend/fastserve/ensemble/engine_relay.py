@@ -28,6 +28,8 @@ from fastserve.ensemble.final_response import send_error, send_final
 from fastserve.ensemble.metrics import REPORT_SECONDS, EngineMetrics
 from fastserve.ensemble.readiness import Readiness
 from fastserve.ensemble.response_stream import ResponseStream
+from fastserve.ensemble.secret import share_secret
+from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.tensors import message_of, message_tensor
 from fastserve.ensemble.worker_watch import WorkerWatch
 from fastserve.errors import ErrorCode, RequestError, invalid
@@ -61,6 +63,8 @@ class EngineModel:
     """Triton server's Python model `engine`."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        leave_with_server()
+        share_secret()
         self._config = read_config()
         self._files = locate(self._config.model)
         self._responses_per_second = self._config.max_responses_per_second or RESPONSES_PER_CORE * len(

@@ -21,7 +21,8 @@ from fastserve.config import read_config
 from fastserve.ensemble.final_response import send_error, send_final
 from fastserve.ensemble.inputs import read_parameters
 from fastserve.ensemble.metrics import requests_total
-from fastserve.ensemble.secret import forwarded_id
+from fastserve.ensemble.secret import forwarded_id, share_secret
+from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.tensors import (
     FAILED,
     FINAL,
@@ -86,6 +87,8 @@ class InferModel:
     """Triton server's Python model `fastserve_infer`."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        leave_with_server()
+        share_secret()
         config = read_config()
         threading.stack_size(STACK_BYTES)
         self._max_in_flight = min(config.max_queue_size + config.max_num_seqs, MAX_IN_FLIGHT)

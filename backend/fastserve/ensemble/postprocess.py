@@ -18,7 +18,8 @@ from fastserve.checkpoints.model_files import locate
 from fastserve.config import read_config
 from fastserve.ensemble.final_response import send_error, send_final
 from fastserve.ensemble.metrics import ResponseMetrics
-from fastserve.ensemble.secret import is_forwarded_id
+from fastserve.ensemble.secret import is_forwarded_id, share_secret
+from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.tensors import (
     call,
     failure_tensors,
@@ -57,6 +58,8 @@ class PostprocessModel:
     """Triton server's Python model `postprocess`."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        leave_with_server()
+        share_secret()
         self._tokenizer = load_tokenizer(locate(read_config().model))
         self._states: dict[str, RequestState] = {}
         self._metrics = ResponseMetrics()

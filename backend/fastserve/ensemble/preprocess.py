@@ -19,6 +19,8 @@ from fastserve.checkpoints.model_files import locate
 from fastserve.config import read_config
 from fastserve.ensemble.inputs import read_inputs, read_parameters
 from fastserve.ensemble.metrics import requests_total
+from fastserve.ensemble.secret import share_secret
+from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.tensors import FINAL, error_response, message_tensor
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.stopping import refuse_if_stopping
@@ -37,6 +39,8 @@ class PreprocessModel:
     """Triton server's Python model `preprocess`."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        leave_with_server()
+        share_secret()
         self._input_processor = _load_input_processor()
         self._requests_total = requests_total()
         self._threads = ThreadPoolExecutor(MAX_GUIDES_AT_ONCE, thread_name_prefix="guides")
@@ -52,9 +56,9 @@ class PreprocessModel:
             if parsed.guide_field:
                 self._answer_later(parsed, triton_request.get_response_sender())
                 return None
+            return _answer(parsed)
         except Exception as error:
             return self._refusal(error)
-        return _answer(parsed)
 
     def _answer_later(self, parsed: ParsedRequest, sender: Any) -> None:
         if not self._places.acquire(blocking=False):

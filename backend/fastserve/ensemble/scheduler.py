@@ -17,7 +17,8 @@ import triton_python_backend_utils as pb_utils
 from fastserve.config import read_config
 from fastserve.ensemble.final_response import send_error, send_final
 from fastserve.ensemble.metrics import REPORT_SECONDS, QueueMetrics
-from fastserve.ensemble.secret import is_forwarded_id
+from fastserve.ensemble.secret import is_forwarded_id, share_secret
+from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.tensors import call, message_of, message_tensor
 from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.scheduling.admission import Admission
@@ -35,6 +36,8 @@ class SchedulerModel:
     """Triton server's Python model `scheduler`."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        leave_with_server()
+        share_secret()
         config = read_config()
         self._admission = Admission(make_policy(config), config.max_queue_size, config.max_queue_seconds)
         # The engine tells its room when a first request has reached it: until then there is room for one.

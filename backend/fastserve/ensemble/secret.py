@@ -60,6 +60,11 @@ def _mark(name: str, data: bytes | memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=SEAL_BYTES, key=_secret(), person=name.encode()).digest()
 
 
+def share_secret() -> None:
+    """Makes the secret, or reads it, while there is shared memory for it: at the start."""
+    _secret()
+
+
 @cache
 def _secret() -> bytes:
     """The secret of the `tritonserver` that has started this process."""
