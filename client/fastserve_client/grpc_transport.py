@@ -10,6 +10,8 @@ Triton server 2.51 was never seen to crash.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +36,11 @@ CHANNEL_OPTIONS = [
 ]
 STATUS_CODES = {"INVALID_ARGUMENT": "INVALID_ARG", "UNIMPLEMENTED": "UNSUPPORTED"}
 """The gRPC status codes that the Triton server calls by another name."""
+
+
+END_SECONDS = 1.0
+"""For a call that has failed to end by itself: of calls that were cancelled instead, Triton server 2.51 was seen
+to keep some requests for ever, and then a model cannot be unloaded any more."""
 
 
 class _Calls:
@@ -64,6 +71,14 @@ class GrpcCall:
             return _outputs_of(next(self._call))
         except grpc.RpcError as error:
             raise _status_error(error) from error
+        except FastServeError:
+            self._await_end()
+            raise
+
+    def _await_end(self) -> None:
+        ended = threading.Event()
+        if self._call.add_callback(ended.set):
+            ended.wait(END_SECONDS)
 
     def cancel(self) -> None:
         """Stops the request unless it has ended; from any thread."""
@@ -110,10 +125,19 @@ class AsyncGrpcCall:
             return _outputs_of(await self._responses.__anext__())
         except grpc.RpcError as error:
             raise _status_error(error) from error
+        except FastServeError:
+            await self._await_end()
+            raise
         except asyncio.CancelledError:
             if self._cancelled:
                 raise FastServeError("CANCELLED", "the call was cancelled") from None
             raise
+
+    async def _await_end(self) -> None:
+        ended = asyncio.Event()
+        self._call.add_done_callback(lambda call: ended.set())
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(ended.wait(), END_SECONDS)
 
     async def cancel(self) -> None:
         """Stops the request unless it has ended."""

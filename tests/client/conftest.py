@@ -72,6 +72,11 @@ class FakeServer:
     received: list[Received] = field(default_factory=list)
     client_gone: threading.Event = field(default_factory=threading.Event)
     ready: bool = True
+    linger_seconds: float = 0.0
+    """Between the error of a stream over gRPC and its end."""
+    was_left_first: bool = False
+    """The client has cancelled a stream in that time, which is over with `has_lingered`."""
+    has_lingered: threading.Event = field(default_factory=threading.Event)
 
     def steps(self, received: Received) -> list[Step]:
         """What the script has for a request."""
@@ -126,6 +131,8 @@ class _GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):
                 yield _grpc_response(response)
         except Refusal as refusal:
             yield service_pb2.ModelStreamInferResponse(error_message=refusal.on_the_wire())
+            self._server.was_left_first |= self._server.client_gone.wait(self._server.linger_seconds)
+            self._server.has_lingered.set()
 
 
 def _received_by_grpc(message: Any, headers: dict[str, str]) -> Received:

@@ -315,6 +315,17 @@ def test_leaving_an_async_stream_cancels_it(server: FakeServer, protocol: Protoc
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_over_grpc_a_call_that_has_failed_ends_by_itself(server: FakeServer, is_async: bool) -> None:
+    """One that is cancelled while it ends leaves its request in Triton server 2.51 for ever."""
+    server.linger_seconds = 0.2
+    server.script = [[server.refusal("INVALID_ARG", "no")]]
+    with pytest.raises(FastServeError):
+        Caller(server, "grpc", is_async).generate("x")
+    assert server.has_lingered.wait(10)
+    assert not server.was_left_first
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_over_http_what_has_not_begun_is_cancelled_by_id(server: FakeServer, is_async: bool) -> None:
     async def leave() -> None:
         async with AsyncClient(server.urls["http"], "http") as client:

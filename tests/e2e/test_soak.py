@@ -149,7 +149,7 @@ def small_shared_memory_server(log: Path) -> Iterator[tuple[RunningServer, subpr
     addresses = [f"127.0.0.1:{port}" for port in ports]
     server = RunningServer(None, *addresses)  # type: ignore[arg-type]  # it is a program here, not an object
     try:
-        with Client(addresses[1]) as client:
+        with Client(addresses[0], "http") as client:  # Triton server opens this port after that of gRPC
             wait_until(lambda: client.is_ready(2), 120, f"ready; its output: {log}")
         yield server, process
     finally:

@@ -151,3 +151,22 @@ def test_a_server_that_is_stopping_takes_no_more(
     [response] = model.execute([request(pb_utils, "a")])
     assert response.error().code() == pb_utils.TritonError.UNAVAILABLE
     assert "the server is stopping" in response.error().message()
+
+
+def test_a_request_whose_answer_cannot_be_made_fails_alone(
+    pb_utils: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while shared memory is full: the whole batch had the server's error."""
+    from fastserve.ensemble import preprocess
+
+    answer, failures = preprocess._answer, [OSError("no space left on device")]
+
+    def fail_first(parsed: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return answer(parsed)
+
+    monkeypatch.setattr(preprocess, "_answer", fail_first)
+    bad, good = model.execute([request(pb_utils, "a"), request(pb_utils, "b")])
+    assert bad.error().message() == "INTERNAL: OSError: no space left on device"
+    assert built(good).prompt == "b"

@@ -28,6 +28,8 @@ from fastserve.ensemble.messaging import dispatch_each, message_of, message_tens
 from fastserve.ensemble.metrics import REPORT_SECONDS, EngineMetrics
 from fastserve.ensemble.readiness import Readiness
 from fastserve.ensemble.response_stream import ResponseStream
+from fastserve.ensemble.server_death import leave_with_server
+from fastserve.ensemble.shared_secret import server_secret
 from fastserve.ensemble.worker_watch import WorkerWatch
 from fastserve.errors import ErrorCode, invalid
 from fastserve.types import (
@@ -62,6 +64,8 @@ class EngineModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Starts the worker, and waits until it is ready. Raises TritonModelException where it ends first."""
+        leave_with_server()
+        server_secret()  # made while there is shared memory for it
         self._config = read_config()
         self._files = locate(self._config.model)
         self._responses_per_second = self._config.max_responses_per_second or RESPONSES_PER_CORE * len(

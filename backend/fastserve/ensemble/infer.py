@@ -32,6 +32,8 @@ from fastserve.ensemble.messaging import (
     text_of,
 )
 from fastserve.ensemble.metrics import requests_total
+from fastserve.ensemble.server_death import leave_with_server
+from fastserve.ensemble.shared_secret import server_secret
 from fastserve.errors import ErrorCode, RequestError, invalid, read_error
 from fastserve.service_thread import ServiceThread
 from fastserve.text.validation import coerce
@@ -88,6 +90,8 @@ class InferModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Starts the threads that send cancellations and look for clients that have cancelled."""
+        leave_with_server()
+        server_secret()  # made while there is shared memory for it
         config = read_config()
         threading.stack_size(STACK_BYTES)
         self._max_in_flight = min(config.max_queue_size + config.max_num_seqs, MAX_IN_FLIGHT)

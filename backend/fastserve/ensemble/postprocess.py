@@ -30,6 +30,8 @@ from fastserve.ensemble.messaging import (
     strings,
 )
 from fastserve.ensemble.metrics import ResponseMetrics
+from fastserve.ensemble.server_death import leave_with_server
+from fastserve.ensemble.shared_secret import server_secret
 from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.service_thread import ServiceThread
 from fastserve.text.output_processor import OutputProcessor, Response
@@ -62,6 +64,8 @@ class PostprocessModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the tokenizer, and starts the thread that sends stops."""
+        leave_with_server()
+        server_secret()  # made while there is shared memory for it
         self._tokenizer = load_tokenizer(locate(read_config().model))
         self._states: dict[str, RequestState] = {}
         self._metrics = ResponseMetrics()

@@ -25,6 +25,8 @@ from fastserve.ensemble.messaging import (
     send_response_or_error,
 )
 from fastserve.ensemble.metrics import requests_total
+from fastserve.ensemble.server_death import leave_with_server
+from fastserve.ensemble.shared_secret import server_secret
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.input_processor import InputProcessor, ParsedRequest
 from fastserve.text.tokenizer import load_tokenizer
@@ -43,6 +45,8 @@ class PreprocessModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the tokenizer."""
+        leave_with_server()
+        server_secret()  # made while there is shared memory for it
         self._input_processor = _load_input_processor()
         self._requests_total = requests_total()
         self._threads = ThreadPoolExecutor(MAX_GUIDES_AT_ONCE, thread_name_prefix="guides")
@@ -58,9 +62,9 @@ class PreprocessModel:
             if parsed.guide_field:
                 self._answer_later(parsed, triton_request.get_response_sender())
                 return None
+            return _answer(parsed)
         except Exception as error:
             return self._refusal(error)
-        return _answer(parsed)
 
     def _answer_later(self, parsed: ParsedRequest, sender: Any) -> None:
         if not self._guide_slots.acquire(blocking=False):

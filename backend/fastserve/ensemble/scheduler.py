@@ -26,6 +26,8 @@ from fastserve.ensemble.messaging import (
     send_final,
 )
 from fastserve.ensemble.metrics import QueueMetrics
+from fastserve.ensemble.server_death import leave_with_server
+from fastserve.ensemble.shared_secret import server_secret
 from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.scheduling.admission import AdmissionQueue
 from fastserve.scheduling.policies import make_policy
@@ -40,6 +42,8 @@ class SchedulerModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Makes the queue, and starts the thread that serves its deadlines."""
+        leave_with_server()
+        server_secret()  # made while there is shared memory for it
         config = read_config()
         self._admission = AdmissionQueue(make_policy(config), config.max_queue_size, config.max_queue_seconds)
         # The engine publishes its capacity when a first request has reached it: until then that is one slot.

@@ -4,9 +4,10 @@ New requests are refused by `preprocess`, until FastServe's gauges say that noth
 models that clients call are unloaded, which leaves the requests in them running: when they are unloaded,
 nothing is in flight. Triton server's own stop does not: on SIGTERM, 2.51 lets its gRPC streams stand still.
 
-The server counts a request as in flight for ever that got an error while another step of it was in flight
-(2.51). The steps avoid that where they can, which is not while shared memory is full. So it is enough as well
-that the gauges say nothing runs and that, for IDLE_SECONDS, no process computes.
+The server keeps some requests for ever, and their models with them (2.51): some that were cancelled, and some
+that got an error while another model worked on them. Our client and our models avoid that where they can;
+others' clients may not. So it is enough as well that the gauges say nothing runs and that, for IDLE_SECONDS,
+no process computes.
 """
 
 from __future__ import annotations
