@@ -39,8 +39,8 @@ STATUS_CODES = {"INVALID_ARGUMENT": "INVALID_ARG", "UNIMPLEMENTED": "UNSUPPORTED
 
 
 END_SECONDS = 1.0
-"""For a call that has failed to end by itself: of calls that were cancelled instead, Triton server 2.51 was seen
-to keep some requests for ever, and then a model cannot be unloaded any more."""
+"""For a call that has failed to end by itself: of calls that were cancelled instead, Triton server 2.51 was
+seen to keep some requests for ever, and then a model cannot be unloaded any more."""
 
 
 class _Calls:
