@@ -24,7 +24,7 @@ DOCUMENTS = [
 PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:md|toml|py))`")
 """A file or folder in code quotes."""
 ROOTS = (".", "docs", "backend", "backend/fastserve", "kernels", "kernels/fastserve_kernels", "client")
-MADE = {"logs/", "load_tests/report.html", "build/", "dist/"}
+MADE = {".venv/bin", "logs/", "load_tests/report.html", "build/", "dist/"}
 """Those that a command leaves."""
 REPEATED = {"model.py"}
 """One in each model of the repository."""
