@@ -316,7 +316,7 @@ def test_leaving_an_async_stream_cancels_it(server: FakeServer, protocol: Protoc
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_over_grpc_a_call_that_has_failed_ends_by_itself(server: FakeServer, is_async: bool) -> None:
-    """One that is cancelled while it ends leaves its request in Triton server 2.51 for ever."""
+    """Triton server 2.51 was seen to keep requests of calls that did not."""
     server.linger_seconds = 0.2
     server.script = [[server.refusal("INVALID_ARG", "no")]]
     with pytest.raises(FastServeError):

@@ -3,8 +3,8 @@
 Parent to worker: `Add`, `Cancel`, `Shutdown`. Worker to parent: `Ready` once, then one `StepOutput` a step.
 A worker whose parent is gone finds its pipe closed and leaves.
 
-Both ends read the pipe in a thread that does nothing else and never waits for the other direction, and write
-it in another: neither process can be kept from reading by a pipe that is full.
+Both ends read the pipe in a thread that does nothing else and never waits for the other direction, and what
+the pipe may have no space for is written in another: a pipe that is full keeps neither process from reading.
 """
 
 from __future__ import annotations
