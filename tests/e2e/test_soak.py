@@ -48,6 +48,23 @@ EXPECTED_CODES = {"UNAVAILABLE", "CANCELLED"}
 
 
 @dataclass
+class Chunks:
+    """What a client has seen of its present request's stream."""
+
+    start: float = field(default_factory=time.monotonic)
+    count: int = 0
+    last: float = 0.0
+
+    def note(self) -> None:
+        self.count, self.last = self.count + 1, time.monotonic()
+
+    def __str__(self) -> str:
+        now = time.monotonic()
+        last = f", the last {now - self.last:.1f} s ago" if self.count else ""
+        return f"({now - self.start:.1f} s after its start; {self.count} chunks{last})"
+
+
+@dataclass
 class Traffic:
     """What the clients have seen."""
 
@@ -60,55 +77,57 @@ class Traffic:
         with self.lock:
             self.outcomes[f"{kind}: {outcome}"] += 1
 
-    def note_error(self, kind: str, protocol: str, error: Exception) -> None:
+    def note_error(self, kind: str, protocol: str, error: Exception, chunks: Chunks) -> None:
         code = getattr(error, "code", type(error).__name__)
         self.note(kind, code)
         with self.lock:
             self.sentences[str(error)[:120]] += 1
             if code not in EXPECTED_CODES:
-                self.unexpected.append(f"{kind} over {protocol}: {type(error).__name__}: {error}")
+                self.unexpected.append(f"{kind} over {protocol}: {type(error).__name__}: {error} {chunks}")
 
 
 def words(count: int, rng: random.Random) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(count))
 
 
-def long_prompt(client: Client, rng: random.Random) -> None:
+def long_prompt(client: Client, rng: random.Random, chunks: Chunks) -> None:
     client.generate(words(1200, rng), max_tokens=20, timeout=ANSWER_SECONDS)
 
 
-def prompt_logprobs(client: Client, rng: random.Random) -> None:
+def prompt_logprobs(client: Client, rng: random.Random, chunks: Chunks) -> None:
     client.generate(words(900, rng), max_tokens=4, prompt_logprobs=20, timeout=ANSWER_SECONDS)
 
 
-def guided(client: Client, rng: random.Random) -> None:
+def guided(client: Client, rng: random.Random, chunks: Chunks) -> None:
     client.generate(
         words(20, rng), max_tokens=60, structured_outputs={"json": SCHEMA}, timeout=ANSWER_SECONDS
     )
 
 
-def cancelled(client: Client, rng: random.Random) -> None:
+def cancelled(client: Client, rng: random.Random, chunks: Chunks) -> None:
     with client.stream(words(30, rng), max_tokens=1500, ignore_eos=True, timeout=ANSWER_SECONDS) as stream:
-        for seen, _ in enumerate(stream):
-            if seen == 3:
+        for _ in stream:
+            chunks.note()
+            if chunks.count == 4:
                 return
 
 
-def slow_reader(client: Client, rng: random.Random) -> None:
+def slow_reader(client: Client, rng: random.Random, chunks: Chunks) -> None:
     with client.stream(words(30, rng), max_tokens=120, ignore_eos=True, timeout=ANSWER_SECONDS) as stream:
         for _ in stream:
+            chunks.note()
             time.sleep(0.3)  # the reader is slow: nothing is waited for here
 
 
-def several(client: Client, rng: random.Random) -> None:
+def several(client: Client, rng: random.Random, chunks: Chunks) -> None:
     client.generate(words(50, rng), n=4, max_tokens=30, seed=rng.randrange(1000), timeout=ANSWER_SECONDS)
 
 
-def short(client: Client, rng: random.Random) -> None:
+def short(client: Client, rng: random.Random, chunks: Chunks) -> None:
     client.generate(words(10, rng), max_tokens=16, priority=rng.choice([0, 5, 10]), timeout=ANSWER_SECONDS)
 
 
-KINDS: list[Callable[[Client, random.Random], None]] = [
+KINDS: list[Callable[[Client, random.Random, Chunks], None]] = [
     long_prompt,
     prompt_logprobs,
     guided,
@@ -125,10 +144,11 @@ def serve_clients(url: str, protocol: Any, seed: int, until: float, traffic: Tra
     with Client(url, protocol, retries=0) as client:
         while time.monotonic() < until:
             kind = rng.choice(KINDS)
+            chunks = Chunks()
             try:
-                kind(client, rng)
+                kind(client, rng, chunks)
             except Exception as error:
-                traffic.note_error(kind.__name__, protocol, error)
+                traffic.note_error(kind.__name__, protocol, error, chunks)
                 if isinstance(error, FastServeError):
                     time.sleep(0.2)  # as a client does that is refused
             else:
