@@ -14,7 +14,8 @@ from fastserve.checkpoints.model_metadata import eos_token_ids as model_eos_toke
 from fastserve.config import ConfigError
 from fastserve.errors import RequestError
 from fastserve.text.chat import Chat, TemplateNames, template_names
-from fastserve.text.detokenizer import IncrementalDetokenizer, stream_decoder_factory
+from fastserve.text.detokenizer import IncrementalDetokenizer
+from fastserve.text.stream_decoder_factory import stream_decoder_factory
 
 _MAX_TEMPLATE_ERROR = 500
 
