@@ -1,4 +1,4 @@
-"""Incremental decoding where a character that the vocabulary lacks is spelled in byte tokens (SentencePiece)."""
+"""Incremental decoding where characters that the vocabulary lacks are spelled in byte tokens."""
 
 from __future__ import annotations
 

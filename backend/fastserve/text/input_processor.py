@@ -168,8 +168,9 @@ class InputProcessor:
         messages = decode_json(
             "messages", self._text("messages", value) if isinstance(value, str | bytes) else value
         )
-        chat = parse_chat(messages, options, self._tokenizer.chat_template_names)
-        return self._text("messages", self._tokenizer.apply_chat_template(chat))
+        template = self._tokenizer.chat_template
+        chat = parse_chat(messages, options, template.names)
+        return self._text("messages", template.render(chat))
 
     def _given_token_ids(self, value: Any) -> list[int]:
         field = "prompt_token_ids"
