@@ -180,7 +180,7 @@ class PostprocessModel:
             return self._states.get(output.uid)
         if now >= self._next_sweep:
             self._sweep(now)
-        state = RequestState(request, OutputProcessor(self._tokenizer), now)
+        state = RequestState(request, OutputProcessor(self._tokenizer, request), now)
         self._states[output.uid] = state
         if any(each.token_ids for each in output.outputs):
             self._metrics.first_token.observe(now - request.arrival, request.priority_label)
