@@ -159,14 +159,14 @@ def test_a_request_whose_answer_cannot_be_made_fails_alone(
     """As while shared memory is full: the whole batch had the server's error."""
     from fastserve.ensemble import preprocess
 
-    message_tensor, failures = preprocess.message_tensor, [OSError("no space left on device")]
+    message_response, failures = preprocess.message_response, [OSError("no space left on device")]
 
     def fail_first(name: str, message: Any) -> Any:
         if failures:
             raise failures.pop()
-        return message_tensor(name, message)
+        return message_response(name, message)
 
-    monkeypatch.setattr(preprocess, "message_tensor", fail_first)
+    monkeypatch.setattr(preprocess, "message_response", fail_first)
     bad, good = model.execute([request(pb_utils, "a"), request(pb_utils, "b")])
     assert bad.error().message() == "INTERNAL: OSError: no space left on device"
     assert built(good).prompt == "b"

@@ -16,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 
 from fastserve.ensemble.control_messages import Queued, Rejected
 from fastserve.ensemble.message_signature import authentication_code
-from fastserve.ensemble.messaging import message_tensor, send_error, send_final, strings
+from fastserve.ensemble.messaging import message_response, send_error, send_final, strings
 from fastserve.ensemble.response_stream import ResponseStream
 from fastserve.errors import RequestError, with_code
 from fastserve.types import Failure, Outcome, Request, RequestOutput
@@ -48,8 +48,7 @@ def _code(name: str) -> str:
 def answer_queued(request: Request, sender: Any) -> None:
     """From `scheduler`: says that a forwarded request waits; its release will follow. Never raises."""
     try:
-        queued = message_tensor("released", Queued(request.uid))
-        sender.send(pb_utils.InferenceResponse(output_tensors=[queued]))
+        sender.send(message_response("released", Queued(request.uid)))
     except Exception as error:
         logger.error("request %s: the response that it waits could not be sent: %s", request.uid, error)
 
@@ -58,8 +57,7 @@ def send_rejected(request: Request, sender: Any, error: RequestError, outcome: O
     """From `scheduler`: ends a forwarded request that fails in the queue; False where that cannot be sent."""
     try:
         failure = Failure(error.code.value, str(error))
-        rejected = message_tensor("released", Rejected(request, outcome, failure))
-        send_final(sender, pb_utils.InferenceResponse(output_tensors=[rejected]))
+        send_final(sender, message_response("released", Rejected(request, outcome, failure)))
     except Exception:
         logger.exception("the failure of request %s could not be sent", request.uid)
         return False
@@ -71,8 +69,7 @@ def relay_queue_message(released: Queued | Rejected, sender: Any) -> None:
     if isinstance(released, Rejected):
         ResponseStream(released.request, sender, 1).fail(released.outcome, released.failure)
     else:
-        queued = message_tensor("output", RequestOutput(released.uid, []))
-        send_final(sender, pb_utils.InferenceResponse(output_tensors=[queued]))
+        send_final(sender, message_response("output", RequestOutput(released.uid, [])))
 
 
 def send_failure(sender: Any, error: RequestError) -> None:

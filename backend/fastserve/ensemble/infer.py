@@ -24,7 +24,6 @@ from fastserve.ensemble.forwarding import FAILED, forwarded_id
 from fastserve.ensemble.messaging import (
     call,
     error_response,
-    message_tensor,
     read_parameters,
     send_response_or_error,
     strings,
@@ -172,7 +171,7 @@ class InferModel:
         response = pb_utils.InferenceResponse(output_tensors=[strings("text_output", [""])])
         try:
             for request_id in request_ids:
-                call("engine", [message_tensor("cancel", CancelById(request_id, time.monotonic()))])
+                call("engine", "cancel", CancelById(request_id, time.monotonic()))
         except RequestError as error:
             if sender is None:
                 self._cancels.put(cancel)  # nobody else asks for it again; this thread pauses after the error

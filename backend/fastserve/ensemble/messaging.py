@@ -68,8 +68,13 @@ def read_parameters(request: Any) -> dict[str, Any]:
 
 
 def message_tensor(name: str, message: Any) -> pb_utils.Tensor:
-    """A STRING [1] tensor that carries a message of `types.py`, signed for an input of that name."""
+    """A STRING [1] tensor that carries a message, signed for an input of that name."""
     return strings(name, [sign(name, encode(message))])
+
+
+def message_response(name: str, message: Any) -> pb_utils.InferenceResponse:
+    """A response whose only output, of that name, carries a message."""
+    return pb_utils.InferenceResponse(output_tensors=[message_tensor(name, message)])
 
 
 def message_of(request: Any, name: str, as_type: type[T]) -> T | None:
@@ -86,11 +91,12 @@ def read_message(name: str, signed: bytes, as_type: type[T]) -> T:
     return decode(verify(name, signed), as_type)
 
 
-def call(model: str, inputs: list[pb_utils.Tensor]) -> list[pb_utils.InferenceResponse]:
-    """Sends a request to another model of this server and waits for all its responses.
+def call(model: str, name: str, message: Any) -> None:
+    """Sends a message to the input `name` of another model of this server, and waits until it has answered.
 
-    Raises RequestError (UNAVAILABLE) when it cannot be sent, or with the first error among them.
+    Raises RequestError (UNAVAILABLE) when it cannot be sent, or with the first error among the responses.
     """
+    inputs = [message_tensor(name, message)]
     request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[], inputs=inputs)
     try:
         responses = list(request.exec(decoupled=True))
@@ -99,7 +105,6 @@ def call(model: str, inputs: list[pb_utils.Tensor]) -> list[pb_utils.InferenceRe
     for response in responses:
         if response.has_error():
             raise RequestError(f"{model}: {response.error().message()}", ErrorCode.UNAVAILABLE)
-    return responses
 
 
 # Responses

@@ -15,7 +15,7 @@ from fastserve.checkpoints.model_files import locate
 from fastserve.checkpoints.model_metadata import context_length, model_vocab_size
 from fastserve.config import is_stopping, read_config
 from fastserve.ensemble.guide_checks import GuideChecks
-from fastserve.ensemble.messaging import error_response, message_tensor, read_inputs, read_parameters
+from fastserve.ensemble.messaging import error_response, message_response, read_inputs, read_parameters
 from fastserve.ensemble.metrics import requests_total
 from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
@@ -55,7 +55,7 @@ class PreprocessModel:
     def _answer(self, parsed: ParsedRequest) -> pb_utils.InferenceResponse:
         try:
             request = self._input_processor.check_guide(parsed)
-            return pb_utils.InferenceResponse(output_tensors=[message_tensor("request", request)])
+            return message_response("request", request)
         except Exception as error:
             return self._refusal(error)
 

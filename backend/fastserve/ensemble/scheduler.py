@@ -13,11 +13,9 @@ import time
 from functools import partial
 from typing import Any
 
-import triton_python_backend_utils as pb_utils
-
 from fastserve.config import read_config
 from fastserve.ensemble.forwarding import answer_queued, is_forwarded, send_rejected
-from fastserve.ensemble.messaging import dispatch_each, message_of, message_tensor, send_error, send_final
+from fastserve.ensemble.messaging import dispatch_each, message_of, message_response, send_error, send_final
 from fastserve.ensemble.metrics import QueueMetrics
 from fastserve.ensemble.readiness import report_health
 from fastserve.ensemble.server_death import leave_with_server
@@ -109,8 +107,7 @@ class SchedulerModel:
     def _send(self, request: Request) -> None:
         """Sends a request to the engine, or fails it; the engine's numbers will show that it has not come."""
         try:
-            released = message_tensor("released", request)
-            send_final(self._senders[request.uid], pb_utils.InferenceResponse(output_tensors=[released]))
+            send_final(self._senders[request.uid], message_response("released", request))
             del self._senders[request.uid]
         except Exception as failure:
             logger.exception("request %s could not be sent to the engine", request.uid)

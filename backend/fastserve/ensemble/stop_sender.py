@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from functools import partial
 
-from fastserve.ensemble.messaging import call, message_tensor
+from fastserve.ensemble.messaging import call
 from fastserve.ensemble.readiness import report_health
 from fastserve.service_thread import ServiceThread
 from fastserve.types import Cancel
@@ -33,7 +33,7 @@ class StopSender:
         if stop is None or self._stopping:
             return False
         self._unsent = stop
-        call("engine", [message_tensor("stop", stop)])
+        call("engine", "stop", stop)
         self._unsent = None
         return True
 
