@@ -17,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastserve.config import Config
-from fastserve.scheduling.policies import Policy, make_policy
+from fastserve.scheduling.policies import Policy
+from fastserve.scheduling.policy_loader import make_policy
 
 LEAST_URGENT = -10
 """Lower priorities count as this one, a thousand times the seconds of priority 0."""

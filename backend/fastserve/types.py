@@ -1,6 +1,6 @@
 """The messages that travel through FastServe, in the order in which a request meets them.
 
-    client -> Request -> (scheduler) SchedulerOutput -> (engine) Add -> (worker) StepOutput
+    client -> Request -> (scheduler) Request -> (engine) Add -> (worker) StepOutput
            -> (engine) RequestOutput -> (postprocess) text
 
 Every one is immutable, refuses unknown keys and crosses processes as MessagePack (`encode`, `decode`).
@@ -107,12 +107,6 @@ class Request(Struct, frozen=True, tag=True):
         return max(-10, min(10, self.priority))
 
 
-class Queued(Struct, frozen=True, tag=True):
-    """From `scheduler`, before a forwarded request that it releases later: the request waits in the queue."""
-
-    uid: str
-
-
 class EngineCapacity(Struct, frozen=True):
     """From `engine` to `scheduler`: absolute numbers, so that a lost or late message does no harm."""
 
@@ -153,22 +147,6 @@ class Failure(Struct, frozen=True):
     message: str
 
 
-class Rejected(Struct, frozen=True, tag=True):
-    """From `scheduler`: a forwarded request that fails in the queue.
-
-    Its failure goes the way of an answer: between models, Triton server 2.51 loses an error that follows
-    a response, and `Queued` was one.
-    """
-
-    request: Request
-    outcome: Outcome
-    failure: Failure
-
-
-SchedulerOutput: Any = Request | Queued | Rejected
-"""From `scheduler` to `engine`."""
-
-
 class Add(Struct, frozen=True, tag=True):
     """To the worker: serve this."""
 
@@ -182,27 +160,6 @@ class Cancel(Struct, frozen=True, tag=True):
     outcome: Outcome
     index: int | None = None
     """Only that sequence of the request (one of `n`); None: all."""
-
-
-class CancelById(Struct, frozen=True):
-    """To `engine`: stop the client's requests of this id that had arrived by then. Later ones live."""
-
-    request_id: str
-    time: float
-    """When the cancel came."""
-
-
-class BlockUnload(Struct, frozen=True, tag=True):
-    """To `engine`: leave this request unanswered until the server may be ready again (see `Readiness`)."""
-
-
-class HealthReport(Struct, frozen=True, tag=True):
-    """To `engine` from another model: whether a thread of it works."""
-
-    source: str
-    """The model."""
-    problem: str | None
-    """A sentence; None: it works again."""
 
 
 class Shutdown(Struct, frozen=True, tag=True):

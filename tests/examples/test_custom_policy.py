@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastserve import Model, ModelServer, cli
 from fastserve.config import Config
 from fastserve.errors import RequestError
-from fastserve.scheduling.policies import make_policy
+from fastserve.scheduling.policy_loader import make_policy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OWN = Config(policy=f"{EXAMPLES}/custom_policy.py:earliest_deadline_first", alpha=8.0)

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve.config import Config, ConfigError
-from fastserve.scheduling.policies import FCFS, PriorityAge, make_policy
+from fastserve.scheduling.policies import FCFS, PriorityAge
+from fastserve.scheduling.policy_loader import make_policy
 
 weights = st.floats(0.001, 1000.0)
 priorities = st.integers(-1000, 1000)

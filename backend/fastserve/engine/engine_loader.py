@@ -17,7 +17,7 @@ from fastserve.engine.sampler import Sampler
 from fastserve.models.model_loader import load_model
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
-from fastserve.scheduling.policies import make_policy
+from fastserve.scheduling.policy_loader import make_policy
 
 
 def load_engine(config: Config, files: ModelFiles) -> Engine:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from fastserve.ensemble.messaging import call, message_tensor
+from fastserve.ensemble.messaging import call
 from fastserve.errors import RequestError
 from fastserve.service_thread import ServiceThread
 from fastserve.types import EngineCapacity
@@ -61,7 +61,7 @@ class CapacityPublisher:
         self._serial += 1
         try:
             numbered = replace(latest, serial=self._serial, time=time.monotonic())
-            call("scheduler", [message_tensor("capacity", numbered)])
+            call("scheduler", "capacity", numbered)
         except RequestError as error:  # it may still be loading
             logger.debug("the capacity was not published: %s", error)
             with self._changed:

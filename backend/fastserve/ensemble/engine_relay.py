@@ -15,39 +15,33 @@ import logging
 import os
 import threading
 import time
+from functools import partial
 from typing import Any
-
-import triton_python_backend_utils as pb_utils
 
 from fastserve.checkpoints.model_files import locate
 from fastserve.config import read_config
-from fastserve.engine.worker import Worker
 from fastserve.engine.worker_pipe import FromWorker
 from fastserve.ensemble.cancellation import RecentCancellations
 from fastserve.ensemble.capacity_publisher import CapacityPublisher
-from fastserve.ensemble.messaging import dispatch_each, message_of, message_tensor, send_error, send_final
-from fastserve.ensemble.metrics import REPORT_SECONDS, EngineMetrics
+from fastserve.ensemble.control_messages import BlockUnload, CancelById, HealthReport, SchedulerOutput
+from fastserve.ensemble.forwarding import relay_queue_message
+from fastserve.ensemble.messaging import dispatch_each, message_of, send_error, send_final
+from fastserve.ensemble.metrics import EngineMetrics
 from fastserve.ensemble.readiness import Readiness
 from fastserve.ensemble.response_stream import ResponseStream
 from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
-from fastserve.ensemble.worker_watch import WorkerWatch
+from fastserve.ensemble.worker_supervisor import WorkerSupervisor
 from fastserve.errors import ErrorCode, invalid
 from fastserve.types import (
     Add,
-    BlockUnload,
     Cancel,
-    CancelById,
     EngineCapacity,
     EngineStats,
     Failure,
-    HealthReport,
     Outcome,
     Ready,
-    Rejected,
     Request,
-    RequestOutput,
-    SchedulerOutput,
     StepOutput,
 )
 
@@ -56,8 +50,6 @@ logger = logging.getLogger(__name__)
 _CANCELLED = Failure(ErrorCode.CANCELLED.value, "the request was cancelled")
 RESPONSES_PER_CORE = 40
 """On two cores, 80 responses a second in place of 320 gave 9 % more tokens: see docs/log.md."""
-RESTART_SECONDS = 1.0
-"""Between a worker that died while it started and the next one."""
 
 
 class EngineModel:
@@ -67,24 +59,17 @@ class EngineModel:
         """Starts the worker, and waits until it is ready. Raises TritonModelException where it ends first."""
         leave_with_server()
         server_secret()  # made while there is shared memory for it
-        self._config = read_config()
-        self._files = locate(self._config.model)
-        self._responses_per_second = self._config.max_responses_per_second or RESPONSES_PER_CORE * len(
+        config = read_config()
+        self._stream_interval = config.stream_interval_ms / 1000
+        self._responses_per_second = config.max_responses_per_second or RESPONSES_PER_CORE * len(
             os.sched_getaffinity(0)
         )
         self._lock = threading.RLock()
         self._streams: dict[str, ResponseStream] = {}
         self._backlog: dict[str, Request] = {}
         """Requests that came while there was no worker, by uid."""
-        self._cancelled = RecentCancellations(self._config.max_request_seconds)
+        self._cancelled = RecentCancellations(config.max_request_seconds)
         self._metrics = EngineMetrics()
-        self._capacity = CapacityPublisher(
-            lambda problem: self._on_health("capacity", problem), after=self._look_after
-        )
-        self._readiness = Readiness()
-        self._watch = WorkerWatch(lambda problem: self._on_health("stall", problem))
-        self._num_messages = 0
-        """From all workers."""
         self._arrived = 0
         self._sent = 0
         """Requests sent to the present worker."""
@@ -92,36 +77,17 @@ class EngineModel:
         self._max_model_len: int | None = None
         self._stats: EngineStats | None = None
         """After the worker's last step; None while there is no worker that could serve."""
-        self._reported: EngineStats
-        """The worker's stats that the metrics show."""
-        self._reported_at = 0.0
-        self._is_shown = True
-        """The gauges show what they were last told."""
-        self._reporting = threading.Lock()
-        self._stopping = False
-        self._is_initialized = False
-        """Then a worker that dies is replaced, and requests to other models may be sent."""
-        self._started = threading.Event()
-        self._worker = self._make_worker()
-        self._worker.start()
-        self._started.wait()
-        if not self._is_initialized:
-            raise pb_utils.TritonModelException(
-                "the engine's worker ended before it was ready: see its error above"
-            )
-
-    def _make_worker(self) -> Worker:
-        return Worker(
-            self._config,
-            self._files,
+        self._readiness = Readiness()
+        self._worker = WorkerSupervisor(
+            config,
+            locate(config.model),
             self._on_message,
             self._on_death,
-            lambda problem: self._on_health("pipe", problem),
+            self._readiness,
+            self._metrics.restarts,
         )
-
-    def _on_health(self, source: str, problem: str | None) -> None:
-        if self._is_initialized:
-            self._readiness.set(source, problem)
+        self._capacity = CapacityPublisher(partial(self._readiness.set, "capacity"), after=self._look_after)
+        self._worker.start()
 
     # Called by the server's thread: requests.
 
@@ -136,7 +102,12 @@ class EngineModel:
         """Raises whatever is wrong with the request."""
         released = message_of(triton_request, "released", SchedulerOutput)
         if released is not None:
-            self._on_released(released, sender, triton_request)
+            if isinstance(released, Request):
+                self._add(
+                    ResponseStream(released, sender, released.sampling.n), triton_request.is_cancelled()
+                )
+            else:
+                relay_queue_message(released, sender)
             return
         health: Any = message_of(triton_request, "health", BlockUnload | HealthReport)  # type: ignore[arg-type]
         if isinstance(health, BlockUnload):
@@ -145,7 +116,7 @@ class EngineModel:
         stop = message_of(triton_request, "stop", Cancel)
         cancel = message_of(triton_request, "cancel", CancelById)
         if health is not None:
-            self._on_health(health.source, health.problem)
+            self._readiness.set(health.source, health.problem)
         elif stop is not None:
             with self._lock:
                 self._worker.send(stop)
@@ -154,15 +125,6 @@ class EngineModel:
         else:
             raise invalid("inputs", "none", "`released`, `stop`, `cancel` or `health`")
         send_final(sender)
-
-    def _on_released(self, released: Any, sender: Any, triton_request: Any) -> None:
-        if isinstance(released, Request):
-            self._add(ResponseStream(released, sender, released.sampling.n), triton_request.is_cancelled())
-        elif isinstance(released, Rejected):
-            ResponseStream(released.request, sender, 1).fail(released.outcome, released.failure)
-        else:
-            queued = message_tensor("output", RequestOutput(released.uid, []))
-            send_final(sender, pb_utils.InferenceResponse(output_tensors=[queued]))
 
     def _add(self, stream: ResponseStream, is_cancelled: bool) -> None:
         request = stream.request
@@ -202,7 +164,6 @@ class EngineModel:
     # Called by the thread that reads the worker's pipe: steps, and its death.
 
     def _on_message(self, message: FromWorker) -> None:
-        self._num_messages += 1
         if isinstance(message, Ready):
             self._on_ready(message)
         else:
@@ -220,16 +181,11 @@ class EngineModel:
             self._publish_capacity()
         for stream in due:
             self._respond(stream, now)
-        if step.stats.step_tokens:
-            self._metrics.step_tokens.observe(step.stats.step_tokens)
-        if step.stats.running == 0 or now - self._reported_at >= REPORT_SECONDS:
-            self._report(step.stats)
+        self._metrics.observe_step(step.stats, now)
 
     def _take_due(self, now: float) -> list[ResponseStream]:
         """Streams with a response to be sent now, by this thread alone. Final ones are forgotten."""
-        interval = max(
-            self._config.stream_interval_ms / 1000, len(self._streams) / self._responses_per_second
-        )
+        interval = max(self._stream_interval, len(self._streams) / self._responses_per_second)
         due = [stream for stream in self._streams.values() if stream.is_due(now, interval)]
         for stream in due:
             if stream.is_final:
@@ -250,7 +206,7 @@ class EngineModel:
             stream.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
 
     def _on_ready(self, ready: Ready) -> None:
-        self._report(ready.stats, ready.stats)
+        self._metrics.start(ready.stats)
         with self._lock:
             self._incarnation = ready.incarnation
             self._max_model_len = ready.max_model_len
@@ -260,42 +216,18 @@ class EngineModel:
                 self._send(request)
             self._backlog = {}
             self._publish_capacity()
-        self._is_initialized = True
-        self._readiness.set("worker", None)
-        self._started.set()
 
-    def _on_death(self, cause: str) -> None:
-        """Fails the worker's requests, and starts another worker. May be called again if it raises."""
+    def _on_death(self, cause: str, had_been_ready: bool) -> None:
+        """Fails the worker's requests; those that wait for one too where it died while it started."""
         with self._lock:
-            had_been_ready, self._stats = self._stats is not None, None
-            lost = self._take_lost(with_backlog=not had_been_ready)
+            self._stats = None
+            if not had_been_ready:
+                self._backlog = {}
+            lost = [self._streams.pop(uid) for uid in list(self._streams) if uid not in self._backlog]
             self._publish_capacity()
         message = f"the engine's worker {cause} while it served the request; try again"
         for stream in lost:
             stream.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
-        if not self._is_initialized:
-            self._started.set()
-            return
-        logger.error("the engine's worker %s; starting another", cause)
-        self._readiness.set("worker", f"the engine's worker {cause}")
-        self._metrics.restarts.add(1)
-        if not had_been_ready:
-            time.sleep(RESTART_SECONDS)
-        self._replace_worker()
-
-    def _take_lost(self, with_backlog: bool) -> list[ResponseStream]:
-        """The requests that a dead worker had, and with the backlog those that waited for it."""
-        if with_backlog:
-            self._backlog = {}
-        return [self._streams.pop(uid) for uid in list(self._streams) if uid not in self._backlog]
-
-    def _replace_worker(self) -> None:
-        worker = self._make_worker()
-        with self._lock:
-            if self._stopping:
-                return
-            self._worker = worker
-        worker.start()
 
     def _publish_capacity(self) -> None:
         stats = self._stats
@@ -317,32 +249,13 @@ class EngineModel:
             )
         )
 
-    def _report(self, stats: EngineStats, before: EngineStats | None = None) -> None:
-        """Reports to the metrics what has changed since the last report, or since `before`."""
-        with self._reporting:
-            before = before or self._reported
-            self._reported, self._reported_at = stats, time.monotonic()
-            metrics = self._metrics
-            shown = [
-                metrics.running.set(stats.running),
-                metrics.preempted.set(stats.waiting),
-                metrics.kv_total.set(stats.kv_blocks_total),
-                metrics.kv_used.set(stats.kv_blocks_used),
-            ]
-            self._is_shown = all(shown)
-            metrics.cache_hits.add(stats.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total)
-            metrics.preemptions.add(stats.preemptions_total - before.preemptions_total, "recompute")
-
     def _look_after(self) -> None:
         """Every two seconds or so: watches the worker, and repeats what the gauges did not show."""
-        self._watch.look(bool(self._streams), self._num_messages, self._worker.cpu_seconds())
-        if not self._is_shown:
-            self._report(self._reported)
+        self._worker.look(bool(self._streams))
+        self._metrics.repeat()
 
     def finalize(self) -> None:
         """Ends the threads and the worker."""
-        with self._lock:
-            self._stopping = True
         self._readiness.stop()
         self._capacity.stop()
         self._worker.stop()

@@ -6,9 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-import triton_python_backend_utils as pb_utils
-
-from fastserve.ensemble.messaging import message_tensor, send_error, send_final
+from fastserve.ensemble.messaging import message_response, send_error, send_final
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.types import Failure, Outcome, Request, RequestOutput, SequenceOutput
 
@@ -65,7 +63,7 @@ class ResponseStream:
     def _send(self, outputs: list[SequenceOutput], final: bool, now: float) -> None:
         request = self.request if self.last_sent is None else None
         output = RequestOutput(self.request.uid, outputs, request, final)
-        response = pb_utils.InferenceResponse(output_tensors=[message_tensor("output", output)])
+        response = message_response("output", output)
         if final:
             send_final(self.sender, response)
         else:

@@ -13,26 +13,18 @@ import time
 from functools import partial
 from typing import Any
 
-import triton_python_backend_utils as pb_utils
-
 from fastserve.config import read_config
-from fastserve.ensemble.messaging import (
-    dispatch_each,
-    is_forwarded_id,
-    message_of,
-    message_tensor,
-    report_health,
-    send_error,
-    send_final,
-)
+from fastserve.ensemble.forwarding import answer_queued, is_forwarded, send_rejected
+from fastserve.ensemble.messaging import dispatch_each, message_of, message_response, send_error, send_final
 from fastserve.ensemble.metrics import QueueMetrics
+from fastserve.ensemble.readiness import report_health
 from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
 from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.scheduling.admission import AdmissionQueue
-from fastserve.scheduling.policies import make_policy
+from fastserve.scheduling.policy_loader import make_policy
 from fastserve.service_thread import ServiceThread
-from fastserve.types import EngineCapacity, Failure, Outcome, Queued, Rejected, Request
+from fastserve.types import EngineCapacity, Outcome, Request
 
 logger = logging.getLogger(__name__)
 
@@ -93,16 +85,8 @@ class SchedulerModel:
             self._reject(sender, error, Outcome.REJECTED)
             return
         self._senders[request.uid] = sender
-        if is_forwarded_id(request.request_id):
-            self._answer_queued(request, sender)
-
-    def _answer_queued(self, request: Request, sender: Any) -> None:
-        """Answers a forwarded request at once: till then it holds one of 32 threads of the server."""
-        queued = message_tensor("released", Queued(request.uid))
-        try:
-            sender.send(pb_utils.InferenceResponse(output_tensors=[queued]))
-        except Exception as error:
-            logger.error("request %s: the response that it waits could not be sent: %s", request.uid, error)
+        if is_forwarded(request):
+            answer_queued(request, sender)
 
     def _reject(self, sender: Any, error: RequestError, outcome: Outcome) -> None:
         self._metrics.requests.add(1, outcome.value)
@@ -111,15 +95,8 @@ class SchedulerModel:
     def _fail_waiting(self, request: Request, error: RequestError, outcome: Outcome) -> None:
         """Fails a request that was in the queue; a forwarded one, which has had a response, by data."""
         sender = self._senders.pop(request.uid)
-        if is_forwarded_id(request.request_id):
-            failure = Failure(error.code.value, str(error))
-            rejected = message_tensor("released", Rejected(request, outcome, failure))
-            try:
-                send_final(sender, pb_utils.InferenceResponse(output_tensors=[rejected]))
-                return
-            except Exception:
-                logger.exception("the failure of request %s could not be sent", request.uid)
-        self._reject(sender, error, outcome)
+        if not (is_forwarded(request) and send_rejected(request, sender, error, outcome)):
+            self._reject(sender, error, outcome)
 
     def _release(self, now: float) -> None:
         for request in self._admission.release(now):
@@ -130,8 +107,7 @@ class SchedulerModel:
     def _send(self, request: Request) -> None:
         """Sends a request to the engine, or fails it; the engine's numbers will show that it has not come."""
         try:
-            released = message_tensor("released", request)
-            send_final(self._senders[request.uid], pb_utils.InferenceResponse(output_tensors=[released]))
+            send_final(self._senders[request.uid], message_response("released", request))
             del self._senders[request.uid]
         except Exception as failure:
             logger.exception("request %s could not be sent to the engine", request.uid)
