@@ -43,7 +43,7 @@ def product(device: torch.device) -> Callable[..., Tensor]:
         prepared = PREPARE[type(weight)](weight, device, x.dtype)
         linear = IMPLEMENTATIONS[getattr(reference, prepared.operator)]
         added = (None if tensor is None else tensor.to(device) for tensor in (bias, residual))
-        y: Tensor = linear(x.to(device), *prepared.arguments, *added)
+        y: Tensor = linear(x.to(device), prepared.arguments, *added)
         return y.cpu()
 
     return multiply
