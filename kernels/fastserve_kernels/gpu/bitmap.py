@@ -26,7 +26,7 @@ from fastserve_kernels.gpu.linear_call import (
     splits_for,
 )
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
-from fastserve_kernels.gpu.quantized_linear import check_device
+from fastserve_kernels.gpu.quantized_linear import check_format
 
 _SEGMENT = 1 << int(SEGMENT_BITS.value)
 _LIST = 8
@@ -85,10 +85,7 @@ def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepare
 
     Raises ValueError if it is another format, too large, or the device cannot multiply by it.
     """
-    check_device("linear_bitmap", device)
-    if not isinstance(weight, Bitmap):
-        raise ValueError(f"weight must be Bitmap, not {type(weight).__name__}")
-    weight = weight.to(device)
+    weight = check_format(weight, Bitmap, device).to(device)
     kept = unpack_bits(weight.mask, weight.in_features)
     places = _places(kept)
     lists = max(int(places.starts[-1]), 1)

@@ -28,7 +28,7 @@ from fastserve_kernels.gpu.arithmetic import multiply
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.linear_call import Added, LinearInputs, call_linear, linear_cost
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
-from fastserve_kernels.gpu.quantized_linear import check_device
+from fastserve_kernels.gpu.quantized_linear import check_format
 from fastserve_kernels.gpu.split_k import MAX_TILES, arrivals, store_sums
 
 _WARPS_WANTED = 2112
@@ -89,9 +89,7 @@ def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepare
 
     Raises ValueError if it is another format, or the device cannot multiply by it.
     """
-    check_device("linear_block_sparse", device)
-    if not isinstance(weight, BlockSparse):
-        raise ValueError(f"weight must be BlockSparse, not {type(weight).__name__}")
+    weight = check_format(weight, BlockSparse, device)
     count, rows, columns = weight.blocks.shape
     starts = weight.row_starts.cpu()
     wanted = _WARPS_WANTED // _warps(rows)

@@ -31,7 +31,7 @@ from fastserve_kernels.gpu.arithmetic import multiply, rounded
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.linear_call import Added, call_linear, linear_cost, random_linear, splits_for
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
-from fastserve_kernels.gpu.quantized_linear import check_device
+from fastserve_kernels.gpu.quantized_linear import check_format
 from fastserve_kernels.gpu.split_k import MAX_TILES, arrivals, store_sums
 
 _RANK_MULTIPLE = 16
@@ -130,9 +130,7 @@ def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepare
 
     Raises ValueError if it is another format, or the device cannot multiply by it.
     """
-    check_device("linear_low_rank", device)
-    if not isinstance(weight, LowRank):
-        raise ValueError(f"weight must be LowRank, not {type(weight).__name__}")
+    weight = check_format(weight, LowRank, device)
     down, up = weight.down.to(device, dtype), weight.up.to(device, dtype)
     missing = -down.shape[0] % _RANK_MULTIPLE
     down, up = torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -23,6 +23,7 @@ from fastserve_kernels.gpu.split_k import arrivals, partial_sums
 from fastserve_kernels.gpu.tuning import config_for
 from fastserve_kernels.gpu.unpack import bits_of
 
+AnyWeight = TypeVar("AnyWeight", bound=Weight)
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 WORDS_OF = {2: torch.int32, 4: torch.int64}
 """A word of two scales, by the bytes of one."""
@@ -40,6 +41,14 @@ def check_device(operator: str, device: torch.device) -> None:
             f"{operator} needs a GPU of compute capability 8.0 or higher; "
             f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
         )
+
+
+def check_format(weight: Weight, kind: type[AnyWeight], device: torch.device) -> AnyWeight:
+    """The weight. Raises ValueError if it is another format, or the device cannot multiply by it."""
+    if not isinstance(weight, kind):
+        raise ValueError(f"weight must be {kind.__name__}, not {type(weight).__name__}")
+    check_device(weight.operator, device)
+    return weight
 
 
 def pack_scales(scales: Tensor, group_size: int, bits: int, dtype: torch.dtype) -> Tensor:
