@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Batch = tuple[Tensor, Tensor, Tensor]
+"""query_start, context_lens and block_tables of `AttentionMetadata`: what attention itself reads of it."""
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionMetadata:

@@ -61,16 +61,24 @@ def _rows(text: str) -> list[int]:
     return [int(_COUNT(word)) for word in text.split(",")]
 
 
+def _of_compiling() -> argparse.ArgumentParser:
+    """What the commands take that compile kernels."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--operator", type=_names, default=[], help="A,B; all if none is named")
+    parser.add_argument("--jobs", type=_COUNT, default=os.cpu_count() or 1, help="processes that compile")
+    return parser
+
+
 def _add_compile(commands: Subparsers[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "compile", help="compile every kernel, without a GPU; a table of registers, spills and shared memory"
+        "compile",
+        parents=[_of_compiling()],
+        help="compile every kernel, without a GPU; a table of registers, spills and shared memory",
     )
     parser.add_argument("--arch", type=int, nargs="+", choices=(80, 90, 100), default=[80, 90, 100])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES, help="of the activations")
-    parser.add_argument("--operator", type=_names, default=[], help="A,B; all if none is named")
     parser.add_argument("--thorough", action="store_true", help="float16 and float32 for every shape too")
     parser.add_argument("--out", type=Path, nargs="+", default=[], help="report.md, report.json")
-    parser.add_argument("--jobs", type=_COUNT, default=os.cpu_count() or 1, help="processes that compile")
     parser.set_defaults(run=_compile)
 
 
@@ -83,8 +91,9 @@ def _compile(given: argparse.Namespace) -> int:
 
 
 def _add_tune(commands: Subparsers[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("tune", help="find the best config of each shape on this machine's GPU")
-    parser.add_argument("--operator", type=_names, default=[], help="A,B; all if none is named")
+    parser = commands.add_parser(
+        "tune", parents=[_of_compiling()], help="find the best config of each shape on this machine's GPU"
+    )
     parser.add_argument(
         "--shapes", type=_names, default=["llama-3-8b", "llama-3-70b/8", "smollm2"], help="MODEL,MODEL"
     )
@@ -93,7 +102,6 @@ def _add_tune(commands: Subparsers[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--missing", action="store_true", help="only shapes that are not tuned yet")
     parser.add_argument("--budget-seconds", type=_SECONDS, default=480.0)
-    parser.add_argument("--jobs", type=_COUNT, default=os.cpu_count() or 1, help="processes that compile")
     parser.set_defaults(run=_tune)
 
 

@@ -1,12 +1,16 @@
 """The public functions. They check no more than torch does: callers pass the shapes and dtypes named here.
 
-Each is an operator of torch.ops.fastserve, whose schema is the annotated signature of its function in
-`reference`. `_define` registers all of its implementations: that of `cpu`; that of `gpu.registry` on a GPU of
-NVIDIA; the function of `reference` on any other device, and where there is none of these.
+Each is an operator of torch.ops.fastserve. `_define` registers all of its implementations, which have one
+signature: that of `cpu`; that of `gpu.registry` on a GPU of NVIDIA; the function of `reference` on any other
+device, and where there is none of these.
+
+torch.library knows tensors and numbers, and no tuples of them. So a weight, a cache and a batch go to the
+operator field by field, and the functions `_of_...` put them together again for an implementation.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,11 +21,16 @@ from fastserve_kernels import reference
 from fastserve_kernels.attention_metadata import AttentionMetadata
 from fastserve_kernels.cpu import linears, operators, sampling
 from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.kv_cache import KVCache
 from fastserve_kernels.triton_requirement import require_triton
 
 Function = Callable[..., Any]
 
 _library = torch.library.Library("fastserve", "DEF")
+
+
+def _as_it_is(function: Function) -> Function:
+    return function
 
 
 def _define(
@@ -30,21 +39,26 @@ def _define(
     cpu: Function | None = None,
     gpu: bool = True,
     mutates: tuple[str, ...] = (),
+    flat: Callable[[Function], Function] = _as_it_is,
+    schema: str = "",
 ) -> Function:
-    """Defines the operator of a function of `reference`; `mutates` are the parameters that it writes to.
+    """Defines the operator of a function of `reference`.
+
+    `flat` makes of an implementation what torch.library calls; `mutates` are the parameters of that which are
+    written to. The schema is its annotated signature, unless given.
 
     Gives the one overload that it has: to find it at each call would cost 0.3 us.
     """
     name = function.__name__
-    schema = torch.library.infer_schema(function, mutates_args=mutates)
+    schema = schema or torch.library.infer_schema(flat(function), mutates_args=mutates)
     # Integers are a layer's sizes, the same at each call: nothing need be traced through them.
     _library.define(name + schema.replace("SymInt", "int"))
     torch.library.register_fake(f"fastserve::{name}", fake, lib=_library)
-    _library.impl(name, function, "CompositeExplicitAutograd")
+    _library.impl(name, flat(function), "CompositeExplicitAutograd")
     if cpu is not None:
-        _library.impl(name, cpu, "CPU")
+        _library.impl(name, flat(cpu), "CPU")
     if gpu:
-        _library.impl(name, _triton_implementation(function), "CUDA")
+        _library.impl(name, flat(_triton_implementation(function)), "CUDA")
     overload: Function = getattr(torch.ops.fastserve, name).default
     return overload
 
@@ -66,6 +80,85 @@ def _triton_implementation(function: Function) -> Function:
     return call
 
 
+def _of_weight(linear: Function) -> Function:
+    """The arguments of the weight come between x and bias."""
+
+    def call(x: Tensor, *arguments: Any) -> Tensor:
+        result: Tensor = linear(x, arguments[:-2], arguments[-2], arguments[-1])
+        return result
+
+    return call
+
+
+_kv_cache: Callable[[tuple[Tensor, Tensor, Tensor | None, Tensor | None]], KVCache] = functools.partial(
+    tuple.__new__, KVCache
+)
+"""What `KVCache` does of its fields, at half the cost, 0.1 us: this is for each call of an operator."""
+
+
+def _of_cache(implementation: Function) -> Function:
+    """`write_kv`."""
+
+    def call(
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        k_scale: Tensor | None,
+        v_scale: Tensor | None,
+    ) -> None:
+        implementation(k, v, _kv_cache((k_cache, v_cache, k_scale, v_scale)), slot_mapping)
+
+    return call
+
+
+def _of_rotation_and_cache(implementation: Function) -> Function:
+    """`rotary_write_kv`."""
+
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        k_scale: Tensor | None,
+        v_scale: Tensor | None,
+    ) -> Tensor:
+        cache = _kv_cache((k_cache, v_cache, k_scale, v_scale))
+        rotated: Tensor = implementation(q, k, v, cos, sin, cache, slot_mapping)
+        return rotated
+
+    return call
+
+
+def _of_cache_and_batch(implementation: Function) -> Function:
+    """`paged_attention`."""
+
+    def call(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        query_start: Tensor,
+        context_lens: Tensor,
+        block_tables: Tensor,
+        scale: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        k_scale: Tensor | None,
+        v_scale: Tensor | None,
+    ) -> Tensor:
+        cache = _kv_cache((k_cache, v_cache, k_scale, v_scale))
+        batch = (query_start, context_lens, block_tables)
+        attended: Tensor = implementation(q, cache, batch, scale, sliding_window, softcap)
+        return attended
+
+    return call
+
+
 def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
     """The number of outputs is an argument, or else that of the rows of the last tensor of the weight."""
     *weight, _, _ = arguments
@@ -73,28 +166,59 @@ def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight[-1].shape[0] if out_features is None else out_features)
 
 
-_CPU_LINEARS: Mapping[Function, Function | None] = {
-    reference.linear_int4: linears.linear_int4,
-    reference.linear_int8: linears.linear_int8,
-    reference.linear_int_rows: linears.linear_int_rows,
-    reference.linear_nf4: linears.linear_nf4,
-    reference.linear_fp8: linears.linear_fp8,
-    reference.linear_w8a8: linears.linear_w8a8,
-    reference.linear_sparse24: None,
-    reference.linear_sparse24_int4: None,
-    reference.linear_block_sparse: linears.linear_block_sparse,
-    reference.linear_bitmap: None,
-    reference.linear_low_rank: linears.linear_low_rank,
+def _define_linear(function: Function, weight: str, cpu: Function | None) -> Function:
+    """`weight`: its arguments, as a schema has them (`formats.prepared`). torch's own product is what a GPU
+    has for a dense one."""
+    schema = f"(Tensor x, {weight}, Tensor? bias, Tensor? residual) -> Tensor"
+    gpu = function is not reference.linear
+    return _define(function, _fake_linear, cpu, gpu, flat=_of_weight, schema=schema)
+
+
+_WEIGHTS: Mapping[Function, tuple[str, Function | None]] = {
+    reference.linear: ("Tensor weight", linears.linear),
+    reference.linear_int4: (
+        "Tensor codes, Tensor scales, Tensor? zeros, int out_features, int group_size",
+        linears.linear_int4,
+    ),
+    reference.linear_int8: (
+        "Tensor values, Tensor scales, Tensor? zeros, int out_features, int group_size",
+        linears.linear_int8,
+    ),
+    reference.linear_int_rows: (
+        "Tensor? narrow, Tensor? narrow_scales, Tensor? narrow_zeros, Tensor? wide, Tensor? wide_scales, "
+        "Tensor? wide_zeros, Tensor rows, int out_features, int narrow_rows, int group_size",
+        linears.linear_int_rows,
+    ),
+    reference.linear_nf4: (
+        "Tensor codes, Tensor scales, Tensor codebook, int out_features, int group_size",
+        linears.linear_nf4,
+    ),
+    reference.linear_fp8: (
+        "Tensor values, Tensor scales, int out_features, int group_size",
+        linears.linear_fp8,
+    ),
+    reference.linear_w8a8: ("Tensor values, Tensor scales, int out_features", linears.linear_w8a8),
+    reference.linear_sparse24: ("Tensor values, Tensor indices, int out_features", None),
+    reference.linear_sparse24_int4: (
+        "Tensor codes, Tensor indices, Tensor scales, int out_features, int group_size",
+        None,
+    ),
+    reference.linear_block_sparse: (
+        "Tensor blocks, Tensor row_starts, Tensor columns, int out_features",
+        linears.linear_block_sparse,
+    ),
+    reference.linear_bitmap: ("Tensor values, Tensor mask, Tensor row_starts, int out_features", None),
+    reference.linear_low_rank: ("Tensor down, Tensor up", linears.linear_low_rank),
 }
-"""The CPU's implementation of each; None for what `prepare` makes another format's weight on a CPU."""
+"""The arguments of each one's weight, and the CPU's implementation; None for what `prepare` makes another
+format's weight on a CPU."""
 
 LINEARS: dict[str, Function] = {
-    "linear": _define(reference.linear, _fake_linear, linears.linear, gpu=False),
-    **{function.__name__: _define(function, _fake_linear, cpu) for function, cpu in _CPU_LINEARS.items()},
+    function.__name__: _define_linear(function, *given) for function, given in _WEIGHTS.items()
 }
 """What multiplies by a weight, by the operator that its format names; `registration` adds to it."""
 # Where a CPU's dense weight lies in oneDNN's blocks, torch's dispatcher takes this key before the CPU's.
-_library.impl("linear", linears.linear, "MkldnnCPU")
+_library.impl("linear", _of_weight(linears.linear), "MkldnnCPU")
 
 _rms_norm = _define(
     reference.rms_norm,
@@ -120,17 +244,20 @@ _write_kv = _define(
     lambda *_: None,
     operators.write_kv,
     mutates=("k_cache", "v_cache"),
+    flat=_of_cache,
 )
 _rotary_write_kv = _define(
     reference.rotary_write_kv,
     lambda q, *_: q.new_empty(q.shape),
     operators.rotary_write_kv,
     mutates=("k_cache", "v_cache"),
+    flat=_of_rotation_and_cache,
 )
 _paged_attention = _define(
     reference.paged_attention,
     lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]),
     operators.paged_attention,
+    flat=_of_cache_and_batch,
 )
 _sample = _define(
     reference.sample,
@@ -188,66 +315,47 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return _rotary(q, k, cos, sin)
 
 
-def write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    """Puts k [T, Hk, D] and v [T, Hk, Dv] into caches [blocks, block_size, Hk, D or Dv] at slots [T] int64.
+def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
+    """Puts k [T, Hk, D] and v [T, Hk, Dv] into a cache at slots [T] int64.
 
-    Caches are of the dtype of k and v, and the scales None; or int8 or float8_e4m3fn, and k_scale and v_scale
-    [Hk] float32: then k / k_scale is stored, rounded half to even, and at most 127 or 448 in magnitude.
+    The cache is of the dtype of k and v, and its scales None; or int8 or float8_e4m3fn, and it has scales:
+    then k / k_scale is stored, rounded half to even, and at most 127 or 448 in magnitude.
 
     Numbers that are not finite are written as 0: a block goes from one request to the next, and what the
     next one has not yet overwritten is multiplied by probabilities of zero.
     """
+    k_cache, v_cache, k_scale, v_scale = cache
     _write_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
 
 def rotary_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, slot_mapping: Tensor
 ) -> Tensor:
     """`rotary`, then `write_kv` of the rotated k: the rotated q.
 
     Raises ValueError on a CPU if a cache is not contiguous, or of a dtype that `write_kv` does not name.
     """
+    k_cache, v_cache, k_scale, v_scale = cache
     return _rotary_write_kv(q, k, v, cos, sin, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KVCache,
     meta: AttentionMetadata,
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q [T, H, D] over the blocks of each token's sequence: [T, H, Dv].
 
-    k_cache and v_cache are [blocks, block_size, Hk, D and Dv]; Hk divides H. With `sliding_window` = w a
-    token sees itself and the w - 1 before it. With `softcap` = c scores become c * tanh(score / c). Caches of
-    int8 or float8_e4m3fn hold keys divided by k_scale and values divided by v_scale, [Hk] float32 each.
+    The cache's heads Hk divide H. With `sliding_window` = w a token sees itself and the w - 1 before it. With
+    `softcap` = c scores become c * tanh(score / c).
 
-    The caches must be finite everywhere, also where nothing was written: make them of zeros; `write_kv` keeps
-    them finite. Raises ValueError on a CPU if a cache is not contiguous, or of a dtype that `write_kv` does
-    not name.
+    The cache must be finite everywhere, also where nothing was written: make it of zeros; `write_kv` keeps it
+    finite. Raises ValueError on a CPU if it is not contiguous, or of a dtype that `write_kv` does not name.
     """
+    k_cache, v_cache, k_scale, v_scale = cache
     return _paged_attention(
         q,
         k_cache,

@@ -1,11 +1,16 @@
 """Every operator in plain torch, written to be read: the oracle of the tests, and what runs on a device that
-has no implementation of its own."""
+has no implementation of its own.
+
+Each function's signature is that of the operator's other implementations too, on a CPU and on a GPU. `ops`
+makes of it the operator of torch.library, which takes tensors and numbers one by one.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fastserve_kernels.attention_metadata import Batch
 from fastserve_kernels.formats import (
     FP8,
     LARGEST_FP8,
@@ -18,17 +23,32 @@ from fastserve_kernels.formats import (
     Sparse24Int4,
     Weight,
 )
+from fastserve_kernels.formats.prepared import (
+    BitmapArguments,
+    BlockSparseArguments,
+    DenseArguments,
+    FP8Arguments,
+    IntArguments,
+    IntRowsArguments,
+    LowRankArguments,
+    NF4Arguments,
+    Sparse24Arguments,
+    Sparse24Int4Arguments,
+    W8A8Arguments,
+)
+from fastserve_kernels.kv_cache import KVCache
 
 MIN_TEMPERATURE = 1e-5
 """Lower ones, which might overflow, count as this."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: DenseArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """torch's own product, which is what runs on a GPU: the residual is added to its sums before they are
     rounded."""
+    (matrix,) = weight
     if residual is None:
-        return torch.nn.functional.linear(x, weight, bias)
-    y = torch.addmm(residual, x, weight.T)
+        return torch.nn.functional.linear(x, matrix, bias)
+    y = torch.addmm(residual, x, matrix.T)
     return y if bias is None else y.add_(bias)
 
 
@@ -45,50 +65,23 @@ def _finish(y: Tensor, dtype: torch.dtype, bias: Tensor | None, residual: Tensor
     return y.to(dtype)
 
 
-def linear_int4(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def linear_int4(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x [T, K] by an `Int4` (uint8 codes [N, K / 2]), bias [N], residual [T, N]: [T, N] of x's dtype."""
+    codes, scales, zeros, _, group_size = weight
     return _product(x, Int4(codes, scales, zeros, group_size), bias, residual)
 
 
-def linear_int8(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def linear_int8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x [T, K] by an `Int8` (int8 values [N, K]), bias [N], residual [T, N]: [T, N] of x's dtype."""
+    values, scales, zeros, _, group_size = weight
     return _product(x, Int8(values, scales, zeros, group_size), bias, residual)
 
 
 def linear_int_rows(
-    x: Tensor,
-    narrow: Tensor | None,
-    narrow_scales: Tensor | None,
-    narrow_zeros: Tensor | None,
-    wide: Tensor | None,
-    wide_scales: Tensor | None,
-    wide_zeros: Tensor | None,
-    rows: Tensor,
-    out_features: int,
-    narrow_rows: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, weight: IntRowsArguments, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """An `Int4` above an `Int8`, either of which may be None; row i of these is row rows[i] of the weight."""
+    narrow, narrow_scales, narrow_zeros, wide, wide_scales, wide_zeros, rows, _, _, group_size = weight
     parts = []
     if narrow is not None and narrow_scales is not None:
         parts.append(Int4(narrow, narrow_scales, narrow_zeros, group_size).dequantize())
@@ -97,45 +90,24 @@ def linear_int_rows(
     return _finish(x.float() @ torch.cat(parts)[rows.argsort()].T, x.dtype, bias, residual)
 
 
-def linear_nf4(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    codebook: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def linear_nf4(x: Tensor, weight: NF4Arguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x [T, K] by an `NF4` (uint8 codes [N, K / 2], codebook [16]), bias, residual: [T, N]."""
+    codes, scales, codebook, _, group_size = weight
     return _product(x, NF4(codes, scales, codebook, group_size), bias, residual)
 
 
-def linear_fp8(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def linear_fp8(x: Tensor, weight: FP8Arguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x [T, K] by an `FP8` (float8_e4m3fn values [N, K]), bias [N], residual [T, N]: [T, N]."""
+    values, scales, _, group_size = weight
     return _product(x, FP8(values, scales, group_size), bias, residual)
 
 
-def linear_w8a8(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def linear_w8a8(x: Tensor, weight: W8A8Arguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x [T, K], rounded to int8 token by token, by a `W8A8`, bias [N], residual [T, N]: [T, N].
 
     The scale of a token is max|x| / 127; halves are rounded to even, and sums of integers are exact.
     """
+    values, scales, _ = weight
     step = x.float().abs().amax(-1, keepdim=True) / 127
     rounded = (x.float() / step).round().masked_fill(step == 0, 0.0)
     total = rounded.double() @ values.double().T  # integers below 2^53: exact
@@ -143,62 +115,41 @@ def linear_w8a8(
 
 
 def linear_sparse24(
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, weight: Sparse24Arguments, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """x [T, K] by a `Sparse24` (values [N, K / 2], indices [N, K / 8]), bias, residual: [T, N]."""
+    values, indices, _ = weight
     return _product(x, Sparse24(values, indices), bias, residual)
 
 
 def linear_sparse24_int4(
-    x: Tensor,
-    codes: Tensor,
-    indices: Tensor,
-    scales: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, weight: Sparse24Int4Arguments, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """x [T, K] by a `Sparse24Int4` (uint8 codes [N, K / 4]), bias, residual: [T, N]."""
+    codes, indices, scales, _, group_size = weight
     return _product(x, Sparse24Int4(codes, indices, scales, group_size), bias, residual)
 
 
 def linear_block_sparse(
-    x: Tensor,
-    blocks: Tensor,
-    row_starts: Tensor,
-    columns: Tensor,
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, weight: BlockSparseArguments, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """x [T, K] by a `BlockSparse` (blocks [B, bn, bk]), bias [N], residual [T, N]: [T, N]."""
-    weight = BlockSparse(blocks, row_starts, columns, (out_features, x.shape[1]))
-    return _product(x, weight, bias, residual)
+    blocks, row_starts, columns, out_features = weight
+    plain = BlockSparse(blocks, row_starts, columns, (out_features, x.shape[1]))
+    return _product(x, plain, bias, residual)
 
 
-def linear_bitmap(
-    x: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    row_starts: Tensor,
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def linear_bitmap(x: Tensor, weight: BitmapArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """x [T, K] by a `Bitmap` (values [nnz], mask [N, ceil(K / 8)]), bias, residual: [T, N]."""
+    values, mask, row_starts, _ = weight
     return _product(x, Bitmap(values, mask, row_starts, x.shape[1]), bias, residual)
 
 
 def linear_low_rank(
-    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, residual: Tensor | None
+    x: Tensor, weight: LowRankArguments, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """x [T, K] by a `LowRank`, down [R, K] then up [N, R], bias [N], residual [T, N]: [T, N]."""
+    down, up = weight
     return _finish(x.float() @ down.float().T @ up.float().T, x.dtype, bias, residual)
 
 
@@ -234,20 +185,12 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
-def write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> None:
+def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
     """`ops.write_kv`."""
-    for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+    for new, stored, scale in ((k, cache.keys, cache.k_scale), (v, cache.values, cache.v_scale)):
         finite = torch.where(new.isfinite(), new, 0.0)
-        stored = finite.to(cache.dtype) if scale is None else _quantize(finite, scale, cache.dtype)
-        cache.flatten(0, 1)[slot_mapping] = stored
+        rounded = finite.to(stored.dtype) if scale is None else _quantize(finite, scale, stored.dtype)
+        stored.flatten(0, 1)[slot_mapping] = rounded
 
 
 def _quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -259,47 +202,26 @@ def _quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rotary_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, slot_mapping: Tensor
 ) -> Tensor:
     """`ops.rotary_write_kv`."""
     q, k = rotary(q, k, cos, sin)
-    write_kv(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    write_kv(k, v, cache, slot_mapping)
     return q
 
 
 def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    block_tables: Tensor,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    q: Tensor, cache: KVCache, batch: Batch, scale: float, sliding_window: int | None, softcap: float | None
 ) -> Tensor:
-    """`ops.paged_attention`, sequence by sequence; the parameters are the fields of `AttentionMetadata`.
-
-    query_start is [B + 1], context_lens [B], block_tables [B, width]; scores and softmax are float32.
-    """
-    group = q.shape[1] // k_cache.shape[2]
-    out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
+    """`ops.paged_attention`, sequence by sequence; scores and softmax are float32."""
+    query_start, context_lens, block_tables = batch
+    group = q.shape[1] // cache.keys.shape[2]
+    out = q.new_empty(q.shape[0], q.shape[1], cache.values.shape[3])
     starts = query_start.tolist()
     for i, context_len in enumerate(context_lens.tolist()):
         queries = q[starts[i] : starts[i + 1]].float().transpose(0, 1)
-        keys = _cached(k_cache, k_scale, block_tables[i], context_len)
-        values = _cached(v_cache, v_scale, block_tables[i], context_len)
+        keys = _cached(cache.keys, cache.k_scale, block_tables[i], context_len)
+        values = _cached(cache.values, cache.v_scale, block_tables[i], context_len)
         keys = keys.permute(1, 2, 0).repeat_interleave(group, dim=0)
         values = values.transpose(0, 1).repeat_interleave(group, dim=0)
         scores = queries @ keys * scale

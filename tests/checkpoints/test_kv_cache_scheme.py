@@ -32,6 +32,7 @@ from fastserve.models.kv_cache_quantization import (
 )
 from fastserve.models.model_loader import load_model
 from fastserve_kernels import ops
+from fastserve_kernels.kv_cache import KVCache
 
 SHAPES: KVCacheShapes = [((1, 1, 2, 12), (1, 1, 2, 12))] * 3
 DTYPES = tuple(QUANTIZED_MAX)
@@ -136,7 +137,7 @@ def test_rounding_is_that_of_the_cache(dtype: torch.dtype) -> None:
     x = torch.randn(20, 2, 16) * 30
     scale = torch.tensor([0.1, 0.03])
     cache = torch.zeros(2, 16, 2, 16, dtype=dtype)
-    ops.write_kv(x, x, cache, cache.clone(), torch.arange(20), scale, scale)
+    ops.write_kv(x, x, KVCache(cache, cache.clone(), scale, scale), torch.arange(20))
     stored = cache.flatten(0, 1)[:20].float() * scale[:, None]
     assert torch.equal(fake_quantize(x, scale, dtype), stored)
 

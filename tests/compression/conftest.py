@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.progress import Progress
+from tests.models.conftest import _one_thread
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastserve.compression.state.model_state import SavedState, State, StateWriter
 from fastserve.compression.state.source_state import SourceState
 from fastserve.compression.step import Context, Step
+
+__all__ = ["_one_thread"]
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -32,15 +35,6 @@ SIZES: dict[str, Any] = {
 
 SaveTiny = Callable[..., Path]
 RunStep = Callable[..., SavedState]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only wait for each other over models as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

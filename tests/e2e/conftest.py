@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
@@ -63,6 +64,17 @@ def is_idle(metrics: dict[str, float]) -> bool:
         "fastserve_kv_blocks_used",
     )
     return all(value == 0 for name, value in metrics.items() if name.startswith(names))
+
+
+def fuzzing(max_examples: int) -> settings:
+    """Hypothesis against a real server: the same examples each time, and none shrunk, as each is slow."""
+    return settings(
+        max_examples=max_examples,
+        deadline=None,
+        phases=[Phase.explicit, Phase.generate],
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def free_ports(count: int) -> list[int]:

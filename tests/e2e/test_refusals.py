@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from fastserve_client import Client, FastServeError
+
+from .conftest import fuzzing
 
 SMALL, FULL = 120, 1000
 
@@ -110,13 +112,7 @@ def test_malformed_requests_are_refused_by_name(server: Any, soak: bool) -> None
     refusals: list[str] = []
     with good_traffic(server) as outcomes:
 
-        @settings(
-            max_examples=FULL if soak else SMALL,
-            deadline=None,
-            phases=[Phase.explicit, Phase.generate],
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        )
+        @fuzzing(FULL if soak else SMALL)
         @given(bodies())
         def check(case: tuple[bytes, str]) -> None:
             body, word = case

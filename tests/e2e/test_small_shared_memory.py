@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,8 @@ import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve_client import Client, FastServeError
+
+from .conftest import free_ports
 
 SIZE = 64 << 20
 IN_A_SMALL_SHM = f"mount -t tmpfs -o size={SIZE} tmpfs /dev/shm && exec "
@@ -91,16 +92,6 @@ def small_server(default_model: ModelFiles, soak: bool) -> Iterator[SmallServer]
     finally:
         process.terminate()
         process.wait(60)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 class Traffic:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve_client import Client
+
+from .conftest import fuzzing
 
 SMALL, FULL = 25, 200
 
@@ -57,13 +59,7 @@ def client(server: Any) -> Iterator[Client]:
 
 
 def test_joined_deltas_equal_the_whole_text(client: Client, soak: bool) -> None:
-    @settings(
-        max_examples=FULL if soak else SMALL,
-        deadline=None,
-        phases=[Phase.explicit, Phase.generate],
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    @fuzzing(FULL if soak else SMALL)
     @given(prompt=prompts, sampling=samplings)
     def check(prompt: str, sampling: dict[str, Any]) -> None:
         whole = client.generate(prompt, **sampling)

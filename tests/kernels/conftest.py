@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastserve_kernels.attention_metadata import AttentionMetadata
+from fastserve_kernels.attention_metadata import AttentionMetadata, Batch
+from fastserve_kernels.kv_cache import KVCache
 
 
 @dataclass
@@ -21,6 +22,15 @@ class PagedBatch:
     k_cache: Tensor
     v_cache: Tensor
     meta: AttentionMetadata
+
+    def cache(self, k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> KVCache:
+        """The caches as operators take them."""
+        return KVCache(self.k_cache, self.v_cache, k_scale, v_scale)
+
+    @property
+    def layout(self) -> Batch:
+        """What an implementation of attention takes of the metadata."""
+        return (self.meta.query_start, self.meta.context_lens, self.meta.block_tables)
 
 
 MakeBatch = Callable[..., PagedBatch]

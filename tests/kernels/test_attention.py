@@ -13,35 +13,26 @@ from torch import Tensor
 
 from fastserve_kernels import ops, reference
 from fastserve_kernels.attention_metadata import AttentionMetadata
+from fastserve_kernels.kv_cache import KVCache
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 SCALE = 0.125
-DEFAULTS: tuple[Any, ...] = (SCALE, None, None, None, None)
+DEFAULTS: tuple[Any, ...] = (SCALE, None, None)
 QUANTIZED = [torch.int8, torch.float8_e4m3fn]
 
 
 def wanted_of(batch: Any, *options: Any) -> Tensor:
     """In float32, of caches as they are. The options are those of `came_of`."""
-    meta = batch.meta
-    return reference.paged_attention(
-        batch.q.float(),
-        batch.k_cache.float(),
-        batch.v_cache.float(),
-        meta.query_start,
-        meta.context_lens,
-        meta.block_tables,
-        *options,
-        *DEFAULTS[len(options) :],
-    )
+    cache = KVCache(batch.k_cache.float(), batch.v_cache.float(), *options[3:])
+    options = (*options, *DEFAULTS[len(options) :])[:3]
+    return reference.paged_attention(batch.q.float(), cache, batch.layout, *options)
 
 
 def came_of(batch: Any, *options: Any) -> Tensor:
     """The options are scale, sliding window, softcap, the keys' scales and the values'."""
-    return ops.paged_attention(
-        batch.q, batch.k_cache, batch.v_cache, batch.meta, *options, *DEFAULTS[len(options) :]
-    )
+    return ops.paged_attention(batch.q, batch.cache(*options[3:]), batch.meta, *options[:3] or DEFAULTS)
 
 
 def quantize(batch: Any, dtype: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
@@ -55,7 +46,7 @@ def quantize(batch: Any, dtype: torch.dtype | None) -> tuple[Tensor | None, Tens
     batch.k_cache, batch.v_cache = (torch.zeros(cache.shape, dtype=dtype) for cache in caches)
     slots = torch.arange(len(caches[0]) * caches[0].shape[1])
     k, v = (cache.flatten(0, 1) for cache in caches)
-    ops.write_kv(k, v, batch.k_cache, batch.v_cache, slots, k_scale, v_scale)
+    ops.write_kv(k, v, batch.cache(k_scale, v_scale), slots)
     return k_scale, v_scale
 
 
@@ -231,7 +222,7 @@ def test_a_token_is_the_same_however_its_prompt_was_cut(
     ]:
         meta = AttentionMetadata.build([last - first], [last], table, whole.meta.block_size, "cpu")
         q = whole.q[first:last].clone()
-        came = ops.paged_attention(q, whole.k_cache, whole.v_cache, meta, *options)
+        came = ops.paged_attention(q, whole.cache(*options[3:]), meta, *options[:3])
         assert torch.equal(came, wanted[first:last]), (first, last)
 
 
@@ -253,7 +244,7 @@ def test_a_sequence_is_the_same_in_any_batch(
         table = batch.meta.block_tables[i].tolist()
         alone = AttentionMetadata.build([query_len], [context_len], [table], batch.meta.block_size, "cpu")
         rows = slice(start[i], start[i + 1])
-        came = ops.paged_attention(batch.q[rows], batch.k_cache, batch.v_cache, alone, *options)
+        came = ops.paged_attention(batch.q[rows], batch.cache(*options[3:]), alone, *options[:3])
         assert torch.equal(came, wanted[rows]), i
 
 

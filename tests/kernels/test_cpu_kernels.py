@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastserve_kernels import ops
 from fastserve_kernels.cpu import operators as cpu
+from fastserve_kernels.kv_cache import KVCache
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -25,14 +26,14 @@ def results(batch: Any, cache_dtype: torch.dtype) -> list[Tensor]:
     cos, sin = torch.randn(2, tokens, 64).to(dtype)
     k, v = torch.randn(2, tokens, 3, 64).to(dtype)
     caches = batch.k_cache.to(cache_dtype, copy=True), batch.v_cache.to(cache_dtype, copy=True)
-    k_scale, v_scale = (None, None) if cache_dtype == dtype else torch.rand(2, 3) / 100 + 0.01
+    cache = KVCache(*caches, *(() if cache_dtype == dtype else torch.rand(2, 3) / 100 + 0.01))
     return [
         ops.rms_norm(x, weight, 1e-5),
         *ops.add_rms_norm(x, residual, weight, 1e-5),
         ops.swiglu(gate_up),
-        ops.rotary_write_kv(batch.q, k, v, cos, sin, *caches, batch.meta.slot_mapping, k_scale, v_scale),
-        *(cache.view(torch.uint8) for cache in caches),
-        ops.paged_attention(batch.q, *caches, batch.meta, 0.125, None, None, k_scale, v_scale),
+        ops.rotary_write_kv(batch.q, k, v, cos, sin, cache, batch.meta.slot_mapping),
+        *(stored.view(torch.uint8) for stored in caches),
+        ops.paged_attention(batch.q, cache, batch.meta, 0.125),
     ]
 
 
@@ -107,12 +108,13 @@ def test_caches_of_another_kind_are_refused(make_batch: Any) -> None:
     k = v = torch.randn(1, 3, 64)
     cos, sin = torch.randn(2, 1, 64)
     for message, (caches, scales) in bad_caches(batch.k_cache, batch.v_cache).items():
+        cache = KVCache(*caches, *scales)
         with pytest.raises(ValueError, match=message):
-            ops.paged_attention(q, *caches, batch.meta, 0.125, None, None, *scales)
+            ops.paged_attention(q, cache, batch.meta, 0.125)
         with pytest.raises(ValueError, match=message):
-            ops.rotary_write_kv(q, k, v, cos, sin, *caches, slots, *scales)
+            ops.rotary_write_kv(q, k, v, cos, sin, cache, slots)
         with pytest.raises(ValueError, match=message):
-            ops.write_kv(k, v, *caches, slots, *scales)
+            ops.write_kv(k, v, cache, slots)
 
 
 def test_operands_of_another_dtype_are_refused(make_batch: Any) -> None:
@@ -126,8 +128,8 @@ def test_operands_of_another_dtype_are_refused(make_batch: Any) -> None:
         ops.swiglu(torch.ones(2, 8, dtype=torch.int8))
     batch = make_batch([1], [20])
     k, angle, slots = torch.randn(1, 3, 64), torch.randn(1, 64), batch.meta.slot_mapping
-    caches = batch.k_cache, batch.v_cache
+    cache = batch.cache()
     with pytest.raises(ValueError, match=r"cos must be torch.float32"):
-        ops.rotary_write_kv(batch.q, k, k, angle.half(), angle, *caches, slots)
+        ops.rotary_write_kv(batch.q, k, k, angle.half(), angle, cache, slots)
     with pytest.raises(ValueError, match=r"v must be torch.float32"):
-        ops.write_kv(k, k.half(), *caches, slots)
+        ops.write_kv(k, k.half(), cache, slots)

@@ -98,7 +98,7 @@ def test_w8a8_rounds_activations_as_the_reference_does(
         x[1:2] = 0
         bias = torch.randn(80).to(dtype) if extras else None
         residual = torch.randn(rows, 80).to(dtype) if extras else None
-        wanted = reference.linear_w8a8(x.double(), weight.values, weight.scales, 80, bias, residual)
+        wanted = reference.linear_w8a8(x.double(), (weight.values, weight.scales, 80), bias, residual)
         assert rel_rms(ops.linear(x, prepared, bias, residual), wanted) < TOLERANCE[dtype], rows
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastserve_kernels import formats, reference
 from fastserve_kernels.formats import Weight
+from fastserve_kernels.kv_cache import KVCache
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
@@ -39,7 +40,7 @@ FORMATS: dict[str, Callable[[Tensor], Weight]] = {
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     function: Callable[..., Tensor] = getattr(reference, weight.operator)
-    return function(x, *weight.arguments, bias, residual)
+    return function(x, weight.arguments, bias, residual)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -84,7 +85,7 @@ def test_a_quantized_cache_holds_what_its_scales_say(dtype: torch.dtype) -> None
     k_scale, v_scale = torch.tensor([0.02, 0.5]), torch.tensor([0.01, 0.03])
     k_cache, v_cache = torch.ones(2, 2, 4, 2, 8).to(dtype)
     slots = torch.tensor([5, 0, 6])
-    reference.write_kv(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+    reference.write_kv(k, v, KVCache(k_cache, v_cache, k_scale, v_scale), slots)
     largest = 127 if dtype == torch.int8 else 448
     for cache, new, scale in zip((k_cache, v_cache), (k, v), (k_scale, v_scale), strict=True):
         flat = cache.float().flatten(0, 1)
@@ -99,11 +100,10 @@ def test_a_quantized_cache_holds_what_its_scales_say(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_attention_over_a_quantized_cache(dtype: torch.dtype, make_batch: Any) -> None:
     batch = make_batch([1, 4, 20], [37, 4, 50], heads=(6, 2))
-    meta = batch.meta
-    where = (meta.query_start, meta.context_lens, meta.block_tables)
     k_scale, v_scale = torch.tensor([0.04, 0.02]), torch.tensor([0.01, 0.03])
     k_cache, v_cache = ((c * 20).round().clamp(-100, 100).to(dtype) for c in (batch.k_cache, batch.v_cache))
-    came = reference.paged_attention(batch.q, k_cache, v_cache, *where, 0.125, 9, None, k_scale, v_scale)
-    keys, values = k_cache.float() * k_scale[:, None], v_cache.float() * v_scale[:, None]
-    wanted = reference.paged_attention(batch.q, keys, values, *where, 0.125, 9, None, None, None)
+    cache = KVCache(k_cache, v_cache, k_scale, v_scale)
+    came = reference.paged_attention(batch.q, cache, batch.layout, 0.125, 9, None)
+    plain = KVCache(k_cache.float() * k_scale[:, None], v_cache.float() * v_scale[:, None])
+    wanted = reference.paged_attention(batch.q, plain, batch.layout, 0.125, 9, None)
     torch.testing.assert_close(came, wanted)

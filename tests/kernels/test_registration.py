@@ -17,6 +17,7 @@ from fastserve_kernels import formats, ops, reference
 from fastserve_kernels.attention_metadata import AttentionMetadata
 from fastserve_kernels.cpu import linears, operators, sampling
 from fastserve_kernels.formats import Weight
+from fastserve_kernels.kv_cache import KVCache
 from fastserve_kernels.preparation import prepare
 
 OPS = torch.ops.fastserve
@@ -67,9 +68,7 @@ def arguments(name: str, make_batch: Any) -> tuple[Any, ...]:
     rows = torch.ones(3)
     if name == "paged_attention":
         batch = make_batch([1, 5], [20, 33])
-        meta = batch.meta
-        where = (meta.query_start, meta.context_lens, meta.block_tables)
-        return (batch.q, batch.k_cache, batch.v_cache, *where, 0.125, None, None, None, None)
+        return (batch.q, batch.k_cache, batch.v_cache, *batch.layout, 0.125, None, None, None, None)
     return {
         "rms_norm": (x, torch.randn(8), 1e-5),
         "add_rms_norm": (x, torch.randn(3, 8), torch.randn(8), 1e-5),
@@ -115,22 +114,31 @@ def has_implementation(name: str, key: str) -> bool:
 
 
 @pytest.mark.parametrize("name", [*FORMATS, *OTHERS])
-def test_the_signature_is_that_of_the_reference(name: str) -> None:
-    """The schema's, and that of the implementations on a CPU and on a GPU."""
+def test_the_implementations_have_one_signature(name: str) -> None:
+    """On a CPU and on a GPU that of the reference."""
     from fastserve_kernels.gpu.registry import IMPLEMENTATIONS
 
     function = getattr(reference, name)
     wanted = inspect.signature(function)
-    (overload,) = (getattr(getattr(OPS, name), key) for key in getattr(OPS, name).overloads())
-    assert [argument.name for argument in overload._schema.arguments] == list(wanted.parameters)
     by_torch_alone = {"linear"}
     assert has_implementation(name, "CUDA") == (name not in by_torch_alone)
     assert (function in IMPLEMENTATIONS) == (name not in by_torch_alone)
     cpu = next((m for m in (linears, operators, sampling) if hasattr(m, name)), None)
     assert has_implementation(name, "CPU") == (cpu is not None)
     assert inspect.signature(getattr(cpu, name, function)) == wanted
-    gpu = inspect.signature(IMPLEMENTATIONS.get(function, function))
-    gpu.bind(*wanted.parameters)  # a packed weight has other parts under other names, but as many
+    gpu = IMPLEMENTATIONS.get(function, function)
+    assert list(inspect.signature(gpu).parameters) == list(wanted.parameters)
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_an_operator_takes_what_its_format_gives(name: str) -> None:
+    """The schema has an argument of the right type for each of the plain weight's, between x and bias."""
+    (overload,) = (getattr(getattr(OPS, name), key) for key in getattr(OPS, name).overloads())
+    first, *of_weight, bias, residual = overload._schema.arguments
+    assert [argument.name for argument in (first, bias, residual)] == ["x", "bias", "residual"]
+    for argument, value in zip(of_weight, FORMATS[name](torch.randn(48, 64)).arguments, strict=True):
+        assert isinstance(value, int) == (str(argument.type) == "int")
+        assert value is not None or str(argument.type) == "Optional[Tensor]"
 
 
 def test_a_gpu_without_its_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,20 +170,20 @@ def test_a_step_of_attention_traces(make_batch: Any) -> None:
     cos, sin = torch.randn(6, 64), torch.randn(6, 64)
     k, v = torch.randn(2, 6, 3, 64)
 
-    def step(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata) -> Tensor:
+    def step(q: Tensor, cache: KVCache, meta: AttentionMetadata) -> Tensor:
         q = ops.rms_norm(q, norm, 1e-5)
-        q = ops.rotary_write_kv(q, k, v, cos, sin, k_cache, v_cache, meta.slot_mapping)
-        attended = ops.paged_attention(q, k_cache, v_cache, meta, 0.125)
+        q = ops.rotary_write_kv(q, k, v, cos, sin, cache, meta.slot_mapping)
+        attended = ops.paged_attention(q, cache, meta, 0.125)
         y = ops.linear(attended.flatten(1), weight)
         normed, _ = ops.add_rms_norm(y, y * 2, norm, 1e-5)
         return ops.swiglu(normed)
 
-    k_cache, v_cache = batch.k_cache.clone(), batch.v_cache.clone()
-    wanted = step(batch.q, k_cache, v_cache, batch.meta)
-    assert not torch.equal(batch.k_cache, k_cache)
-    assert torch.equal(compiled(step)(batch.q, batch.k_cache, batch.v_cache, batch.meta), wanted)
-    assert torch.equal(batch.k_cache, k_cache)
-    assert torch.equal(batch.v_cache, v_cache)
+    cache = KVCache(batch.k_cache.clone(), batch.v_cache.clone())
+    wanted = step(batch.q, cache, batch.meta)
+    assert not torch.equal(batch.k_cache, cache.keys)
+    assert torch.equal(compiled(step)(batch.q, batch.cache(), batch.meta), wanted)
+    assert torch.equal(batch.k_cache, cache.keys)
+    assert torch.equal(batch.v_cache, cache.values)
 
 
 def test_sampling_traces() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from fastserve_kernels import ops, reference
+from fastserve_kernels.kv_cache import KVCache
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -110,8 +111,7 @@ class Step:
     cos: Tensor
     sin: Tensor
     slots: Tensor
-    caches: tuple[Tensor, Tensor]
-    scales: tuple[Tensor | None, Tensor | None]
+    cache: KVCache
 
     @classmethod
     def random(
@@ -128,16 +128,17 @@ class Step:
             cos=torch.randn(tokens, rotary_dim).to(dtype),
             sin=torch.randn(tokens, rotary_dim).to(dtype),
             slots=slots,
-            caches=(
+            cache=KVCache(
                 torch.randn(blocks, block_size, kv_heads, dims[0]).to(cache_dtype),
                 torch.randn(blocks, block_size, kv_heads, dims[1]).to(cache_dtype),
+                k_scale,
+                v_scale,
             ),
-            scales=(k_scale, v_scale),
         )
 
 
-def cloned(caches: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return caches[0].clone(), caches[1].clone()
+def cloned(cache: KVCache) -> KVCache:
+    return cache._replace(keys=cache.keys.clone(), values=cache.values.clone())
 
 
 CACHES = [(dtype, cache_dtype) for dtype in DTYPES for cache_dtype in (dtype, *QUANTIZED)]
@@ -154,15 +155,15 @@ def test_the_cache_is_written(
     """To the bit as by the reference; and nothing but the slots that are meant."""
     step = Step.random(tokens, dims, rotary_dim, dtype, cache_dtype)
     turned = (step.q, step.k, step.v, step.cos, step.sin)
-    came, wanted = cloned(step.caches), cloned(step.caches)
-    rotated = ops.rotary_write_kv(*turned, *came, step.slots, *step.scales)
-    assert torch.equal(rotated, reference.rotary_write_kv(*turned, *wanted, step.slots, *step.scales))
-    for one, other, before in zip(came, wanted, step.caches, strict=True):
+    came, wanted = cloned(step.cache), cloned(step.cache)
+    rotated = ops.rotary_write_kv(*turned, came, step.slots)
+    assert torch.equal(rotated, reference.rotary_write_kv(*turned, wanted, step.slots))
+    for one, other, before in zip(came[:2], wanted[:2], step.cache[:2], strict=True):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
         assert tokens == 0 or not torch.equal(one.view(torch.uint8), before.view(torch.uint8))
-    ops.write_kv(step.k, step.v, *came, step.slots, *step.scales)
-    reference.write_kv(step.k, step.v, *wanted, step.slots, *step.scales)
-    for one, other in zip(came, wanted, strict=True):
+    ops.write_kv(step.k, step.v, came, step.slots)
+    reference.write_kv(step.k, step.v, wanted, step.slots)
+    for one, other in zip(came[:2], wanted[:2], strict=True):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
@@ -175,10 +176,10 @@ def test_quantized_numbers_round_to_the_nearest(cache_dtype: torch.dtype) -> Non
     x = torch.cat((halves, tiny, bits)).view(-1, 1, 1)
     one = torch.ones(1)
     empty = torch.zeros(len(x), 1, 1, 1, dtype=cache_dtype)
-    came, wanted = cloned((empty, empty)), cloned((empty, empty))
-    ops.write_kv(x, -x, *came, torch.arange(len(x)), one, one)
-    reference.write_kv(x, -x, *wanted, torch.arange(len(x)), one, one)
-    for cache, other in zip(came, wanted, strict=True):
+    came, wanted = (cloned(KVCache(empty, empty, one, one)) for _ in range(2))
+    ops.write_kv(x, -x, came, torch.arange(len(x)))
+    reference.write_kv(x, -x, wanted, torch.arange(len(x)))
+    for cache, other in zip(came[:2], wanted[:2], strict=True):
         assert torch.equal(cache.view(torch.uint8), other.view(torch.uint8))
 
 
@@ -186,7 +187,7 @@ def test_quantized_numbers_round_to_the_nearest(cache_dtype: torch.dtype) -> Non
 def test_the_cache_stays_finite(implementation: Callable[..., None]) -> None:
     caches = torch.ones(2, 4, 1, 2), torch.ones(2, 4, 1, 2)
     bad = torch.tensor([[[float("nan"), 2.0]], [[float("inf"), -float("inf")]]])
-    implementation(bad, bad, *caches, torch.tensor([6, 1]), None, None)
+    implementation(bad, bad, KVCache(*caches), torch.tensor([6, 1]))
     for cache in caches:
         assert cache[1, 2].tolist() == [[0.0, 2.0]]
         assert cache[0, 1].tolist() == [[0.0, 0.0]]
@@ -205,8 +206,8 @@ def test_keys_that_become_infinite_as_they_are_turned_are_0(
     step.sin[0], step.sin[1] = -1.0, torch.finfo(dtype).eps
     step.v[0], step.v[1] = float("-inf"), float("nan")
     rotated = (step.q, step.k, step.v, step.cos, step.sin)
-    ops.rotary_write_kv(*rotated, *step.caches, step.slots, *step.scales)
-    k, v = (cache.flatten(0, 1)[step.slots].float() for cache in step.caches)
+    ops.rotary_write_kv(*rotated, step.cache, step.slots)
+    k, v = (cache.flatten(0, 1)[step.slots].float() for cache in step.cache[:2])
     assert k.isfinite().all()
     assert (k == 0).any()
     assert (v == 0).all()

@@ -143,8 +143,8 @@ def test_the_check_at_load_sees_a_wrong_attention(
     right = ops.paged_attention
 
     def without_scale(*args: Any, **kwargs: Any) -> torch.Tensor:
-        q, k_cache, v_cache, meta, _scale, *rest = args
-        return right(q, k_cache, v_cache, meta, 1.0, *rest, **kwargs)
+        q, cache, meta, _scale, *rest = args
+        return right(q, cache, meta, 1.0, *rest, **kwargs)
 
     monkeypatch.setattr(ops, "paged_attention", without_scale)
     with pytest.raises(ModelError, match="logits with paged attention differ from its own"):

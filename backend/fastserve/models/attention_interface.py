@@ -19,9 +19,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from fastserve.checkpoints.model_error import ModelError
-from fastserve.models.kv_cache import KVCache, KVCaches
+from fastserve.models.kv_cache import KVCaches
 from fastserve_kernels import ops
 from fastserve_kernels.attention_metadata import AttentionMetadata
+from fastserve_kernels.kv_cache import KVCache
 
 ATTENTION = "fastserve_paged"
 """The name of our attention and of our masks in transformers' registries."""
@@ -119,11 +120,10 @@ def paged_attention(
     step = _current.get()
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     cache = step.cache_of(cast(int, module.layer_idx), k, v)
-    caches, scales = (cache.keys, cache.values), (cache.k_scale, cache.v_scale)
-    ops.write_kv(k, v, *caches, step.meta.slot_mapping, *scales)
+    ops.write_kv(k, v, cache, step.meta.slot_mapping)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     window = attention_mask.sliding_window
-    out = ops.paged_attention(q, *caches, step.meta, scale, window, softcap, *scales)
+    out = ops.paged_attention(q, cache, step.meta, scale, window, softcap)
     return out[None], None
 
 

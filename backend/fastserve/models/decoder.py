@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastserve.checkpoints.decoder_config import DecoderConfig
 from fastserve.checkpoints.kv_cache_scheme import KVCacheShapes
-from fastserve.models.kv_cache import KVCache, KVCaches
+from fastserve.models.kv_cache import KVCaches
 from fastserve.models.linear import AnyLinear
 from fastserve_kernels import ops
 from fastserve_kernels.attention_metadata import AttentionMetadata
+from fastserve_kernels.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,8 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             q = ops.rms_norm(q, layer.q_norm, self.config.rms_norm_eps)
             k = ops.rms_norm(k, layer.k_norm, self.config.rms_norm_eps)
-        caches, scales = (cache.keys, cache.values), (cache.k_scale, cache.v_scale)
-        q = ops.rotary_write_kv(q, k, v, *rotation, *caches, meta.slot_mapping, *scales)
-        attended = ops.paged_attention(q, *caches, meta, self._scale, layer.sliding_window, None, *scales)
-        return attended.flatten(1)
+        q = ops.rotary_write_kv(q, k, v, *rotation, cache, meta.slot_mapping)
+        return ops.paged_attention(q, cache, meta, self._scale, layer.sliding_window).flatten(1)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -10,26 +9,12 @@ from torch import Tensor
 
 from fastserve.checkpoints.kv_cache_scheme import KVCacheShapes, KVScales
 from fastserve_kernels.formats import LARGEST_FP8
+from fastserve_kernels.kv_cache import KVCache
 
 KV_CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """The quantized dtypes that `--kv-cache-dtype` names."""
 QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: LARGEST_FP8}
 """The largest magnitude that a cache of 8 bits holds, before its scale."""
-
-
-@dataclass(frozen=True, eq=False)
-class KVCache:
-    """The keys and values of a layer, in blocks that sequences share out among themselves."""
-
-    keys: Tensor
-    """[blocks, block_size, kv_heads, head_dim]; what nobody has written yet is zero."""
-    values: Tensor
-    """[blocks, block_size, kv_heads, head_dim of values]."""
-    k_scale: Tensor | None = None
-    """[kv_heads] float32, as in `KVScales`, for keys of 8 bits; else None."""
-    v_scale: Tensor | None = None
-    """[kv_heads] float32 for values of 8 bits; else None."""
-
 
 KVCaches = list[KVCache]
 """The caches of a model, one per layer."""

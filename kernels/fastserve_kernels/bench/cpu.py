@@ -28,6 +28,7 @@ from fastserve_kernels.cpu.kernels.packing import PANEL_ROWS
 from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.operator import Cost
+from fastserve_kernels.kv_cache import KVCache
 from fastserve_kernels.preparation import prepare
 
 DTYPE = torch.bfloat16
@@ -249,7 +250,9 @@ def attention(machine: Ceilings, sequences: int = 16, context: int = 512) -> Row
     meta = AttentionMetadata.build([1] * sequences, [context] * sequences, tables.tolist(), block_size, "cpu")
     sizes = (blocks + 1, block_size, model.kv_heads, model.head_dim)
     nbytes = 2 * sequences * context * model.kv_heads * model.head_dim * DTYPE.itemsize
-    caches = [(torch.randn(sizes).to(DTYPE), torch.randn(sizes).to(DTYPE)) for _ in range(count_for(nbytes))]
+    caches = [
+        KVCache(torch.randn(sizes).to(DTYPE), torch.randn(sizes).to(DTYPE)) for _ in range(count_for(nbytes))
+    ]
     q = torch.randn(sequences, model.heads, model.head_dim, dtype=DTYPE)
     scale = model.head_dim**-0.5
 
@@ -257,7 +260,8 @@ def attention(machine: Ceilings, sequences: int = 16, context: int = 512) -> Row
         return cache[tables[sequence]].flatten(0, 1).transpose(0, 1)[None]
 
     whole = [
-        [(gather(k, i).contiguous(), gather(v, i).contiguous()) for i in range(sequences)] for k, v in caches
+        [(gather(cache.keys, i).contiguous(), gather(cache.values, i).contiguous()) for i in range(sequences)]
+        for cache in caches
     ]
 
     def attend(i: int, k: Tensor, v: Tensor) -> Tensor:
@@ -269,9 +273,9 @@ def attention(machine: Ceilings, sequences: int = 16, context: int = 512) -> Row
 
     times, now = _with_reading(
         {
-            "ours": on_each(lambda kv: ops.paged_attention(q, *kv, meta, scale), caches),
+            "ours": on_each(lambda cache: ops.paged_attention(q, cache, meta, scale), caches),
             "loop of SDPA": on_each(lambda kv: [attend(i, *pair) for i, pair in enumerate(kv)], whole),
-            "loop of SDPA, gathered": on_each(lambda kv: gathering(*kv), caches),
+            "loop of SDPA, gathered": on_each(lambda cache: gathering(cache.keys, cache.values), caches),
         },
         machine,
     )

@@ -18,6 +18,7 @@ from fastserve_kernels.formats import Dense, Int4
 from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.operator import Cost
+from fastserve_kernels.kv_cache import KVCache
 from fastserve_kernels.preparation import prepare
 
 EPS = 1e-5
@@ -49,8 +50,7 @@ class Layer:
     linears: dict[str, Prepared]
     attention_norm: Tensor
     mlp_norm: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
+    cache: KVCache
 
 
 class Decoder:
@@ -75,7 +75,7 @@ class Decoder:
                 {name: linear(*size) for name, size in model.linears.items()},
                 ones(),
                 ones(),
-                *(torch.randn(cache, dtype=DTYPE, device=device) for _ in range(2)),
+                KVCache(*(torch.randn(cache, dtype=DTYPE, device=device) for _ in range(2))),
             )
             for _ in range(model.layers)
         ]
@@ -102,9 +102,8 @@ class Decoder:
         heads, kv_heads = self.model.heads, self.model.kv_heads
         qkv = ops.linear(x, layer.linears["qkv"]).unflatten(1, (-1, self.model.head_dim))
         q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
-        cache = (layer.k_cache, layer.v_cache)
-        q = ops.rotary_write_kv(q, k, v, self.cos, self.sin, *cache, self.meta.slot_mapping)
-        return ops.paged_attention(q, *cache, self.meta, self.model.head_dim**-0.5).flatten(1)
+        q = ops.rotary_write_kv(q, k, v, self.cos, self.sin, layer.cache, self.meta.slot_mapping)
+        return ops.paged_attention(q, layer.cache, self.meta, self.model.head_dim**-0.5).flatten(1)
 
     def cost(self) -> Cost:
         """The weights but the embedding's, and the keys and values, each read once."""

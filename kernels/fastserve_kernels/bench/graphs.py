@@ -38,10 +38,14 @@ def copies_needed(nbytes: int, device: torch.device) -> int:
 
 def copied(inputs: Sequence[Any], count: int) -> list[list[Any]]:
     """The inputs, and clones of them at other addresses."""
-    clones = [
-        [value.clone() if isinstance(value, Tensor) else value for value in inputs] for _ in range(count - 1)
-    ]
-    return [list(inputs), *clones]
+    return [list(inputs), *([_clone(value) for value in inputs] for _ in range(count - 1))]
+
+
+def _clone(value: Any) -> Any:
+    """Of a tensor, or of those in a tuple."""
+    if isinstance(value, tuple):
+        return tuple.__new__(type(value), map(_clone, value))
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def capture(calls: Sequence[Call], rounds: int | None = None) -> Graph:

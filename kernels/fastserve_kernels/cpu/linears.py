@@ -11,6 +11,16 @@ from torch import Tensor
 
 from fastserve_kernels import reference
 from fastserve_kernels.cpu.kernels import packing
+from fastserve_kernels.formats.prepared import (
+    BlockSparseArguments,
+    DenseArguments,
+    FP8Arguments,
+    IntArguments,
+    IntRowsArguments,
+    LowRankArguments,
+    NF4Arguments,
+    W8A8Arguments,
+)
 
 if TYPE_CHECKING:
     from fastserve_kernels.cpu.kernels.kernel import Kernel
@@ -81,14 +91,8 @@ def _fp8_table() -> Tensor:
     return packing.code_table(torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float())
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> Tensor | None:
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> Tensor:
     """The tensor, contiguous; the kernels would read one of another dtype or shape as what it is not."""
-    if tensor is None:
-        return None
     if tensor.dtype != x.dtype or tensor.shape != shape:
         raise ValueError(
             f"{name} must be {x.dtype} of shape {list(shape)}, not {tensor.dtype} of {list(tensor.shape)}"
@@ -113,25 +117,27 @@ def _run(
 ) -> Tensor:
     """Runs a kernel: `weight` are its pointers between x and bias, `numbers` what it takes last."""
     tokens, in_features = x.shape
-    bias = _check("bias", bias, (out_features,), x)
-    residual = _check("residual", residual, (tokens, out_features), x)
+    if bias is not None:
+        bias = _check("bias", bias, (out_features,), x)
+    if residual is not None:
+        residual = _check("residual", residual, (tokens, out_features), x)
     out = x.new_empty(tokens, out_features)
     if tokens == 0:
         return out
-    x = x if x.stride(1) == 1 else x.contiguous()
+    row_stride, column_stride = x.stride()
+    if column_stride != 1:
+        x, row_stride = x.contiguous(), in_features
     in_parallel = tokens * in_features * out_features >= MIN_PARALLEL
     threads = torch.get_num_threads() if in_parallel else 1
     kernel_for(x.dtype, stored)(
         in_parallel,
         x.data_ptr(),
-        *map(_address, weight),
-        _address(bias),
-        _address(residual),
+        *[0 if tensor is None else tensor.data_ptr() for tensor in (*weight, bias, residual)],
         out.data_ptr(),
         tokens,
         out_features,
         in_features,
-        x.stride(0),
+        row_stride,
         _panels_of_a_run(tokens, out_features, weight[0], threads),
         threads,
         bias is not None,
@@ -147,128 +153,78 @@ def _panels_of_a_run(tokens: int, out_features: int, weight: Tensor | None, thre
     return max(1, min(RUN_BYTES * panels // max(1, nbytes), panels // (RUNS_PER_THREAD * threads)))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: DenseArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """The residual is added after rounding, as transformers does; fused into the product it takes as long."""
-    if not weight.is_mkldnn:
+    (matrix,) = weight
+    if not matrix.is_mkldnn:
         return reference.linear(x, weight, bias, residual)
-    if x.shape[0] == 1 and x.shape[1] > WIDEST_SINGLE_ROW:
-        y = torch.ops.mkldnn._linear_pointwise(x.expand(2, -1), weight, bias, "none", [], "")[:1]
+    tokens, in_features = x.shape
+    if tokens == 1 and in_features > WIDEST_SINGLE_ROW:
+        y = torch.ops.mkldnn._linear_pointwise(x.expand(2, -1), matrix, bias, "none", [], "")[:1]
     else:
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
     return y if residual is None else y.add_(residual)
 
 
-def linear_int4(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def linear_int4(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """The table has code - 8, so 8 is taken off the zeros."""
-    weight = (codes, _int4_table(x.dtype), scales, zeros)
+    codes, scales, zeros, out_features, group_size = weight
+    operands = (codes, _int4_table(x.dtype), scales, zeros)
     numbers = (group_size, 0.0 if zeros is None else -8.0, zeros is not None)
-    return _run(_nibbles_kernel, x, weight, out_features, bias, residual, numbers, scales.dtype)
+    return _run(_nibbles_kernel, x, operands, out_features, bias, residual, numbers, scales.dtype)
 
 
-def linear_nf4(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    codebook: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def linear_nf4(x: Tensor, weight: NF4Arguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """`reference.linear_nf4` on a CPU."""
+    codes, scales, codebook, out_features, group_size = weight
     _check_words("codebook", codebook, x)
-    weight, numbers = (codes, codebook, scales, None), (group_size, 0.0, False)
-    return _run(_nibbles_kernel, x, weight, out_features, bias, residual, numbers, scales.dtype)
+    operands, numbers = (codes, codebook, scales, None), (group_size, 0.0, False)
+    return _run(_nibbles_kernel, x, operands, out_features, bias, residual, numbers, scales.dtype)
 
 
-def linear_int8(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def linear_int8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """`reference.linear_int8` on a CPU."""
-    weight, numbers = (values, _int8_table(), scales, zeros), (group_size, 0.5, zeros is not None)
-    return _run(_codes_kernel, x, weight, out_features, bias, residual, numbers, scales.dtype)
+    values, scales, zeros, out_features, group_size = weight
+    operands, numbers = (values, _int8_table(), scales, zeros), (group_size, 0.5, zeros is not None)
+    return _run(_codes_kernel, x, operands, out_features, bias, residual, numbers, scales.dtype)
 
 
 def linear_int_rows(
-    x: Tensor,
-    narrow: Tensor | None,
-    narrow_scales: Tensor | None,
-    narrow_zeros: Tensor | None,
-    wide: Tensor | None,
-    wide_scales: Tensor | None,
-    wide_zeros: Tensor | None,
-    rows: Tensor,
-    out_features: int,
-    narrow_rows: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, weight: IntRowsArguments, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """`reference.linear_int_rows` on a CPU: panels of 4 bits and panels of 8, in one kernel."""
+    narrow, narrow_scales, narrow_zeros, wide, wide_scales, wide_zeros, rows, *sizes = weight
+    out_features, narrow_rows, group_size = sizes
     of_narrow = (narrow, _int4_table(x.dtype), narrow_scales, narrow_zeros)
-    weight = (*of_narrow, wide, _int8_table(), wide_scales, wide_zeros, rows)
+    operands = (*of_narrow, wide, _int8_table(), wide_scales, wide_zeros, rows)
     has_zeros = narrow_zeros is not None or wide_zeros is not None
     numbers = (group_size, narrow_rows, -8.0 if has_zeros else 0.0, 0.5, has_zeros)
     scales = narrow_scales if wide_scales is None else wide_scales
     stored = None if scales is None else scales.dtype
-    return _run(_rows_kernel, x, weight, out_features, bias, residual, numbers, stored)
+    return _run(_rows_kernel, x, operands, out_features, bias, residual, numbers, stored)
 
 
-def linear_fp8(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def linear_fp8(x: Tensor, weight: FP8Arguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """`reference.linear_fp8` on a CPU."""
-    weight, numbers = (values, _fp8_table(), scales, None), (group_size, 0.0, False)
-    return _run(_codes_kernel, x, weight, out_features, bias, residual, numbers, scales.dtype)
+    values, scales, out_features, group_size = weight
+    operands, numbers = (values, _fp8_table(), scales, None), (group_size, 0.0, False)
+    return _run(_codes_kernel, x, operands, out_features, bias, residual, numbers, scales.dtype)
 
 
-def linear_w8a8(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
+def linear_w8a8(x: Tensor, weight: W8A8Arguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """`reference.linear_w8a8` on a CPU: exact sums of int8 products in 32 bits."""
+    values, scales, out_features = weight
     return _run(_quads_kernel, x, (values, scales), out_features, bias, residual)
 
 
 def linear_block_sparse(
-    x: Tensor,
-    blocks: Tensor,
-    row_starts: Tensor,
-    columns: Tensor,
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, weight: BlockSparseArguments, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """`reference.linear_block_sparse` on a CPU."""
+    blocks, row_starts, columns, out_features = weight
     _check_words("blocks", blocks, x)
-    weight, numbers = (blocks, row_starts, columns), tuple(blocks.shape[1:])
-    return _run(_blocks_kernel, x, weight, out_features, bias, residual, numbers)
+    operands, numbers = (blocks, row_starts, columns), tuple(blocks.shape[1:])
+    return _run(_blocks_kernel, x, operands, out_features, bias, residual, numbers)
 
 
 @functools.cache
@@ -287,7 +243,8 @@ def _linear_whole(x: Tensor, matrix: Tensor, bias: Tensor | None, residual: Tens
 
 
 def linear_low_rank(
-    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, residual: Tensor | None
+    x: Tensor, weight: LowRankArguments, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """The product with `down` is rounded to x's dtype."""
+    down, up = weight
     return _linear_whole(_linear_whole(x, down, None, None), up, bias, residual)

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
+from fastserve_kernels.attention_metadata import Batch
+from fastserve_kernels.kv_cache import KVCache
+
 if TYPE_CHECKING:
     from fastserve_kernels.cpu.kernels.kernel import Kernel
 
@@ -69,6 +72,8 @@ def _paged_attention_kernel(dtype: torch.dtype, stored: torch.dtype) -> Kernel:
 
 def _with_tokens_whole(x: Tensor) -> Tensor:
     """x [T, D] or [T, H, D], copied unless the elements of each token lie together, in order."""
+    if x.is_contiguous():
+        return x
     within = x.stride()[1:]
     return x if within == (1,) or within == (x.shape[-1], 1) else x.contiguous()
 
@@ -85,7 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if weight.dtype != x.dtype:
         _refuse(x.dtype, weight=weight)
     x, weight = _with_tokens_whole(x), weight.contiguous()
-    out = x.new_empty(x.shape)
+    out = x.new_empty(*x.shape)
     _rms_norm_kernel(x.dtype)(
         x.numel() >= MIN_PARALLEL,
         x.data_ptr(),
@@ -105,7 +110,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if not x.dtype == residual.dtype == weight.dtype:
         _refuse(x.dtype, residual=residual, weight=weight)
     x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
-    out, total = x.new_empty(x.shape), x.new_empty(x.shape)
+    out, total = x.new_empty(*x.shape), x.new_empty(*x.shape)
     _add_rms_norm_kernel(x.dtype)(
         x.numel() >= MIN_PARALLEL,
         x.data_ptr(),
@@ -131,24 +136,27 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _addresses(cache: KVCache) -> tuple[int, int, int, int]:
+    """0 for a scale that is not there."""
+    keys, values, k_scale, v_scale = cache
+    if k_scale is None or v_scale is None:
+        return keys.data_ptr(), values.data_ptr(), 0, 0
+    return keys.data_ptr(), values.data_ptr(), k_scale.data_ptr(), v_scale.data_ptr()
 
 
-def _check_caches(
-    dtype: torch.dtype, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
-) -> None:
-    """Raises ValueError unless the kernels for activations of that dtype can take the caches."""
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+def _check_cache(dtype: torch.dtype, cache: KVCache) -> None:
+    """Raises ValueError unless the kernels for activations of that dtype can take it."""
+    keys, values, k_scale, v_scale = cache
+    if not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError(
-            f"k_cache and v_cache must be contiguous, but have strides {k_cache.stride()} {v_cache.stride()}"
+            f"k_cache and v_cache must be contiguous, but have strides {keys.stride()} {values.stride()}"
         )
-    stored = k_cache.dtype
-    if v_cache.dtype != stored:
-        raise ValueError(f"v_cache must be {stored} as k_cache is, not {v_cache.dtype}")
+    stored = keys.dtype
+    if values.dtype != stored:
+        raise ValueError(f"v_cache must be {stored} as k_cache is, not {values.dtype}")
     if stored in QUANTIZED_CACHES:
-        _check_scale("k_scale", k_scale, k_cache)
-        _check_scale("v_scale", v_scale, v_cache)
+        _check_scale("k_scale", k_scale, keys)
+        _check_scale("v_scale", v_scale, values)
     elif stored != dtype:
         allowed = " or ".join(map(str, (dtype, *QUANTIZED_CACHES)))
         raise ValueError(f"k_cache and v_cache must be {allowed} beside activations of {dtype}, not {stored}")
@@ -158,37 +166,29 @@ def _check_caches(
 
 def _check_scale(name: str, scale: Tensor | None, cache: Tensor) -> None:
     heads = cache.shape[2]
-    wanted = (
-        f"{name} must be contiguous torch.float32 [{heads}], one for each key head of a {cache.dtype} cache"
-    )
     if scale is None:
-        raise ValueError(f"{wanted}, not None")
-    if scale.dtype != torch.float32 or scale.shape != (heads,) or not scale.is_contiguous():
-        raise ValueError(f"{wanted}, not {scale.dtype} {list(scale.shape)} with strides {scale.stride()}")
+        came = "None"
+    elif scale.dtype != torch.float32 or scale.shape != (heads,) or not scale.is_contiguous():
+        came = f"{scale.dtype} {list(scale.shape)} with strides {scale.stride()}"
+    else:
+        return
+    raise ValueError(
+        f"{name} must be contiguous torch.float32 [{heads}], one for each key head of a {cache.dtype} cache, "
+        f"not {came}"
+    )
 
 
-def write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> None:
-    """`ops.write_kv`. Raises ValueError if operands have several dtypes, or the caches are unfit."""
+def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
+    """`ops.write_kv`. Raises ValueError if operands have several dtypes, or the cache is unfit."""
     if v.dtype != k.dtype:
         _refuse(k.dtype, v=v)
-    _check_caches(k.dtype, k_cache, v_cache, k_scale, v_scale)
+    _check_cache(k.dtype, cache)
     k, v, slot_mapping = _with_tokens_whole(k), _with_tokens_whole(v), slot_mapping.contiguous()
-    _write_kv_kernel(k.dtype, k_cache.dtype)(
+    _write_kv_kernel(k.dtype, cache.keys.dtype)(
         k.numel() >= MIN_PARALLEL,
         k.data_ptr(),
         v.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        _address(k_scale),
-        _address(v_scale),
+        *_addresses(cache),
         slot_mapping.data_ptr(),
         *k.shape,
         v.shape[2],
@@ -198,26 +198,17 @@ def write_kv(
 
 
 def rotary_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, slot_mapping: Tensor
 ) -> Tensor:
     """`ops.rotary_write_kv`. Raises ValueError as `write_kv` does."""
     if not q.dtype == k.dtype == v.dtype == cos.dtype == sin.dtype:
         _refuse(q.dtype, k=k, v=v, cos=cos, sin=sin)
-    _check_caches(q.dtype, k_cache, v_cache, k_scale, v_scale)
+    _check_cache(q.dtype, cache)
     q, k, v = _with_tokens_whole(q), _with_tokens_whole(k), _with_tokens_whole(v)
     cos, sin, slot_mapping = cos.contiguous(), sin.contiguous(), slot_mapping.contiguous()
     tokens, heads, dim = q.shape
-    out = q.new_empty(q.shape)
-    _rotary_write_kv_kernel(q.dtype, k_cache.dtype)(
+    out = q.new_empty(*q.shape)
+    _rotary_write_kv_kernel(q.dtype, cache.keys.dtype)(
         out.numel() >= MIN_PARALLEL,
         q.data_ptr(),
         k.data_ptr(),
@@ -225,10 +216,7 @@ def rotary_write_kv(
         cos.data_ptr(),
         sin.data_ptr(),
         out.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        _address(k_scale),
-        _address(v_scale),
+        *_addresses(cache),
         slot_mapping.data_ptr(),
         tokens,
         heads,
@@ -244,32 +232,20 @@ def rotary_write_kv(
 
 
 def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    block_tables: Tensor,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    q: Tensor, cache: KVCache, batch: Batch, scale: float, sliding_window: int | None, softcap: float | None
 ) -> Tensor:
-    """`ops.paged_attention`. Raises ValueError if the caches are unfit for q's dtype."""
-    _check_caches(q.dtype, k_cache, v_cache, k_scale, v_scale)
+    """`ops.paged_attention`. Raises ValueError if the cache is unfit for q's dtype."""
+    _check_cache(q.dtype, cache)
     q = _with_tokens_whole(q)
+    query_start, context_lens, block_tables = batch
     tokens, heads, dim = q.shape
-    _, block_size, kv_heads, dim_v = v_cache.shape
+    _, block_size, kv_heads, dim_v = cache.values.shape
     sequences, table_width = block_tables.shape
     out = q.new_empty(tokens, heads, dim_v)
-    _paged_attention_kernel(q.dtype, k_cache.dtype)(
+    _paged_attention_kernel(q.dtype, cache.keys.dtype)(
         tokens * table_width * block_size >= MIN_PARALLEL_KEYS,
         q.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        _address(k_scale),
-        _address(v_scale),
+        *_addresses(cache),
         out.data_ptr(),
         query_start.data_ptr(),
         context_lens.data_ptr(),
@@ -281,7 +257,7 @@ def paged_attention(
         kv_heads,
         dim,
         dim_v,
-        q.stride(0),
+        q.stride()[0],
         UNLIMITED if sliding_window is None else sliding_window,
         scale,
         0.0 if softcap is None else softcap,

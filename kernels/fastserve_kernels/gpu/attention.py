@@ -17,10 +17,12 @@ import triton
 from torch import Tensor
 
 from fastserve_kernels import reference
+from fastserve_kernels.attention_metadata import Batch
 from fastserve_kernels.gpu import decode_attention, prefill_attention
 from fastserve_kernels.gpu.launch import Argument, Config, Launch, launch_all
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.tuning import config_for
+from fastserve_kernels.kv_cache import KVCache
 
 MIN_ROWS = 16
 """Rows that a product on tensor cores has at least."""
@@ -34,31 +36,21 @@ CACHE_DTYPES = {2: torch.int8, 3: torch.float8_e4m3fn}
 
 
 def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    block_tables: Tensor,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    q: Tensor, cache: KVCache, batch: Batch, scale: float, sliding_window: int | None, softcap: float | None
 ) -> Tensor:
     """`ops.paged_attention`.
 
     Raises ValueError if the elements of a cache's heads lie apart, or scales do not go with a cache's dtype.
     """
     q = q if q.stride(2) == 1 else q.contiguous()
-    _check_cache(k_cache, k_scale, "k")
-    _check_cache(v_cache, v_scale, "v")
-    out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
+    _check_cache(cache.keys, cache.k_scale, "k")
+    _check_cache(cache.values, cache.v_scale, "v")
+    out = q.new_empty(q.shape[0], q.shape[1], cache.values.shape[3])
     if out.numel() == 0:
         return out
-    batch = (q, k_cache, v_cache, query_start, context_lens, block_tables)
-    inputs = (*batch, scale, sliding_window, softcap, k_scale, v_scale, out)
-    shape = _shape_of(q, k_cache, v_cache, block_tables)
+    _, _, block_tables = batch
+    inputs = (q, cache, batch, scale, sliding_window, softcap, out)
+    shape = _shape_of(q, cache.keys, cache.values, block_tables)
     for operator in OPERATORS[: 1 if _one_token_each(q, block_tables) else 2]:
         launch_all(operator.plan(*inputs, config=config_for(operator, shape, q.device)))
     return out
@@ -108,21 +100,11 @@ def _codes(cache: Tensor) -> Tensor:
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
-def _arguments(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    block_tables: Tensor,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    out: Tensor,
-) -> dict[str, Argument]:
+def _arguments(*inputs: Any) -> dict[str, Argument]:
     """What both kernels are given."""
+    q, cache, batch, scale, sliding_window, softcap, out = inputs
+    k_cache, v_cache, k_scale, v_scale = cache
+    query_start, context_lens, block_tables = batch
     return {
         "q": q,
         "k_cache": _codes(k_cache),
@@ -185,7 +167,7 @@ def _for_dtype(config: Config, dtype: torch.dtype) -> Config:
 
 def plan_decode(*inputs: Any, config: Config) -> list[Launch]:
     """inputs: those of the operator, and out [T, H, Dv]."""
-    q, k_cache, v_cache, _, _, block_tables, _, sliding_window, softcap, *_ = inputs
+    q, (k_cache, v_cache, *_), (_, _, block_tables), _, sliding_window, softcap, _ = inputs
     arguments = _arguments(*inputs)
     constants = _constants(q, k_cache, v_cache, sliding_window, softcap)
     config = _for_dtype(config, q.dtype)
@@ -213,7 +195,7 @@ def plan_decode(*inputs: Any, config: Config) -> list[Launch]:
 
 def plan_prefill(*inputs: Any, config: Config) -> list[Launch]:
     """inputs: those of the operator, and out [T, H, Dv]."""
-    q, k_cache, v_cache, _, _, block_tables, _, sliding_window, softcap, *_ = inputs
+    q, (k_cache, v_cache, *_), (_, _, block_tables), _, sliding_window, softcap, _ = inputs
     constants = _constants(q, k_cache, v_cache, sliding_window, softcap)
     config, group = _for_dtype(config, q.dtype), constants["GROUP"]
     rows = max(config.constants["BLOCK_M"], triton.next_power_of_2(group))
@@ -288,20 +270,14 @@ def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any
     if cache_dtype != dtype:
         scales = torch.full((shape["kv_heads"],), 0.02, device=device)
     q = torch.randn(tokens, shape["heads"], shape["dim"], dtype=dtype, device=device)
-    return (
-        q,
-        cache(shape["dim"]),
-        cache(shape["dim_v"]),
+    sequences = (
         torch.arange(batch + 1, device=device) * tokens // batch,
         torch.full((batch,), context, device=device),
         torch.randperm(batch * width, device=device).view(batch, width),
-        shape["dim"] ** -0.5,
-        None,
-        None,
-        scales,
-        scales,
-        q.new_empty(tokens, shape["heads"], shape["dim_v"]),
     )
+    caches = KVCache(cache(shape["dim"]), cache(shape["dim_v"]), scales, scales)
+    out = q.new_empty(tokens, shape["heads"], shape["dim_v"])
+    return (q, caches, sequences, shape["dim"] ** -0.5, None, None, out)
 
 
 def _cost(shape: Shape, dtype: torch.dtype) -> Cost:
@@ -317,8 +293,8 @@ def _cost(shape: Shape, dtype: torch.dtype) -> Cost:
 
 
 def _reference(*inputs: Any) -> Tensor:
-    q, k_cache, v_cache, *others, _ = inputs
-    return reference.paged_attention(q.float(), k_cache, v_cache, *others)
+    q, *others, _ = inputs
+    return reference.paged_attention(q.float(), *others)
 
 
 def _shapes(batch: int, tokens: int, context: int) -> Iterator[Shape]:

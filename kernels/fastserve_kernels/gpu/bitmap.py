@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.formats.prepared import BitmapArguments, Prepared
 from fastserve_kernels.formats.sparse import Bitmap, unpack_bits
 from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.bitmap_kernels import SEGMENT_BITS, STEP_BITS, bitmap_few, bitmap_many
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.linear_call import (
+    Added,
     call_linear,
     linear_cost,
     random_linear,
@@ -25,7 +26,7 @@ from fastserve_kernels.gpu.linear_call import (
     splits_for,
 )
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
-from fastserve_kernels.gpu.quantized_linear import check_device
+from fastserve_kernels.gpu.quantized_linear import check_format
 
 _SEGMENT = 1 << int(SEGMENT_BITS.value)
 _LIST = 8
@@ -84,10 +85,7 @@ def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepare
 
     Raises ValueError if it is another format, too large, or the device cannot multiply by it.
     """
-    check_device("linear_bitmap", device)
-    if not isinstance(weight, Bitmap):
-        raise ValueError(f"weight must be Bitmap, not {type(weight).__name__}")
-    weight = weight.to(device)
+    weight = check_format(weight, Bitmap, device).to(device)
     kept = unpack_bits(weight.mask, weight.in_features)
     places = _places(kept)
     lists = max(int(places.starts[-1]), 1)
@@ -105,28 +103,18 @@ def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepare
     return Prepared(weight.operator, arguments, weight.out_features, weight.in_features)
 
 
-def plan(
-    x: Tensor,
-    values: Tensor,
-    records: Tensor,
-    lists: Tensor,
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    *,
-    config: Config,
-) -> list[Launch]:
-    """x [M, K] and out [M, N] contiguous, of the values' dtype; the rest as `prepare` made it."""
+def plan(x: Tensor, weight: BitmapArguments, added: Added, out: Tensor, *, config: Config) -> list[Launch]:
+    """x [M, K] and out [M, N] contiguous, of the values' dtype; the weight as `prepare` made it."""
+    values, records, lists, _ = weight
     n, k = out.shape[1], x.shape[1]
     constants = {name: size for name, size in config.constants.items() if name != "FEW"}
     if config.constants["FEW"]:
         kernel = bitmap_few
         starts, words = lists[: -(-k // _SEGMENT) * n + 1], lists[-len(values) :]
-        weight = {"values": values, "starts": starts, "words": words}
+        pointers = {"x": x, "values": values, "starts": starts, "words": words}
     else:
-        kernel, weight = bitmap_many, {"values": values, "records": records}
-    return [split_k_launch(kernel, x, weight, bias, residual, out, k, constants, config)]
+        kernel, pointers = bitmap_many, {"x": x, "values": values, "records": records}
+    return [split_k_launch(kernel, pointers, added, out, k, constants, config)]
 
 
 def _few(shape: Shape) -> list[Config]:
@@ -164,24 +152,16 @@ def candidates(shape: Shape) -> list[Config]:
     return _many(shape)
 
 
-def linear_bitmap(
-    x: Tensor,
-    values: Tensor,
-    records: Tensor,
-    lists: Tensor,
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """torch.ops.fastserve.linear_bitmap on a GPU."""
+def linear_bitmap(x: Tensor, weight: BitmapArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """`reference.linear_bitmap` on a GPU."""
+    values, *_, out_features = weight
     percent = max(round(100 * values.numel() / (out_features * x.shape[1])), 1)
     shape = {"m": x.shape[0], "n": out_features, "k": x.shape[1], "percent": percent}
-    return call_linear(OPERATORS[0], shape, x, (values, records, lists, out_features), bias, residual)
+    return call_linear(OPERATORS[0], shape, x, weight, (bias, residual))
 
 
-def _reference(
-    x: Tensor, values: Tensor, records: Tensor, lists: Tensor, out_features: int, *_: Tensor | None
-) -> Tensor:
+def _reference(x: Tensor, weight: BitmapArguments, *__: object) -> Tensor:
+    values, records, *_ = weight
     bits = (records.t()[..., None] >> torch.arange(_RECORD, device=records.device) & 1).bool()
     place = (records.t() >> 32)[..., None] + bits.cumsum(-1) - 1
     w = torch.where(bits, values.flatten().float()[place.clamp(min=0)], 0.0).flatten(1)[:, : x.shape[1]]

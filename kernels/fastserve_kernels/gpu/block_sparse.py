@@ -21,14 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.formats.prepared import BlockSparseArguments, Prepared
 from fastserve_kernels.formats.sparse import BlockSparse
 from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.arithmetic import multiply
 from fastserve_kernels.gpu.launch import Config, Launch
-from fastserve_kernels.gpu.linear_call import call_linear, linear_cost
+from fastserve_kernels.gpu.linear_call import Added, LinearInputs, call_linear, linear_cost
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
-from fastserve_kernels.gpu.quantized_linear import check_device
+from fastserve_kernels.gpu.quantized_linear import check_format
 from fastserve_kernels.gpu.split_k import MAX_TILES, arrivals, store_sums
 
 _WARPS_WANTED = 2112
@@ -89,9 +89,7 @@ def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepare
 
     Raises ValueError if it is another format, or the device cannot multiply by it.
     """
-    check_device("linear_block_sparse", device)
-    if not isinstance(weight, BlockSparse):
-        raise ValueError(f"weight must be BlockSparse, not {type(weight).__name__}")
+    weight = check_format(weight, BlockSparse, device)
     count, rows, columns = weight.blocks.shape
     starts = weight.row_starts.cpu()
     wanted = _WARPS_WANTED // _warps(rows)
@@ -124,18 +122,10 @@ def _runs(starts: Tensor, length: int) -> Tensor:
 
 
 def plan(
-    x: Tensor,
-    blocks: Tensor,
-    runs: Tensor,
-    columns: Tensor,
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    *,
-    config: Config,
+    x: Tensor, weight: BlockSparseArguments, added: Added, out: Tensor, *, config: Config
 ) -> list[Launch]:
-    """x [M, K] and out [M, N] contiguous, of the blocks' dtype; the rest as `prepare` made it."""
+    """x [M, K] and out [M, N] contiguous, of the blocks' dtype; the weight as `prepare` made it."""
+    (blocks, runs, columns, _), (bias, residual) = weight, added
     config = _FLOAT32 if x.dtype == torch.float32 else config
     m, n = out.shape
     _, rows, depth = blocks.shape
@@ -210,15 +200,10 @@ def candidates(shape: Shape) -> list[Config]:
 
 
 def linear_block_sparse(
-    x: Tensor,
-    blocks: Tensor,
-    runs: Tensor,
-    columns: Tensor,
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, weight: BlockSparseArguments, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """torch.ops.fastserve.linear_block_sparse on a GPU."""
+    """`reference.linear_block_sparse` on a GPU."""
+    blocks, _, _, out_features = weight
     shape = {
         "m": x.shape[0],
         "n": out_features,
@@ -227,20 +212,19 @@ def linear_block_sparse(
         "block_k": blocks.shape[2],
         "percent": max(round(100 * blocks.numel() / (out_features * x.shape[1])), 1),
     }
-    return call_linear(OPERATORS[0], shape, x, (blocks, runs, columns, out_features), bias, residual)
+    return call_linear(OPERATORS[0], shape, x, weight, (bias, residual))
 
 
-def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | int | None, ...]:
+def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> LinearInputs:
     m, n, k = shape["m"], shape["n"], shape["k"]
     weight = torch.randn(n, k, dtype=dtype, device=device)
     packed = BlockSparse.pack(weight, (shape["block_n"], shape["block_k"]), shape["percent"] / 100)
     x = torch.randn(m, k, dtype=dtype, device=device)
-    return (x, *prepare(packed, device, dtype).arguments, None, None, x.new_empty(m, n))
+    return (x, prepare(packed, device, dtype).arguments, (None, None), x.new_empty(m, n))
 
 
-def _reference(
-    x: Tensor, blocks: Tensor, runs: Tensor, columns: Tensor, out_features: int, *_: Tensor | None
-) -> Tensor:
+def _reference(x: Tensor, weight: BlockSparseArguments, *__: object) -> Tensor:
+    blocks, runs, columns, out_features = weight
     rows = out_features // blocks.shape[1]
     starts = torch.cat((runs[:rows, 1], runs[rows - 1 : rows, 2]))
     return x.float() @ BlockSparse(blocks, starts, columns, (out_features, x.shape[1])).dequantize().t()

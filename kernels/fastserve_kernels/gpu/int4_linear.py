@@ -12,9 +12,9 @@ from fastserve_kernels.formats import NF4, Int4
 from fastserve_kernels.formats.quantized import NORMAL_FLOAT_4
 from fastserve_kernels.formats.weight import unpack_pairs
 from fastserve_kernels.gpu.fragments import pack_codes
+from fastserve_kernels.gpu.linear_call import Arguments
 from fastserve_kernels.gpu.operator import Shape
 from fastserve_kernels.gpu.quantized_linear import (
-    Arguments,
     QuantizedLinear,
     pack_scales,
     pack_zeros,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastserve_kernels.formats import FP8, Int8
 from fastserve_kernels.gpu.fragments import pack_codes
+from fastserve_kernels.gpu.linear_call import Arguments
 from fastserve_kernels.gpu.operator import Shape
 from fastserve_kernels.gpu.quantized_linear import (
-    Arguments,
     QuantizedLinear,
     pack_scales,
     pack_zeros,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels.formats import Int4, Int8, IntRows
-from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.formats.prepared import IntRowsArguments, Prepared
 from fastserve_kernels.gpu.int4_linear import linear_int4
 from fastserve_kernels.gpu.int8_linear import linear_int8
 
@@ -27,21 +27,11 @@ def prepare(weight: IntRows, device: torch.device, dtype: torch.dtype) -> Prepar
 
 
 def linear_int_rows(
-    x: Tensor,
-    narrow: Tensor | None,
-    narrow_scales: Tensor | None,
-    narrow_zeros: Tensor | None,
-    wide: Tensor | None,
-    wide_scales: Tensor | None,
-    wide_zeros: Tensor | None,
-    rows: Tensor,
-    out_features: int,
-    narrow_rows: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, weight: IntRowsArguments, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """`reference.linear_int_rows` on a GPU."""
+    narrow, narrow_scales, narrow_zeros, wide, wide_scales, wide_zeros, rows, *sizes = weight
+    out_features, narrow_rows, group_size = sizes
 
     def part(tensor: Tensor | None, of_part: slice) -> Tensor | None:
         return None if tensor is None else tensor[..., rows[of_part]]
@@ -49,10 +39,10 @@ def linear_int_rows(
     few, many = slice(narrow_rows), slice(narrow_rows, None)
     parts = []
     if narrow is not None and narrow_scales is not None:
-        weight = (narrow, narrow_scales, narrow_zeros, narrow_rows, group_size)
-        parts.append(linear_int4(x, *weight, part(bias, few), part(residual, few)))
+        of_narrow = (narrow, narrow_scales, narrow_zeros, narrow_rows, group_size)
+        parts.append(linear_int4(x, of_narrow, part(bias, few), part(residual, few)))
     if wide is not None and wide_scales is not None:
-        weight = (wide, wide_scales, wide_zeros, out_features - narrow_rows, group_size)
-        parts.append(linear_int8(x, *weight, part(bias, many), part(residual, many)))
+        of_wide = (wide, wide_scales, wide_zeros, out_features - narrow_rows, group_size)
+        parts.append(linear_int8(x, of_wide, part(bias, many), part(residual, many)))
     came = torch.cat(parts, dim=1)
     return torch.empty_like(came).index_copy_(1, rows, came)

@@ -20,6 +20,7 @@ from fastserve_kernels.gpu.arithmetic import rounded
 from fastserve_kernels.gpu.launch import Argument, Config, Launch, launch_all
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.tuning import config_for
+from fastserve_kernels.kv_cache import KVCache
 
 LARGEST_INT8 = tl.constexpr(127.0)
 LARGEST_FP8 = tl.constexpr(448.0)
@@ -185,41 +186,28 @@ def rotary_write_kv_kernel(
         )  # fmt: skip
 
 
+Destination = tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None"]
+"""A `KVCache`; or [T, 1, Hk, D] for keys alone, which go to their own place, without slot_mapping."""
+
+
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`ops.rotary`."""
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    _run(q, k, None, cos, sin, k_out[:, None], None, None, None, None, q_out)
+    _run(q, k, None, cos, sin, (k_out[:, None], None, None, None), None, q_out)
     return q_out, k_out
 
 
-def write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> None:
+def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
     """`ops.write_kv`."""
-    _run(None, k, v, None, None, k_cache, v_cache, slot_mapping, k_scale, v_scale, None)
+    _run(None, k, v, None, None, cache, slot_mapping, None)
 
 
 def rotary_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, slot_mapping: Tensor
 ) -> Tensor:
     """`ops.rotary_write_kv`."""
     q_out = q.new_empty(q.shape)
-    _run(q, k, v, cos, sin, k_cache, v_cache, slot_mapping, k_scale, v_scale, q_out)
+    _run(q, k, v, cos, sin, cache, slot_mapping, q_out)
     return q_out
 
 
@@ -244,16 +232,14 @@ def plan(
     v: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
-    k_out: Tensor,
-    v_out: Tensor | None,
+    cache: Destination,
     slot_mapping: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
     q_out: Tensor | None,
     *,
     config: Config,
 ) -> list[Launch]:
-    """q_out [T, H, D]; k_out and v_out are caches, or, without slot_mapping, k_out is [T, 1, Hk, D]."""
+    """q_out is [T, H, D]."""
+    k_out, v_out, k_scale, v_scale = cache
     arguments: dict[str, Argument] = {"q_out": q_out, "k_scale": k_scale, "v_scale": v_scale}
     arguments["slots"] = None if slot_mapping is None else slot_mapping.contiguous()
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -303,7 +289,7 @@ def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any
     blocks = triton.cdiv(tokens, 16) + 1
     caches = torch.zeros(2, blocks, 16, kv_heads, dim, dtype=dtype, device=device)
     slots = torch.randperm(blocks * 16, device=device)[:tokens]
-    return q, k, v, cos, sin, caches[0], caches[1], slots, None, None, torch.empty_like(q).contiguous()
+    return q, k, v, cos, sin, KVCache(caches[0], caches[1]), slots, torch.empty_like(q).contiguous()
 
 
 def _cost(shape: Shape, dtype: torch.dtype) -> Cost:

@@ -15,25 +15,21 @@ from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.split_k import arrivals, partial_sums
 from fastserve_kernels.gpu.tuning import config_for
 
-LinearInputs = tuple[Tensor | int | None, ...]
-"""(x, the weight's arguments, bias, residual, out): what `plan` of a linear takes."""
+Arguments = tuple[Tensor | int | None, ...]
+"""A weight's arguments, as `Prepared` has them."""
+Added = tuple[Tensor | None, Tensor | None]
+"""bias [N] and residual [M, N], which a product is added to; None for what there is not."""
+LinearInputs = tuple[Tensor, Arguments, Added, Tensor]
+"""x, the weight's arguments, bias and residual, out: what `plan` of a linear takes."""
 
 
-def call_linear(
-    operator: Operator,
-    shape: Shape,
-    x: Tensor,
-    weight: tuple[Tensor | int, ...],
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """x [M, K] times the weight transposed, plus bias [N] and residual [M, N]: [M, N] of x's dtype."""
+def call_linear(operator: Operator, shape: Shape, x: Tensor, weight: Arguments, added: Added) -> Tensor:
+    """x [M, K] times the weight transposed, plus what is added: [M, N] of x's dtype."""
     out = x.new_empty(shape["m"], shape["n"])
     if out.numel():
         config = config_for(operator, shape, x.device)
-        bias = None if bias is None else bias.contiguous()
-        residual = None if residual is None else residual.contiguous()
-        launch_all(operator.plan(x.contiguous(), *weight, bias, residual, out, config=config))
+        bias, residual = (None if tensor is None else tensor.contiguous() for tensor in added)
+        launch_all(operator.plan(x.contiguous(), weight, (bias, residual), out, config=config))
     return out
 
 
@@ -50,10 +46,8 @@ def rows_contiguous(
 
 def split_k_launch(
     kernel: object,
-    x: Tensor,
-    weight: Mapping[str, Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
+    pointers: Mapping[str, Tensor],
+    added: Added,
     out: Tensor,
     k: int,
     constants: Mapping[str, Any],
@@ -61,20 +55,19 @@ def split_k_launch(
 ) -> Launch:
     """The launch of a kernel on the grid (tiles of M, tiles of N, SPLITS), whose splits share the columns K.
 
-    out is [M, N] contiguous; the constants have BLOCK_M, BLOCK_N and SPLITS; `weight` are pointers by name.
+    out is [M, N] contiguous; the constants have BLOCK_M, BLOCK_N and SPLITS; `pointers` are x and the weight.
     """
-    (m, n), splits = out.shape, constants["SPLITS"]
+    (m, n), (bias, residual), splits = out.shape, added, constants["SPLITS"]
     return Launch(
         kernel,
         (-(-m // constants["BLOCK_M"]), -(-n // constants["BLOCK_N"]), splits),
         {
-            "x": x,
-            **weight,
+            **pointers,
             "bias": bias,
             "residual": residual,
             "out": out,
-            "partial": partial_sums(splits, m, n, x.device),
-            "arrivals": arrivals(x.device) if splits > 1 else None,
+            "partial": partial_sums(splits, m, n, out.device),
+            "arrivals": arrivals(out.device) if splits > 1 else None,
             "M": m,
             "N": n,
             "K": k,
@@ -104,7 +97,7 @@ def random_linear(
         m, n, k = shape["m"], shape["n"], shape["k"]
         weight = prepare(pack(torch.randn(n, k, dtype=dtype, device=device), shape), device, dtype)
         x = torch.randn(m, k, dtype=dtype, device=device)
-        return (x, *weight.arguments, None, None, x.new_empty(m, n))
+        return (x, weight.arguments, (None, None), x.new_empty(m, n))
 
     return inputs
 

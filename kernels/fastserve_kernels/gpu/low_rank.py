@@ -25,13 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastserve_kernels.formats import LowRank
-from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.formats.prepared import LowRankArguments, Prepared
 from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.arithmetic import multiply, rounded
 from fastserve_kernels.gpu.launch import Config, Launch
-from fastserve_kernels.gpu.linear_call import call_linear, linear_cost, random_linear, splits_for
+from fastserve_kernels.gpu.linear_call import Added, call_linear, linear_cost, random_linear, splits_for
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
-from fastserve_kernels.gpu.quantized_linear import check_device
+from fastserve_kernels.gpu.quantized_linear import check_format
 from fastserve_kernels.gpu.split_k import MAX_TILES, arrivals, store_sums
 
 _RANK_MULTIPLE = 16
@@ -130,9 +130,7 @@ def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepare
 
     Raises ValueError if it is another format, or the device cannot multiply by it.
     """
-    check_device("linear_low_rank", device)
-    if not isinstance(weight, LowRank):
-        raise ValueError(f"weight must be LowRank, not {type(weight).__name__}")
+    weight = check_format(weight, LowRank, device)
     down, up = weight.down.to(device, dtype), weight.up.to(device, dtype)
     missing = -down.shape[0] % _RANK_MULTIPLE
     down, up = torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing))
@@ -140,17 +138,9 @@ def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepare
     return Prepared(weight.operator, arguments, weight.out_features, weight.in_features)
 
 
-def plan(
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    *,
-    config: Config,
-) -> list[Launch]:
+def plan(x: Tensor, weight: LowRankArguments, added: Added, out: Tensor, *, config: Config) -> list[Launch]:
     """x [M, K] and out [M, N] contiguous, of the factors' dtype."""
+    (down, up), (bias, residual) = weight, added
     config = _FLOAT32 if x.dtype == torch.float32 else config
     m, n, rank = *out.shape, down.shape[0]
     constants = {name: size for name, size in config.constants.items() if name != "LAUNCHES"}
@@ -221,11 +211,12 @@ _FLOAT32 = _config(16, 32, 32, splits=1, launches=2, warps=4, stages=1)
 
 
 def linear_low_rank(
-    x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, residual: Tensor | None
+    x: Tensor, weight: LowRankArguments, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """torch.ops.fastserve.linear_low_rank on a GPU."""
+    """`reference.linear_low_rank` on a GPU."""
+    down, up = weight
     shape = {"m": x.shape[0], "n": up.shape[0], "k": x.shape[1], "rank": down.shape[0]}
-    return call_linear(OPERATORS[0], shape, x, (down, up), bias, residual)
+    return call_linear(OPERATORS[0], shape, x, weight, (bias, residual))
 
 
 def _random(weight: Tensor, shape: Shape) -> LowRank:
@@ -234,7 +225,8 @@ def _random(weight: Tensor, shape: Shape) -> LowRank:
     return LowRank(factors[:, :k], factors[:, k:].t())
 
 
-def _reference(x: Tensor, down: Tensor, up: Tensor, *_: Tensor | None) -> Tensor:
+def _reference(x: Tensor, weight: LowRankArguments, *__: object) -> Tensor:
+    down, up = weight
     return x.float() @ down.float().t() @ up.float().t()
 
 

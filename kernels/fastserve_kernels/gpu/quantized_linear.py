@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -14,7 +14,7 @@ from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.formats.weight import Weight
 from fastserve_kernels.gpu.fragments import block_columns, blocks_of, half_width, pack_groups
 from fastserve_kernels.gpu.launch import Config, Launch, launch_all
-from fastserve_kernels.gpu.linear_call import rows_contiguous
+from fastserve_kernels.gpu.linear_call import Added, Arguments, LinearInputs, rows_contiguous
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.pair_assembly import power_of_mantissa
 from fastserve_kernels.gpu.quantized_configs import candidates
@@ -23,8 +23,7 @@ from fastserve_kernels.gpu.split_k import arrivals, partial_sums
 from fastserve_kernels.gpu.tuning import config_for
 from fastserve_kernels.gpu.unpack import bits_of
 
-Arguments = tuple[Tensor | int | None, ...]
-"""A weight's arguments: what its operator takes between x and bias."""
+AnyWeight = TypeVar("AnyWeight", bound=Weight)
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 WORDS_OF = {2: torch.int32, 4: torch.int64}
 """A word of two scales, by the bytes of one."""
@@ -42,6 +41,14 @@ def check_device(operator: str, device: torch.device) -> None:
             f"{operator} needs a GPU of compute capability 8.0 or higher; "
             f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
         )
+
+
+def check_format(weight: Weight, kind: type[AnyWeight], device: torch.device) -> AnyWeight:
+    """The weight. Raises ValueError if it is another format, or the device cannot multiply by it."""
+    if not isinstance(weight, kind):
+        raise ValueError(f"weight must be {kind.__name__}, not {type(weight).__name__}")
+    check_device(weight.operator, device)
+    return weight
 
 
 def pack_scales(scales: Tensor, group_size: int, bits: int, dtype: torch.dtype) -> Tensor:
@@ -104,12 +111,9 @@ class QuantizedLinear:
         arguments = self._pack(weight.to(device), dtype)
         return Prepared(weight.operator, arguments, weight.out_features, weight.in_features)
 
-    def __call__(self, x: Tensor, codes: Tensor, scales: Tensor, *arguments: Any) -> Tensor:
-        """x [T, K] times the weight transposed, plus bias [N] and residual [T, N]: [T, N] of x's dtype.
-
-        `arguments` are the other ones of the weight, then bias and residual.
-        """
-        *tables, out_features, group_size, bias, residual = arguments
+    def __call__(self, x: Tensor, weight: Any, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """x [T, K] times the weight transposed, plus bias [N] and residual [T, N]: [T, N] of x's dtype."""
+        _, _, *tables, out_features, group_size = weight
         shape = {"n": out_features, "k": x.shape[1], "group_size": group_size}
         if "zeros" in self._tables:
             shape["zeros"] = 0 if tables[0] is None else tables[0].shape[0]
@@ -118,16 +122,15 @@ class QuantizedLinear:
             return y
         x, bias, residual = rows_contiguous(x, bias, residual)
         config = config_for(self.entry, {"m": triton.next_power_of_2(x.shape[0]), **shape}, x.device)
-        weight = (codes, scales, *tables, out_features, group_size)
-        launch_all(self.plan(x, *weight, bias, residual, y, config=config))
+        launch_all(self.plan(x, weight, (bias, residual), y, config=config))
         return y
 
-    def plan(self, x: Tensor, codes: Tensor, scales: Tensor, *arguments: Any, config: Config) -> list[Launch]:
-        """The launch for x [T, K] whose rows are contiguous; `arguments` end with bias, residual, y [T, N].
+    def plan(self, x: Tensor, weight: Any, added: Added, y: Tensor, *, config: Config) -> list[Launch]:
+        """The launch for x [T, K] whose rows are contiguous, into y [T, N].
 
         Raises ValueError if x has more or fewer columns than the weight has blocks for.
         """
-        *tables, out_features, _, bias, residual, y = arguments
+        (codes, scales, *tables, out_features, _), (bias, residual) = weight, added
         named = dict(zip(self._tables, tables, strict=True))
         zeros = named.get("zeros")
         config = FLOAT32 if x.dtype == torch.float32 else config
@@ -181,10 +184,10 @@ class QuantizedLinear:
             )
         ]
 
-    def _inputs(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    def _inputs(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> LinearInputs:
         arguments = self._pack(self._random_weight(shape, device), dtype)
         x = torch.randn(shape["m"], shape["k"], device=device).to(dtype)
-        return (x, *arguments, None, None, x.new_empty(shape["m"], shape["n"]))
+        return (x, arguments, (None, None), x.new_empty(shape["m"], shape["n"]))
 
     def _cost(self, shape: Shape, dtype: torch.dtype) -> Cost:
         m, n, k, group_size = shape["m"], shape["n"], shape["k"], shape["group_size"]

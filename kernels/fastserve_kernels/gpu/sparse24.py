@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.formats.prepared import Prepared, Sparse24Arguments, Sparse24Int4Arguments
 from fastserve_kernels.formats.sparse import Sparse24, Sparse24Int4
 from fastserve_kernels.formats.weight import Weight, unpack_pairs
 from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.linear_call import (
+    Added,
     call_linear,
     linear_cost,
     random_linear,
@@ -76,52 +77,36 @@ def _patterns(indices: Tensor) -> Tensor:
 
 
 def plan_sparse24(
-    x: Tensor,
-    values: Tensor,
-    patterns: Tensor,
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    *,
-    config: Config,
+    x: Tensor, weight: Sparse24Arguments, added: Added, out: Tensor, *, config: Config
 ) -> list[Launch]:
-    """x [M, K] and out [M, N] contiguous, of the values' dtype; the rest as `prepare` made it."""
-    return _plan(sparse24, {"values": values, "patterns": patterns}, {}, x, bias, residual, out, config)
+    """x [M, K] and out [M, N] contiguous, of the values' dtype; the weight as `prepare` made it."""
+    values, patterns, _ = weight
+    return _plan(sparse24, x, {"values": values, "patterns": patterns}, {}, added, out, config)
 
 
 def plan_sparse24_int4(
-    x: Tensor,
-    codes: Tensor,
-    patterns: Tensor,
-    scales: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    *,
-    config: Config,
+    x: Tensor, weight: Sparse24Int4Arguments, added: Added, out: Tensor, *, config: Config
 ) -> list[Launch]:
-    """x [M, K] and out [M, N] contiguous; the rest as `prepare` made it."""
-    weight = {"codes": codes, "patterns": patterns, "scales": scales}
-    return _plan(sparse24_int4, weight, {"GROUP": group_size}, x, bias, residual, out, config)
+    """x [M, K] and out [M, N] contiguous; the weight as `prepare` made it."""
+    codes, patterns, scales, _, group_size = weight
+    pointers = {"codes": codes, "patterns": patterns, "scales": scales}
+    return _plan(sparse24_int4, x, pointers, {"GROUP": group_size}, added, out, config)
 
 
 def _plan(
     kernel: object,
+    x: Tensor,
     weight: dict[str, Tensor],
     constants: dict[str, int],
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    added: Added,
     out: Tensor,
     config: Config,
 ) -> list[Launch]:
     config = _FLOAT32 if x.dtype == torch.float32 else config
     k = x.shape[1]
+    pointers = {"x": words_of_fours(x), **weight}
     constants = {**constants, **config.constants, "EVEN_K": k % TILE == 0}
-    return [split_k_launch(kernel, words_of_fours(x), weight, bias, residual, out, k, constants, config)]
+    return [split_k_launch(kernel, pointers, added, out, k, constants, config)]
 
 
 _FLOAT32 = Config({"BLOCK_M": 16, "BLOCK_N": 32, "SPLITS": 1}, num_warps=4, num_stages=1)
@@ -161,44 +146,21 @@ def sparse24_int4_candidates(shape: Shape) -> list[Config]:
     return _candidates(shape, 64)
 
 
-def _call(
-    operator: Operator,
-    x: Tensor,
-    weight: tuple[Tensor | int, ...],
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    **sizes: int,
-) -> Tensor:
-    shape = {"m": x.shape[0], "n": out_features, "k": x.shape[1], **sizes}
-    return call_linear(operator, shape, x, weight, bias, residual)
-
-
 def linear_sparse24(
-    x: Tensor,
-    values: Tensor,
-    patterns: Tensor,
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, weight: Sparse24Arguments, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """torch.ops.fastserve.linear_sparse24 on a GPU."""
-    return _call(_FLOATS, x, (values, patterns, out_features), out_features, bias, residual)
+    """`reference.linear_sparse24` on a GPU."""
+    shape = {"m": x.shape[0], "n": weight[-1], "k": x.shape[1]}
+    return call_linear(_FLOATS, shape, x, weight, (bias, residual))
 
 
 def linear_sparse24_int4(
-    x: Tensor,
-    codes: Tensor,
-    patterns: Tensor,
-    scales: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    x: Tensor, weight: Sparse24Int4Arguments, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """torch.ops.fastserve.linear_sparse24_int4 on a GPU."""
-    weight = (codes, patterns, scales, out_features, group_size)
-    return _call(_INTEGERS, x, weight, out_features, bias, residual, group_size=group_size)
+    """`reference.linear_sparse24_int4` on a GPU."""
+    *_, out_features, group_size = weight
+    shape = {"m": x.shape[0], "n": out_features, "k": x.shape[1], "group_size": group_size}
+    return call_linear(_INTEGERS, shape, x, weight, (bias, residual))
 
 
 def _bits(patterns: Tensor) -> Tensor:
@@ -215,13 +177,13 @@ def _product(x: Tensor, kept: Tensor, patterns: Tensor) -> Tensor:
     return x.float() @ w.flatten(1)[:, : x.shape[1]].t()
 
 
-def _reference(x: Tensor, values: Tensor, patterns: Tensor, *_: Tensor | int | None) -> Tensor:
+def _reference(x: Tensor, weight: Sparse24Arguments, *__: object) -> Tensor:
+    values, patterns, _ = weight
     return _product(x, values.float().permute(3, 0, 1, 4, 2), patterns)
 
 
-def _integer_reference(
-    x: Tensor, codes: Tensor, patterns: Tensor, scales: Tensor, _: int, group_size: int, *__: Tensor | None
-) -> Tensor:
+def _integer_reference(x: Tensor, weight: Sparse24Int4Arguments, *__: object) -> Tensor:
+    codes, patterns, scales, _, group_size = weight
     shifts = 4 * torch.arange(CHUNKS.value, device=codes.device)
     kept = ((codes[..., None].int() >> shifts & 15) ^ 8) - 8
     per_group = scales.float().t().repeat_interleave(group_size // 4, dim=1)

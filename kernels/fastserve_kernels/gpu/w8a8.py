@@ -16,7 +16,6 @@ then the tensor cores' int8 rate, twice that of bfloat16.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -24,10 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastserve_kernels.formats import W8A8, Weight
-from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.formats.prepared import Prepared, W8A8Arguments
 from fastserve_kernels.gpu.fragments import blocks_of
 from fastserve_kernels.gpu.launch import Argument, Config, Launch, launch_all
-from fastserve_kernels.gpu.linear_call import rows_contiguous
+from fastserve_kernels.gpu.linear_call import Added, LinearInputs, rows_contiguous
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.quantized_linear import check_device
 from fastserve_kernels.gpu.split_k import MAX_TILES, arrivals, partial_sums, store_sums
@@ -110,38 +109,28 @@ def prepare(weight: Weight, device: torch.device, dtype: torch.dtype) -> Prepare
     return Prepared(weight.operator, arguments, weight.out_features, weight.in_features)
 
 
-def _pack(weight: Weight) -> tuple[Tensor | int | None, ...]:
+def _pack(weight: Weight) -> W8A8Arguments:
     assert isinstance(weight, W8A8)
     values = torch.nn.functional.pad(weight.values, (0, -weight.in_features % ALIGNMENT))
     return (values.contiguous(), weight.scales.contiguous(), weight.out_features)
 
 
-def linear_w8a8(
-    x: Tensor, values: Tensor, scales: Tensor, out_features: int, bias: Tensor | None, residual: Tensor | None
-) -> Tensor:
+def linear_w8a8(x: Tensor, weight: W8A8Arguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """`reference.linear_w8a8` on a GPU."""
+    _, _, out_features = weight
     y = x.new_empty(x.shape[0], out_features)
     if x.shape[0] == 0:
         return y
     x, bias, residual = rows_contiguous(x, bias, residual)
     shape = {"m": triton.next_power_of_2(x.shape[0]), "n": out_features, "k": x.shape[1]}
     config = config_for(W8A8_LINEAR, shape, x.device)
-    launch_all(plan(x, values, scales, out_features, bias, residual, y, config=config))
+    launch_all(plan(x, weight, (bias, residual), y, config=config))
     return y
 
 
-def plan(
-    x: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    out_features: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor,
-    *,
-    config: Config,
-) -> list[Launch]:
+def plan(x: Tensor, weight: W8A8Arguments, added: Added, y: Tensor, *, config: Config) -> list[Launch]:
     """The launches for x [T, K] whose rows are contiguous, into y [T, N]."""
+    (values, scales, out_features), (bias, residual) = weight, added
     sizes = config.constants
     tokens, in_features = x.shape
     width, splits = values.shape[1], sizes["SPLITS"]
@@ -214,11 +203,11 @@ def _tiles(tokens: int) -> Iterator[tuple[int, int, int, int, int]]:
             yield 64, 128, 128, 4, stages
 
 
-def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> LinearInputs:
     values = torch.randint(-128, 128, (shape["n"], shape["k"]), dtype=torch.int8, device=device)
     weight = W8A8(values, torch.rand(shape["n"], device=device) + 0.5)
     x = torch.randn(shape["m"], shape["k"], device=device).to(dtype)
-    return (x, *_pack(weight), None, None, x.new_empty(shape["m"], shape["n"]))
+    return (x, _pack(weight), (None, None), x.new_empty(shape["m"], shape["n"]))
 
 
 def _cost(shape: Shape, dtype: torch.dtype) -> Cost:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from fastserve_kernels import reference
 from fastserve_kernels.formats import Weight
+from fastserve_kernels.gpu.launch import Config, Launch, launch_all
+from fastserve_kernels.gpu.operator import Operator, Shape
 from fastserve_kernels.gpu.registry import IMPLEMENTATIONS, PREPARE
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+"""By the activations' dtype, how far a product may be from that in float32 (`rel_rms`)."""
+
+CheckProduct = Callable[..., None]
+CheckCandidates = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +51,45 @@ def product(device: torch.device) -> Callable[..., Tensor]:
         prepared = PREPARE[type(weight)](weight, device, x.dtype)
         linear = IMPLEMENTATIONS[getattr(reference, prepared.operator)]
         added = (None if tensor is None else tensor.to(device) for tensor in (bias, residual))
-        y: Tensor = linear(x.to(device), *prepared.arguments, *added)
+        y: Tensor = linear(x.to(device), prepared.arguments, *added)
         return y.cpu()
 
     return multiply
+
+
+@pytest.fixture
+def check_product(product: Callable[..., Tensor], rel_rms: Callable[[Tensor, Tensor], float]) -> CheckProduct:
+    """Asserts that the product by a weight on the device is that in float32, but for rounding."""
+
+    def check(weight: Weight, x: Tensor, *added: Tensor) -> None:
+        """`added`: bias and residual."""
+        came = product(weight, x, *added)
+        wanted = x.float() @ weight.dequantize().t() + sum(tensor.float() for tensor in added)
+        assert came.dtype == x.dtype
+        assert rel_rms(came, wanted) < TOLERANCE[x.dtype]
+
+    return check
+
+
+@pytest.fixture
+def check_candidates(device: torch.device, rel_rms: Callable[[Tensor, Tensor], float]) -> CheckCandidates:
+    """Asserts that tuning has at most 16 configs to try at a shape, and that each gives the right result."""
+
+    def check(
+        operator: Operator, shape: Shape, also: Callable[[Config, list[Launch]], None] | None = None
+    ) -> None:
+        """`also` asserts what else there is of a config's launches, when they have run."""
+        *inputs, out = operator.inputs(shape, torch.float16, device)
+        assert operator.reference is not None
+        wanted = operator.reference(*inputs, out)
+        configs = operator.candidates(shape)
+        assert len(configs) <= 16
+        for config in configs:
+            came = torch.full_like(out, torch.nan)
+            launches = operator.plan(*inputs, came, config=config)
+            launch_all(launches)
+            assert rel_rms(came, wanted) < TOLERANCE[torch.float16], config
+            if also is not None:
+                also(config, launches)
+
+    return check

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastserve_kernels import reference
 from fastserve_kernels.gpu import attention
 from fastserve_kernels.gpu.launch import Config
+from fastserve_kernels.kv_cache import KVCache
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -48,21 +49,10 @@ def came_of(
     softcap: float | None = None,
     scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    meta = batch.meta
-    k_scale, v_scale = (None if scale is None else scale.to(device) for scale in scales)
-    return attention.paged_attention(
-        batch.q.to(device),
-        batch.k_cache.to(device),
-        batch.v_cache.to(device),
-        meta.query_start.to(device),
-        meta.context_lens.to(device),
-        meta.block_tables.to(device),
-        SCALE,
-        window,
-        softcap,
-        k_scale,
-        v_scale,
-    ).cpu()
+    on_device = (scale if scale is None else scale.to(device) for scale in scales)
+    cache = KVCache(batch.k_cache.to(device), batch.v_cache.to(device), *on_device)
+    layout = tuple(tensor.to(device) for tensor in batch.layout)
+    return attention.paged_attention(batch.q.to(device), cache, layout, SCALE, window, softcap).cpu()
 
 
 def wanted_of(
@@ -71,18 +61,8 @@ def wanted_of(
     softcap: float | None = None,
     scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    meta = batch.meta
     return reference.paged_attention(
-        batch.q.float(),
-        batch.k_cache,
-        batch.v_cache,
-        meta.query_start,
-        meta.context_lens,
-        meta.block_tables,
-        SCALE,
-        window,
-        softcap,
-        *scales,
+        batch.q.float(), batch.cache(*scales), batch.layout, SCALE, window, softcap
     )
 
 
@@ -225,19 +205,11 @@ def test_the_grid_follows_from_shapes_alone(make_batch: Any) -> None:
     grids = []
     for context_lens in ([200, 200], [1, 17]):
         batch = make_batch([1, 1], [200, 200], dtype=torch.float16)
-        meta = replace(batch.meta, context_lens=torch.tensor(context_lens))
-        inputs = (
-            batch.q,
-            batch.k_cache,
-            batch.v_cache,
-            meta.query_start,
-            meta.context_lens,
-            meta.block_tables,
-        )
-        rest = (SCALE, None, None, None, None, torch.empty_like(batch.q))
+        batch.meta = replace(batch.meta, context_lens=torch.tensor(context_lens))
+        inputs = (batch.q, batch.cache(), batch.layout, SCALE, None, None, torch.empty_like(batch.q))
         for operator in attention.OPERATORS:
             config = operator.candidates(operator.compiled_shapes[0])[0]
-            grids.append([launch.grid for launch in operator.plan(*inputs, *rest, config=config)])
+            grids.append([launch.grid for launch in operator.plan(*inputs, config=config)])
     assert grids[:2] == grids[2:]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.kernels.gpu.conftest import TOLERANCE, CheckCandidates, CheckProduct
 from torch import Tensor
 
 from fastserve_kernels.formats.quantized import Int8
@@ -18,7 +19,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 RelRms = Callable[[Tensor, Tensor], float]
 Product = Callable[..., Tensor]
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 (OPERATOR,) = bitmap.OPERATORS
 
 
@@ -29,34 +29,26 @@ def uneven(n: int, k: int, dtype: torch.dtype) -> Bitmap:
     return Bitmap.pack(torch.randn(n, k).to(dtype), mask=kept)
 
 
-def wanted_of(weight: Bitmap, x: Tensor, *added: Tensor) -> Tensor:
-    return x.float() @ weight.dequantize().t() + sum(tensor.float() for tensor in added)
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17, 64])
-def test_equals_the_float32_product(
-    tokens: int, dtype: torch.dtype, product: Product, rel_rms: RelRms
-) -> None:
+def test_equals_the_float32_product(tokens: int, dtype: torch.dtype, check_product: CheckProduct) -> None:
     weight = uneven(19, 301, dtype)
     x, bias, residual = (torch.randn(size).to(dtype) for size in ((tokens, 301), (19,), (tokens, 19)))
-    came = product(weight, x, bias, residual)
-    assert came.dtype == dtype
-    assert rel_rms(came, wanted_of(weight, x, bias, residual)) < TOLERANCE[dtype]
+    check_product(weight, x, bias, residual)
 
 
 @pytest.mark.parametrize("columns", [1, 31, 2048, 2053, 4100])
-def test_columns_around_a_segment(columns: int, product: Product, rel_rms: RelRms) -> None:
+def test_columns_around_a_segment(columns: int, check_product: CheckProduct) -> None:
     weight, x = uneven(9, columns, torch.float16), torch.randn(1, columns).half()
-    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float16]
+    check_product(weight, x)
 
 
-def test_numbers_far_apart(product: Product, rel_rms: RelRms) -> None:
+def test_numbers_far_apart(check_product: CheckProduct) -> None:
     dense = torch.zeros(12, 200)
     for row in range(12):
         dense[row, :: row + 1] = torch.randn(-(-200 // (row + 1)))
     weight, x = Bitmap.pack(dense), torch.randn(1, 200)
-    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float32]
+    check_product(weight, x)
 
 
 def test_a_weight_of_zeros(product: Product) -> None:
@@ -65,9 +57,9 @@ def test_a_weight_of_zeros(product: Product) -> None:
         assert torch.equal(product(weight, torch.randn(tokens, 40), bias), bias.expand(tokens, 8))
 
 
-def test_x_that_is_not_contiguous(product: Product, rel_rms: RelRms) -> None:
+def test_x_that_is_not_contiguous(check_product: CheckProduct) -> None:
     weight, x = uneven(8, 64, torch.bfloat16), torch.randn(64, 3).bfloat16().t()
-    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.bfloat16]
+    check_product(weight, x)
 
 
 def test_no_tokens(product: Product) -> None:
@@ -76,17 +68,8 @@ def test_no_tokens(product: Product) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 9, 70])
-def test_every_candidate(tokens: int, device: torch.device, rel_rms: RelRms) -> None:
-    shape = {"m": tokens, "n": 20, "k": 300, "percent": 50}
-    *inputs, out = OPERATOR.inputs(shape, torch.float16, device)
-    assert OPERATOR.reference is not None
-    wanted = OPERATOR.reference(*inputs, out)
-    configs = OPERATOR.candidates(shape)
-    assert len(configs) <= 16
-    for config in configs:
-        came = torch.full_like(out, torch.nan)
-        launch_all(OPERATOR.plan(*inputs, came, config=config))
-        assert rel_rms(came, wanted) < TOLERANCE[torch.float16], config
+def test_every_candidate(tokens: int, check_candidates: CheckCandidates) -> None:
+    check_candidates(OPERATOR, {"m": tokens, "n": 20, "k": 300, "percent": 50})
 
 
 def test_segments_are_split_between_programs(device: torch.device, rel_rms: RelRms) -> None:

@@ -6,19 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.kernels.gpu.conftest import TOLERANCE, CheckCandidates, CheckProduct
 from torch import Tensor
 
 from fastserve_kernels.formats.quantized import Int8
 from fastserve_kernels.formats.sparse import BlockSparse
 from fastserve_kernels.gpu import block_sparse
-from fastserve_kernels.gpu.launch import launch_all
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-RelRms = Callable[[Tensor, Tensor], float]
 Product = Callable[..., Tensor]
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 (OPERATOR,) = block_sparse.OPERATORS
 
 
@@ -30,10 +28,6 @@ def uneven(rows: int, columns: int, block_shape: tuple[int, int], dtype: torch.d
     return BlockSparse.pack((torch.randn(mask.shape) * mask).to(dtype), block_shape)
 
 
-def wanted_of(weight: BlockSparse, x: Tensor, *added: Tensor) -> Tensor:
-    return x.float() @ weight.dequantize().t() + sum(tensor.float() for tensor in added)
-
-
 @pytest.fixture
 def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small test weights are cut into runs too."""
@@ -43,20 +37,16 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short_runs")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17, 64])
-def test_equals_the_float32_product(
-    tokens: int, dtype: torch.dtype, product: Product, rel_rms: RelRms
-) -> None:
+def test_equals_the_float32_product(tokens: int, dtype: torch.dtype, check_product: CheckProduct) -> None:
     weight = uneven(3, 5, (16, 32), dtype)
     x, bias, residual = (torch.randn(size).to(dtype) for size in ((tokens, 160), (48,), (tokens, 48)))
-    came = product(weight, x, bias, residual)
-    assert came.dtype == dtype
-    assert rel_rms(came, wanted_of(weight, x, bias, residual)) < TOLERANCE[dtype]
+    check_product(weight, x, bias, residual)
 
 
 @pytest.mark.parametrize("block_shape", [(16, 16), (16, 128), (32, 64), (64, 16), (128, 128)])
-def test_block_shapes(block_shape: tuple[int, int], product: Product, rel_rms: RelRms) -> None:
+def test_block_shapes(block_shape: tuple[int, int], check_product: CheckProduct) -> None:
     weight, x = uneven(3, 5, block_shape, torch.float16), torch.randn(3, 5 * block_shape[1]).half()
-    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float16]
+    check_product(weight, x)
 
 
 def test_a_weight_of_no_block(product: Product) -> None:
@@ -65,9 +55,9 @@ def test_a_weight_of_no_block(product: Product) -> None:
     assert torch.equal(product(weight, torch.randn(2, 32), bias), bias.expand(2, 32))
 
 
-def test_x_that_is_not_contiguous(product: Product, rel_rms: RelRms) -> None:
+def test_x_that_is_not_contiguous(check_product: CheckProduct) -> None:
     weight, x = uneven(2, 4, (16, 16), torch.bfloat16), torch.randn(64, 3).bfloat16().t()
-    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.bfloat16]
+    check_product(weight, x)
 
 
 def test_no_tokens(product: Product) -> None:
@@ -78,17 +68,9 @@ def test_no_tokens(product: Product) -> None:
 @pytest.mark.usefixtures("short_runs")
 @pytest.mark.parametrize("tokens", [1, 9, 40, 70])
 @pytest.mark.parametrize("block_n", [16, 64])
-def test_every_candidate(block_n: int, tokens: int, device: torch.device, rel_rms: RelRms) -> None:
+def test_every_candidate(block_n: int, tokens: int, check_candidates: CheckCandidates) -> None:
     shape = {"m": tokens, "n": 2 * block_n, "k": 192, "block_n": block_n, "block_k": 16, "percent": 50}
-    *inputs, out = OPERATOR.inputs(shape, torch.float16, device)
-    assert OPERATOR.reference is not None
-    wanted = OPERATOR.reference(*inputs, out)
-    configs = OPERATOR.candidates(shape)
-    assert len(configs) <= 16
-    for config in configs:
-        came = torch.full_like(out, torch.nan)
-        launch_all(OPERATOR.plan(*inputs, came, config=config))
-        assert rel_rms(came, wanted) < TOLERANCE[torch.float16], config
+    check_candidates(OPERATOR, shape)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 100])

@@ -102,7 +102,7 @@ def planned(weight: Int4, x: Tensor, config: Config, device: torch.device) -> Te
     """By a config, into an output full of NaN."""
     prepared = linear_int4.prepare(weight, device, x.dtype)
     y = torch.full((x.shape[0], weight.out_features), float("nan"), dtype=x.dtype, device=device)
-    for launch in linear_int4.entry.plan(x.to(device), *prepared.arguments, None, None, y, config=config):
+    for launch in linear_int4.entry.plan(x.to(device), prepared.arguments, (None, None), y, config=config):
         launch.run()
     return y.cpu()
 

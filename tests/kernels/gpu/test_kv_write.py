@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastserve_kernels import reference
 from fastserve_kernels.gpu import kv_write
+from fastserve_kernels.kv_cache import KVCache
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -31,6 +32,10 @@ class Step:
     def caches(self, stored: torch.dtype) -> tuple[Tensor, Tensor]:
         """A cache in blocks of 4, full of ones."""
         return torch.ones(6, 4, 3, 64).to(stored), torch.ones(6, 4, 3, self.v.shape[2]).to(stored)
+
+    def reference(self, cache: KVCache) -> Tensor:
+        """The rotated queries; the keys and values are in the cache then."""
+        return reference.rotary_write_kv(self.q, self.k, self.v, self.cos, self.sin, cache, self.slot_mapping)
 
     def moved(self, device: torch.device) -> dict[str, Tensor]:
         return {name: tensor.to(device) for name, tensor in vars(self).items()}
@@ -51,11 +56,10 @@ def write(
     step: Step, caches: tuple[Tensor, Tensor], scales: Any, device: torch.device
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(rotated queries, caches) of the kernel; in memory other layers lie between the caches' blocks."""
-    k_cache, v_cache = (torch.stack((cache, cache), 1).to(device)[:, 1] for cache in caches)
-    k_scale, v_scale = (scale if scale is None else scale.to(device) for scale in scales)
-    given = {**step.moved(device), "k_cache": k_cache, "v_cache": v_cache}
-    q = kv_write.rotary_write_kv(**given, k_scale=k_scale, v_scale=v_scale)
-    return q.cpu(), (k_cache, v_cache)
+    keys, values = (torch.stack((cache, cache), 1).to(device)[:, 1] for cache in caches)
+    cache = KVCache(keys, values, *(scale if scale is None else scale.to(device) for scale in scales))
+    q = kv_write.rotary_write_kv(**step.moved(device), cache=cache)
+    return q.cpu(), (keys, values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,9 +86,7 @@ def test_rotary_write_kv(
         scales = torch.tensor([0.001, 0.02, 1.0]), torch.tensor([20.0, 0.02, 1.0])
     q, came = write(step, step.caches(stored or dtype), scales, device)
     wanted = step.caches(stored or dtype)
-    wanted_q = reference.rotary_write_kv(
-        step.q, step.k, step.v, step.cos, step.sin, *wanted, step.slot_mapping, *scales
-    )
+    wanted_q = step.reference(KVCache(*wanted, *scales))
     assert equal(q, wanted_q)
     assert equal_caches(came, wanted)
 
@@ -95,12 +97,12 @@ def test_write_kv_keeps_the_cache_finite(stored: torch.dtype, device: torch.devi
     for tensor in (step.k, step.v):
         tensor[1, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     scales = (None, None) if stored == torch.bfloat16 else (torch.rand(3) * 0.1, torch.rand(3) * 0.1)
-    k_cache, v_cache = came = tuple(cache.to(device) for cache in step.caches(stored))
-    k_scale, v_scale = (scale if scale is None else scale.to(device) for scale in scales)
+    came = tuple(cache.to(device) for cache in step.caches(stored))
+    cache = KVCache(*came, *(scale if scale is None else scale.to(device) for scale in scales))
     k, v, slots = step.k.to(device), step.v.to(device), step.slot_mapping.to(device)
-    kv_write.write_kv(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+    kv_write.write_kv(k, v, cache, slots)
     wanted = step.caches(stored)
-    reference.write_kv(step.k, step.v, *wanted, step.slot_mapping, *scales)
+    reference.write_kv(step.k, step.v, KVCache(*wanted, *scales), step.slot_mapping)
     assert equal_caches(came, wanted)
     assert all(cache.float().isfinite().all() for cache in came)
 
@@ -115,17 +117,15 @@ def test_rounding_to_eight_bits(device: torch.device) -> None:
         wanted_k, wanted_v = torch.zeros(2, 1, 1, 1, len(numbers)).to(stored)
         k_cache, v_cache = wanted_k.clone().to(device), wanted_v.clone().to(device)
         moved, one = x.to(device), scale.to(device)
-        kv_write.write_kv(moved, moved, k_cache, v_cache, slots.to(device), one, one)
-        reference.write_kv(x, x, wanted_k, wanted_v, slots, scale, scale)
+        kv_write.write_kv(moved, moved, KVCache(k_cache, v_cache, one, one), slots.to(device))
+        reference.write_kv(x, x, KVCache(wanted_k, wanted_v, scale, scale), slots)
         assert equal_caches((k_cache, v_cache), (wanted_k, wanted_v))
 
 
 def test_every_config(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step(3, torch.bfloat16)
     wanted = step.caches(torch.bfloat16)
-    wanted_q = reference.rotary_write_kv(
-        step.q, step.k, step.v, step.cos, step.sin, *wanted, step.slot_mapping, None, None
-    )
+    wanted_q = step.reference(KVCache(*wanted))
     for config in kv_write.candidates({}):
         monkeypatch.setattr(kv_write, "config_for", lambda *_, config=config: config)
         q, came = write(step, step.caches(torch.bfloat16), (None, None), device)

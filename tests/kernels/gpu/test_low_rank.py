@@ -6,20 +6,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.kernels.gpu.conftest import TOLERANCE, CheckCandidates, CheckProduct
 from torch import Tensor
 
 from fastserve_kernels.formats import LowRank
 from fastserve_kernels.formats.quantized import Int8
 from fastserve_kernels.gpu import low_rank
-from fastserve_kernels.gpu.launch import launch_all
+from fastserve_kernels.gpu.launch import Config, Launch
 from fastserve_kernels.gpu.split_k import arrivals
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-RelRms = Callable[[Tensor, Tensor], float]
 Product = Callable[..., Tensor]
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 (OPERATOR,) = low_rank.OPERATORS
 
 
@@ -27,31 +26,23 @@ def factors(n: int, k: int, rank: int, dtype: torch.dtype) -> LowRank:
     return LowRank(torch.randn(rank, k).to(dtype), torch.randn(n, rank).to(dtype))
 
 
-def wanted_of(weight: LowRank, x: Tensor, *added: Tensor) -> Tensor:
-    return x.float() @ weight.dequantize().t() + sum(tensor.float() for tensor in added)
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17, 64])
-def test_equals_the_float32_product(
-    tokens: int, dtype: torch.dtype, product: Product, rel_rms: RelRms
-) -> None:
+def test_equals_the_float32_product(tokens: int, dtype: torch.dtype, check_product: CheckProduct) -> None:
     weight = factors(77, 301, 35, dtype)
     x, bias, residual = (torch.randn(size).to(dtype) for size in ((tokens, 301), (77,), (tokens, 77)))
-    came = product(weight, x, bias, residual)
-    assert came.dtype == dtype
-    assert rel_rms(came, wanted_of(weight, x, bias, residual)) < TOLERANCE[dtype]
+    check_product(weight, x, bias, residual)
 
 
 @pytest.mark.parametrize("rank", [1, 16, 130])
-def test_ranks(rank: int, product: Product, rel_rms: RelRms) -> None:
+def test_ranks(rank: int, check_product: CheckProduct) -> None:
     weight, x = factors(33, 64, rank, torch.float16), torch.randn(3, 64).half()
-    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float16]
+    check_product(weight, x)
 
 
-def test_x_that_is_not_contiguous(product: Product, rel_rms: RelRms) -> None:
+def test_x_that_is_not_contiguous(check_product: CheckProduct) -> None:
     weight, x = factors(16, 64, 16, torch.bfloat16), torch.randn(64, 3).bfloat16().t()
-    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.bfloat16]
+    check_product(weight, x)
 
 
 def test_no_tokens(product: Product) -> None:
@@ -59,20 +50,12 @@ def test_no_tokens(product: Product) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 70])
-def test_every_candidate(tokens: int, device: torch.device, rel_rms: RelRms) -> None:
-    shape = {"m": tokens, "n": 70, "k": 300, "rank": 80}
-    *inputs, out = OPERATOR.inputs(shape, torch.float16, device)
-    assert OPERATOR.reference is not None
-    wanted = OPERATOR.reference(*inputs, out)
-    configs = OPERATOR.candidates(shape)
-    assert len(configs) <= 16
-    for config in configs:
-        came = torch.full_like(out, torch.nan)
-        launches = OPERATOR.plan(*inputs, came, config=config)
+def test_every_candidate(tokens: int, device: torch.device, check_candidates: CheckCandidates) -> None:
+    def leaves_no_arrivals(config: Config, launches: list[Launch]) -> None:
         assert len(launches) == config.constants["LAUNCHES"]
-        launch_all(launches)
-        assert rel_rms(came, wanted) < TOLERANCE[torch.float16], config
         assert not arrivals(device).any()
+
+    check_candidates(OPERATOR, {"m": tokens, "n": 70, "k": 300, "rank": 80}, leaves_no_arrivals)
 
 
 def test_one_launch_for_few_tokens_and_two_for_many() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests.kernels.gpu.conftest import TOLERANCE, CheckProduct
 from torch import Tensor
 
 from fastserve_kernels.formats.quantized import Int8
@@ -24,7 +25,6 @@ RelRms = Callable[[Tensor, Tensor], float]
 Product = Callable[..., Tensor]
 Words = NDArray[np.uint32]
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 TOKENS = (1, 2, 3, 16, 17, 64)
 FLOATS, INTEGERS = sparse24.OPERATORS
 
@@ -37,57 +37,50 @@ def integers(n: int, k: int, dtype: torch.dtype, group_size: int = 64) -> Sparse
     return Sparse24Int4.pack(torch.randn(n, k).to(dtype), group_size)
 
 
-def wanted_of(weight: Weight, x: Tensor, *added: Tensor) -> Tensor:
-    return x.float() @ weight.dequantize().t() + sum(tensor.float() for tensor in added)
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("make", [floats, integers])
 def test_equals_the_float32_product(
-    make: Callable[..., Weight], tokens: int, dtype: torch.dtype, product: Product, rel_rms: RelRms
+    make: Callable[..., Weight], tokens: int, dtype: torch.dtype, check_product: CheckProduct
 ) -> None:
     weight = make(37, 320, dtype)
     x, bias, residual = (torch.randn(size).to(dtype) for size in ((tokens, 320), (37,), (tokens, 37)))
-    came = product(weight, x, bias, residual)
-    assert came.dtype == dtype
-    assert rel_rms(came, wanted_of(weight, x, bias, residual)) < TOLERANCE[dtype]
+    check_product(weight, x, bias, residual)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_scale_groups(group_size: int, dtype: torch.dtype, product: Product, rel_rms: RelRms) -> None:
+def test_scale_groups(group_size: int, dtype: torch.dtype, check_product: CheckProduct) -> None:
     columns = torch.arange(384) // group_size  # a wrong group's scale would show
     weight = Sparse24Int4.pack((torch.randn(16, 384) * 2.0**columns).to(dtype), group_size)
     x = (torch.randn(3, 384) * 2.0**-columns).to(dtype)
-    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[dtype]
+    check_product(weight, x)
 
 
 @pytest.mark.parametrize("columns", [8, 24, 256, 264, 776])
-def test_columns_that_fill_no_tile(columns: int, product: Product, rel_rms: RelRms) -> None:
+def test_columns_that_fill_no_tile(columns: int, check_product: CheckProduct) -> None:
     weight, x = floats(19, columns, torch.float16), torch.randn(2, columns).half()
-    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float16]
+    check_product(weight, x)
 
 
-def test_every_pattern_in_every_place(product: Product, rel_rms: RelRms) -> None:
+def test_every_pattern_in_every_place(check_product: CheckProduct) -> None:
     pairs = torch.tensor(list(itertools.combinations(range(4), 2)))
     kept = pairs[torch.arange(6 * 64).view(6, 64).add(torch.arange(6)[:, None]) % 6]
     dense = torch.zeros(6, 64, 4).scatter_(2, kept, torch.randn(6, 64, 2)).flatten(1).half()
     weight, x = Sparse24.pack(dense), torch.randn(3, 256).half()
     assert torch.equal(weight.dequantize(), dense.float())
-    assert rel_rms(product(weight, x), wanted_of(weight, x)) < TOLERANCE[torch.float16]
+    check_product(weight, x)
 
 
 @pytest.mark.parametrize("make", [floats, integers])
 def test_x_that_is_not_contiguous_or_not_aligned(
-    make: Callable[..., Weight], product: Product, rel_rms: RelRms, device: torch.device
+    make: Callable[..., Weight], check_product: CheckProduct, device: torch.device
 ) -> None:
     weight = make(16, 256, torch.bfloat16)
     wide = torch.randn(3, 512).bfloat16()
-    wanted = wanted_of(weight, wide[:, ::2])
-    assert rel_rms(product(weight, wide[:, ::2]), wanted) < TOLERANCE[torch.bfloat16]
+    check_product(weight, wide[:, ::2])
     odd = torch.cat((torch.zeros(1), wide[:, ::2].flatten())).bfloat16().to(device)[1:].view(3, 256)
-    assert rel_rms(product(weight, odd), wanted) < TOLERANCE[torch.bfloat16]
+    check_product(weight, odd)
 
 
 def test_no_tokens(product: Product) -> None:

@@ -22,7 +22,7 @@ BARS = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 def expected(weight: W8A8, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     added = (None if t is None else t.float() for t in (bias, residual))
-    return reference.linear_w8a8(x.float(), weight.values, weight.scales, weight.out_features, *added)
+    return reference.linear_w8a8(x.float(), (weight.values, weight.scales, weight.out_features), *added)
 
 
 @pytest.mark.parametrize("dtype", BARS)
@@ -75,7 +75,7 @@ def test_no_tokens(product: Product) -> None:
 def planned(x: Tensor, prepared: Prepared, config: Config) -> Tensor:
     """By a config, into an output full of NaN."""
     y = torch.full((x.shape[0], prepared.out_features), float("nan"), dtype=x.dtype, device=x.device)
-    for launch in w8a8.W8A8_LINEAR.plan(x, *prepared.arguments, None, None, y, config=config):
+    for launch in w8a8.W8A8_LINEAR.plan(x, prepared.arguments, (None, None), y, config=config):
         launch.run()
     return y.cpu()
 
