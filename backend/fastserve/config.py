@@ -71,12 +71,20 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     policy: Annotated[
         str,
         Meta(
-            description="who runs first: priority_age, fcfs, or FILE.py:NAME, a class or function of one's "
-            "own that makes a policy of these settings"
+            description="who runs first: priority_age, fcfs, mlfq, hrrn, fair, or FILE.py:NAME, a class or "
+            "function of one's own that makes a policy of these settings"
         ),
     ] = "priority_age"
     alpha: Annotated[float, Meta(ge=0.0, description="score of one step of priority")] = 10.0
     beta: Annotated[float, Meta(gt=0.0, description="score of one second of waiting")] = 1.0
+    starvation_seconds: Annotated[
+        float,
+        Meta(gt=0.0, description="under mlfq and fair, a request that has waited so long goes before others"),
+    ] = 600.0
+    tenant_weights: Annotated[
+        dict[str, Annotated[float, Meta(gt=0.0)]],
+        Meta(description='under fair, shares of tenants, as JSON: {"paying": 4}; 1 for those not named'),
+    ] = {}
     max_queue_size: Annotated[
         int, Meta(ge=1, description="requests that may wait; more are refused with UNAVAILABLE")
     ] = 1024

@@ -113,25 +113,115 @@ class Queued(Struct, frozen=True, tag=True):
     uid: str
 
 
-class EngineCapacity(Struct, frozen=True):
-    """From `engine` to `scheduler`: absolute numbers, so that a lost or late message does no harm."""
+class RequestView(Struct, array_like=True):
+    """What a policy sees of one sequence of a request, small enough to be sent about.
+
+    Whoever holds the sequence keeps `waiting_since` and the numbers of tokens; a policy writes `state` alone.
+    """
+
+    uid: str
+    index: int
+    """Which of the request's `n` sequences."""
+    priority: int
+    arrival: float
+    tenant: str
+    num_prompt_tokens: int
+    expected_output_tokens: int
+    """The client's hint, or `max_tokens`: an upper bound, not a forecast."""
+    waiting_since: float | None
+    """Since when it has waited without a place in the batch; None while it has one."""
+    num_tokens: int
+    """Prompt and generated tokens."""
+    num_served_tokens: int = 0
+    """Tokens that were computed for it or that the prefix cache had, each counted once."""
+    state: tuple[float, ...] = ()
+    """The policy's own."""
+
+
+def view_of(request: Request, index: int = 0) -> RequestView:
+    """The view of a request that has just come."""
+    num_prompt_tokens = len(request.prompt_token_ids)
+    return RequestView(
+        uid=request.uid,
+        index=index,
+        priority=request.priority,
+        arrival=request.arrival,
+        tenant=request.tenant,
+        num_prompt_tokens=num_prompt_tokens,
+        expected_output_tokens=request.sampling.max_tokens,
+        waiting_since=request.arrival,
+        num_tokens=num_prompt_tokens,
+    )
+
+
+class ReplicaCapacity(Struct, frozen=True):
+    """What one worker could take."""
 
     incarnation: str
     """The worker's; numbers of different incarnations are not compared."""
+    received: int
+    """Releases to this replica, since the server started, that the numbers below account for."""
+    arrived: int
+    """Releases to it that have come at all: a long step leaves `received` behind."""
+    free_slots: int
+    """Sequences that could still be added to the batch."""
+    free_blocks: int
+    """KV blocks that could still be used."""
+    free_tokens: int
+    """What is left of the next step's token budget."""
+    num_running: int
+    num_blocks: int = 0
+    """KV blocks in all."""
+    running_ranks: list[tuple[float, ...]] = []
+    """Of the running sequences that would be preempted first, in that order."""
+
+
+class Preempted(Struct, frozen=True):
+    """A sequence that waits for a place again. Its tokens stay with the engine."""
+
+    number: int
+    """Grows by one with each, so that one that is told twice is queued once."""
+    replica: int
+    """Where it ran last."""
+    view: RequestView
+
+
+class EngineCapacity(Struct, frozen=True):
+    """From `engine` to `scheduler`: absolute numbers, so that a lost or late message does no harm."""
+
     serial: int
     """Grows; an older message than the last one seen is dropped."""
-    received: int
-    """Requests that have reached the engine since the server started and that `free_slots` accounts for."""
-    arrived: int
-    """Requests that have reached the engine at all: a long step leaves `received` behind."""
-    free_slots: int
-    """Sequences that could still be added to the batch; below zero when some wait in the worker."""
-    lowest_key: float | None
-    """The policy key of the lowest sequence in the batch: one above it may preempt it."""
     time: float
     """When the engine sent it; 0: it has sent nothing yet."""
+    replicas: list[ReplicaCapacity]
+    preempted: list[Preempted] = []
+    """Those that the scheduler has not acknowledged yet."""
+    ended: list[tuple[str, int]] = []
+    """Sequences (uid, index) that were preempted and have ended meanwhile, not acknowledged yet."""
+    num_resumed: int = 0
+    """`Resume` messages that have come, of all that were sent."""
+    tenant_tokens: dict[str, tuple[int, int]] = {}
+    """Prompt and output tokens computed for each tenant since the server started; where that has changed."""
+    block_size: int = 0
+    """Tokens in a KV block; 0: not known yet."""
     max_model_len: int | None = None
     """Tokens of prompt and answer that the model and its KV cache can hold; None: not known yet."""
+
+
+class Resume(Struct, frozen=True):
+    """From `scheduler` to `engine`: a preempted sequence may run again."""
+
+    uid: str
+    index: int
+    replica: int
+
+
+class ResumeList(Struct, frozen=True):
+    """The answer to an `EngineCapacity`: what was resumed and is not known to have come."""
+
+    first: int
+    """The number of the first, of all that were ever sent."""
+    resumes: list[Resume]
 
 
 class Outcome(str, Enum):

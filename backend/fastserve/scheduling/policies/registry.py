@@ -1,6 +1,6 @@
-"""Who runs first. A policy is one short class that gives each request a key, once.
+"""The policies by name. One of one's own needs no change here: `--policy FILE.py:NAME` loads it.
 
-A policy of one's own needs no change here: `--policy FILE.py:NAME` loads it (`examples/custom_policy.py`).
+`examples/custom_policy.py` is one.
 """
 
 from __future__ import annotations
@@ -9,60 +9,28 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from fastserve.config import Config, ConfigError
+from fastserve.scheduling.policies.fair import Fair
+from fastserve.scheduling.policies.fcfs import FCFS
+from fastserve.scheduling.policies.hrrn import HRRN
+from fastserve.scheduling.policies.mlfq import MLFQ
+from fastserve.scheduling.policies.policy import Policy
+from fastserve.scheduling.policies.priority_age import PriorityAge
+from fastserve.types import RequestView
 
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -(2**31), 2**31 - 1
 """A request's priority is an INT32."""
 
-
-class Policy(Protocol):
-    """Orders requests."""
-
-    def key(self, priority: int, arrival: float) -> float:
-        """The request with the highest key runs first; it is finite for every priority.
-
-        `priority`: higher is more urgent; `arrival`: monotonic seconds. The key does not change with time,
-        so a heap that is ordered by it never needs to be sorted again.
-        """
-
-
-@dataclass(frozen=True)
-class PriorityAge:
-    """Score s_i = alpha * p_i + beta * w_i, of priority p_i and of w_i = now - arrival_i seconds waited.
-
-    With one `beta` for all, s_i - s_j = alpha * (p_i - p_j) - beta * (arrival_i - arrival_j): the clock drops
-    out, and alpha * p_i - beta * arrival_i orders requests exactly as s_i does, at any moment.
-
-    Overtaking bound: a request is overtaken by one that came t seconds later and is d steps more urgent only
-    if alpha * d > beta * t, that is, only by those that came within alpha * d / beta seconds of it. So no
-    request starves. `beta` is above 0.
-    """
-
-    alpha: float
-    beta: float
-
-    def key(self, priority: int, arrival: float) -> float:
-        """alpha * priority - beta * arrival."""
-        return self.alpha * priority - self.beta * arrival
-
-
-@dataclass(frozen=True)
-class FCFS:
-    """First come, first served."""
-
-    def key(self, priority: int, arrival: float) -> float:
-        """The earlier the arrival, the higher."""
-        return -arrival
-
-
 POLICIES: dict[str, Callable[[Config], Policy]] = {
     "priority_age": lambda config: PriorityAge(config.alpha, config.beta),
     "fcfs": lambda config: FCFS(),
+    "mlfq": lambda config: MLFQ(starvation_seconds=config.starvation_seconds),
+    "hrrn": lambda config: HRRN(),
+    "fair": lambda config: Fair(config.tenant_weights, config.starvation_seconds),
 }
 """The policies that have a name of their own: what makes each from the settings."""
 
@@ -70,20 +38,24 @@ POLICIES: dict[str, Callable[[Config], Policy]] = {
 def make_policy(config: Config) -> Policy:
     """The policy that `config.policy` names: one of `POLICIES`, or what NAME of `FILE.py:NAME` makes of them.
 
-    Raises ConfigError if there is no such policy, or if it has no finite key for some priority: the queues
+    Raises ConfigError if there is no such policy, or if it has no finite rank for some priority: the queues
     could not order by it.
     """
     policy = _factory(config.policy)(config)
     for priority in (LOWEST_PRIORITY, 0, HIGHEST_PRIORITY):
+        view = RequestView("", 0, priority, 0.0, "", 1, 1, waiting_since=0.0, num_tokens=1)
         try:
-            key = policy.key(priority, 0.0)
-            reason = "" if math.isfinite(key) else f"it is {key}"
-        except (AttributeError, TypeError, ArithmeticError) as error:
-            reason = str(error)
+            policy.on_enqueue(view, 0.0)
+            rank = policy.rank(view, 0.0)
+            is_rank = isinstance(rank, tuple) and all(map(math.isfinite, rank))
+            reason = "" if is_rank else f"it is {rank!r}"
+            policy.on_abandon(view)
+        except (AttributeError, TypeError, ArithmeticError, NotImplementedError) as error:
+            reason = repr(error)
         if reason:
             raise ConfigError(
-                f"policy: got {config.policy!r}, whose {type(policy).__name__} gives no finite number as "
-                f"`key({priority}, 0.0)`: {reason}"
+                f"policy: got {config.policy!r}, whose {type(policy).__name__} gives no tuple of finite "
+                f"numbers as the rank of a request of priority {priority}: {reason}"
             )
     return policy
 
