@@ -34,7 +34,7 @@ class _InFlight:
 
 
 class Replica:
-    """What has been released takes room until the replica's numbers account for it, however long a step takes.
+    """What has been released takes room until the replica's numbers account for it, however long that takes.
 
     It is given up only when the engine says, long after the release, that it has not come.
     """

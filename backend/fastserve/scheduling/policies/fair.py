@@ -18,14 +18,14 @@ MAX_IDLE_TENANTS = 1024
 class Fair(Policy):
     """VTC (Sheng et al., arXiv 2401.00588), within classes of equal priority.
 
-    A tenant's counter holds the tokens that it was served, weighted by their cost and divided by the tenant's
-    weight. The request of the tenant with the lowest counter goes first, a tenant's own by arrival. The prompt
-    is charged when the request is admitted, the answer as it is computed. A tenant who comes back is lifted
-    to the lowest counter of those that wait, so that idleness saves up nothing. Nothing is preempted for a
-    slot but by a higher class.
+    A tenant's counter holds the tokens that it was served, weighted by their cost and divided by the
+    tenant's weight. The request of the tenant with the lowest counter goes first, a tenant's own by arrival.
+    The prompt is charged when the request is admitted, the answer as it is computed. A tenant who comes back
+    is lifted to the lowest counter of those that wait, so that idleness saves up nothing. Nothing is
+    preempted for a slot but by a higher class.
 
-    Bound, of two tenants of weight 1 that both have requests waiting all the time, in any interval, with L the
-    longest prompt and M the tokens that the batch can hold: their service differs by at most
+    Bound, of two tenants of weight 1 that both have requests waiting all the time, in any interval, with L
+    the longest prompt and M the tokens that the batch can hold: their service differs by at most
     2 * max(PROMPT_TOKEN_COST * L, OUTPUT_TOKEN_COST * M).
 
     Starvation: `starvation_seconds` after its arrival a request counts as of the highest class, where the

@@ -13,7 +13,7 @@ BUCKETS_PER_DOUBLING = 16
 
 
 class HRRN(Policy):
-    """The highest (w + s) / s runs first: w seconds waited, s the service that the request is expected to take.
+    """The highest (w + s) / s runs first: w seconds waited, s the service that is expected to be needed.
 
     s is counted in tokens, of the prompt and of the answer as `max_tokens` or the client's hint has it. Short
     requests go first, and the ratio of every one that waits grows without bound, so none starves. Nothing is

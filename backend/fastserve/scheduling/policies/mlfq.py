@@ -19,8 +19,8 @@ class MLFQ(Policy):
     up it goes down a level. The lowest level runs first, in order of arrival; a running request is preempted
     by one of a lower level, never by its like. State: (level, service had at that level).
 
-    Starvation: a request that has waited `starvation_seconds` since it last ran goes before all that have not,
-    whatever their priority, and starts again at level 0.
+    Starvation: a request that has waited `starvation_seconds` since it last ran goes before all that have
+    not, whatever their priority, and starts again at level 0.
     """
 
     quantum: float = 32.0
