@@ -281,7 +281,11 @@ def test_guides_are_compiled_while_all_others_wait_elsewhere(
     replica.engine.add(helpers.make_add("a", [4, 5, 6], **GREEDY))
     preempt(replica, helpers, "a")
     waits: list[bool] = []
-    queue = replica.engine._guide_queue
-    monkeypatch.setattr(queue, "pop_compiled", lambda has_time: iter(waits.append(has_time) or ()))
+
+    def pop_compiled(has_time: bool) -> list[Any]:
+        waits.append(has_time)
+        return []
+
+    monkeypatch.setattr(replica.engine._guide_queue, "pop_compiled", pop_compiled)
     replica.step()
     assert waits == [True]
