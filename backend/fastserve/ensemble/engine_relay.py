@@ -57,7 +57,7 @@ class EngineModel:
     """Triton server's Python model `engine`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Starts the workers, and waits until all are ready. Raises TritonModelException if one ends before."""
+        """Starts the workers, and waits until all are ready. Raises TritonModelException if one ends."""
         leave_with_server()
         server_secret()  # made while there is shared memory for it
         config = read_config()
