@@ -68,13 +68,13 @@ class Fair(Policy):
     def on_enqueue(self, view: RequestView, now: float) -> None:
         """Lifts the counter of a tenant of whom nothing waited."""
         tenant = view.tenant
-        if not self._num_waiting[tenant]:
-            others = [self._counters[each] for each, count in self._num_waiting.items() if count]
+        self._num_waiting[tenant] += 1
+        if self._num_waiting[tenant] == 1:
+            others = [self._counters[each] for each in self._num_waiting if each != tenant]
             lowest = min(others, default=self._last_counter)
             self._counters[tenant] = max(self._counters.get(tenant, 0.0), lowest)
             if len(self._counters) > MAX_IDLE_TENANTS + 2 * len(self._num_waiting):
                 self._forget_idle(lowest)
-        self._num_waiting[tenant] += 1
 
     def on_admit(self, view: RequestView, now: float) -> None:
         """Charges the prompt, once."""
