@@ -79,8 +79,6 @@ class IterationScheduler:
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(policy)
         self._waiting_siblings: dict[str, list[Sequence]] = {}
         """Sequences that wait for their request's sequence 0, by request."""
-        self._blocks_lacking: int | None = None
-        """With how many free blocks somebody was left waiting for blocks alone in the last plan."""
 
     @property
     def num_running(self) -> int:
@@ -94,13 +92,8 @@ class IterationScheduler:
 
     @property
     def free_slots(self) -> int:
-        """Sequences that could still be added to the batch; below zero when some wait for one.
-
-        While there are no more free blocks than somebody found too few, there is no slot either.
-        """
-        lacks_blocks = self._blocks_lacking is not None and self.pool.num_free <= self._blocks_lacking
-        slots = 0 if lacks_blocks else self.max_num_seqs - self.num_running
-        return slots - self.num_waiting
+        """Sequences that could still be added to the batch; below zero when more wait than it has places."""
+        return self.max_num_seqs - self.num_running - self.num_waiting
 
     @property
     def free_blocks(self) -> int:
@@ -158,10 +151,17 @@ class IterationScheduler:
         return removed
 
     def take_waiting(self) -> list[Sequence]:
-        """Hands back the sequences that wait for a place, to be added again when somebody else says so."""
-        taken = list(self._waiting)
-        for sequence in taken:
+        """Hands back the sequences that wait for a place, to be added again when somebody else says so.
+
+        With a sequence 0 go those that wait for it: it may come back elsewhere.
+        """
+        taken = []
+        for sequence in list(self._waiting):
             self._waiting.remove(sequence.request.uid, sequence.index)
+            taken.append(sequence)
+            if sequence.index == 0:
+                taken += self._waiting_siblings.pop(sequence.request.uid, ())
+        for sequence in taken:
             siblings = self._sequences[sequence.request.uid]
             del siblings[sequence.index]
             if not siblings:
@@ -244,15 +244,12 @@ class IterationScheduler:
     def _admit(self, now: float) -> list[Sequence]:
         """Moves sequences from the queue into the batch; returns those preempted for it."""
         preempted: list[Sequence] = []
-        self._blocks_lacking = None
         while (sequence := self._waiting.peek(now)) is not None:
             sequence.rank = self.policy.rank(sequence.view, now)
             if not self._reaches_budget(sequence):
                 break
             candidates = self._take_blocks(sequence, now)
             if candidates is None:
-                if self.num_running < self.max_num_seqs:
-                    self._blocks_lacking = self.pool.num_free
                 break
             preempted += candidates
         return preempted
@@ -304,20 +301,18 @@ class IterationScheduler:
         pool, size = self.pool, self.pool.block_size
         table = list(cached)
         for digest in self._findable_hashes(sequence)[len(cached) :]:
-            if digest not in pool.host:
+            if (block := pool.fetch(digest)) is None:
                 break
-            table += pool.allocate(1)
-            pool.host.get(digest, table[-1])
-            pool.cache(table[-1], digest)
+            pool.cache(block, digest)
+            table.append(block)
         num_computed_tokens = len(table) * size
         tail, sequence.tail = sequence.tail, None
         if tail is not None and tail.number == len(table):
-            if (block := pool.take(tail.digest)) is not None:
+            block = pool.take(tail.digest)
+            if block is None:
+                block = pool.fetch(tail.digest)
+            if block is not None:
                 table.append(block)
-                num_computed_tokens += tail.num_tokens
-            elif tail.digest in pool.host:
-                table += pool.allocate(1)
-                pool.host.get(tail.digest, table[-1])
                 num_computed_tokens += tail.num_tokens
         sequence.block_table = table + pool.allocate(pool.blocks_for(sequence.num_tokens) - len(table))
         sequence.num_computed_tokens = num_computed_tokens
@@ -358,10 +353,13 @@ class IterationScheduler:
         if not sequence.view.num_served_tokens and not self._uses_cache(sequence):
             return []
         sequence.hash_full_blocks(self.pool.block_size)
-        return sequence.block_hashes[: (sequence.num_tokens - 1) // self.pool.block_size]
+        limit = sequence.num_tokens - 1
+        if sequence.request.sampling.prompt_logprobs is not None:
+            limit = min(limit, sequence.view.num_served_tokens)
+        return sequence.block_hashes[: limit // self.pool.block_size]
 
     def _uses_cache(self, sequence: Sequence) -> bool:
-        """Whether it may use blocks of others. Prompt logprobs come from computing the whole prompt."""
+        """Whether it may use blocks of others. Prompt logprobs come from computing the whole prompt, once."""
         return self.pool.enable_prefix_caching and sequence.request.sampling.prompt_logprobs is None
 
     def _retain(self, sequence: Sequence) -> None:
