@@ -179,8 +179,8 @@ class IterationScheduler:
             self._require_capacity(sequence)
             sequence.rank = self.policy.rank(sequence.view, now)
         self._running.sort(key=_order)
-        left = self._extend_tables(now) + self._admit(now)
-        preempted = [each for each in left if each.view.waiting_since is not None]  # and is not back already
+        preempted = self._extend_tables(now)
+        self._admit(now, preempted)
         host = self.pool.host
         return StepPlan(self._share_budget(), preempted, host.copies_out, host.copies_in)
 
@@ -241,10 +241,13 @@ class IterationScheduler:
                 preempted.append(self._preempt(self._running[-1], now))
         return preempted
 
-    def _admit(self, now: float) -> list[Sequence]:
-        """Moves sequences from the queue into the batch; returns those preempted for it."""
-        preempted: list[Sequence] = []
-        while (sequence := self._waiting.peek(now)) is not None:
+    def _admit(self, now: float, preempted: list[Sequence]) -> None:
+        """Moves sequences from the queue into the batch; adds those preempted for it to `preempted`.
+
+        Those do not come back in the same plan, or under a policy that ranks a sequence worse when it is
+        admitted two of them could take turns for ever.
+        """
+        while (sequence := self._waiting.peek(now)) is not None and sequence not in preempted:
             sequence.rank = self.policy.rank(sequence.view, now)
             if not self._reaches_budget(sequence):
                 break
@@ -252,7 +255,6 @@ class IterationScheduler:
             if candidates is None:
                 break
             preempted += candidates
-        return preempted
 
     def _reaches_budget(self, newcomer: Sequence) -> bool:
         """Whether the token budget would reach a newcomer: decodes and prompts of higher rank come first."""
@@ -300,13 +302,16 @@ class IterationScheduler:
         """Gives a sequence its blocks: the cached ones, those that the host has, then empty ones."""
         pool, size = self.pool, self.pool.block_size
         table = list(cached)
-        for digest in self._findable_hashes(sequence)[len(cached) :]:
+        tail, sequence.tail = sequence.tail, None
+        hashes = self._findable_hashes(sequence)[len(cached) :]
+        for digest in [*hashes, tail.digest] if tail else hashes:
+            pool.host.hold(digest)  # what makes room for one must not push out the next
+        for digest in hashes:
             if (block := pool.fetch(digest)) is None:
                 break
             pool.cache(block, digest)
             table.append(block)
         num_computed_tokens = len(table) * size
-        tail, sequence.tail = sequence.tail, None
         if tail is not None and tail.number == len(table):
             block = pool.take(tail.digest)
             if block is None:
@@ -320,23 +325,26 @@ class IterationScheduler:
     def _preemption_candidates(self, sequence: Sequence, num_blocks: int) -> list[Sequence] | None:
         """The lowest running sequences that must leave before `sequence` has a slot and so many blocks.
 
-        None if those that it may preempt do not suffice: then none of them should leave.
+        None if those that it may preempt do not suffice: then none of them should leave. Blocks are kept for
+        the next tokens of the others alone: those that it may preempt leave when they lack a block.
         """
+        may_preempt = [self.policy.preempts(sequence.rank, each.rank) for each in self._running]
+        needed = num_blocks
+        for each, leaves in zip(self._running, may_preempt, strict=True):
+            needed += 0 if leaves else self._reserved_blocks(each)
         candidates: list[Sequence] = []
         num_staying = len(self._running)
-        needed = num_blocks + sum(map(self._reserved_blocks, self._running)) if num_staying else num_blocks
         free = self.pool.num_free
         dropped: Counter[int] = Counter()
-        while num_staying and (free < needed or num_staying >= self.max_num_seqs):
-            candidate = self._running[num_staying - 1]
-            if not self.policy.preempts(sequence.rank, candidate.rank):
-                return None
+        while free < needed or num_staying >= self.max_num_seqs:
             num_staying -= 1
+            if num_staying < 0 or not may_preempt[num_staying]:
+                return None
+            candidate = self._running[num_staying]
             candidates.append(candidate)
             dropped.update(candidate.block_table)
             free += sum(dropped[block] == self.pool.ref_count(block) for block in candidate.block_table)
-            needed -= self._reserved_blocks(candidate)
-        return candidates if free >= num_blocks else None
+        return candidates
 
     def _reserved_blocks(self, sequence: Sequence) -> int:
         """Blocks to be kept free for the next tokens of a running sequence."""
