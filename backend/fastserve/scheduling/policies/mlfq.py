@@ -31,7 +31,7 @@ class MLFQ(Policy):
     starvation_seconds: float = 600.0
 
     def rank(self, view: RequestView, now: float) -> Rank:
-        """(1, -priority, level); of the starved (0, since when they wait), before them those on their turn."""
+        """(1, -priority, level); of the starved (0, since when they wait), before them whoever has a turn."""
         if self._is_starved(view, now):
             return (0.0, view.waiting_since or 0.0, 0.0)
         level = self._state(view)[0]
