@@ -23,7 +23,8 @@ from fastserve.checkpoints.model_metadata import model_vocab_size
 from fastserve.config import Config
 from fastserve.engine.engine import Engine
 from fastserve.engine.engine_loader import load_engine
-from fastserve.engine.worker import ToWorker, run_engine
+from fastserve.engine.worker import run_engine
+from fastserve.engine.worker_pipe import ToWorker
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.input_processor import InputProcessor
 from fastserve.text.output_processor import OutputProcessor, Response
@@ -328,7 +329,7 @@ class ModelServer:
         request = processor.check_guide(
             processor.parse(inputs, {}, now=time.monotonic(), timeout_us=timeout_us)
         )
-        task = Task(request, OutputProcessor(self._model.tokenizer), thread.send)
+        task = Task(request, OutputProcessor(self._model.tokenizer, request), thread.send)
         with self._lock:
             if self._thread is not thread:
                 raise RuntimeError("the server is not running: it was stopped meanwhile")
