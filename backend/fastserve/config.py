@@ -59,6 +59,9 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     kv_cache_bytes: Annotated[
         int, Meta(ge=0, description="of the KV cache; 0: 1 GiB on a CPU, what is free on a GPU")
     ] = 0
+    swap_space_bytes: Annotated[
+        int, Meta(ge=0, description="of host memory for KV blocks of preempted requests; 0: none")
+    ] = 1 << 30
     kv_cache_dtype: Annotated[
         Literal["auto", "int8", "fp8"],
         Meta(
@@ -67,16 +70,32 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         ),
     ] = "auto"
     enable_prefix_caching: Annotated[bool, Meta(description="reuse KV blocks of equal prefixes")] = True
-    num_threads: Annotated[int, Meta(ge=0, description="of the worker on a CPU; 0: one per core")] = 0
+    replicas: Annotated[
+        int,
+        Meta(
+            ge=1, le=64, description="workers, each with the model: one a GPU, or with a share of the cores"
+        ),
+    ] = 1
+    num_threads: Annotated[
+        int, Meta(ge=0, description="of each worker on a CPU; 0: as many as its share of the cores")
+    ] = 0
     policy: Annotated[
         str,
         Meta(
-            description="who runs first: priority_age, fcfs, or FILE.py:NAME, a class or function of one's "
-            "own that makes a policy of these settings"
+            description="who runs first: priority_age, fcfs, mlfq, hrrn, fair, or FILE.py:NAME, a class or "
+            "function of one's own that makes a policy of these settings"
         ),
     ] = "priority_age"
     alpha: Annotated[float, Meta(ge=0.0, description="score of one step of priority")] = 10.0
     beta: Annotated[float, Meta(gt=0.0, description="score of one second of waiting")] = 1.0
+    starvation_seconds: Annotated[
+        float,
+        Meta(gt=0.0, description="under mlfq and fair, a request that has waited so long goes before others"),
+    ] = 600.0
+    tenant_weights: Annotated[
+        dict[str, Annotated[float, Meta(gt=0.0)]],
+        Meta(description='under fair, shares of tenants, as JSON: {"paying": 4}; 1 for those not named'),
+    ] = {}
     max_queue_size: Annotated[
         int, Meta(ge=1, description="requests that may wait; more are refused with UNAVAILABLE")
     ] = 1024

@@ -7,12 +7,14 @@ jsonargparse) read neither the descriptions nor the bounds that msgspec keeps wi
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 from msgspec.inspect import (
     BoolType,
+    DictType,
     FloatType,
     IntType,
     LiteralType,
@@ -29,6 +31,7 @@ OPTIONS: Mapping[type, Mapping[str, Any]] = {
     IntType: {"type": int, "metavar": "N"},
     FloatType: {"type": float, "metavar": "X"},
     StrType: {"metavar": "TEXT"},
+    DictType: {"type": json.loads, "metavar": "JSON"},
 }
 """How argparse takes a field of each type; one of several given words takes those."""
 
@@ -46,7 +49,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     for field in settings.fields:
         assert isinstance(field.type, Metadata), f"{field.name} has no description"
         kind, description = field.type.type, (field.type.extra_json_schema or {})["description"]
-        default = "none" if field.default == "" else field.default
+        default = "none" if field.default in ("", msgspec.NODEFAULT) else field.default
         group.add_argument(
             flag(field.name),
             help=f"{description} (default: {default})".replace("%", "%%"),

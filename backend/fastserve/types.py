@@ -103,29 +103,54 @@ class Request(Struct, frozen=True, tag=True):
 
     @property
     def priority_label(self) -> int:
-        """The priority in metrics, from -10 to 10: clients choose freely, but labels must stay few."""
-        return max(-10, min(10, self.priority))
+        """The priority in metrics, from -10 to 10."""
+        return priority_label(self.priority)
 
 
-class EngineCapacity(Struct, frozen=True):
-    """From `engine` to `scheduler`: absolute numbers, so that a lost or late message does no harm."""
+def priority_label(priority: int) -> int:
+    """A priority as metrics show it: clients choose freely, but labels must stay few."""
+    return max(-10, min(10, priority))
 
-    incarnation: str
-    """The worker's; numbers of different incarnations are not compared."""
-    serial: int
-    """Grows; an older message than the last one seen is dropped."""
-    received: int
-    """Requests that have reached the engine since the server started and that `free_slots` accounts for."""
-    arrived: int
-    """Requests that have reached the engine at all: a long step leaves `received` behind."""
-    free_slots: int
-    """Sequences that could still be added to the batch; below zero when some wait in the worker."""
-    lowest_key: float | None
-    """The policy key of the lowest sequence in the batch: one above it may preempt it."""
-    time: float
-    """When the engine sent it; 0: it has sent nothing yet."""
-    max_model_len: int | None = None
-    """Tokens of prompt and answer that the model and its KV cache can hold; None: not known yet."""
+
+class RequestView(Struct, array_like=True):
+    """What a policy sees of one sequence of a request, small enough to be sent about.
+
+    Whoever holds the sequence keeps `waiting_since` and the numbers of tokens; a policy writes `state` alone.
+    """
+
+    uid: str
+    index: int
+    """Which of the request's `n` sequences."""
+    priority: int
+    arrival: float
+    tenant: str
+    num_prompt_tokens: int
+    expected_output_tokens: int
+    """The client's hint, or `max_tokens`: an upper bound, not a forecast."""
+    waiting_since: float | None
+    """Since when it has waited without a place in the batch; None while it has one."""
+    num_tokens: int
+    """Prompt and generated tokens."""
+    num_served_tokens: int = 0
+    """Tokens that were computed for it or that the prefix cache had, each counted once."""
+    state: tuple[float, ...] = ()
+    """The policy's own."""
+
+
+def view_of(request: Request, index: int = 0) -> RequestView:
+    """The view of a request that has just come."""
+    num_prompt_tokens = len(request.prompt_token_ids)
+    return RequestView(
+        uid=request.uid,
+        index=index,
+        priority=request.priority,
+        arrival=request.arrival,
+        tenant=request.tenant,
+        num_prompt_tokens=num_prompt_tokens,
+        expected_output_tokens=request.sampling.max_tokens,
+        waiting_since=request.arrival,
+        num_tokens=num_prompt_tokens,
+    )
 
 
 class Outcome(str, Enum):
@@ -151,6 +176,16 @@ class Add(Struct, frozen=True, tag=True):
     """To the worker: serve this."""
 
     request: Request
+    generated: list[int] = []
+    """Tokens that it has already: it was preempted on another worker, and has one sequence."""
+    view: RequestView | None = None
+    """As it was there; None: the request is new."""
+
+
+class Forget(Struct, frozen=True, tag=True):
+    """To the worker: another one goes on with this request. Nothing more is to come of it here."""
+
+    uid: str
 
 
 class Cancel(Struct, frozen=True, tag=True):
@@ -160,6 +195,14 @@ class Cancel(Struct, frozen=True, tag=True):
     outcome: Outcome
     index: int | None = None
     """Only that sequence of the request (one of `n`); None: all."""
+
+
+class Resume(Struct, frozen=True, tag=True):
+    """From the common queue: a preempted sequence may run again."""
+
+    uid: str
+    index: int
+    replica: int = 0
 
 
 class Shutdown(Struct, frozen=True, tag=True):
@@ -188,16 +231,25 @@ class EngineStats(Struct, frozen=True):
     """The state of a worker after a step; totals count since it started."""
 
     received: int
-    """Requests taken in since the worker started."""
+    """Requests and resumed sequences taken in since the worker started."""
     running: int
     waiting: int
+    """Sequences that were preempted and wait in the common queue, or for the prompt that they share."""
     free_slots: int
-    lowest_key: float | None
+    free_blocks: int
+    free_tokens: int
+    running_ranks: list[tuple[float, ...]]
+    """See `ReplicaCapacity`."""
     kv_blocks_total: int
     kv_blocks_used: int
     step_tokens: int
     """Tokens that this step computed; 0: no step was taken."""
     preemptions_total: int
+    resumptions_total: dict[str, int]
+    """Preempted sequences that went on, by `PreemptionKind`."""
+    swapped_blocks_total: int
+    """KV blocks that came back from host memory."""
+    recomputed_tokens_total: int
     prefix_cache_hit_tokens_total: int
 
 
@@ -206,6 +258,10 @@ class StepOutput(Struct, frozen=True, tag=True):
 
     outputs: list[SequenceOutput]
     stats: EngineStats
+    preempted: list[RequestView] = []
+    """Sequences that wait for a `Resume` since this step."""
+    ended: list[tuple[str, int]] = []
+    """Sequences (uid, index) that were preempted, and have ended since the last step."""
 
 
 class Ready(Struct, frozen=True, tag=True):
@@ -213,6 +269,7 @@ class Ready(Struct, frozen=True, tag=True):
 
     incarnation: str
     max_model_len: int
+    block_size: int
     stats: EngineStats
 
 

@@ -17,30 +17,48 @@ from fastserve.engine.sampler import Sampler
 from fastserve.models.model_loader import load_model
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
-from fastserve.scheduling.policy_loader import make_policy
+from fastserve.scheduling.policies.registry import make_policy
 
 
-def load_engine(config: Config, files: ModelFiles) -> Engine:
-    """Loads the model, makes its KV cache and runs it once. Raises ModelError."""
-    device = choose_device(config.device)
+def load_engine(
+    config: Config, files: ModelFiles, replica: int = 0, has_common_queue: bool = False
+) -> Engine:
+    """Loads the model, makes its KV cache and runs it once. Raises ModelError.
+
+    `replica`: which of `config.replicas` it is. `has_common_queue`: see `Engine`.
+    """
+    device = choose_device(config.device, replica)
     if device.type == "cpu":
-        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        share = len(os.sched_getaffinity(0)) // config.replicas
+        torch.set_num_threads(config.num_threads or max(1, share))
     checkpoint, length = str(files.checkpoint), config.max_model_len
     model = load_model(checkpoint, config.dtype, device, length, config.quantization)
     kv_dtype, kv_scales = choose_kv_cache(config.kv_cache_dtype, files, model)
-    runner = ModelRunner(model, config.block_size, config.kv_cache_bytes, kv_dtype, kv_scales)
+    runner = ModelRunner(
+        model,
+        config.block_size,
+        config.kv_cache_bytes,
+        kv_dtype,
+        kv_scales,
+        swap_space_bytes=config.swap_space_bytes,
+    )
     runner.warm_up()
-    pool = BlockPool(runner.num_blocks, config.block_size, config.enable_prefix_caching)
-    scheduler = IterationScheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
+    pool = BlockPool(
+        runner.num_blocks, config.block_size, config.enable_prefix_caching, runner.num_host_blocks
+    )
+    policy = make_policy(config)
+    scheduler = IterationScheduler(pool, policy, config.max_num_seqs, config.max_num_batched_tokens)
     eos = eos_token_ids(files.checkpoint)
     guides = GuideCompiler(files.tokenizer, eos, model.vocab_size)
     max_model_len = min(model.max_position, runner.num_blocks * config.block_size)
     sampler = Sampler(eos, model.vocab_size)
-    return Engine(runner, scheduler, make_policy(config), sampler, guides, max_model_len)
+    return Engine(runner, scheduler, sampler, guides, max_model_len, has_common_queue)
 
 
-def choose_device(name: str) -> torch.device:
-    """A device by name; "auto": the GPU if there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def choose_device(name: str, replica: int = 0) -> torch.device:
+    """The device of a replica. "auto": a GPU if there is one, else the CPU; "cuda": one GPU after another."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        return torch.device("cuda", replica % max(1, torch.cuda.device_count()))
+    return torch.device(name)

@@ -9,6 +9,13 @@ from msgspec import Struct
 from fastserve.types import Failure, Outcome, Request
 
 
+class Released(Struct, frozen=True, tag=True):
+    """From `scheduler`: a request runs now, on that replica."""
+
+    request: Request
+    replica: int
+
+
 class Queued(Struct, frozen=True, tag=True):
     """From `scheduler`, before a forwarded request that it releases later: the request waits in the queue."""
 
@@ -27,7 +34,7 @@ class Rejected(Struct, frozen=True, tag=True):
     failure: Failure
 
 
-SchedulerOutput: Any = Request | Queued | Rejected
+SchedulerOutput: Any = Released | Queued | Rejected
 """From `scheduler` to `engine`."""
 
 
@@ -37,6 +44,10 @@ class CancelById(Struct, frozen=True):
     request_id: str
     time: float
     """When the cancel came."""
+
+    def applies_to(self, request: Request) -> bool:
+        """Whether it means this request."""
+        return request.request_id == self.request_id and request.arrival <= self.time
 
 
 class BlockUnload(Struct, frozen=True, tag=True):

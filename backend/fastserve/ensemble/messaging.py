@@ -96,8 +96,24 @@ def call(model: str, name: str, message: Any) -> None:
 
     Raises RequestError (UNAVAILABLE) when it cannot be sent, or with the first error among the responses.
     """
+    _exchange(model, name, message, [])
+
+
+def ask(model: str, name: str, message: Any, output: str, as_type: type[T]) -> T:
+    """Sends a message as `call` does, and returns the one that the model answers in its output `output`.
+
+    Raises RequestError as `call`, and where there is none.
+    """
+    for response in _exchange(model, name, message, [output]):
+        tensor = pb_utils.get_output_tensor_by_name(response, output)
+        if tensor is not None:
+            return read_message(output, tensor.as_numpy()[0], as_type)
+    raise RequestError(f"{model}: it answered without `{output}`", ErrorCode.UNAVAILABLE)
+
+
+def _exchange(model: str, name: str, message: Any, outputs: list[str]) -> list[Any]:
     inputs = [message_tensor(name, message)]
-    request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[], inputs=inputs)
+    request = pb_utils.InferenceRequest(model_name=model, requested_output_names=outputs, inputs=inputs)
     try:
         responses = list(request.exec(decoupled=True))
     except pb_utils.TritonModelException as error:
@@ -105,6 +121,7 @@ def call(model: str, name: str, message: Any) -> None:
     for response in responses:
         if response.has_error():
             raise RequestError(f"{model}: {response.error().message()}", ErrorCode.UNAVAILABLE)
+    return responses
 
 
 # Responses

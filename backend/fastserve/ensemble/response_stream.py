@@ -6,9 +6,9 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastserve.ensemble.messaging import message_response, send_error, send_final
+from fastserve.ensemble.messaging import message_response, send_end, send_error, send_final
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.types import Failure, Outcome, Request, RequestOutput, SequenceOutput
+from fastserve.types import Failure, Outcome, Request, RequestOutput, RequestView, SequenceOutput
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +26,34 @@ class ResponseStream:
     request: Request
     sender: Any
     sequences_left: int
+    replica: int | None = None
+    """The engine replica that has it; None: its worker is gone, and it waits in the common queue."""
+    preempted: RequestView | None = None
+    """While a request that can move waits in the common queue: what that knows of it."""
+    has_output: bool = False
+    """Whether the worker has computed its prompt."""
+    token_ids: list[int] = field(default_factory=list)
+    """What was generated, of a request that can move: another replica goes on from there."""
     pending: list[SequenceOutput] = field(default_factory=list)
     last_sent: float | None = None
 
     def add(self, output: SequenceOutput) -> None:
         """Takes in the output of one step for one sequence."""
         self.pending.append(output)
+        self.has_output = True
+        if self.can_move:
+            self.token_ids += output.token_ids
         if output.outcome is not None:
             self.sequences_left -= 1
+
+    @property
+    def can_move(self) -> bool:
+        """Whether another replica may go on with it, given its tokens.
+
+        Not with several sequences, which share a prompt, nor with log-probabilities of the prompt, which the
+        worker collects.
+        """
+        return self.request.sampling.n == 1 and self.request.sampling.prompt_logprobs is None
 
     @property
     def is_final(self) -> bool:
@@ -70,8 +90,8 @@ class ResponseStream:
             self.sender.send(response)
         self.last_sent = now
 
-    def fail(self, outcome: Outcome, failure: Failure) -> None:
-        """Ends the request with a failure, behind the tokens that came before it. Never raises.
+    def fail(self, outcome: Outcome, failure: Failure | None) -> None:
+        """Ends the request, with a failure or none, behind the tokens that came before it. Never raises.
 
         The failure travels as data: an error in a response would overtake the tokens (2.51). Where they
         cannot be sent it goes without them, and where that cannot be sent either, as an error.
@@ -85,4 +105,7 @@ class ResponseStream:
                 return
             except Exception as error:
                 logger.error("the failure of request %s could not be sent: %s", self.request.uid, error)
-        send_error(self.sender, RequestError(failure.message, ErrorCode(failure.code)))
+        if failure is not None:
+            send_error(self.sender, RequestError(failure.message, ErrorCode(failure.code)))
+        else:
+            send_end(self.sender)

@@ -1,8 +1,9 @@
 """The model `scheduler`: the common queue of all engine replicas.
 
-    request in -> AdmissionQueue -> request out, the best-scoring one whenever the engine has capacity for it
+    request in -> AdmissionQueue -> request out, the first by rank whenever a replica has capacity for it
 
-`engine` publishes its capacity by requests of its own (input `capacity`).
+`engine` publishes its capacity by requests of its own (input `capacity`), and learns from the answer which
+preempted sequences run again (output `resumes`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from fastserve.config import read_config
+from fastserve.ensemble.control_messages import Released
 from fastserve.ensemble.forwarding import answer_queued, is_forwarded, send_rejected
 from fastserve.ensemble.messaging import dispatch_each, message_of, message_response, send_error, send_final
 from fastserve.ensemble.metrics import QueueMetrics
@@ -22,9 +24,10 @@ from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
 from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.scheduling.admission import AdmissionQueue
-from fastserve.scheduling.policy_loader import make_policy
+from fastserve.scheduling.capacity import EngineCapacity, ReplicaCapacity
+from fastserve.scheduling.policies.registry import make_policy
 from fastserve.service_thread import ServiceThread
-from fastserve.types import EngineCapacity, Outcome, Request
+from fastserve.types import Outcome, Request
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,8 @@ class SchedulerModel:
         config = read_config()
         self._admission = AdmissionQueue(make_policy(config), config.max_queue_size, config.max_queue_seconds)
         # The engine publishes its capacity when a first request has reached it: until then that is one slot.
-        self._admission.update(EngineCapacity("", 0, 0, 0, free_slots=1, lowest_key=None, time=0.0))
+        one_slot = ReplicaCapacity("", 0, 0, free_slots=1, free_blocks=0, free_tokens=0, num_running=0)
+        self._admission.update(EngineCapacity(serial=0, time=0.0, replicas=[one_slot]), time.monotonic())
         self._senders: dict[str, Any] = {}
         self._metrics = QueueMetrics()
         self._changed = threading.Condition()
@@ -67,10 +71,12 @@ class SchedulerModel:
         capacity = message_of(triton_request, "capacity", EngineCapacity)
         request = message_of(triton_request, "request", Request)
         if capacity is not None:
-            self._admission.update(capacity)
+            now = time.monotonic()
+            self._admission.update(capacity, now)
             for waiting, error in self._admission.refuse_too_long():
                 self._fail_waiting(waiting, error, Outcome.REJECTED)
-            send_final(sender)
+            self._release(now)
+            send_final(sender, message_response("resumes", self._admission.take_resumes()))
         elif request is None:
             raise invalid("inputs", "none", "`request` or `capacity`")
         elif request.uid in self._senders:
@@ -99,15 +105,17 @@ class SchedulerModel:
             self._reject(sender, error, outcome)
 
     def _release(self, now: float) -> None:
-        for request in self._admission.release(now):
-            self._send(request)
+        for released in self._admission.release(now):
+            request = released.request
+            self._send(Released(request, released.replica))
             self._metrics.wait.observe(now - request.arrival, request.priority_label)
         self._metrics.report_waiting(self._admission.waiting_by_priority(), now)
 
-    def _send(self, request: Request) -> None:
+    def _send(self, released: Released) -> None:
         """Sends a request to the engine, or fails it; the engine's numbers will show that it has not come."""
+        request = released.request
         try:
-            send_final(self._senders[request.uid], message_response("released", request))
+            send_final(self._senders[request.uid], message_response("released", released))
             del self._senders[request.uid]
         except Exception as failure:
             logger.exception("request %s could not be sent to the engine", request.uid)

@@ -1,74 +1,93 @@
-"""The common queue of all engines: which requests wait, and which may go to the engine now."""
+"""The common queue of all engine replicas: what waits, and what may run now, and where."""
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastserve.errors import ErrorCode, RequestError, prompt_too_long
-from fastserve.scheduling.policies import Policy
-from fastserve.scheduling.waiting_queue import QueueFullError, WaitingQueue
-from fastserve.types import EngineCapacity, Request
+from fastserve.scheduling.capacity import EngineCapacity, Event, Outbox, Preempted, ResumeList, TenantTokens
+from fastserve.scheduling.policies.policy import Policy, Rank
+from fastserve.scheduling.prefix_index import block_hashes
+from fastserve.scheduling.replica import LOST_AFTER_SECONDS, Demand, Replica
+from fastserve.scheduling.waiting_queue import WaitingQueue
+from fastserve.types import Request, RequestView, Resume, priority_label, view_of
 
-LOST_AFTER_SECONDS = 10.0
-"""A released request that, as the engine says, has not reached it so long after has been lost."""
-MAX_PREEMPTING_IN_FLIGHT = 8
-"""Requests that may be on their way to preempt another.
 
-One message tells of one lowest key: how many slots can be preempted is not known before the requests arrive.
-Each that finds none waits in the worker, where it cannot time out as it does here.
-"""
+@dataclass(slots=True)
+class Waiting:
+    """A request that waits to run, or one sequence of it that was preempted."""
+
+    view: RequestView
+    request: Request | None
+    """None for a preempted sequence, which the engine has."""
+    num_slots: int
+    replica: int | None = None
+    """Where it ran last."""
+    can_move: bool = True
+    """Whether it may run elsewhere."""
+    hashes: list[bytes] = field(default_factory=list)
+    """Of the full blocks of its prompt."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Release:
-    """A request on its way: the engine's numbers do not count it yet."""
+class Release:
+    """A request that may run now, and where."""
 
-    time: float
-    num_slots: int
-    preempts: bool
+    request: Request
+    replica: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    replica: int
+    demand: Demand
+    num_preempted: int = 0
 
 
 class AdmissionQueue:
-    """Holds requests, and releases the one of the highest key whenever the engine has room for it.
+    """Holds everything that waits, and releases the first by rank whenever a replica can take it.
 
-    A request needs a slot for each of its `n` sequences, or all slots of an engine that has fewer. It goes
-    when there are as many free that nobody on the way will take; or, beyond that, when its key is above the
-    lowest one that holds a slot: the engine preempts that sequence at the next iteration.
+    Everything: sequences that were preempted wait here too, so there is one queue and one order. Nothing is
+    released out of turn, however well it would fit.
 
-    What has been released takes room until the engine's numbers account for it, however long a step takes. It
-    is given up only when the engine says, long after the release, that it has not come.
+    A request goes to a replica that has room: a slot for each of its `n` sequences, KV blocks for its prompt,
+    and tokens left in its next step. Among those it goes where the fewest tokens have to be computed before
+    its first one (what waits there to be computed, and what the prefix cache there does not hold), then where
+    the fewest run. If none has room, it takes the place of the sequence of the last rank that the policy
+    allows it to preempt.
     """
 
     def __init__(self, policy: Policy, max_queue_size: int, max_queue_seconds: float) -> None:
-        """`max_queue_seconds`: how long a request may wait here; 0: for ever."""
+        """`max_queue_seconds`: how long a request may wait before it first runs; 0: for ever."""
         self._policy = policy
+        self._max_queue_size = max_queue_size
         self._max_queue_seconds = max_queue_seconds
-        self._waiting: WaitingQueue[Request] = WaitingQueue(max_queue_size)
+        self._waiting: WaitingQueue[Waiting] = WaitingQueue(policy)
+        self._num_new = 0
+        """Of those that wait, the ones that have not run yet."""
+        self._replicas: list[Replica] = []
         self._capacity: EngineCapacity | None = None
-        self._retired: set[str] = set()
-        """Incarnations that another has followed: what still comes of them is out of date."""
-        self._max_slots = 0
-        """The most slots that this incarnation has had free: all of them, as its first message tells."""
-        self._in_flight: deque[_Release] = deque()
+        self._events_seen = 0
+        self._resumes: Outbox[Resume] = Outbox()
         self._checked_max_model_len: int | None = None
         """The limit that all waiting requests are known to keep."""
 
     @property
     def num_waiting(self) -> int:
-        """Requests in the queue."""
+        """Requests and preempted sequences in the queue."""
         return len(self._waiting)
 
     def waiting_by_priority(self) -> dict[int, int]:
         """How many wait of each priority that was ever seen: 0 where nobody does any more."""
-        return self._waiting.count_by_priority()
+        return self._waiting.count_by_label()
 
     @property
     def next_expiry(self) -> float | None:
         """When time alone gives `expire` or `release` something to do; None: never."""
-        times = [self._waiting.next_deadline]
-        if self._waiting and self._in_flight and not self._has_engine_report:
-            times.append(self._in_flight[0].time + LOST_AFTER_SECONDS)
+        times = [self._waiting.next_deadline, self._waiting.next_change]
+        if self._waiting and not self._has_engine_report:
+            oldest = [each.oldest_release for each in self._replicas]
+            times += [time + LOST_AFTER_SECONDS for time in oldest if time is not None]
         return min((time for time in times if time is not None), default=None)
 
     @property
@@ -79,50 +98,60 @@ class AdmissionQueue:
         """Takes a request into the queue.
 
         Raises RequestError: UNAVAILABLE when the queue is full, INVALID_ARG for a prompt that the engine's KV
-        cache can never hold.
+        cache can never hold; ValueError for one that waits already.
         """
         self._check_length(request)
+        if self._num_new >= self._max_queue_size:
+            raise RequestError(
+                f"the queue is full: {self._num_new} wait already; allowed: at most {self._max_queue_size} "
+                "(`max_queue_size`)",
+                ErrorCode.UNAVAILABLE,
+            )
         deadlines = [request.deadline] if request.deadline is not None else []
         if self._max_queue_seconds:
             deadlines.append(now + self._max_queue_seconds)
-        try:
-            self._waiting.push(
-                request,
-                uid=request.uid,
-                key=self._policy.key(request.priority, request.arrival),
-                arrival=request.arrival,
-                priority=request.priority_label,
-                deadline=min(deadlines, default=None),
-            )
-        except QueueFullError as error:
-            raise RequestError(
-                f"the queue is full: {error} (`max_queue_size`)", ErrorCode.UNAVAILABLE
-            ) from error
+        view = view_of(request)
+        self._waiting.push(
+            Waiting(view, request, request.sampling.n),
+            view,
+            now,
+            label=request.priority_label,
+            deadline=min(deadlines, default=None),
+        )
+        self._num_new += 1
 
-    def update(self, capacity: EngineCapacity) -> None:
-        """Learns what room the engine has. A message that is older than one seen before changes nothing."""
-        if capacity.incarnation in self._retired:
-            return
+    def update(self, capacity: EngineCapacity, now: float) -> None:
+        """Learns what the engine could take. A message older than one seen before changes nothing."""
         last = self._capacity
-        if last is not None and last.incarnation == capacity.incarnation and capacity.serial <= last.serial:
+        if last is not None and last.time > 0.0 and capacity.serial <= last.serial:
             return
-        if last is not None and last.incarnation != capacity.incarnation:
-            self._retired.add(last.incarnation)
-            self._max_slots = 0
-        # The engine counts across its workers, so these differences hold across them too.
-        num_accounted = capacity.received - last.received if last is not None else 0
-        for _ in range(min(num_accounted, len(self._in_flight))):
-            self._in_flight.popleft()
-        self._max_slots = max(self._max_slots, capacity.free_slots)
         self._capacity = capacity
-        if self._has_engine_report:
-            self._drop_lost(capacity.time, num_arrived=capacity.arrived - capacity.received)
+        while len(self._replicas) < len(capacity.replicas):
+            self._replicas.append(Replica())
+        for replica, each in zip(self._replicas, capacity.replicas, strict=True):
+            replica.update(each)
+            if self._has_engine_report:
+                replica.drop_lost(capacity.time)
+        self._resumes.acknowledge(capacity.resumes_seen)
+        if capacity.events_number > self._events_seen:
+            self._events_seen = capacity.events_number
+            for event in capacity.events:
+                self._take_event(event, now)
 
-    def _drop_lost(self, as_of: float, num_arrived: int) -> None:
-        """Forgets requests released long before `as_of`, but for as many as had arrived by then."""
-        num_old = sum(each.time + LOST_AFTER_SECONDS <= as_of for each in self._in_flight)
-        for _ in range(num_old - num_arrived):
-            self._in_flight.popleft()
+    def _take_event(self, event: Event, now: float) -> None:
+        if isinstance(event, Preempted):
+            view = event.view
+            waiting = Waiting(view, None, 1, event.replica, event.can_move)
+            self._waiting.push(waiting, view, now, label=priority_label(view.priority))
+        elif isinstance(event, TenantTokens):
+            self._policy.on_tenant_service(event.tenant, event.num_prompt_tokens, event.num_output_tokens)
+        else:
+            self._waiting.remove(event.uid, event.index)
+
+    def take_resumes(self) -> ResumeList:
+        """Which preempted sequences run again, as the answer to the message that `update` was last given."""
+        resumes = self._resumes.batch()
+        return ResumeList(self._resumes.number, resumes)
 
     def refuse_too_long(self) -> list[tuple[Request, RequestError]]:
         """Waiting requests that the engine's KV cache can never hold, each with its error. They leave."""
@@ -130,12 +159,14 @@ class AdmissionQueue:
             return []
         self._checked_max_model_len = self._capacity.max_model_len
         refused = []
-        for request in list(self._waiting):
-            try:
-                self._check_length(request)
-            except RequestError as error:
-                self._waiting.remove(request.uid)
-                refused.append((request, error))
+        for waiting in list(self._waiting):
+            if waiting.request is not None:
+                try:
+                    self._check_length(waiting.request)
+                except RequestError as error:
+                    self._waiting.remove(waiting.view.uid)
+                    self._num_new -= 1
+                    refused.append((waiting.request, error))
         return refused
 
     def _check_length(self, request: Request) -> None:
@@ -143,34 +174,79 @@ class AdmissionQueue:
         if limit is not None and len(request.prompt_token_ids) >= limit:
             raise prompt_too_long(len(request.prompt_token_ids), limit)
 
-    def release(self, now: float) -> list[Request]:
-        """The requests that go to the engine now, the highest key first. They wait no longer."""
-        if not self._has_engine_report:
-            self._drop_lost(now, num_arrived=0)
-        released: list[Request] = []
-        if self._capacity is None:
-            return released
-        while (request := self._waiting.peek()) is not None:
-            num_slots = min(request.sampling.n, max(1, self._max_slots))
-            fits = num_slots <= self._slots_left(self._capacity)
-            if not fits and not self._may_preempt(request, self._capacity):
-                break
-            self._waiting.pop()
-            self._in_flight.append(_Release(now, num_slots, preempts=not fits))
-            released.append(request)
-        return released
-
     def expire(self, now: float) -> list[Request]:
         """The requests that have waited too long: for this queue, or for their own deadline. They leave."""
-        return self._waiting.expired(now)
+        expired = [each.request for each in self._waiting.expired(now) if each.request is not None]
+        self._num_new -= len(expired)
+        return expired
 
-    def _slots_left(self, capacity: EngineCapacity) -> int:
-        return capacity.free_slots - sum(each.num_slots for each in self._in_flight)
+    def release(self, now: float) -> list[Release]:
+        """The requests that run now, the first by rank first. They wait no longer.
 
-    def _may_preempt(self, request: Request, capacity: EngineCapacity) -> bool:
-        if (
-            capacity.lowest_key is None
-            or self._policy.key(request.priority, request.arrival) <= capacity.lowest_key
-        ):
-            return False
-        return sum(each.preempts for each in self._in_flight) < MAX_PREEMPTING_IN_FLIGHT
+        Preempted sequences whose turn it is are told by `take_resumes`.
+        """
+        if not self._has_engine_report:
+            for replica in self._replicas:
+                replica.drop_lost(now)
+        released: list[Release] = []
+        while (waiting := self._waiting.peek(now)) is not None:
+            placement = self._place(waiting, now)
+            if placement is None:
+                break
+            self._waiting.pop(now)
+            self._num_new -= waiting.request is not None
+            replica = self._replicas[placement.replica]
+            replica.release(now, placement.demand, placement.num_preempted)
+            replica.prefixes.insert(waiting.hashes)
+            if waiting.request is None:
+                self._resumes.add(Resume(waiting.view.uid, waiting.view.index, placement.replica))
+            else:
+                released.append(Release(waiting.request, placement.replica))
+        return released
+
+    # --- where it runs
+
+    def _place(self, waiting: Waiting, now: float) -> _Placement | None:
+        """The replica that takes it, if one does."""
+        self._hash_prompt(waiting)
+        numbers = range(len(self._replicas))
+        if waiting.replica is not None and not waiting.can_move:
+            numbers = range(waiting.replica, waiting.replica + 1)
+        demands = {number: self._demand(waiting, number) for number in numbers}
+        with_room = [number for number in numbers if self._replicas[number].has_room(demands[number])]
+        if with_room:
+            best = min(with_room, key=lambda number: self._cost(waiting, number, demands[number]))
+            return _Placement(best, demands[best])
+        rank = self._policy.rank(waiting.view, now)
+        worst: tuple[Rank, int, int] | None = None
+        for number in numbers:
+            victim = self._replicas[number].victim(demands[number], rank, self._policy)
+            if victim is not None and (worst is None or victim[0] > worst[0]):
+                worst = (victim[0], number, victim[1])
+        return None if worst is None else _Placement(worst[1], demands[worst[1]], worst[2])
+
+    def _cost(self, waiting: Waiting, number: int, demand: Demand) -> tuple[int, int, int]:
+        """Tokens to be computed before its first one, then the load; a preempted one goes where it was."""
+        replica = self._replicas[number]
+        capacity = replica.capacity
+        before = max(0, -capacity.free_tokens) if capacity else 0
+        return (demand.num_tokens + before, int(number != waiting.replica), replica.load)
+
+    def _demand(self, waiting: Waiting, number: int) -> Demand:
+        """What it takes of that replica."""
+        block_size = self._capacity.block_size if self._capacity else 0
+        num_tokens = waiting.view.num_tokens
+        if waiting.replica is not None and waiting.replica == number:
+            return Demand(1, -(-num_tokens // block_size) if block_size else 0, num_tokens)
+        replica = self._replicas[number]
+        num_cached = replica.prefixes.match(waiting.hashes)
+        num_blocks = -(-num_tokens // block_size) - num_cached if block_size else 0
+        return replica.clip(
+            Demand(waiting.num_slots, num_blocks, max(1, num_tokens - num_cached * block_size))
+        )
+
+    def _hash_prompt(self, waiting: Waiting) -> None:
+        """Once, when a replica may be chosen for it: hashing costs some 100 us for 1,000 tokens."""
+        block_size = self._capacity.block_size if self._capacity else 0
+        if block_size and waiting.request is not None and not waiting.hashes:
+            waiting.hashes = block_hashes(waiting.request.prompt_token_ids, block_size)

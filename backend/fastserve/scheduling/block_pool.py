@@ -4,10 +4,13 @@ A block is used or free, and cached or not:
 
     used     by one sequence or, as part of a common prefix, by several: its reference count is above 0
     free     by nobody
-    cached   full and computed: it can be found by the hash of its content, used or free
+    cached   computed, and not to change: it can be found by the hash of its content, used or free
 
 Blocks that are free and not cached are given out first, then free cached ones, the least recently used first:
-those are evicted.
+those are evicted, to the host cache if there is one.
+
+The blocks of a preempted sequence are cached too, its last, half-filled one included: unless they are evicted
+meanwhile, it computes nothing again.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import struct
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+
+from fastserve.scheduling.host_cache import HostCache
 
 ROOT_HASH = bytes(16)
 """The parent of a sequence's first block."""
@@ -30,7 +35,7 @@ class BlockPoolError(Exception):
 
 
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The 16-byte BLAKE2b hash of a full block and of all that comes before it.
+    """The 16-byte BLAKE2b hash of a block's tokens and of all that comes before them.
 
     `parent`: the hash of the block before it, ROOT_HASH for the first. The hash is a cryptographic one
     because a client chooses the tokens: with collisions it could read from other clients' prompts.
@@ -38,17 +43,25 @@ def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
     return blake2b(parent + struct.pack(f"<{len(token_ids)}q", *token_ids), digest_size=16).digest()
 
 
+def private_root_hash(uid: str, index: int) -> bytes:
+    """A parent for the first block of a sequence that shares its blocks with nobody."""
+    return blake2b(f"{index} {uid}".encode(), digest_size=16).digest()
+
+
 class BlockPool:
     """Reference-counted block ids 0 .. num_blocks - 1. Every operation is O(1) per block.
 
-    Without prefix caching no block is ever cached, so no prefix is ever matched.
+    With `enable_prefix_caching` sequences share blocks of equal prefixes; without, each finds only its own.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool, num_host_blocks: int = 0
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         """Tokens."""
         self.enable_prefix_caching = enable_prefix_caching
+        self.host = HostCache(num_host_blocks)
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         """By block, the hash that it is cached under."""
@@ -90,6 +103,7 @@ class BlockPool:
         block, _ = self._free_cached.popitem(last=False)
         digest = self._hashes[block]
         assert digest is not None
+        self.host.put(digest, block)
         del self._cached[digest]
         self._hashes[block] = None
         return block
@@ -123,12 +137,37 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def take(self, digest: bytes) -> int | None:
+        """A cached block that nobody uses, to be written to: it is used now, and no longer cached.
+
+        None if there is none.
+        """
+        block = self._cached.get(digest)
+        if block is None or self._ref_counts[block]:
+            return None
+        del self._free_cached[block], self._cached[digest]
+        self._hashes[block] = None
+        self._ref_counts[block] = 1
+        return block
+
+    def fetch(self, digest: bytes) -> int | None:
+        """A used block that gets the host's copy of that content before the step; None if the host has none.
+
+        Raises OutOfBlocksError if no block is free.
+        """
+        here = self.host.hold(digest)  # before the allocation, whose eviction could push it out
+        if here is None:
+            return None
+        [block] = self.allocate(1)
+        self.host.copy_in(here, block)
+        return block
+
     def cache(self, block: int, digest: bytes) -> None:
-        """Lets a used block, full and computed, be found by its hash.
+        """Lets a used block, whose content is computed and will not change, be found by its hash.
 
         Where another block with this content is cached already, that one stays the one that is found.
         """
-        if self.enable_prefix_caching and digest not in self._cached:
+        if digest not in self._cached and self._hashes[block] is None:
             self._cached[digest] = block
             self._hashes[block] = digest
 

@@ -6,22 +6,29 @@
 A plan is made in three moves:
 
 1. Every running sequence gets the block that its next token needs. Where none is free, the sequence of the
-   lowest rank is preempted: it goes back to the queue and its blocks are freed.
-2. Waiting sequences are admitted, the highest key first and none out of turn, while there are a slot, blocks
-   and a share of the token budget for them. Where slots or blocks lack, running sequences of a lower key are
-   preempted for them.
+   lowest rank is preempted: it waits again and its blocks are freed.
+2. Waiting sequences are admitted by rank and none out of turn, while there are a slot, blocks and a share of
+   the token budget for them. Where slots or blocks lack, running sequences are preempted for them, as far as
+   the policy allows.
 3. The token budget is shared out: to each decode its one token, so that none stalls behind a long prompt,
    then to prompts in chunks, by rank.
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import Counter
 
-from fastserve.scheduling.block_pool import ROOT_HASH, BlockPool, hash_block
-from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
+from fastserve.scheduling.block_pool import BlockPool, private_root_hash
+from fastserve.scheduling.policies.policy import Policy, Rank
+from fastserve.scheduling.preemption import PreemptionKind, preemption_kind
+from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan, Tail
 from fastserve.scheduling.waiting_queue import WaitingQueue
+
+RESERVED_TOKENS = 32
+"""Room for so many more tokens of each running sequence is left free when another is admitted.
+
+Without it admission fills the cache to its last block, and the next decode preempts the newcomer.
+"""
 
 
 class CacheTooSmallError(Exception):
@@ -42,13 +49,15 @@ class SchedulerError(Exception):
 class IterationScheduler:
     """Composes the batch of every step. Not thread-safe.
 
-    Rank: the higher key, then the earlier arrival, then the lower index. A preempted sequence keeps its
+    Rank: the policy's, then the earlier arrival, then the lower index. A preempted sequence keeps its
     tokens, and its blocks can be found until they are evicted, so that a resume seldom computes everything
     again. Of a request with n > 1, the others wait until the prompt of sequence 0 is computed, and then share
-    its full blocks.
+    its full blocks. `now` is monotonic seconds everywhere.
     """
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, policy: Policy, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
         """Raises ValueError for a token budget in which a full batch could not decode."""
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
@@ -56,27 +65,35 @@ class IterationScheduler:
                 f"{max_num_seqs}, so that each sequence of a full batch gets its token"
             )
         self.pool = pool
+        self.policy = policy
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_preemptions = 0
         self.num_prefix_cache_hit_tokens = 0
         """Prompt tokens that were not computed because the cache had them; resumes are not counted."""
+        self.num_swapped_blocks = 0
+        """Blocks that came back from host memory."""
+        self.num_resumed: Counter[PreemptionKind] = Counter()
+        """Preempted sequences that went on, by what that took."""
+        self.num_recomputed_tokens = 0
+        """Tokens that were computed again after a preemption."""
         self._sequences: dict[str, dict[int, Sequence]] = {}
         """All that have not been removed, by request and index."""
         self._running: list[Sequence] = []
-        """By rank, the highest first."""
-        self._waiting: WaitingQueue[Sequence] = WaitingQueue()
+        """By rank, the lowest, which runs first, in front."""
+        self._waiting: WaitingQueue[Sequence] = WaitingQueue(policy)
         self._waiting_siblings: dict[str, list[Sequence]] = {}
         """Sequences that wait for their request's sequence 0, by request."""
-        self._preempted: set[Sequence] = set()
-        """Sequences that wait and have run before."""
-        self._lacks_blocks = False
-        """Whether the last plan left somebody waiting for blocks alone."""
 
     @property
     def num_running(self) -> int:
         """Sequences in the batch."""
         return len(self._running)
+
+    @property
+    def has_sequences(self) -> bool:
+        """Whether any sequence is here, running or waiting."""
+        return bool(self._sequences)
 
     @property
     def num_waiting(self) -> int:
@@ -85,37 +102,44 @@ class IterationScheduler:
 
     @property
     def free_slots(self) -> int:
-        """Sequences that could still be added to the batch; below zero when some wait for one.
-
-        While one waits for KV blocks there is no slot, however small the batch.
-        """
-        lacks_blocks = self._lacks_blocks and len(self._waiting) > 0
-        slots = 0 if lacks_blocks else self.max_num_seqs - self.num_running
-        return slots - self.num_waiting
+        """Sequences that could still be added to the batch; below zero when more wait than it has places."""
+        return self.max_num_seqs - self.num_running - self.num_waiting
 
     @property
-    def lowest_key(self) -> float | None:
-        """The lowest key of a running sequence; None if none runs."""
-        return self._running[-1].key if self._running else None
+    def free_blocks(self) -> int:
+        """KV blocks beyond those in use and those that are kept for running sequences."""
+        return self.pool.num_free - sum(map(self._reserved_blocks, self._running))
 
-    def add(self, sequence: Sequence) -> None:
-        """Takes a sequence in, to run when its turn comes.
+    @property
+    def free_tokens(self) -> int:
+        """What is left of the next step's token budget; below zero when prompts take more steps than one."""
+        claimed = sum(each.num_tokens - each.num_computed_tokens for each in self._running)
+        return self.max_num_batched_tokens - claimed
+
+    def lowest_ranks(self, count: int) -> list[Rank]:
+        """The ranks of the running sequences that would be preempted first, at the last plan."""
+        return [sequence.rank for sequence in self._running[: -count - 1 : -1]]
+
+    def add(self, sequence: Sequence, now: float) -> None:
+        """Takes a sequence in, new or taken out by `take_waiting`, to run when its turn comes.
 
         A request's sequence 0 is added before its others. Raises CacheTooSmallError, and ValueError for a
-        sequence that was added already.
+        sequence that is there already.
         """
         self._require_capacity(sequence)
         siblings = self._sequences.setdefault(sequence.request.uid, {})
         if sequence.index in siblings:
             raise ValueError(f"sequence {sequence.index} of request {sequence.request.uid} was added already")
         siblings[sequence.index] = sequence
+        if not self.pool.enable_prefix_caching:
+            sequence.root_hash = private_root_hash(sequence.request.uid, sequence.index)
         leader = siblings.get(0)
         if sequence.index > 0 and leader and leader.num_generated_tokens == 0 and self._uses_cache(sequence):
             self._waiting_siblings.setdefault(sequence.request.uid, []).append(sequence)
         else:
-            self._enqueue(sequence)
+            self._waiting.push(sequence, sequence.view, now)
 
-    def remove(self, uid: str, index: int | None = None) -> list[Sequence]:
+    def remove(self, uid: str, index: int | None = None, *, now: float) -> list[Sequence]:
         """Lets a request, or one sequence of it, go: it has ended or was cancelled. Returns what was removed.
 
         Not between `plan` and `mark_computed`: the blocks are free at once.
@@ -128,42 +152,74 @@ class IterationScheduler:
                 each for each in self._waiting_siblings[uid] if each.index in siblings
             ]
             if 0 not in siblings:
-                self._release_waiting_siblings(uid)
+                self._release_waiting_siblings(uid, now)
         for sequence in removed:
-            if self._waiting.remove((uid, sequence.index)) is not None:
-                self._preempted.discard(sequence)
-            elif sequence in self._running:
+            if self._waiting.remove(uid, sequence.index) is None and sequence in self._running:
                 self._leave_batch(sequence)
         if not siblings:
             self._sequences.pop(uid, None)
         return removed
 
-    def plan(self) -> StepPlan:
+    def take_waiting(self) -> list[Sequence]:
+        """Hands back the sequences that wait for a place, to be added again when somebody else says so.
+
+        With a sequence 0 go those that wait for it: it may come back elsewhere.
+        """
+        taken = []
+        for sequence in list(self._waiting):
+            self._waiting.remove(sequence.request.uid, sequence.index)
+            taken.append(sequence)
+            if sequence.index == 0:
+                taken += self._waiting_siblings.pop(sequence.request.uid, ())
+        for sequence in taken:
+            siblings = self._sequences[sequence.request.uid]
+            del siblings[sequence.index]
+            if not siblings:
+                del self._sequences[sequence.request.uid]
+        return taken
+
+    def plan(self, now: float) -> StepPlan:
         """What to compute next. Whoever computes it calls `mark_computed`, then appends the sampled token to
         each sequence whose last chunk it was, or removes it.
 
         Raises CacheTooSmallError, and leaves all as it was, if a running sequence has outgrown the pool.
         """
+        self.pool.host.begin_step()
         for sequence in self._running:
             self._require_capacity(sequence)
-        left = self._extend_tables() + self._admit()
-        preempted = [sequence for sequence in left if sequence in self._preempted]  # and is not back already
-        return StepPlan(self._share_budget(), preempted)
+            sequence.rank = self.policy.rank(sequence.view, now)
+        self._running.sort(key=_order)
+        preempted = self._extend_tables(now)
+        self._admit(now, preempted)
+        host = self.pool.host
+        self.num_swapped_blocks += len(host.copies_in)
+        return StepPlan(self._share_budget(), preempted, host.copies_out, host.copies_in)
 
-    def mark_computed(self, plan: StepPlan) -> None:
+    def mark_computed(self, plan: StepPlan, now: float) -> None:
         """Counts what was computed, and lets other sequences find the blocks that it filled."""
         block_size = self.pool.block_size
         for item in plan.scheduled:
             sequence = item.sequence
             first = sequence.num_computed_tokens // block_size
             sequence.num_computed_tokens += item.num_tokens
+            self._count_service(sequence, item.num_tokens, now)
             last = sequence.num_computed_tokens // block_size
             if last > first and self.pool.enable_prefix_caching:
-                self._hash_full_blocks(sequence)
+                sequence.hash_full_blocks(block_size)
                 for number in range(first, last):
                     self.pool.cache(sequence.block_table[number], sequence.block_hashes[number])
             if sequence.index == 0 and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
-                self._release_waiting_siblings(sequence.request.uid)
+                self._release_waiting_siblings(sequence.request.uid, now)
+
+    def _count_service(self, sequence: Sequence, num_tokens: int, now: float) -> None:
+        """Tells the policy of the tokens that were computed for the first time."""
+        view = sequence.view
+        new = max(0, sequence.num_computed_tokens - view.num_served_tokens)
+        self.num_recomputed_tokens += num_tokens - new
+        if new:
+            num_prompt_tokens = min(new, max(0, view.num_prompt_tokens - view.num_served_tokens))
+            view.num_served_tokens += new
+            self.policy.on_service(view, num_prompt_tokens, new - num_prompt_tokens, now)
 
     def check(self) -> None:
         """Raises SchedulerError unless each sequence is in one queue or in the batch, and BlockPoolError
@@ -175,13 +231,13 @@ class IterationScheduler:
         if found != known:
             lost, extra = known - found, found - known
             raise SchedulerError(f"{len(lost)} sequences are in no queue, {len(extra)} in more than they may")
-        if not self._preempted.issubset(waiting):
-            raise SchedulerError("a sequence counts as preempted that does not wait")
+        if any((sequence.view.waiting_since is None) is (sequence in waiting) for sequence in found):
+            raise SchedulerError("a sequence counts as waiting that runs, or the other way round")
         self.pool.check([sequence.block_table for sequence in self._running])
 
     # --- admission and preemption
 
-    def _extend_tables(self) -> list[Sequence]:
+    def _extend_tables(self, now: float) -> list[Sequence]:
         """Gives every running sequence the blocks of its tokens; returns those preempted for it."""
         preempted: list[Sequence] = []
         index = 0
@@ -193,102 +249,160 @@ class IterationScheduler:
                     sequence.block_table += self.pool.allocate(missing)
                 index += 1
             else:
-                preempted.append(self._preempt(self._running[-1]))
+                preempted.append(self._preempt(self._running[-1], now))
         return preempted
 
-    def _admit(self) -> list[Sequence]:
-        """Moves sequences from the queue into the batch; returns those preempted for it."""
-        preempted: list[Sequence] = []
-        self._lacks_blocks = False
-        while (sequence := self._waiting.peek()) is not None and self._reaches_budget(sequence):
-            candidates = self._take_blocks(sequence)
-            if candidates is None:
-                self._lacks_blocks = self.num_running < self.max_num_seqs
+    def _admit(self, now: float, preempted: list[Sequence]) -> None:
+        """Moves sequences from the queue into the batch; adds those preempted for it to `preempted`.
+
+        Those do not come back in the same plan, or under a policy that ranks a sequence worse when it is
+        admitted two of them could take turns for ever.
+        """
+        while (sequence := self._waiting.peek(now)) is not None and sequence not in preempted:
+            sequence.rank = self.policy.rank(sequence.view, now)
+            if not self._reaches_budget(sequence):
                 break
-            self._waiting.pop()
-            insort(self._running, sequence, key=_rank)
+            candidates = self._take_blocks(sequence, now)
+            if candidates is None:
+                break
             preempted += candidates
-        return preempted
 
     def _reaches_budget(self, newcomer: Sequence) -> bool:
         """Whether the token budget would reach a newcomer: decodes and prompts of higher rank come first."""
-        rank = _rank(newcomer)
+        order = _order(newcomer)
         claimed = 0
         staying = self._running[: self.max_num_seqs - 1]  # in a full batch, the last would make way
         for sequence in staying:
             missing = sequence.num_tokens - sequence.num_computed_tokens
-            if missing == 1 or _rank(sequence) <= rank:
+            if missing == 1 or _order(sequence) <= order:
                 claimed += missing
         return claimed < self.max_num_batched_tokens
 
-    def _take_blocks(self, sequence: Sequence) -> list[Sequence] | None:
-        """Fills the table of a sequence that is to be admitted, with cached blocks as far as there are any.
+    def _take_blocks(self, sequence: Sequence, now: float) -> list[Sequence] | None:
+        """Admits the first of the queue, with cached blocks as far as there are any.
 
         Returns the sequences preempted for it; None, with nothing changed, if it does not fit. All
         its blocks are taken at once: two long prompts that fit only one after the other do not block each
         other half-way.
         """
         # Its last token is always computed, in a block of its own.
-        if self._preemption_candidates(sequence.key, 1) is None:
+        if self._preemption_candidates(sequence, 1) is None:
             return None
         cached = self._match_prefix(sequence)
         missing = self.pool.blocks_for(sequence.num_tokens) - len(cached)
-        candidates = self._preemption_candidates(sequence.key, missing)
+        candidates = self._preemption_candidates(sequence, missing)
         if candidates is None:
             self.pool.free(cached)
             return None
+        self._waiting.pop(now)  # before those that it preempts wait: one of them could be first
         for candidate in candidates:
-            self._preempt(candidate)
-        sequence.block_table = cached + self.pool.allocate(missing)
-        sequence.num_computed_tokens = len(cached) * self.pool.block_size
-        if sequence in self._preempted:
-            self._preempted.remove(sequence)
+            self._preempt(candidate, now)
+        num_copies = len(self.pool.host.copies_in)
+        self._fill_table(sequence, cached)
+        view = sequence.view
+        if view.num_served_tokens:
+            num_copies = len(self.pool.host.copies_in) - num_copies
+            self.num_resumed[preemption_kind(sequence, num_copies)] += 1
         else:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.num_prefix_cache_hit_tokens += sequence.num_cached_tokens
+        view.num_served_tokens = max(view.num_served_tokens, sequence.num_computed_tokens)
+        view.waiting_since = None
+        sequence.rank = self.policy.rank(view, now)  # admission may have changed it
+        self._running.append(sequence)
+        self._running.sort(key=_order)
         return candidates
 
-    def _preemption_candidates(self, key: float, num_blocks: int) -> list[Sequence] | None:
-        """The lowest running sequences that must leave before one of that key has a slot and so many blocks.
+    def _fill_table(self, sequence: Sequence, cached: list[int]) -> None:
+        """Gives a sequence its blocks: the cached ones, those that the host has, then empty ones."""
+        pool, size = self.pool, self.pool.block_size
+        table = list(cached)
+        tail, sequence.tail = sequence.tail, None
+        hashes = self._findable_hashes(sequence)[len(cached) :]
+        for digest in [*hashes, tail.digest] if tail else hashes:
+            pool.host.hold(digest)  # what makes room for one must not push out the next
+        for digest in hashes:
+            if (block := pool.fetch(digest)) is None:
+                break
+            pool.cache(block, digest)
+            table.append(block)
+        num_computed_tokens = len(table) * size
+        if tail is not None and tail.number == len(table):
+            block = pool.take(tail.digest)
+            if block is None:
+                block = pool.fetch(tail.digest)
+            if block is not None:
+                table.append(block)
+                num_computed_tokens += tail.num_tokens
+        sequence.block_table = table + pool.allocate(pool.blocks_for(sequence.num_tokens) - len(table))
+        sequence.num_computed_tokens = num_computed_tokens
 
-        None if those of a lower key do not suffice: then none of them should leave.
+    def _preemption_candidates(self, sequence: Sequence, num_blocks: int) -> list[Sequence] | None:
+        """The lowest running sequences that must leave before `sequence` has a slot and so many blocks.
+
+        None if those that it may preempt do not suffice: then none of them should leave. Blocks are kept for
+        the next tokens of the others alone: those that it may preempt leave when they lack a block.
         """
+        may_preempt = [self.policy.preempts(sequence.rank, each.rank) for each in self._running]
+        needed = num_blocks
+        for each, leaves in zip(self._running, may_preempt, strict=True):
+            needed += 0 if leaves else self._reserved_blocks(each)
         candidates: list[Sequence] = []
+        num_staying = len(self._running)
         free = self.pool.num_free
         dropped: Counter[int] = Counter()
-        while free < num_blocks or len(self._running) - len(candidates) >= self.max_num_seqs:
-            if len(candidates) == len(self._running):
+        while free < needed or num_staying >= self.max_num_seqs:
+            num_staying -= 1
+            if num_staying < 0 or not may_preempt[num_staying]:
                 return None
-            candidate = self._running[-1 - len(candidates)]
-            if candidate.key >= key:
-                return None
+            candidate = self._running[num_staying]
             candidates.append(candidate)
             dropped.update(candidate.block_table)
             free += sum(dropped[block] == self.pool.ref_count(block) for block in candidate.block_table)
         return candidates
 
+    def _reserved_blocks(self, sequence: Sequence) -> int:
+        """Blocks to be kept free for the next tokens of a running sequence."""
+        left = sequence.num_prompt_tokens + sequence.view.expected_output_tokens - sequence.num_tokens
+        tokens = sequence.num_tokens + max(0, min(left, RESERVED_TOKENS))
+        return max(0, self.pool.blocks_for(tokens) - len(sequence.block_table))
+
     def _match_prefix(self, sequence: Sequence) -> list[int]:
         """The cached blocks of its prefix, which it uses now; never that of its last token."""
-        if not self._uses_cache(sequence):
+        return self.pool.match_prefix(self._findable_hashes(sequence))
+
+    def _findable_hashes(self, sequence: Sequence) -> list[bytes]:
+        """Hashes of the full blocks of its prefix, as far as it may take them from a cache."""
+        if not sequence.view.num_served_tokens and not self._uses_cache(sequence):
             return []
-        self._hash_full_blocks(sequence)
-        num_blocks = (sequence.num_tokens - 1) // self.pool.block_size
-        return self.pool.match_prefix(sequence.block_hashes[:num_blocks])
+        sequence.hash_full_blocks(self.pool.block_size)
+        limit = sequence.num_tokens - 1
+        if sequence.request.sampling.prompt_logprobs is not None:
+            limit = min(limit, sequence.view.num_served_tokens)
+        return sequence.block_hashes[: limit // self.pool.block_size]
 
     def _uses_cache(self, sequence: Sequence) -> bool:
-        """Prompt logprobs come from computing the whole prompt."""
+        """Whether it may use blocks of others. Prompt logprobs come from computing the whole prompt, once."""
         return self.pool.enable_prefix_caching and sequence.request.sampling.prompt_logprobs is None
 
-    def _hash_full_blocks(self, sequence: Sequence) -> None:
-        hashes, size = sequence.block_hashes, self.pool.block_size
-        for number in range(len(hashes), sequence.num_tokens // size):
-            parent = hashes[-1] if hashes else ROOT_HASH
-            hashes.append(hash_block(parent, sequence.token_ids[number * size : (number + 1) * size]))
+    def _retain(self, sequence: Sequence) -> None:
+        """Lets a sequence that is preempted find what was computed for it."""
+        pool, size = self.pool, self.pool.block_size
+        sequence.hash_full_blocks(size)
+        num_full, num_left = divmod(sequence.num_computed_tokens, size)
+        for number in range(num_full):
+            pool.cache(sequence.block_table[number], sequence.block_hashes[number])
+        if num_left:
+            digest = sequence.hash_tokens(num_full, size, num_left)
+            pool.cache(sequence.block_table[num_full], digest)
+            sequence.tail = Tail(digest, num_full, num_left)
 
-    def _preempt(self, sequence: Sequence) -> Sequence:
+    def _preempt(self, sequence: Sequence, now: float) -> Sequence:
+        self._retain(sequence)
         self._leave_batch(sequence)
-        self._preempted.add(sequence)
-        self._enqueue(sequence)
+        sequence.view.waiting_since = now
+        sequence.view.num_tokens = sequence.num_tokens
+        self._waiting.push(sequence, sequence.view, now)
         self.num_preemptions += 1
         return sequence
 
@@ -298,15 +412,9 @@ class IterationScheduler:
         sequence.block_table = []
         sequence.num_computed_tokens = 0
 
-    def _enqueue(self, sequence: Sequence) -> None:
-        request = sequence.request
-        self._waiting.push(
-            sequence, uid=(request.uid, sequence.index), key=sequence.key, arrival=request.arrival
-        )
-
-    def _release_waiting_siblings(self, uid: str) -> None:
+    def _release_waiting_siblings(self, uid: str, now: float) -> None:
         for sequence in self._waiting_siblings.pop(uid, ()):
-            self._enqueue(sequence)
+            self._waiting.push(sequence, sequence.view, now)
 
     def _require_capacity(self, sequence: Sequence) -> None:
         needed = self.pool.blocks_for(sequence.num_tokens)
@@ -333,6 +441,6 @@ class IterationScheduler:
         return scheduled
 
 
-def _rank(sequence: Sequence) -> tuple[float, float, int]:
+def _order(sequence: Sequence) -> tuple[Rank, float, int]:
     """The lowest goes first."""
-    return (-sequence.key, sequence.request.arrival, sequence.index)
+    return (sequence.rank, sequence.request.arrival, sequence.index)

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastserve.types import Request
+from fastserve.scheduling.block_pool import ROOT_HASH, hash_block
+from fastserve.scheduling.policies.policy import Rank
+from fastserve.types import Request, RequestView
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """A block of a preempted sequence whose tokens were computed in part."""
+
+    digest: bytes
+    number: int
+    """In the block table."""
+    num_tokens: int
 
 
 @dataclass(eq=False, slots=True)
@@ -18,8 +30,8 @@ class Sequence:
 
     request: Request
     index: int
-    key: float
-    """The policy's: the highest runs first. It does not change."""
+    view: RequestView
+    """What the policy goes by."""
     token_ids: list[int]
     """Prompt, then what was generated."""
     num_computed_tokens: int = 0
@@ -30,6 +42,12 @@ class Sequence:
     """The KV blocks of its tokens, in order."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of its full blocks, computed once each."""
+    root_hash: bytes = ROOT_HASH
+    """The parent of its first block: one of its own where no other sequence may find its blocks."""
+    tail: Tail | None = None
+    """The block that was half computed when it was preempted."""
+    rank: Rank = ()
+    """The policy's, at the last plan: the lowest runs first."""
 
     @property
     def num_tokens(self) -> int:
@@ -40,6 +58,17 @@ class Sequence:
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt, which `token_ids` begins with."""
         return len(self.request.prompt_token_ids)
+
+    def hash_full_blocks(self, block_size: int) -> None:
+        """Computes `block_hashes` as far as the tokens go."""
+        for number in range(len(self.block_hashes), self.num_tokens // block_size):
+            self.block_hashes.append(self.hash_tokens(number, block_size, block_size))
+
+    def hash_tokens(self, number: int, block_size: int, num_tokens: int) -> bytes:
+        """The chained hash of the first `num_tokens` of a block whose predecessors have been hashed."""
+        parent = self.block_hashes[number - 1] if number else self.root_hash
+        start = number * block_size
+        return hash_block(parent, self.token_ids[start : start + num_tokens])
 
     @property
     def num_generated_tokens(self) -> int:
@@ -66,6 +95,10 @@ class StepPlan:
 
     scheduled: list[ScheduledSequence]
     preempted: list[Sequence]
+    copies_out: list[tuple[int, int]] = field(default_factory=list)
+    """(KV block, block in host memory): copied before anything else."""
+    copies_in: list[tuple[int, int]] = field(default_factory=list)
+    """(block in host memory, KV block): copied then, before the step is computed."""
 
     @property
     def num_tokens(self) -> int:

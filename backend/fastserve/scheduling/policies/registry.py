@@ -1,6 +1,6 @@
-"""The policy that the settings name.
+"""The policies by name. One of one's own needs no change here: `--policy FILE.py:NAME` loads it.
 
-One of one's own needs no change here: `--policy FILE.py:NAME` loads it (`examples/custom_policy.py`).
+`examples/custom_policy.py` is one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from types import ModuleType
 from typing import Any
 
 from fastserve.config import Config, ConfigError
-from fastserve.scheduling.policies import FCFS, Policy, PriorityAge
+from fastserve.scheduling.policies.fair import Fair
+from fastserve.scheduling.policies.fcfs import FCFS
+from fastserve.scheduling.policies.hrrn import HRRN
+from fastserve.scheduling.policies.mlfq import MLFQ
+from fastserve.scheduling.policies.policy import Policy
+from fastserve.scheduling.policies.priority_age import PriorityAge
+from fastserve.types import RequestView
 
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -(2**31), 2**31 - 1
 """A request's priority is an INT32."""
@@ -22,6 +28,9 @@ LOWEST_PRIORITY, HIGHEST_PRIORITY = -(2**31), 2**31 - 1
 POLICIES: dict[str, Callable[[Config], Policy]] = {
     "priority_age": lambda config: PriorityAge(config.alpha, config.beta),
     "fcfs": lambda config: FCFS(),
+    "mlfq": lambda config: MLFQ(starvation_seconds=config.starvation_seconds),
+    "hrrn": lambda config: HRRN(),
+    "fair": lambda config: Fair(config.tenant_weights, config.starvation_seconds),
 }
 """The policies that have a name of their own: what makes each from the settings."""
 
@@ -29,20 +38,24 @@ POLICIES: dict[str, Callable[[Config], Policy]] = {
 def make_policy(config: Config) -> Policy:
     """The policy that `config.policy` names: one of `POLICIES`, or what NAME of `FILE.py:NAME` makes of them.
 
-    Raises ConfigError if there is no such policy, or if it has no finite key for some priority: the queues
+    Raises ConfigError if there is no such policy, or if it has no finite rank for some priority: the queues
     could not order by it.
     """
     policy = _factory(config.policy)(config)
     for priority in (LOWEST_PRIORITY, 0, HIGHEST_PRIORITY):
+        view = RequestView("", 0, priority, 0.0, "", 1, 1, waiting_since=0.0, num_tokens=1)
         try:
-            key = policy.key(priority, 0.0)
-            reason = "" if math.isfinite(key) else f"it is {key}"
-        except (AttributeError, TypeError, ArithmeticError) as error:
-            reason = str(error)
+            policy.on_enqueue(view, 0.0)
+            rank = policy.rank(view, 0.0)
+            is_rank = isinstance(rank, tuple) and all(map(math.isfinite, rank))
+            reason = "" if is_rank else f"it is {rank!r}"
+            policy.on_abandon(view)
+        except (AttributeError, TypeError, ArithmeticError, NotImplementedError) as error:
+            reason = repr(error)
         if reason:
             raise ConfigError(
-                f"policy: got {config.policy!r}, whose {type(policy).__name__} gives no finite number as "
-                f"`key({priority}, 0.0)`: {reason}"
+                f"policy: got {config.policy!r}, whose {type(policy).__name__} gives no tuple of finite "
+                f"numbers as the rank of a request of priority {priority}: {reason}"
             )
     return policy
 

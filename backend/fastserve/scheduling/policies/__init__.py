@@ -1,0 +1,1 @@
+"""Who runs first: a file for each policy, what they share, and the table of their names."""
