@@ -3,8 +3,9 @@
     make serve ARGS="--policy examples/custom_policy.py:earliest_deadline_first"
 
 Each step of priority halves the time in which a request wants its first token. The request whose time runs
-out soonest goes first, in the common queue and in the batch, where it also preempts. The deadline of a
-request never changes, so nobody starves: a request is overtaken only by those that came before its own.
+out soonest goes first, in the common queue and in the batch, where it also preempts. As with every policy
+whose rank is linear in the arrival, nobody starves: a request is overtaken only by those that came before its
+own deadline.
 
 Run by itself, the file prints how a few requests would be ordered:
 
@@ -51,25 +52,14 @@ REQUESTS = {
 """Priority and arrival, in seconds, of a few requests that wait."""
 
 
-def view(name: str) -> RequestView:
-    """What a policy sees of one of `REQUESTS`."""
-    priority, arrival = REQUESTS[name]
-    return RequestView(
-        uid=name,
-        index=0,
-        priority=priority,
-        arrival=arrival,
-        tenant="",
-        num_prompt_tokens=100,
-        expected_output_tokens=100,
-        waiting_since=arrival,
-        num_tokens=100,
-    )
+def order(policy: Policy) -> list[str]:
+    """The names of `REQUESTS` in the order in which they run."""
+    return sorted(REQUESTS, key=lambda name: policy.rank(view(*REQUESTS[name]), now=0.0))
 
 
-def order(policy: Policy, now: float = 60.0) -> list[str]:
-    """The names of `REQUESTS` in the order in which they run, if they all wait at `now`."""
-    return sorted(REQUESTS, key=lambda name: policy.rank(view(name), now))
+def view(priority: int, arrival: float) -> RequestView:
+    """What a policy sees of a request of 100 tokens that waits."""
+    return RequestView("", 0, priority, arrival, "", 100, 100, waiting_since=arrival, num_tokens=100)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from collections import Counter
 
 from fastserve.scheduling.block_pool import BlockPool, private_root_hash
 from fastserve.scheduling.policies.policy import Policy, Rank
+from fastserve.scheduling.preemption import PreemptionKind, preemption_kind
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan, Tail
 from fastserve.scheduling.waiting_queue import WaitingQueue
 
@@ -72,6 +73,8 @@ class IterationScheduler:
         """Prompt tokens that were not computed because the cache had them; resumes are not counted."""
         self.num_swapped_blocks = 0
         """Blocks that came back from host memory."""
+        self.num_resumed: Counter[PreemptionKind] = Counter()
+        """Preempted sequences that went on, by what that took."""
         self.num_recomputed_tokens = 0
         """Tokens that were computed again after a preemption."""
         self._sequences: dict[str, dict[int, Sequence]] = {}
@@ -294,9 +297,13 @@ class IterationScheduler:
         self._waiting.pop(now)  # before those that it preempts wait: one of them could be first
         for candidate in candidates:
             self._preempt(candidate, now)
+        num_copies = len(self.pool.host.copies_in)
         self._fill_table(sequence, cached)
         view = sequence.view
-        if not view.num_served_tokens:
+        if view.num_served_tokens:
+            num_copies = len(self.pool.host.copies_in) - num_copies
+            self.num_resumed[preemption_kind(sequence, num_copies)] += 1
+        else:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.num_prefix_cache_hit_tokens += sequence.num_cached_tokens
         view.num_served_tokens = max(view.num_served_tokens, sequence.num_computed_tokens)
