@@ -506,7 +506,6 @@ class BatchMachine(RuleBasedStateMachine):
         self.num_added = 0
         self.clock = 0.0
 
-    @precondition(lambda self: hasattr(self, "scheduler"))
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=12),
         max_tokens=st.integers(1, 12),
@@ -545,7 +544,7 @@ class BatchMachine(RuleBasedStateMachine):
         self.computed |= {sequence: set() for sequence in sequences}
         self.had |= dict.fromkeys(sequences, 0)
 
-    @precondition(lambda self: getattr(self, "taken", None))
+    @precondition(lambda self: bool(self.taken))
     @rule(data=st.data())
     def come_back(self, data: st.DataObject) -> None:
         """Of a request, the first sequence first."""
@@ -556,7 +555,7 @@ class BatchMachine(RuleBasedStateMachine):
         self.taken.remove(first)
         add(self.scheduler, [first], self.clock)
 
-    @precondition(lambda self: getattr(self, "live", None))
+    @precondition(lambda self: bool(self.live))
     @rule(data=st.data(), whole_request=st.booleans())
     def cancel(self, data: st.DataObject, whole_request: bool) -> None:
         candidate = data.draw(st.sampled_from(self.live))
@@ -567,7 +566,6 @@ class BatchMachine(RuleBasedStateMachine):
         self.live = [each for each in self.live if each not in expected]
         self.taken = [each for each in self.taken if each not in expected]
 
-    @precondition(lambda self: hasattr(self, "scheduler"))
     @rule(count=st.integers(1, 5), seconds=st.sampled_from([0.1, 1.0, 5.0]))
     def compute(self, count: int, seconds: float) -> None:
         for _ in range(count):
