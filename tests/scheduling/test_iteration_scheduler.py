@@ -408,6 +408,19 @@ def test_prompt_logprobs_of_a_preempted_prompt_come_from_its_own_tokens() -> Non
     assert low.num_computed_tokens == 20
 
 
+def test_without_prefix_caching_a_resume_finds_its_own_blocks_alone() -> None:
+    scheduler = a_scheduler(max_num_seqs=2, prefix_caching=False)
+    siblings = add(scheduler, some("r", list(range(8)), n=2))
+    step(scheduler)
+    add(scheduler, some("high", [50], priority=1) + some("higher", [60], priority=2))
+    assert set(step(scheduler).preempted) == set(siblings)
+    for uid in ("high", "higher"):
+        scheduler.remove(uid, now=0.0)
+    assert chunks(step(scheduler)) == [("r", 1), ("r", 1)]
+    assert not set(siblings[0].block_table) & set(siblings[1].block_table)
+    assert scheduler.num_recomputed_tokens == 0
+
+
 def test_siblings_go_with_the_first_that_is_taken_out() -> None:
     scheduler = a_scheduler(max_num_seqs=1, max_num_batched_tokens=4)
     siblings = add(scheduler, some("r", list(range(10)), n=3))
