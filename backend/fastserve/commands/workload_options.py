@@ -52,8 +52,8 @@ def add_length_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}-tokens",
             type=_lengths,
             metavar=LENGTHS,
-            help="all so long, or log-normal: mean before clipping, standard deviation of the logarithm, limits "
-            f"(default: {chat.mean:g},{chat.sigma:g},{chat.low},{chat.high})",
+            help="all so long, or log-normal: mean before clipping, standard deviation of the logarithm, "
+            f"limits (default: {chat.mean:g},{chat.sigma:g},{chat.low},{chat.high})",
         )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
 
@@ -69,7 +69,7 @@ def add_arrival_arguments(group: argparse._ArgumentGroup) -> None:
         "--gamma",
         type=_gamma,
         metavar="RATE,CV",
-        help="gaps of a gamma distribution: bursts with a CV above 1",
+        help="gaps of a gamma distribution: bursts if CV is above 1",
     )
     scale = group.add_mutually_exclusive_group()
     scale.add_argument("--rate", type=float, metavar="RATE", help="the trace's time stretched to this rate")
@@ -106,11 +106,10 @@ def arrivals_of(arguments: argparse.Namespace) -> list[Arrival]:
     Raises TraceError, and ConfigError for what cannot be or would not be read.
     """
     check_lengths(arguments)
-    for name in LENGTH_OPTIONS if arguments.trace is not None else TIME_OPTIONS:
+    unread, where = (TIME_OPTIONS, "only") if arguments.trace is None else (LENGTH_OPTIONS, "not")
+    for name in unread:
         if getattr(arguments, name) is not None:
-            raise ConfigError(
-                f"{flag(name)}: {'not' if arguments.trace is not None else 'only'} with --trace"
-            )
+            raise ConfigError(f"{flag(name)}: {where} with --trace")
     if (arguments.load is None) != (arguments.load_of is None):
         raise ConfigError("--load, --load-of: only together")
     try:
