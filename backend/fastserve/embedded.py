@@ -23,7 +23,8 @@ from fastserve.checkpoints.model_metadata import model_vocab_size
 from fastserve.config import Config
 from fastserve.engine.engine import Engine
 from fastserve.engine.engine_loader import load_engine
-from fastserve.engine.worker import ToWorker, run_engine
+from fastserve.engine.worker import run_engine
+from fastserve.engine.worker_pipe import ToWorker
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.input_processor import InputProcessor
 from fastserve.text.output_processor import OutputProcessor, Response

@@ -18,11 +18,12 @@ from fastserve.engine.engine_loader import load_engine
 from fastserve.engine.guides import GuideCompiler
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import Sampler
+from fastserve.errors import ErrorCode
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
 from fastserve.scheduling.policies import PriorityAge
 from fastserve.scheduling.sequence import StepPlan
-from fastserve.types import OutputOptions, Request, SamplingParams, SequenceOutput
+from fastserve.types import Outcome, OutputOptions, Request, SamplingParams, SequenceOutput
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 MakeEngine = Callable[..., Engine]
@@ -174,6 +175,15 @@ def tokens_of(outputs: list[SequenceOutput], index: int = 0) -> list[int]:
     return [token for output in outputs if output.index == index for token in output.token_ids]
 
 
+def assert_refused(outputs: list[SequenceOutput], words: str) -> None:
+    """All that came of a request is an error that says this."""
+    (output,) = outputs
+    assert output.outcome is Outcome.ERROR
+    assert output.failure is not None
+    assert output.failure.code == ErrorCode.INVALID_ARG.value
+    assert words in output.failure.message
+
+
 @pytest.fixture(scope="session")
 def helpers() -> Any:
     """The functions of this file."""
@@ -182,5 +192,6 @@ def helpers() -> Any:
         make_request = staticmethod(make_request)
         run_until_idle = staticmethod(run_until_idle)
         tokens_of = staticmethod(tokens_of)
+        assert_refused = staticmethod(assert_refused)
 
     return Helpers

@@ -13,7 +13,8 @@ import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
-from fastserve.engine.worker import FromWorker, Worker
+from fastserve.engine.worker import Worker
+from fastserve.engine.worker_pipe import FromWorker
 from fastserve.types import Add, OutputOptions, Ready, Request, SamplingParams, StepOutput
 
 WAIT_SECONDS = 20.0

@@ -1,26 +1,23 @@
 """The engine: schedule a step, compute it, sample, say what came of it.
 
 add / cancel -> [plan -> run -> sample -> mark computed -> append] -> StepOutput     (`step`, again and again)
-
-Until its tokens are marked as computed a step changes nothing but what it would write again: keys and values
-of its own tokens. So one that raises is computed again by halves, and only the sequence that it cannot be
-computed with fails.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 import torch
 
+from fastserve.engine.compute_errors import not_computed, not_finite
+from fastserve.engine.guide_queue import GuideQueue
 from fastserve.engine.guides import CompiledGuide, GuideCompiler
+from fastserve.engine.isolation import compute_isolated
 from fastserve.engine.model_runner import ModelRunner
-from fastserve.engine.sampler import SampledToken, Sampler, SamplingState, not_finite, token_logprobs
+from fastserve.engine.sampler import SampledToken, Sampler, SamplingState
 from fastserve.errors import ErrorCode, RequestError, invalid, prompt_too_long
 from fastserve.models.kv_cache import KVCaches
 from fastserve.scheduling.iteration_scheduler import CacheTooSmallError, IterationScheduler
@@ -28,30 +25,16 @@ from fastserve.scheduling.policies import Policy
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
 from fastserve.text.stop_conditions import check_stop, external_stop, has_expired
 from fastserve.text.validation import Vocabulary
-from fastserve.types import EngineStats, Failure, Outcome, Request, SequenceOutput, StepOutput, TokenLogprob
+from fastserve.types import EngineStats, Failure, Outcome, Request, SequenceOutput, StepOutput
 
 logger = logging.getLogger(__name__)
-
-GUIDE_WAIT_SECONDS = 0.01
-MAX_CAUSE = 300
-"""Characters of an exception's text that a client is shown."""
-
-
-@dataclass(slots=True)
-class _SequenceState:
-    """What the engine keeps of a sequence that has not ended."""
-
-    sequence: Sequence
-    sampling: SamplingState
-    prompt_logprobs: list[list[TokenLogprob]] | None
-    """Log-probabilities of the prompt tokens computed so far, if the request asks for them."""
 
 
 @dataclass(slots=True)
 class _RequestState:
     request: Request
-    sequences: dict[int, _SequenceState] = field(default_factory=dict)
-    """The sequences that have not ended, by index."""
+    sequences: dict[int, SamplingState] = field(default_factory=dict)
+    """Of its sequences that have not ended, by index."""
 
 
 class Engine:
@@ -72,10 +55,9 @@ class Engine:
         self._scheduler = scheduler
         self._policy = policy
         self._sampler = sampler
-        self._guides = guides
+        self._guide_queue = GuideQueue(guides)
+        """Requests whose guide is being compiled."""
         self._vocabulary = Vocabulary(runner.model.vocab_size, runner.model.vocab_size)
-        self._waiting_for_guide: dict[str, tuple[Request, Future[CompiledGuide]]] = {}
-        """Requests whose guide is being compiled, by uid."""
         self._active: dict[str, _RequestState] = {}
         """Requests that the scheduler has, by uid."""
         self._received = 0
@@ -92,7 +74,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do; when the last request has ended, that is to check the books."""
-        return bool(self._active or self._waiting_for_guide or self._outputs or self._is_unchecked)
+        return bool(self._active or self._guide_queue or self._outputs or self._is_unchecked)
 
     def add(self, request: Request) -> None:
         """Takes a request in. One that cannot be served ends with a failure at the next step.
@@ -100,19 +82,19 @@ class Engine:
         So does, with the request that is being served, a second one of its uid: outputs name nothing else.
         """
         self._received += 1
-        if request.uid in self._active or request.uid in self._waiting_for_guide:
+        if request.uid in self._active or request.uid in self._guide_queue:
             sentence = f"another request of the uid {request.uid} came while this one was served"
-            self._abort(request.uid, Outcome.ERROR, _failure(RequestError(sentence, ErrorCode.INTERNAL)))
+            self._fail(request.uid, RequestError(sentence, ErrorCode.INTERNAL))
             return
         try:
             self._check(request)
         except RequestError as error:
-            self._fail(request, error)
+            self._refuse(request, error)
             return
         if request.sampling.guide is None:
             self._start(request, None)
         else:
-            self._waiting_for_guide[request.uid] = (request, self._guides.compile(request.sampling.guide))
+            self._guide_queue.add(request, request.sampling.guide)
 
     def _check(self, request: Request) -> None:
         """Raises RequestError, naming the field, for a request that the model cannot serve.
@@ -132,18 +114,21 @@ class Engine:
             self._vocabulary.check("bad_words", word)
 
     def _start(self, request: Request, guide: CompiledGuide | None) -> None:
+        self._is_unchecked = True
         state = self._active[request.uid] = _RequestState(request)
         key = self._policy.key(request.priority, request.arrival)
         for index in range(request.sampling.n):
             sequence = Sequence(request, index, key, token_ids=list(request.prompt_token_ids))
-            wants_prompt = request.sampling.prompt_logprobs is not None and index == 0
-            sampling = self._sampler.start(sequence, guide)
-            state.sequences[index] = _SequenceState(sequence, sampling, [[]] if wants_prompt else None)
+            state.sequences[index] = self._sampler.start(sequence, guide)
             self._scheduler.add(sequence)
 
-    def _fail(self, request: Request, error: RequestError) -> None:
+    def _refuse(self, request: Request, error: RequestError) -> None:
         """Ends a request that was never started."""
         self._end(request.uid, range(request.sampling.n), Outcome.ERROR, _failure(error))
+
+    def _fail(self, uid: str, error: RequestError) -> None:
+        """Ends a whole request: its client gets an error in place of what is left to come."""
+        self._abort(uid, Outcome.ERROR, _failure(error))
 
     def cancel(self, uid: str, outcome: Outcome, index: int | None = None) -> None:
         """Stops a request, or one sequence of it; nothing happens if it is not being served."""
@@ -151,9 +136,8 @@ class Engine:
 
     def _abort(self, uid: str, outcome: Outcome, failure: Failure | None, index: int | None = None) -> None:
         """Ends a request, or one sequence of it, wherever it is."""
-        if uid in self._waiting_for_guide:
-            request, _ = self._waiting_for_guide.pop(uid)
-            self._end(uid, range(request.sampling.n), outcome, failure)
+        if uid in self._guide_queue:
+            self._end(uid, range(self._guide_queue.pop(uid).sampling.n), outcome, failure)
         if (state := self._active.get(uid)) is not None:
             indices = [each for each in state.sequences if index in (None, each)]
             for each in indices:
@@ -180,9 +164,23 @@ class Engine:
         self._check_when_idle()
         plan = self._plan()
         if plan.scheduled:
-            self._compute(plan)
+            tokens = compute_isolated(plan.scheduled, self._forward, self._runner.probe)
+            self._take_tokens(plan.scheduled, tokens)
         outputs, self._outputs = self._outputs, []
         return StepOutput(outputs, self.stats(plan.num_tokens))
+
+    def _expire(self, now: float) -> None:
+        for request in [*(state.request for state in self._active.values()), *self._guide_queue]:
+            if has_expired(request, now):
+                self.cancel(request.uid, Outcome.TIMEOUT)
+
+    def _start_compiled(self) -> None:
+        """Starts requests whose guide is compiled; waits a little for one if there is nothing else to do."""
+        for request, guide in self._guide_queue.pop_compiled(has_time=not self._active):
+            if isinstance(guide, RequestError):
+                self._refuse(request, guide)
+            else:
+                self._start(request, guide)
 
     def _check_when_idle(self) -> None:
         """Checks the books when nothing is held, and nobody waits for the time that it takes."""
@@ -195,158 +193,86 @@ class Engine:
             try:
                 return self._scheduler.plan()
             except CacheTooSmallError as error:
-                self._fail_active(error.sequence, RequestError(str(error)))
-
-    def _expire(self, now: float) -> None:
-        requests = [state.request for state in self._active.values()]
-        requests += [request for request, _ in self._waiting_for_guide.values()]
-        for request in requests:
-            if has_expired(request, now):
-                self.cancel(request.uid, Outcome.TIMEOUT)
-
-    def _start_compiled(self) -> None:
-        """Starts requests whose guide is compiled; waits a little for one if there is nothing else to do."""
-        if not self._waiting_for_guide:
-            return
-        futures = [future for _, future in self._waiting_for_guide.values()]
-        wait(futures, 0 if self._active else GUIDE_WAIT_SECONDS, FIRST_COMPLETED)
-        self._guides.abandon_heavy()
-        for uid, (request, future) in list(self._waiting_for_guide.items()):
-            if future.done():
-                del self._waiting_for_guide[uid]
-                try:
-                    self._start(request, future.result())
-                except RequestError as error:
-                    self._fail(request, error)
-
-    def _compute(self, plan: StepPlan) -> None:
-        self._is_unchecked = True
-        computed = self._forward_isolated(plan.scheduled)
-        failed = {item.sequence: token.error for item, token in computed if token and token.error}
-        kept = [item for item, _ in computed if item.sequence not in failed]
-        self._scheduler.mark_computed(StepPlan(kept, []))
-        for sequence, error in failed.items():
-            self._fail_active(sequence, error)
-        for item, token in computed:
-            if token is not None and item.sequence.request.uid in self._active:
-                self._advance(item.sequence, token)
-
-    def _forward_isolated(
-        self, items: list[ScheduledSequence]
-    ) -> list[tuple[ScheduledSequence, SampledToken | None]]:
-        """Computes the items as `_forward` does, but one with which that raises gets an error in its place.
-
-        Raises what `_forward` raised if the device does not compute what is known to work either.
-        """
-        try:
-            return list(zip(items, self._forward(items), strict=True))
-        except Exception as error:
-            self._require_device(error)
-            if len(items) > 1:
-                middle = len(items) // 2
-                return self._forward_isolated(items[:middle]) + self._forward_isolated(items[middle:])
-            uid = items[0].sequence.request.uid
-            logger.exception("request %s cannot be computed; it fails, and the others go on", uid)
-            return [(items[0], SampledToken(-1, [], _not_computed(error)))]
-
-    def _require_device(self, error: Exception) -> None:
-        """Raises `error` if the model cannot even compute one harmless token."""
-        try:
-            self._runner.probe()
-        except Exception:
-            raise error from None
+                self._fail(error.sequence.request.uid, RequestError(str(error)))
 
     @torch.inference_mode()
     def _forward(self, items: list[ScheduledSequence]) -> list[SampledToken | None]:
         """Computes the items: a token for each, or an error; None where a prompt has more chunks to come."""
         hidden, metadata = self._runner.run(StepPlan(items, []))
-        sampled: list[SampledToken | None] = [None] * len(items)
-        states = [self._state(item.sequence) for item in items]
-        finite = hidden.sum(-1, dtype=torch.float32).isfinite().tolist()  # of finite numbers the sum is, too
-        end = 0
-        for number, item in enumerate(items):
-            start, end = end, end + item.num_tokens
-            error = None
-            if False in finite[start:end]:
-                error = not_finite(item.sequence.num_computed_tokens + finite[start:end].index(False))
-            elif (collected := states[number].prompt_logprobs) is not None:
-                error = self._extend_prompt_logprobs(item, collected, hidden[start:end])
-            if error is not None:
-                sampled[number] = SampledToken(-1, [], error)
-        numbers = [i for i, item in enumerate(items) if item.is_last_chunk and sampled[i] is None]
+        states = [self._active[each.sequence.request.uid].sequences[each.sequence.index] for each in items]
+        errors = self._check_hidden(hidden, items, states)
+        sampled = [None if error is None else SampledToken(-1, [], error) for error in errors]
+        numbers = [i for i, item in enumerate(items) if item.is_last_chunk and errors[i] is None]
         if numbers:
             last = metadata.last_token_index[torch.tensor(numbers, device=hidden.device)]
             logits = self._runner.model.logits(hidden[last])
-            tokens = self._sampler.sample(logits, [states[number].sampling for number in numbers])
+            tokens = self._sampler.sample(logits, [states[number] for number in numbers])
             for number, token in zip(numbers, tokens, strict=True):
                 sampled[number] = token
         return sampled
 
-    def _state(self, sequence: Sequence) -> _SequenceState:
-        return self._active[sequence.request.uid].sequences[sequence.index]
+    def _check_hidden(
+        self, hidden: torch.Tensor, items: list[ScheduledSequence], states: list[SamplingState]
+    ) -> list[RequestError | None]:
+        """What is wrong with each item's rows of `hidden`; collects prompts' log-probabilities from them."""
+        errors: list[RequestError | None] = []
+        finite = hidden.sum(-1, dtype=torch.float32).isfinite().tolist()  # of finite numbers the sum is, too
+        end = 0
+        for item, state in zip(items, states, strict=True):
+            start, end = end, end + item.num_tokens
+            error = None
+            if False in finite[start:end]:
+                error = not_finite(item.sequence.num_computed_tokens + finite[start:end].index(False))
+            elif state.prompt_logprobs is not None:
+                error = state.prompt_logprobs.extend(hidden[start:end], self._runner.model.logits)
+            errors.append(error)
+        return errors
 
-    def _extend_prompt_logprobs(
-        self, item: ScheduledSequence, collected: list[list[TokenLogprob]], hidden: torch.Tensor
-    ) -> RequestError | None:
-        """Adds the log-probabilities of the chunk `hidden` [item.num_tokens, hidden size].
-
-        The row of a position tells of the token after it. What is computed again, after a preemption or in a
-        step that raised, has been collected already. Returns an error if the numbers are not finite.
-        """
-        sequence = item.sequence
-        start = sequence.num_computed_tokens
-        first = max(start, len(collected) - 1)
-        last = min(start + item.num_tokens, sequence.num_prompt_tokens - 1)
-        if first >= last:
-            return None
-        logits = self._runner.model.logits(hidden[first - start : last - start])
-        targets = torch.tensor(sequence.token_ids[first + 1 : last + 1], device=logits.device)
-        count = sequence.request.sampling.prompt_logprobs or 0
-        found = token_logprobs(logits, targets, [count] * (last - first))
-        for position, entries in enumerate(found, start=first):
-            if math.isnan(entries[0][1]):
-                return not_finite(position)
-        collected += found
-        return None
+    def _take_tokens(self, items: list[ScheduledSequence], tokens: list[SampledToken | None]) -> None:
+        """Marks the items as computed, fails requests with an error, and gives the others their tokens."""
+        computed = list(zip(items, tokens, strict=True))
+        kept = [item for item, token in computed if token is None or token.error is None]
+        self._scheduler.mark_computed(StepPlan(kept, []))
+        for item, token in computed:
+            if token is not None and token.error is not None:
+                self._fail(item.sequence.request.uid, token.error)
+        for item, token in computed:
+            if token is not None and item.sequence.request.uid in self._active:
+                self._advance(item.sequence, token)
 
     def _advance(self, sequence: Sequence, token: SampledToken) -> None:
-        """Gives a sequence its new token, and ends it if that was the last one, or if it cannot be taken."""
+        """Gives a sequence its new token; its request fails, and no other, if it cannot be taken."""
         try:
-            state = self._state(sequence)
-            error = state.sampling.append(token.token_id)
-            if error is None:
-                self._append(state, token)
-                return
+            error = self._append(sequence, token)
         except Exception as failure:
             logger.exception("request %s fails, and the others go on", sequence.request.uid)
-            error = _not_computed(failure)
-        self._fail_active(sequence, error)
+            error = not_computed(failure)
+        if error is not None:
+            self._fail(sequence.request.uid, error)
 
-    def _fail_active(self, sequence: Sequence, error: RequestError) -> None:
-        """Ends the whole request of a sequence: its client gets an error in place of what is left to come."""
-        self._abort(sequence.request.uid, Outcome.ERROR, _failure(error))
-
-    def _append(self, state: _SequenceState, token: SampledToken) -> None:
-        sequence, sampling = state.sequence, state.sampling
-        uid = sequence.request.uid
+    def _append(self, sequence: Sequence, token: SampledToken) -> RequestError | None:
+        """Appends the token, and ends the sequence if that was the last; returns an error of its guide."""
+        uid, index = sequence.request.uid, sequence.index
+        state = self._active[uid].sequences[index]
+        if (error := state.append(token.token_id)) is not None:
+            return error
         is_first = sequence.num_generated_tokens == 0
         sequence.token_ids.append(token.token_id)
-        outcome = check_stop(
-            sequence, sampling.stop_token_ids, sampling.is_guide_complete, self.max_model_len
-        )
+        outcome = check_stop(sequence, state.stop_token_ids, state.is_guide_complete, self.max_model_len)
         if outcome is not None:
-            self._remove(self._active[uid], sequence.index)
+            self._remove(self._active[uid], index)
         self._outputs.append(
             SequenceOutput(
                 uid,
-                sequence.index,
+                index,
                 token_ids=[token.token_id],
                 logprobs=[token.logprobs] if token.logprobs else [],
-                prompt_logprobs=state.prompt_logprobs if is_first else None,
+                prompt_logprobs=state.prompt_logprobs.entries if is_first and state.prompt_logprobs else None,
                 num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
                 outcome=outcome,
             )
         )
+        return None
 
     def stats(self, step_tokens: int = 0) -> EngineStats:
         """The state after a step that computed `step_tokens` tokens.
@@ -354,7 +280,7 @@ class Engine:
         Requests whose guide is being compiled have their slots already.
         """
         scheduler = self._scheduler
-        waiting_for_guide = sum(request.sampling.n for request, _ in self._waiting_for_guide.values())
+        waiting_for_guide = sum(request.sampling.n for request in self._guide_queue)
         return EngineStats(
             received=self._received,
             running=scheduler.num_running,
@@ -371,9 +297,3 @@ class Engine:
 
 def _failure(error: RequestError) -> Failure:
     return Failure(code=error.code.value, message=str(error))
-
-
-def _not_computed(error: Exception) -> RequestError:
-    """An error of a code with which the client does not send the request again: it would only fail again."""
-    cause = f"{type(error).__name__}: {error}"[:MAX_CAUSE]
-    return RequestError(f"the model cannot compute this request: {cause}", ErrorCode.INTERNAL)

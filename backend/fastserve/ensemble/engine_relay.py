@@ -21,7 +21,8 @@ import triton_python_backend_utils as pb_utils
 
 from fastserve.checkpoints.model_files import locate
 from fastserve.config import read_config
-from fastserve.engine.worker import FromWorker, Worker
+from fastserve.engine.worker import Worker
+from fastserve.engine.worker_pipe import FromWorker
 from fastserve.ensemble.cancellation import RecentCancellations
 from fastserve.ensemble.capacity_publisher import CapacityPublisher
 from fastserve.ensemble.messaging import dispatch_each, message_of, message_tensor, send_error, send_final

@@ -1,4 +1,4 @@
-"""What is kept from token to token is what the whole sequence says."""
+"""What is counted from token to token is what the whole sequence says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.engine.sampler import BadWords, Sampler, TokenCounts, sequence_seed, uniform_numbers
+from fastserve.engine.penalties import TokenCounts
+from fastserve.engine.sampler import Sampler
 from fastserve.scheduling.sequence import Sequence
 
 tokens = st.integers(0, 6)
@@ -41,32 +42,6 @@ def test_counts_of_many_distinct_tokens() -> None:
         counts.add(token)
     assert np.array_equal(np.sort(counts.ids), np.arange(1000))
     assert counts.counts.tolist() == [1] * 1000
-
-
-@given(
-    words=st.lists(st.lists(tokens, min_size=1, max_size=4), max_size=8),
-    prompt=st.lists(tokens, min_size=1),
-    generated=st.lists(tokens),
-)
-def test_bad_words_are_found_wherever_they_would_end(
-    words: list[list[int]], prompt: list[int], generated: list[int]
-) -> None:
-    expected = [
-        word[-1]
-        for word in words
-        if len(word) - 1 <= len(generated) and word[:-1] == generated[len(generated) - len(word) + 1 :]
-    ]
-    sequence = a_sequence(prompt, generated)
-    assert sorted(BadWords(words).banned(sequence)) == sorted(expected)
-
-
-def a_sequence(prompt: list[int], generated: list[int]) -> Sequence:
-    class Request:
-        """A request as far as `Sequence` looks at it."""
-
-        prompt_token_ids = prompt
-
-    return Sequence(Request(), 0, 0.0, [*prompt, *generated])  # type: ignore[arg-type]
 
 
 def expected_penalized(logits: torch.Tensor, prompt: list[int], generated: list[int]) -> torch.Tensor:
@@ -118,20 +93,3 @@ def test_a_step_that_is_repeated_books_its_token_once(fake_engine: Any, helpers:
             engine.add(helpers.make_request(f"bad {number}", [59], temperature=0.0))
         texts.append(helpers.tokens_of(helpers.run_until_idle(engine)["a"]))
     assert texts[0] == texts[1]
-
-
-def test_sequences_of_neighboring_seeds_draw_other_numbers() -> None:
-    positions = list(range(100))
-    streams = {
-        (seed, index): uniform_numbers([sequence_seed(seed, index)] * 100, positions)
-        for seed in (1005, 1006, 1007, -1, 2**63 - 1)
-        for index in range(4)
-    }
-    numbers = np.concatenate(list(streams.values()))
-    assert len(np.unique(numbers)) == len(numbers)
-    assert abs(np.corrcoef(list(streams.values())) - np.eye(len(streams))).max() < 0.5
-
-
-def test_sequence_0_has_the_seed_of_its_request() -> None:
-    assert sequence_seed(42, 0) == 42
-    assert sequence_seed(-1, 0) == 2**64 - 1
