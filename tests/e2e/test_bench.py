@@ -23,16 +23,8 @@ def test_a_trace_is_replayed_to_the_server(server: RunningServer, tmp_path: Path
     trace, report = tmp_path / "trace.jsonl", tmp_path / "report.json"
     trace.write_text("\n".join(map(json.dumps, rows)))
     hits = server.metrics()["fastserve_prefix_cache_hit_tokens_total"]
-    words = [
-        "bench",
-        "--target",
-        "grpc",
-        "http",
-        "--grpc-url",
-        server.grpc_url,
-        "--http-url",
-        server.http_url,
-    ]
+    urls = ["--grpc-url", server.grpc_url, "--http-url", server.http_url]
+    words = ["bench", "--target", "grpc", "http", *urls]
     words += ["--trace", str(trace), "--speed", "10", "--length-scale", "0.25", "--priorities", "5:1,0:1"]
     assert cli.main([*words, "--tenants", "bench:1", "--json", str(report)]) == 0
     runs = json.loads(report.read_text())["runs"]
