@@ -24,13 +24,12 @@ DECODES = 7
 """Steps of each batch that decodes; the median counts."""
 PROMPTS = [
     *([length] for length in (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512)),
-    *(
-        [length] * count
-        for length, count in ((4, 4), (16, 4), (16, 16), (32, 8), (64, 4), (128, 4), (256, 2))
-    ),
+    *([16] * count for count in (4, 16)),
+    *([64] * count for count in (4, 8)),
+    *([128] * count for count in (2, 4)),
+    [2048],
 ]
 """Lengths of prompts that come together."""
-LONG_PROMPT = 2048
 LADDERS = {16: 64, 256: 64, 1024: 16}
 """By length of the prompts, to how many sequences a batch grows, doubling."""
 
@@ -71,7 +70,6 @@ def measure_grid(driver: EngineDriver) -> Iterator[StepSample]:
     for length, max_sequences in LADDERS.items():
         driver.clear()
         yield from _climb(driver, length, max_sequences)
-    yield from _measure_prompts(driver, [LONG_PROMPT])
 
 
 def _measure_prompts(driver: EngineDriver, lengths: list[int]) -> Iterator[StepSample]:

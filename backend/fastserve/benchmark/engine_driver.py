@@ -59,13 +59,13 @@ class EngineDriver:
     def add(self, lengths: Sequence[int]) -> bool:
         """Adds prompts of these lengths, unlike any before. False, and none is added, if they do not fit into
         the batch and the cache beside what is there."""
-        tokens = [*(each.num_prompt_tokens for each in self._driven), *lengths]
-        room = self._config.block_size + SPARE_TOKENS
+        tokens = [each.num_prompt_tokens + SPARE_TOKENS for each in self._driven]
+        tokens += [length + SPARE_TOKENS for length in lengths]
+        block_size = self._config.block_size
         if (
             len(tokens) > self._config.max_num_seqs
-            or sum(tokens) + room * len(tokens)
-            > self._engine.stats().kv_blocks_total * self._config.block_size
-            or max(lengths) + SPARE_TOKENS > self._engine.max_model_len
+            or sum(tokens) > (self._engine.stats().kv_blocks_total - len(tokens)) * block_size
+            or max(tokens) > self._engine.max_model_len
         ):
             return False
         for length in lengths:

@@ -17,7 +17,12 @@ from fastserve.atomic_write import WriteError
 from fastserve.benchmark.targets import InProcessTarget, ServerTarget, Target
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.commands import closed_loop, open_loop
-from fastserve.commands.workload_options import LENGTH_OPTIONS, add_length_arguments, has_arrivals
+from fastserve.commands.workload_options import (
+    LENGTH_OPTIONS,
+    add_length_arguments,
+    arrivals_of,
+    has_arrivals,
+)
 from fastserve.config import ConfigError
 from fastserve.config_flags import flag
 from fastserve.errors import RequestError
@@ -60,8 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         if has_arrivals(arguments):
             _refuse(arguments, closed_loop.OPTIONS, "in an open loop")
-            return open_loop.run(_targets(arguments, stack, retries=0), arguments)
+            arrivals = arrivals_of(arguments)
+            return open_loop.run(_targets(arguments, stack, retries=0), arrivals, arguments)
         _refuse(arguments, open_loop.OPTIONS, "in a closed loop")
+        closed_loop.check(arguments)
         return closed_loop.run(_targets(arguments, stack), arguments)
 
 

@@ -27,15 +27,15 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def run(targets: Mapping[str, Target], arguments: argparse.Namespace) -> int:
-    """Loads the targets in turn and prints a table. Raises ConfigError, and what a request raises."""
-    _check(arguments)
+    """Loads the targets in turn and prints a table. Raises what a request raises."""
     for target in targets.values():
         run_load(target, _jobs(arguments, arguments.seed)[:2], 2)  # warm up
     Console().print(_table(_measure(targets, arguments)))
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for a number that cannot be."""
     check_lengths(arguments)
     if min(arguments.clients or CLIENTS) < 1:
         raise ConfigError(f"--clients: got {arguments.clients}; allowed: at least 1 each")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from fastserve.benchmark.job import random_jobs
 from fastserve.benchmark.open_loop import replay
 from fastserve.benchmark.replay_figures import LATE_SECONDS, ClassFigures, ReplayFigures, replay_figures
 from fastserve.benchmark.targets import Target
-from fastserve.commands.workload_options import ARRIVAL_OPTIONS, add_arrival_arguments, arrivals_of, described
+from fastserve.commands.workload_options import ARRIVAL_OPTIONS, add_arrival_arguments, described
+from fastserve.workload.arrival import Arrival
 from fastserve.workload.transformations import mean_rate
 
 OPTIONS = (*ARRIVAL_OPTIONS, "json")
@@ -31,13 +32,12 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", type=Path, metavar="FILE", help="where each request's times are written")
 
 
-def run(targets: Mapping[str, Target], arguments: argparse.Namespace) -> int:
-    """Replays the workload to the targets in turn, and prints a table for each.
+def run(targets: Mapping[str, Target], arrivals: Sequence[Arrival], arguments: argparse.Namespace) -> int:
+    """Replays a workload to the targets in turn, and prints a table for each.
 
-    The exit status is 1 if a target has served nothing. Raises as `arrivals_of` does, WriteError, and what a
-    target raises besides refusals.
+    The exit status is 1 if a target has served nothing. Raises WriteError, and what a target raises besides
+    refusals.
     """
-    arrivals = arrivals_of(arguments)
     console = Console()
     runs: list[dict[str, Any]] = []
     rate = f", {mean_rate(arrivals):.3g} a second" if arrivals[-1].time > arrivals[0].time else ""
