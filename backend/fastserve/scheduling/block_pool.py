@@ -78,6 +78,11 @@ class BlockPool:
         return len(self._free) + len(self._free_cached)
 
     @property
+    def num_uncached(self) -> int:
+        """Blocks that can be allocated without evicting one."""
+        return len(self._free)
+
+    @property
     def num_used(self) -> int:
         """Blocks that are in a block table."""
         return self.num_blocks - self.num_free

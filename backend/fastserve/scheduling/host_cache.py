@@ -22,6 +22,8 @@ class HostCache:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._blocks: OrderedDict[bytes, int] = OrderedDict()
         """By hash, the least recently used first."""
+        self._held: set[bytes] = set()
+        """What this step copies in."""
 
     def __contains__(self, digest: object) -> bool:
         """Whether the block of that hash is here."""
@@ -35,6 +37,15 @@ class HostCache:
     def begin_step(self) -> None:
         """The copies of the last plan have been made."""
         self.copies_out, self.copies_in = [], []
+        self._held.clear()
+
+    def hold(self, digest: bytes) -> bool:
+        """Whether the block of that hash is here; if so, it stays until the next step's plan."""
+        if digest not in self._blocks:
+            return False
+        self._held.add(digest)
+        self._blocks.move_to_end(digest)
+        return True
 
     def put(self, digest: bytes, block: int) -> None:
         """Keeps the content of a block of the pool, which is about to be used for something else."""
@@ -49,16 +60,15 @@ class HostCache:
     def get(self, digest: bytes, block: int) -> None:
         """Brings the content back into a block of the pool. It stays here too: the next eviction is free.
 
-        Raises KeyError if it is not here.
+        Allocating `block` may evict what is not held. Raises KeyError if it is not here.
         """
         self.copies_in.append((self._blocks[digest], block))
-        self._blocks.move_to_end(digest)
+        self.hold(digest)
 
     def _evict(self) -> bool:
-        """Frees the least recently used block; False if all that are left wait to be copied in."""
-        busy = {source for source, _ in self.copies_in}
+        """Frees the least recently used block; False if all are held."""
         for digest, block in self._blocks.items():
-            if block not in busy:
+            if digest not in self._held:
                 del self._blocks[digest]
                 self._free.append(block)
                 return True

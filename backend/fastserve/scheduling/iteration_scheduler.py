@@ -114,7 +114,8 @@ class IterationScheduler:
         return self.max_num_batched_tokens - claimed
 
     def lowest_ranks(self, count: int) -> list[Rank]:
-        """The ranks of the running sequences that would be preempted first, at the last plan."""
+        """The ranks of the running sequences that would be preempted first, as far as service changes them."""
+        self._running.sort(key=_order)
         return [sequence.rank for sequence in self._running[: -count - 1 : -1]]
 
     def add(self, sequence: Sequence, now: float) -> None:
@@ -184,31 +185,78 @@ class IterationScheduler:
         host = self.pool.host
         return StepPlan(self._share_budget(), preempted, host.copies_out, host.copies_in)
 
-    def mark_computed(self, plan: StepPlan, now: float) -> None:
-        """Counts what was computed, and lets other sequences find the blocks that it filled."""
-        block_size = self.pool.block_size
+    def steps_ahead(self, plan: StepPlan, limit: int) -> int:
+        """How many steps, up to `limit`, go as `plan` does if nobody is added and nobody ends.
+
+        More than one only if all do nothing but decode, and while blocks are free for them. Where a host
+        cache takes what is evicted, a step that evicts goes alone: it has something to copy.
+        """
+        if plan.num_tokens != self.num_running or len(plan.scheduled) != self.num_running:
+            return 1
+        pool = self.pool
+        available = pool.num_uncached if pool.host.num_blocks else pool.num_free
+        if self._blocks_lacking_for(limit) <= available:
+            return limit
+        low, high = 1, limit
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._blocks_lacking_for(middle) <= available else (low, middle)
+        return low
+
+    def _blocks_lacking_for(self, num_steps: int) -> int:
+        """Blocks to be allocated for the steps after the one that is planned."""
+        size, ahead = self.pool.block_size, num_steps - 1
+        lacking = 0
+        for sequence in self._running:
+            lacking += max(0, -(-(sequence.num_tokens + ahead) // size) - len(sequence.block_table))
+        return lacking
+
+    def mark_computed(self, plan: StepPlan, now: float, num_steps: int = 1) -> None:
+        """Counts what was computed, and lets other sequences find the blocks that it filled.
+
+        With `num_steps`, not more than `steps_ahead` allows, as many steps like `plan` were computed, and all
+        their tokens but those of the last one are appended already.
+        """
+        pool = self.pool
+        block_size = pool.block_size
         for item in plan.scheduled:
             sequence = item.sequence
             first = sequence.num_computed_tokens // block_size
-            sequence.num_computed_tokens += item.num_tokens
-            self._count_service(sequence, item.num_tokens, now)
+            num_tokens = item.num_tokens * num_steps
+            sequence.num_computed_tokens += num_tokens
+            if num_steps > 1:
+                missing = pool.blocks_for(sequence.num_computed_tokens) - len(sequence.block_table)
+                if missing > 0:
+                    sequence.block_table += pool.allocate(missing)
+            self._count_service(sequence, num_tokens, now)
             last = sequence.num_computed_tokens // block_size
-            if last > first and self.pool.enable_prefix_caching:
+            if last > first and pool.enable_prefix_caching:
                 sequence.hash_full_blocks(block_size)
                 for number in range(first, last):
-                    self.pool.cache(sequence.block_table[number], sequence.block_hashes[number])
-            if sequence.index == 0 and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
-                self._release_waiting_siblings(sequence.request.uid, now)
+                    pool.cache(sequence.block_table[number], sequence.block_hashes[number])
+            if self._waiting_siblings and sequence.index == 0:
+                if sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+                    self._release_waiting_siblings(sequence.request.uid, now)
 
     def _count_service(self, sequence: Sequence, num_tokens: int, now: float) -> None:
         """Tells the policy of the tokens that were computed for the first time."""
-        view = sequence.view
+        view, policy = sequence.view, self.policy
         new = max(0, sequence.num_computed_tokens - view.num_served_tokens)
         self.num_recomputed_tokens += num_tokens - new
-        if new:
-            num_prompt_tokens = min(new, max(0, view.num_prompt_tokens - view.num_served_tokens))
-            view.num_served_tokens += new
-            self.policy.on_service(view, num_prompt_tokens, new - num_prompt_tokens, now)
+        if not new:
+            return
+        num_prompt_tokens = min(new, max(0, view.num_prompt_tokens - view.num_served_tokens))
+        view.num_served_tokens += new
+        has_changed = False
+        if num_prompt_tokens:
+            has_changed = policy.on_service(view, num_prompt_tokens, new - num_prompt_tokens, now)
+        else:
+            while new:
+                at_once = min(new, policy.tokens_at_once(view) or new) if new > 1 else 1
+                has_changed |= policy.on_service(view, 0, at_once, now)
+                new -= at_once
+        if has_changed:
+            sequence.rank = policy.rank(view, now)
 
     def check(self) -> None:
         """Raises SchedulerError unless each sequence is in one queue or in the batch, and BlockPoolError
@@ -304,7 +352,7 @@ class IterationScheduler:
         pool, size = self.pool, self.pool.block_size
         table = list(cached)
         for digest in self._findable_hashes(sequence)[len(cached) :]:
-            if digest not in pool.host:
+            if not pool.host.hold(digest):
                 break
             table += pool.allocate(1)
             pool.host.get(digest, table[-1])
@@ -315,7 +363,7 @@ class IterationScheduler:
             if (block := pool.take(tail.digest)) is not None:
                 table.append(block)
                 num_computed_tokens += tail.num_tokens
-            elif tail.digest in pool.host:
+            elif pool.host.hold(tail.digest):
                 table += pool.allocate(1)
                 pool.host.get(tail.digest, table[-1])
                 num_computed_tokens += tail.num_tokens
