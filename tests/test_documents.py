@@ -70,8 +70,10 @@ def test_functions_of_the_architecture_are_in_their_files() -> None:
 def test_messages_of_the_architecture_are_those_of_types() -> None:
     text = (PROJECT / "docs/architecture.md").read_text()
     section = text[text.index("## The messages") : text.index("## What is known of")]
+    files = [PROJECT / "backend/fastserve" / name for name in ("types.py", "ensemble/control_messages.py")]
+    types = "".join(path.read_text() for path in files)
     for name in re.findall(r"`([A-Z]\w+)`", section):
-        assert re.search(rf"class {name}\(", (PROJECT / "backend/fastserve/types.py").read_text()), name
+        assert re.search(rf"class {name}\(", types), name
 
 
 def test_the_main_path_is_listed_once_and_is_short() -> None:

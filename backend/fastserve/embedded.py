@@ -329,7 +329,7 @@ class ModelServer:
         request = processor.check_guide(
             processor.parse(inputs, {}, now=time.monotonic(), timeout_us=timeout_us)
         )
-        task = Task(request, OutputProcessor(self._model.tokenizer), thread.send)
+        task = Task(request, OutputProcessor(self._model.tokenizer, request), thread.send)
         with self._lock:
             if self._thread is not thread:
                 raise RuntimeError("the server is not running: it was stopped meanwhile")

@@ -1,6 +1,6 @@
 """The messages that travel through FastServe, in the order in which a request meets them.
 
-    client -> Request -> (scheduler) SchedulerOutput -> (engine) Add -> (worker) StepOutput
+    client -> Request -> (scheduler) Request -> (engine) Add -> (worker) StepOutput
            -> (engine) RequestOutput -> (postprocess) text
 
 Every one is immutable, refuses unknown keys and crosses processes as MessagePack (`encode`, `decode`).
@@ -103,14 +103,13 @@ class Request(Struct, frozen=True, tag=True):
 
     @property
     def priority_label(self) -> int:
-        """The priority in metrics, from -10 to 10: clients choose freely, but labels must stay few."""
-        return max(-10, min(10, self.priority))
+        """The priority in metrics, from -10 to 10."""
+        return priority_label(self.priority)
 
 
-class Queued(Struct, frozen=True, tag=True):
-    """From `scheduler`, before a forwarded request that it releases later: the request waits in the queue."""
-
-    uid: str
+def priority_label(priority: int) -> int:
+    """A priority as metrics show it: clients choose freely, but labels must stay few."""
+    return max(-10, min(10, priority))
 
 
 class RequestView(Struct, array_like=True):
@@ -154,76 +153,6 @@ def view_of(request: Request, index: int = 0) -> RequestView:
     )
 
 
-class ReplicaCapacity(Struct, frozen=True):
-    """What one worker could take."""
-
-    incarnation: str
-    """The worker's; numbers of different incarnations are not compared."""
-    received: int
-    """Releases to this replica, since the server started, that the numbers below account for."""
-    arrived: int
-    """Releases to it that have come at all: a long step leaves `received` behind."""
-    free_slots: int
-    """Sequences that could still be added to the batch."""
-    free_blocks: int
-    """KV blocks that could still be used."""
-    free_tokens: int
-    """What is left of the next step's token budget."""
-    num_running: int
-    num_blocks: int = 0
-    """KV blocks in all."""
-    running_ranks: list[tuple[float, ...]] = []
-    """Of the running sequences that would be preempted first, in that order."""
-
-
-class Preempted(Struct, frozen=True):
-    """A sequence that waits for a place again. Its tokens stay with the engine."""
-
-    number: int
-    """Grows by one with each, so that one that is told twice is queued once."""
-    replica: int
-    """Where it ran last."""
-    view: RequestView
-
-
-class EngineCapacity(Struct, frozen=True):
-    """From `engine` to `scheduler`: absolute numbers, so that a lost or late message does no harm."""
-
-    serial: int
-    """Grows; an older message than the last one seen is dropped."""
-    time: float
-    """When the engine sent it; 0: it has sent nothing yet."""
-    replicas: list[ReplicaCapacity]
-    preempted: list[Preempted] = []
-    """Those that the scheduler has not acknowledged yet."""
-    ended: list[tuple[str, int]] = []
-    """Sequences (uid, index) that were preempted and have ended meanwhile, not acknowledged yet."""
-    num_resumed: int = 0
-    """`Resume` messages that have come, of all that were sent."""
-    tenant_tokens: dict[str, tuple[int, int]] = {}
-    """Prompt and output tokens computed for each tenant since the server started; where that has changed."""
-    block_size: int = 0
-    """Tokens in a KV block; 0: not known yet."""
-    max_model_len: int | None = None
-    """Tokens of prompt and answer that the model and its KV cache can hold; None: not known yet."""
-
-
-class Resume(Struct, frozen=True):
-    """From `scheduler` to `engine`: a preempted sequence may run again."""
-
-    uid: str
-    index: int
-    replica: int
-
-
-class ResumeList(Struct, frozen=True):
-    """The answer to an `EngineCapacity`: what was resumed and is not known to have come."""
-
-    first: int
-    """The number of the first, of all that were ever sent."""
-    resumes: list[Resume]
-
-
 class Outcome(str, Enum):
     """How a request ended (the `outcome` label of `fastserve_requests_total`)."""
 
@@ -243,26 +172,12 @@ class Failure(Struct, frozen=True):
     message: str
 
 
-class Rejected(Struct, frozen=True, tag=True):
-    """From `scheduler`: a forwarded request that fails in the queue.
-
-    Its failure goes the way of an answer: between models, Triton server 2.51 loses an error that follows
-    a response, and `Queued` was one.
-    """
-
-    request: Request
-    outcome: Outcome
-    failure: Failure
-
-
-SchedulerOutput: Any = Request | Queued | Rejected
-"""From `scheduler` to `engine`."""
-
-
 class Add(Struct, frozen=True, tag=True):
     """To the worker: serve this."""
 
     request: Request
+    generated: list[int] = []
+    """Tokens that it has already, of a request with one sequence that was preempted on another worker."""
 
 
 class Cancel(Struct, frozen=True, tag=True):
@@ -274,25 +189,12 @@ class Cancel(Struct, frozen=True, tag=True):
     """Only that sequence of the request (one of `n`); None: all."""
 
 
-class CancelById(Struct, frozen=True):
-    """To `engine`: stop the client's requests of this id that had arrived by then. Later ones live."""
+class Resume(Struct, frozen=True, tag=True):
+    """From the common queue: a preempted sequence may run again."""
 
-    request_id: str
-    time: float
-    """When the cancel came."""
-
-
-class BlockUnload(Struct, frozen=True, tag=True):
-    """To `engine`: leave this request unanswered until the server may be ready again (see `Readiness`)."""
-
-
-class HealthReport(Struct, frozen=True, tag=True):
-    """To `engine` from another model: whether a thread of it works."""
-
-    source: str
-    """The model."""
-    problem: str | None
-    """A sentence; None: it works again."""
+    uid: str
+    index: int
+    replica: int = 0
 
 
 class Shutdown(Struct, frozen=True, tag=True):
@@ -321,16 +223,23 @@ class EngineStats(Struct, frozen=True):
     """The state of a worker after a step; totals count since it started."""
 
     received: int
-    """Requests taken in since the worker started."""
+    """Requests and resumed sequences taken in since the worker started."""
     running: int
     waiting: int
+    """Sequences that were preempted and wait in the common queue, or for the prompt that they share."""
     free_slots: int
-    lowest_key: float | None
+    free_blocks: int
+    free_tokens: int
+    running_ranks: list[tuple[float, ...]]
+    """See `ReplicaCapacity`."""
     kv_blocks_total: int
     kv_blocks_used: int
     step_tokens: int
     """Tokens that this step computed; 0: no step was taken."""
     preemptions_total: int
+    swapped_blocks_total: int
+    """KV blocks that came back from host memory."""
+    recomputed_tokens_total: int
     prefix_cache_hit_tokens_total: int
 
 
@@ -339,6 +248,10 @@ class StepOutput(Struct, frozen=True, tag=True):
 
     outputs: list[SequenceOutput]
     stats: EngineStats
+    preempted: list[RequestView] = []
+    """Sequences that wait for a `Resume` since this step."""
+    ended: list[tuple[str, int]] = []
+    """Sequences (uid, index) that were preempted, and have ended since the last step."""
 
 
 class Ready(Struct, frozen=True, tag=True):
@@ -346,6 +259,7 @@ class Ready(Struct, frozen=True, tag=True):
 
     incarnation: str
     max_model_len: int
+    block_size: int
     stats: EngineStats
 
 

@@ -240,7 +240,8 @@ def test_what_the_steps_say_to_one_another_is_refused_from_a_client(
     server: Any, model: str, name: str
 ) -> None:
     """With a message that would be valid, but for its seal; a request beside it goes on."""
-    from fastserve.types import Cancel, CancelById, EngineCapacity, Outcome, encode
+    from fastserve.ensemble.control_messages import CancelById
+    from fastserve.types import Cancel, EngineCapacity, Outcome, encode
 
     with Client(server.grpc_url) as client:
         stream = client.stream(PROMPT, request_id="good", max_tokens=64, ignore_eos=True)

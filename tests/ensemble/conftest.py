@@ -39,6 +39,6 @@ def pb_utils() -> Iterator[Any]:
 @pytest.fixture
 def short_shared_memory(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is free in `/dev/shm`, the models find it little."""
-    from fastserve.ensemble import messaging
+    from fastserve.ensemble import shared_memory
 
-    monkeypatch.setattr(messaging, "SHORT_BYTES", 1 << 62)
+    monkeypatch.setattr(shared_memory, "SHORT_BYTES", 1 << 62)

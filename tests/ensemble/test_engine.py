@@ -13,13 +13,12 @@ import msgspec
 import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
+from fastserve.ensemble.control_messages import CancelById, HealthReport
 from fastserve.types import (
     Add,
     Cancel,
-    CancelById,
     EngineStats,
     Failure,
-    HealthReport,
     Outcome,
     OutputOptions,
     Ready,
@@ -94,11 +93,12 @@ class Engine:
 @pytest.fixture
 def engine(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     from fastserve.ensemble import engine_relay as module
+    from fastserve.ensemble import worker_supervisor
 
     FakeWorker.started = []
     monkeypatch.setattr(FakeWorker, "is_broken", False)
-    monkeypatch.setattr(module, "Worker", FakeWorker)
-    monkeypatch.setattr(module, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(worker_supervisor, "Worker", FakeWorker)
+    monkeypatch.setattr(worker_supervisor, "RESTART_SECONDS", 0.0)
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
     monkeypatch.setenv("FASTSERVE_MODEL_CONTROL", "explicit")
     model = module.EngineModel()
@@ -160,7 +160,8 @@ def test_tokens_that_wait_go_before_a_failure_that_the_worker_tells(engine: Engi
 
 
 def test_a_message_that_cannot_be_read_fails_alone(engine: Engine) -> None:
-    from fastserve.ensemble.messaging import sign, strings
+    from fastserve.ensemble.message_signature import sign
+    from fastserve.ensemble.messaging import strings
 
     bad = engine.pb_utils.InferenceRequest(inputs=[strings("released", [sign("released", b"\xc1")])])
     empty = engine.pb_utils.InferenceRequest()
@@ -220,7 +221,7 @@ def test_a_gauge_that_could_not_be_told_is_told_again_though_nothing_more_happen
     server = engine.pb_utils.server
     engine.requests(a_request("a"))
     engine.worker.on_message(StepOutput([], msgspec.structs.replace(STATS, received=1, running=1)))
-    engine.model._reported_at = 0.0
+    engine.model._metrics._reported_at = 0.0
     engine.worker.on_message(StepOutput([], msgspec.structs.replace(STATS, received=1, running=1)))
     assert server.metric("fastserve_requests_running") == 1
     server.failing_metrics |= {"fastserve_requests_running"}
@@ -274,7 +275,7 @@ def test_what_a_dead_worker_had_fails_and_what_came_since_is_served_by_the_next(
             senders.extend(engine.requests(a_request("meanwhile")))
             FakeWorker.start(self)
 
-    from fastserve.ensemble import engine_relay as module
+    from fastserve.ensemble import worker_supervisor as module
 
     monkeypatch.setattr(module, "Worker", Slow)
     (before,) = engine.requests(a_request("before"))
@@ -301,7 +302,7 @@ def test_requests_that_wait_for_a_worker_fail_when_it_cannot_start(
             else:
                 FakeWorker.start(self)
 
-    from fastserve.ensemble import engine_relay as module
+    from fastserve.ensemble import worker_supervisor as module
 
     monkeypatch.setattr(module, "Worker", Broken)
     engine.worker.on_death("ended (code -9)")
@@ -321,7 +322,7 @@ def test_the_server_is_not_ready_while_there_is_no_worker(
             lost.set()
             FakeWorker.start(self)
 
-    from fastserve.ensemble import engine_relay as module
+    from fastserve.ensemble import worker_supervisor as module
 
     monkeypatch.setattr(module, "Worker", Slow)
     server.answer = answer_readiness(engine)
@@ -390,8 +391,9 @@ def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
 
     from fastserve.engine.worker import Worker
     from fastserve.ensemble import engine_relay as module
+    from fastserve.ensemble import worker_supervisor
 
-    monkeypatch.setattr(module, "Worker", partial(Worker, load=fake_engine.load_small))
+    monkeypatch.setattr(worker_supervisor, "Worker", partial(Worker, load=fake_engine.load_small))
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
     model = module.EngineModel()
     model.initialize({})
@@ -448,7 +450,7 @@ def test_a_cancel_without_a_worker_ends_those_that_wait_for_one(
             engine.execute("cancel", CancelById("mine", 11.0))
             FakeWorker.start(self)
 
-    from fastserve.ensemble import engine_relay as module
+    from fastserve.ensemble import worker_supervisor as module
 
     monkeypatch.setattr(module, "Worker", Slow)
     engine.worker.on_death("ended (code -9)")

@@ -72,8 +72,8 @@ class FastServe:
 
     def answer(self, request: Any) -> Iterable[Any]:
         if request.model_name() == "engine":
+            from fastserve.ensemble.control_messages import CancelById
             from fastserve.ensemble.messaging import message_of
-            from fastserve.types import CancelById
 
             with self.changed:
                 cancel = message_of(request, "cancel", CancelById)
@@ -145,7 +145,8 @@ def test_request_parameters_go_on_as_they_came(pb_utils: Any, start: Any) -> Non
 def test_an_error_keeps_its_code_however_it_comes(
     pb_utils: Any, start: Any, form: str, code: ErrorCode
 ) -> None:
-    from fastserve.ensemble.messaging import error_response, failure_tensors
+    from fastserve.ensemble.forwarding import failure_tensors
+    from fastserve.ensemble.messaging import error_response
 
     def answer(request: Any) -> Iterator[Any]:
         error = RequestError("`x`: got 1", code)

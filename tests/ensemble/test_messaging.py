@@ -23,14 +23,14 @@ def test_a_call_that_fails_says_which_model(pb_utils: Any) -> None:
     refusal = error_response(RequestError("full", ErrorCode.UNAVAILABLE))
     pb_utils.server.answer = lambda request: [pb_utils.InferenceResponse(), refusal]
     with pytest.raises(RequestError, match="scheduler: UNAVAILABLE: full"):
-        call("scheduler", [])
+        call("scheduler", "stop", Cancel("uid", Outcome.STOP))
 
     def broken(request: Any) -> Any:
         raise pb_utils.TritonModelException("shared memory is full")
 
     pb_utils.server.answer = broken
     with pytest.raises(RequestError, match="scheduler: shared memory is full"):
-        call("scheduler", [])
+        call("scheduler", "stop", Cancel("uid", Outcome.STOP))
 
 
 @pytest.mark.parametrize("code", ErrorCode)

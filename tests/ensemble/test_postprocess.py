@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
+from fastserve.ensemble.control_messages import HealthReport
 from fastserve.text.tokenizer import Tokenizer, load_tokenizer
 from fastserve.types import (
     Cancel,
     Failure,
-    HealthReport,
     Outcome,
     OutputOptions,
     Request,
@@ -116,7 +116,8 @@ def test_all_tokens_before_a_failure_arrive_since_each_output_has_one_answer(
 
 
 def test_a_message_that_cannot_be_read_fails_alone(postprocess: Postprocess) -> None:
-    from fastserve.ensemble.messaging import sign, strings
+    from fastserve.ensemble.message_signature import sign
+    from fastserve.ensemble.messaging import strings
 
     (hello,) = words(postprocess, "Hello")
     bad = postprocess.pb_utils.InferenceRequest(inputs=[strings("output", [sign("output", b"\xc1")])])

@@ -110,7 +110,7 @@ def test_a_guide_that_fails_is_answered(
 
 
 def test_so_many_guides_wait_and_no_more(pb_utils: Any, model: Any, compiler: Compiler) -> None:
-    from fastserve.ensemble.preprocess import MAX_GUIDED_REQUESTS
+    from fastserve.ensemble.guide_checks import MAX_GUIDED_REQUESTS
 
     waiting = [request(pb_utils, "a", "a") for _ in range(MAX_GUIDED_REQUESTS)]
     assert model.execute(waiting) == [None] * MAX_GUIDED_REQUESTS
@@ -159,14 +159,14 @@ def test_a_request_whose_answer_cannot_be_made_fails_alone(
     """As while shared memory is full: the whole batch had the server's error."""
     from fastserve.ensemble import preprocess
 
-    answer, failures = preprocess._answer, [OSError("no space left on device")]
+    message_response, failures = preprocess.message_response, [OSError("no space left on device")]
 
-    def fail_first(parsed: Any) -> Any:
+    def fail_first(name: str, message: Any) -> Any:
         if failures:
             raise failures.pop()
-        return answer(parsed)
+        return message_response(name, message)
 
-    monkeypatch.setattr(preprocess, "_answer", fail_first)
+    monkeypatch.setattr(preprocess, "message_response", fail_first)
     bad, good = model.execute([request(pb_utils, "a"), request(pb_utils, "b")])
     assert bad.error().message() == "INTERNAL: OSError: no space left on device"
     assert built(good).prompt == "b"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fastserve.config import Config
-from fastserve.types import EngineCapacity, HealthReport, OutputOptions, Request, SamplingParams
+from fastserve.ensemble.control_messages import HealthReport
+from fastserve.types import EngineCapacity, OutputOptions, Request, SamplingParams
 
 
 class Scheduler:
@@ -106,7 +107,8 @@ def test_one_goes_at_first_and_the_rest_when_there_is_room(scheduler: Scheduler)
 
 
 def test_a_message_that_cannot_be_read_fails_alone(scheduler: Scheduler) -> None:
-    from fastserve.ensemble.messaging import sign, strings
+    from fastserve.ensemble.message_signature import sign
+    from fastserve.ensemble.messaging import strings
 
     bad = scheduler.pb_utils.InferenceRequest(inputs=[strings("request", [sign("request", b"\xc1")])])
     good = scheduler.message("request", a_request("a"))

@@ -7,12 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fastserve.config import ConfigError
-from fastserve.text.detokenizer import REPLACEMENT, stream_decoder_factory
+from fastserve.text.detokenizer import REPLACEMENT
 from fastserve.text.tokenizer import Tokenizer
 
 KINDS = [
@@ -169,21 +166,6 @@ def test_special_token_inside_a_character_is_skipped(tokenizer: Tokenizer) -> No
     first, *rest = tokenizer.encode("€", special_tokens=False)
     detokenizer = tokenizer.new_detokenizer()
     assert detokenizer.push([first, *tokenizer.eos_token_ids, *rest]) == "€"
-
-
-@pytest.mark.parametrize(
-    "decoder",
-    [
-        decoders.CTC(),
-        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
-        decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 1)]),
-    ],
-)
-def test_unknown_decoder_is_refused_when_loading(decoder: decoders.Decoder) -> None:
-    backend = Backend(models.WordLevel({"a": 0}, unk_token="a"))
-    backend.decoder = decoder
-    with pytest.raises(ConfigError, match=r"decoder is .*; allowed: ByteLevel"):
-        stream_decoder_factory(backend)
 
 
 def test_the_default_models_vocabulary(tokenizer_directory: Path) -> None:

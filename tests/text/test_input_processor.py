@@ -79,7 +79,7 @@ def test_a_chat(input_processor: InputProcessor, tokenizer: Tokenizer) -> None:
     request = input_processor.check_guide(
         input_processor.parse({"messages": json.dumps(messages)}, {}, now=0.0)
     )
-    assert request.prompt == tokenizer.apply_chat_template(Chat(messages))
+    assert request.prompt == tokenizer.chat_template.render(Chat(messages))
     assert request.prompt_token_ids == tokenizer.encode(request.prompt, special_tokens=False)
 
 

@@ -46,8 +46,8 @@ def output(ids: list[int], index: int = 0, **fields: Any) -> SequenceOutput:
     return SequenceOutput("u", index, ids, **fields)
 
 
-def step(*outputs: SequenceOutput, request: Request | None = None, final: bool = False) -> RequestOutput:
-    return RequestOutput("u", list(outputs), request, final)
+def step(*outputs: SequenceOutput, final: bool = False) -> RequestOutput:
+    return RequestOutput("u", list(outputs), final=final)
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
@@ -66,12 +66,12 @@ def run(
     tokenizer: Tokenizer, request: Request, pieces: list[list[int]], outcome: Outcome
 ) -> tuple[list[Response], list[int]]:
     """All responses to one sequence's pieces, and which push (by number) told to stop the sequence."""
-    output_processor = OutputProcessor(tokenizer)
+    output_processor = OutputProcessor(tokenizer, request)
     responses, stops = [], []
     for number, piece in enumerate(pieces):
         is_last = number == len(pieces) - 1
         item = output(piece, outcome=outcome if is_last else None)
-        response = output_processor.push(step(item, request=None if number else request, final=is_last))
+        response = output_processor.push(step(item, final=is_last))
         responses += [] if response is None else [response]
         stops += [number] if output_processor.newly_stopped == [0] else []
     return responses, stops
@@ -81,7 +81,7 @@ def test_logprobs_are_null_where_the_sampling_parameters_have_none(tokenizer: To
     options = OutputOptions(logprobs=True, cumulative_logprob=True, null_logprobs=True)
     request = make_request(tokenizer, options, logprobs=0, n=2)
     items = [output([5], i, outcome=Outcome.LENGTH, logprobs=[[(5, -0.5, 1)]]) for i in range(2)]
-    response = OutputProcessor(tokenizer).push(step(*items, request=request, final=True))
+    response = OutputProcessor(tokenizer, request).push(step(*items, final=True))
     assert response is not None
     assert response.logprobs == ["null", "null"]
     assert response.cumulative_logprob == [-0.5, -0.5]
@@ -99,7 +99,7 @@ def test_the_answer_keeps_the_space_before_its_first_word(
         make_request(tokenizer, options), prompt="a", prompt_token_ids=[token_id(tokenizer, "<s>"), a]
     )
     item = output([b], outcome=Outcome.LENGTH, logprobs=[[(b, -1.0, 1)]])
-    response = OutputProcessor(tokenizer).push(step(item, request=request, final=True))
+    response = OutputProcessor(tokenizer, request).push(step(item, final=True))
     assert response is not None
     assert response.text == ["a b" if echo else " b"]
     assert json.loads(response.logprobs[0])[0][str(b)]["decoded_token"] == " b"
@@ -173,9 +173,9 @@ def test_echo_begins_with_the_prompt(tokenizer: Tokenizer) -> None:
 
 def test_no_response_without_new_text(tokenizer: Tokenizer) -> None:
     first, second, third = tokenizer.encode("€", special_tokens=False)
-    output_processor = OutputProcessor(tokenizer)
     request = make_request(tokenizer, OutputOptions(stream=True))
-    assert output_processor.push(step(output([first]), request=request)) is None
+    output_processor = OutputProcessor(tokenizer, request)
+    assert output_processor.push(step(output([first]))) is None
     assert output_processor.push(step(output([second]))) is None
     response = output_processor.push(step(output([third])))
     assert response is not None
@@ -193,9 +193,9 @@ def test_stop_string_ends_the_sequence_at_its_token(tokenizer: Tokenizer, stream
     request = make_request(
         tokenizer, OutputOptions(stream=stream, logprobs=True), stop=["\nUser:"], logprobs=0
     )
-    output_processor = OutputProcessor(tokenizer)
+    output_processor = OutputProcessor(tokenizer, request)
     logprobs: list[list[TokenLogprob]] = [[(token, -0.5, 1)] for token in ids]
-    first = output_processor.push(step(output(ids, logprobs=logprobs), request=request))
+    first = output_processor.push(step(output(ids, logprobs=logprobs)))
     assert output_processor.newly_stopped == [0]
     second = output_processor.push(step(output(ids, logprobs=logprobs)))
     assert output_processor.newly_stopped == []
@@ -268,13 +268,13 @@ def test_logprobs_in_the_shape_of_the_vllm_backend(tokenizer: Tokenizer) -> None
     request = make_request(
         tokenizer, OutputOptions(stream=True, logprobs=True), logprobs=1, prompt_logprobs=0
     )
-    output_processor = OutputProcessor(tokenizer)
+    output_processor = OutputProcessor(tokenizer, request)
     first_output = output(
         [a],
         logprobs=[[(a, -1.5, 2), (b, -0.5, 1)]],
         prompt_logprobs=[[], [(b, float("-inf"), 9)]],
     )
-    first = output_processor.push(step(first_output, request=request))
+    first = output_processor.push(step(first_output))
     last_output = output([b], logprobs=[[(b, -0.25, 1), (b, -0.25, 1)]], outcome=Outcome.LENGTH)
     last = output_processor.push(step(last_output, final=True))
     assert first is not None
@@ -297,9 +297,9 @@ def test_logprobs_in_the_shape_of_the_vllm_backend(tokenizer: Tokenizer) -> None
 
 def test_several_sequences(tokenizer: Tokenizer) -> None:
     a, b = tokenizer.encode("ab", special_tokens=False)
-    output_processor = OutputProcessor(tokenizer)
     request = make_request(tokenizer, OutputOptions(stream=True), n=2, stop=["b"])
-    first = output_processor.push(step(output([a, b], index=1), request=request))
+    output_processor = OutputProcessor(tokenizer, request)
+    first = output_processor.push(step(output([a, b], index=1)))
     assert first is not None
     assert (first.text, first.finish_reason) == (["", "a"], ["None", "None"])
     assert output_processor.newly_stopped == [1]
@@ -325,23 +325,16 @@ def test_failures_are_raised(
 ) -> None:
     request = make_request(tokenizer, OutputOptions(stream=True))
     with pytest.raises(RequestError, match=message) as raised:
-        OutputProcessor(tokenizer).push(step(output([], **fields), request=request, final=True))
+        OutputProcessor(tokenizer, request).push(step(output([], **fields), final=True))
     assert raised.value.code is code
 
 
 def test_failure_of_a_sequence_that_has_stopped_is_no_failure(tokenizer: Tokenizer) -> None:
-    output_processor = OutputProcessor(tokenizer)
-    ids = tokenizer.encode("ab", special_tokens=False)
-    output_processor.push(step(output(ids), request=make_request(tokenizer, OutputOptions(), stop=["b"])))
+    output_processor = OutputProcessor(tokenizer, make_request(tokenizer, OutputOptions(), stop=["b"]))
+    output_processor.push(step(output(tokenizer.encode("ab", special_tokens=False))))
     response = output_processor.push(step(output([], failure=Failure("INTERNAL", "x")), final=True))
     assert response is not None
     assert (response.text, response.finish_reason) == (["a"], ["stop"])
-
-
-def test_first_output_without_its_request(tokenizer: Tokenizer) -> None:
-    with pytest.raises(RequestError) as raised:
-        OutputProcessor(tokenizer).push(step(output([1])))
-    assert raised.value.code is ErrorCode.INTERNAL
 
 
 def test_responses_cross_processes(tokenizer: Tokenizer) -> None:

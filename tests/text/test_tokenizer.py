@@ -1,16 +1,13 @@
-"""The tokenizer: special tokens once, chat templates, end tokens, and torch left out."""
+"""The tokenizer: special tokens once, end tokens, directories that hold none."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fastserve.config import ConfigError
-from fastserve.errors import RequestError
 from fastserve.text.chat import Chat
 from fastserve.text.tokenizer import Tokenizer
 
@@ -21,7 +18,7 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 def test_prompt_gets_the_special_tokens_and_a_chat_only_its_own(tokenizer: Tokenizer) -> None:
     start = tokenizer.backend.token_to_id("<s>")
     assert tokenizer.encode("hello")[0] == start
-    chat = tokenizer.apply_chat_template(Chat(MESSAGES))
+    chat = tokenizer.chat_template.render(Chat(MESSAGES))
     assert chat == "<s>user\nhello</s>\n<s>assistant\n"
     assert tokenizer.encode(chat, special_tokens=False).count(start) == 2
 
@@ -71,19 +68,6 @@ def test_end_tokens_of_the_generation_config(tokenizer: Tokenizer, save_tokenize
     assert Tokenizer(directory, eos_token_ids=[7]).eos_token_ids == [7]
 
 
-def test_chat_without_a_template(save_tokenizer: SaveTokenizer) -> None:
-    tokenizer = Tokenizer(save_tokenizer(chat_template=None))
-    with pytest.raises(RequestError, match=r"`messages`: this model has no chat template"):
-        tokenizer.chat_template_names(None)
-
-
-def test_chat_that_the_template_refuses(save_tokenizer: SaveTokenizer) -> None:
-    template = "{{ raise_exception('roles must alternate') }}"
-    tokenizer = Tokenizer(save_tokenizer(chat_template=template))
-    with pytest.raises(RequestError, match=r"`messages`: .*roles must alternate"):
-        tokenizer.apply_chat_template(Chat(MESSAGES))
-
-
 def test_directory_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`model`: no tokenizer could be read from"):
         Tokenizer(tmp_path)
@@ -95,29 +79,3 @@ def test_directory_with_a_broken_tokenizer(save_tokenizer: SaveTokenizer, conten
     (directory / "tokenizer.json").write_text(content)
     with pytest.raises(ConfigError, match=r"`model`: no tokenizer could be read from"):
         Tokenizer(directory)
-
-
-def run_python(*lines: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True
-    )
-
-
-def test_torch_is_kept_out_silently(save_tokenizer: SaveTokenizer) -> None:
-    directory = save_tokenizer()
-    done = run_python(
-        "import sys",
-        "from fastserve.text.tokenizer import Tokenizer, keep_torch_out",
-        "from fastserve.text import input_processor, output_processor",
-        "assert 'torch' not in sys.modules",
-        "keep_torch_out()",
-        f"print(Tokenizer({str(directory)!r}).decode([0]), sys.modules['torch'])",
-    )
-    assert done.stdout.split() == ["!", "None"]
-    assert done.stderr == ""
-
-
-def test_torch_that_is_loaded_already_stays() -> None:
-    code = ["import sys, types", "sys.modules['torch'] = loaded = types.ModuleType('torch')"]
-    code += ["from fastserve.text.tokenizer import keep_torch_out", "keep_torch_out()"]
-    run_python(*code, "assert sys.modules['torch'] is loaded")

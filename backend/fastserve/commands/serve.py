@@ -17,7 +17,7 @@ from fastserve.launcher.command_line import ServerOptions
 from fastserve.launcher.installation import EMBEDDED
 from fastserve.launcher.launcher import Server
 from fastserve.launcher.start_checks import Ports
-from fastserve.scheduling.policies import make_policy
+from fastserve.scheduling.policies.registry import make_policy
 
 ERRORS = (ModelError,)
 EXAMPLE = '{"text_input": "The capital of France is", "parameters": {"temperature": 0, "max_tokens": 20}}'

@@ -1,6 +1,9 @@
 """The engine: schedule a step, compute it, sample, say what came of it.
 
 add / cancel -> [plan -> run -> sample -> mark computed -> append] -> StepOutput     (`step`, again and again)
+
+Behind a common queue the engine keeps no line of its own: what a plan leaves waiting is told with the step's
+output, and comes back by `resume`.
 """
 
 from __future__ import annotations
@@ -21,13 +24,25 @@ from fastserve.engine.sampler import SampledToken, Sampler, SamplingState
 from fastserve.errors import ErrorCode, RequestError, invalid, prompt_too_long
 from fastserve.models.kv_cache import KVCaches
 from fastserve.scheduling.iteration_scheduler import CacheTooSmallError, IterationScheduler
-from fastserve.scheduling.policies import Policy
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
 from fastserve.text.stop_conditions import check_stop, external_stop, has_expired
 from fastserve.text.validation import Vocabulary
-from fastserve.types import EngineStats, Failure, Outcome, Request, SequenceOutput, StepOutput
+from fastserve.types import (
+    Add,
+    EngineStats,
+    Failure,
+    Outcome,
+    Request,
+    RequestView,
+    SequenceOutput,
+    StepOutput,
+    view_of,
+)
 
 logger = logging.getLogger(__name__)
+
+MAX_RANKS = 16
+"""Ranks of running sequences that the common queue is told: so many can be preempted between two messages."""
 
 
 @dataclass(slots=True)
@@ -44,22 +59,29 @@ class Engine:
         self,
         runner: ModelRunner,
         scheduler: IterationScheduler,
-        policy: Policy,
         sampler: Sampler,
         guides: GuideCompiler,
         max_model_len: int,
+        has_common_queue: bool = False,
     ) -> None:
-        """`max_model_len`: tokens of prompt and answer that the model and its KV cache can hold."""
+        """`max_model_len`: tokens of prompt and answer that the model and its KV cache can hold.
+
+        `has_common_queue`: whether sequences that wait are told and resumed; else they wait in `scheduler`.
+        """
         self.max_model_len = max_model_len
         self._runner = runner
         self._scheduler = scheduler
-        self._policy = policy
         self._sampler = sampler
         self._guide_queue = GuideQueue(guides)
         """Requests whose guide is being compiled."""
         self._vocabulary = Vocabulary(runner.model.vocab_size, runner.model.vocab_size)
         self._active: dict[str, _RequestState] = {}
         """Requests that the scheduler has, by uid."""
+        self._has_common_queue = has_common_queue
+        self._preempted: dict[tuple[str, int], Sequence] = {}
+        """Sequences that wait in the common queue, by uid and index."""
+        self._ended: list[tuple[str, int]] = []
+        """Those that ended there; told with the next step."""
         self._received = 0
         self._outputs: list[SequenceOutput] = []
         """Outputs that leave with the next step."""
@@ -74,13 +96,29 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do; when the last request has ended, that is to check the books."""
-        return bool(self._active or self._guide_queue or self._outputs or self._is_unchecked)
+        return bool(
+            self._scheduler.has_sequences
+            or self._guide_queue
+            or self._outputs
+            or (self._is_unchecked and not self._active)
+        )
 
-    def add(self, request: Request) -> None:
+    @property
+    def num_preempted(self) -> int:
+        """Sequences that wait in the common queue."""
+        return len(self._preempted)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a KV block."""
+        return self._scheduler.pool.block_size
+
+    def add(self, message: Add) -> None:
         """Takes a request in. One that cannot be served ends with a failure at the next step.
 
         So does, with the request that is being served, a second one of its uid: outputs name nothing else.
         """
+        request = message.request
         self._received += 1
         if request.uid in self._active or request.uid in self._guide_queue:
             sentence = f"another request of the uid {request.uid} came while this one was served"
@@ -92,9 +130,9 @@ class Engine:
             self._refuse(request, error)
             return
         if request.sampling.guide is None:
-            self._start(request, None)
+            self._start(message, None)
         else:
-            self._guide_queue.add(request, request.sampling.guide)
+            self._guide_queue.add(message, request.sampling.guide)
 
     def _check(self, request: Request) -> None:
         """Raises RequestError, naming the field, for a request that the model cannot serve.
@@ -113,14 +151,23 @@ class Engine:
         for word in request.bad_words_token_ids:
             self._vocabulary.check("bad_words", word)
 
-    def _start(self, request: Request, guide: CompiledGuide | None) -> None:
+    def _start(self, message: Add, guide: CompiledGuide | None) -> None:
+        request = message.request
         self._is_unchecked = True
         state = self._active[request.uid] = _RequestState(request)
-        key = self._policy.key(request.priority, request.arrival)
         for index in range(request.sampling.n):
-            sequence = Sequence(request, index, key, token_ids=list(request.prompt_token_ids))
-            state.sequences[index] = self._sampler.start(sequence, guide)
-            self._scheduler.add(sequence)
+            view = view_of(request, index)
+            sequence = Sequence(request, index, view, [*request.prompt_token_ids, *message.generated])
+            state.sequences[index] = sampling = self._sampler.start(sequence, guide)
+            for token_id in message.generated:
+                sampling.append(token_id)
+            self._scheduler.add(sequence, time.monotonic())
+
+    def resume(self, uid: str, index: int) -> None:
+        """Lets a sequence that waits in the common queue run again; nothing happens if it has ended."""
+        self._received += 1
+        if (sequence := self._preempted.pop((uid, index), None)) is not None:
+            self._scheduler.add(sequence, time.monotonic())
 
     def _refuse(self, request: Request, error: RequestError) -> None:
         """Ends a request that was never started."""
@@ -137,7 +184,7 @@ class Engine:
     def _abort(self, uid: str, outcome: Outcome, failure: Failure | None, index: int | None = None) -> None:
         """Ends a request, or one sequence of it, wherever it is."""
         if uid in self._guide_queue:
-            self._end(uid, range(self._guide_queue.pop(uid).sampling.n), outcome, failure)
+            self._end(uid, range(self._guide_queue.pop(uid).request.sampling.n), outcome, failure)
         if (state := self._active.get(uid)) is not None:
             indices = [each for each in state.sequences if index in (None, each)]
             for each in indices:
@@ -149,7 +196,11 @@ class Engine:
 
     def _remove(self, state: _RequestState, index: int) -> None:
         del state.sequences[index]
-        self._scheduler.remove(state.request.uid, index)
+        key = (state.request.uid, index)
+        if self._preempted.pop(key, None) is not None:
+            self._ended.append(key)
+        else:
+            self._scheduler.remove(*key, now=time.monotonic())
         if not state.sequences:
             del self._active[state.request.uid]
 
@@ -163,24 +214,35 @@ class Engine:
         self._start_compiled()
         self._check_when_idle()
         plan = self._plan()
+        preempted = self._hand_back() if self._has_common_queue else []
+        self._runner.copy_blocks(plan)
         if plan.scheduled:
             tokens = compute_isolated(plan.scheduled, self._forward, self._runner.probe)
             self._take_tokens(plan.scheduled, tokens)
         outputs, self._outputs = self._outputs, []
-        return StepOutput(outputs, self.stats(plan.num_tokens))
+        ended, self._ended = self._ended, []
+        return StepOutput(outputs, self.stats(plan.num_tokens), preempted, ended)
+
+    def _hand_back(self) -> list[RequestView]:
+        """Takes what the plan left waiting out of the scheduler: it waits in the common queue."""
+        waiting = self._scheduler.take_waiting()
+        self._preempted |= {(each.request.uid, each.index): each for each in waiting}
+        return [sequence.view for sequence in waiting]
 
     def _expire(self, now: float) -> None:
-        for request in [*(state.request for state in self._active.values()), *self._guide_queue]:
+        requests = [state.request for state in self._active.values()]
+        requests += [message.request for message in self._guide_queue]
+        for request in requests:
             if has_expired(request, now):
                 self.cancel(request.uid, Outcome.TIMEOUT)
 
     def _start_compiled(self) -> None:
         """Starts requests whose guide is compiled; waits a little for one if there is nothing else to do."""
-        for request, guide in self._guide_queue.pop_compiled(has_time=not self._active):
+        for message, guide in self._guide_queue.pop_compiled(has_time=not self._active):
             if isinstance(guide, RequestError):
-                self._refuse(request, guide)
+                self._refuse(message.request, guide)
             else:
-                self._start(request, guide)
+                self._start(message, guide)
 
     def _check_when_idle(self) -> None:
         """Checks the books when nothing is held, and nobody waits for the time that it takes."""
@@ -191,7 +253,7 @@ class Engine:
     def _plan(self) -> StepPlan:
         while True:
             try:
-                return self._scheduler.plan()
+                return self._scheduler.plan(time.monotonic())
             except CacheTooSmallError as error:
                 self._fail(error.sequence.request.uid, RequestError(str(error)))
 
@@ -232,7 +294,7 @@ class Engine:
         """Marks the items as computed, fails requests with an error, and gives the others their tokens."""
         computed = list(zip(items, tokens, strict=True))
         kept = [item for item, token in computed if token is None or token.error is None]
-        self._scheduler.mark_computed(StepPlan(kept, []))
+        self._scheduler.mark_computed(StepPlan(kept, []), time.monotonic())
         for item, token in computed:
             if token is not None and token.error is not None:
                 self._fail(item.sequence.request.uid, token.error)
@@ -280,17 +342,21 @@ class Engine:
         Requests whose guide is being compiled have their slots already.
         """
         scheduler = self._scheduler
-        waiting_for_guide = sum(request.sampling.n for request in self._guide_queue)
+        waiting_for_guide = sum(message.request.sampling.n for message in self._guide_queue)
         return EngineStats(
             received=self._received,
             running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
+            waiting=scheduler.num_waiting + len(self._preempted),
             free_slots=scheduler.free_slots - waiting_for_guide,
-            lowest_key=scheduler.lowest_key,
+            free_blocks=scheduler.free_blocks,
+            free_tokens=scheduler.free_tokens,
+            running_ranks=scheduler.lowest_ranks(MAX_RANKS),
             kv_blocks_total=scheduler.pool.num_blocks,
             kv_blocks_used=scheduler.pool.num_used,
             step_tokens=step_tokens,
             preemptions_total=scheduler.num_preemptions,
+            swapped_blocks_total=scheduler.num_swapped_blocks,
+            recomputed_tokens_total=scheduler.num_recomputed_tokens,
             prefix_cache_hit_tokens_total=scheduler.num_prefix_cache_hit_tokens,
         )
 

@@ -17,26 +17,39 @@ from fastserve.engine.sampler import Sampler
 from fastserve.models.model_loader import load_model
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
-from fastserve.scheduling.policies import make_policy
+from fastserve.scheduling.policies.registry import make_policy
 
 
-def load_engine(config: Config, files: ModelFiles) -> Engine:
-    """Loads the model, makes its KV cache and runs it once. Raises ModelError."""
+def load_engine(config: Config, files: ModelFiles, has_common_queue: bool = False) -> Engine:
+    """Loads the model, makes its KV cache and runs it once. Raises ModelError.
+
+    `has_common_queue`: see `Engine`.
+    """
     device = choose_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     checkpoint, length = str(files.checkpoint), config.max_model_len
     model = load_model(checkpoint, config.dtype, device, length, config.quantization)
     kv_dtype, kv_scales = choose_kv_cache(config.kv_cache_dtype, files, model)
-    runner = ModelRunner(model, config.block_size, config.kv_cache_bytes, kv_dtype, kv_scales)
+    runner = ModelRunner(
+        model,
+        config.block_size,
+        config.kv_cache_bytes,
+        kv_dtype,
+        kv_scales,
+        swap_space_bytes=config.swap_space_bytes,
+    )
     runner.warm_up()
-    pool = BlockPool(runner.num_blocks, config.block_size, config.enable_prefix_caching)
-    scheduler = IterationScheduler(pool, config.max_num_seqs, config.max_num_batched_tokens)
+    pool = BlockPool(
+        runner.num_blocks, config.block_size, config.enable_prefix_caching, runner.num_host_blocks
+    )
+    policy = make_policy(config)
+    scheduler = IterationScheduler(pool, policy, config.max_num_seqs, config.max_num_batched_tokens)
     eos = eos_token_ids(files.checkpoint)
     guides = GuideCompiler(files.tokenizer, eos, model.vocab_size)
     max_model_len = min(model.max_position, runner.num_blocks * config.block_size)
     sampler = Sampler(eos, model.vocab_size)
-    return Engine(runner, scheduler, make_policy(config), sampler, guides, max_model_len)
+    return Engine(runner, scheduler, sampler, guides, max_model_len, has_common_queue)
 
 
 def choose_device(name: str) -> torch.device:

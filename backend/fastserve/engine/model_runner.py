@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastserve.checkpoints.kv_cache_scheme import KVScales
+from fastserve.engine.host_kv_cache import HostKVCache
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.kv_cache import KVCaches, make_kv_caches, num_elements
 from fastserve.scheduling.sequence import StepPlan
@@ -25,9 +26,10 @@ class ModelRunner:
         kv_cache_bytes: int,
         kv_dtype: torch.dtype,
         kv_scales: list[KVScales] | None,
+        swap_space_bytes: int = 0,
     ) -> None:
         """`kv_cache_bytes` 0: 1 GiB on a CPU, most of what is free on a GPU. A `kv_dtype` of 8 bits needs
-        each layer's scales."""
+        each layer's scales. `swap_space_bytes`: of host memory, for blocks that make way for others."""
         self.model = model
         self.block_size = block_size
         budget = kv_cache_bytes or self._default_cache_bytes()
@@ -35,6 +37,8 @@ class ModelRunner:
         self.num_blocks = max(1, budget // bytes_per_block)
         shapes = model.kv_cache_shapes(self.num_blocks, block_size)
         self.kv_caches = make_kv_caches(shapes, kv_dtype, model.device, kv_scales)
+        self.num_host_blocks = swap_space_bytes // bytes_per_block
+        self._host = HostKVCache(self.kv_caches, self.num_host_blocks)
         one_block = model.kv_cache_shapes(1, block_size)
         self._probe_caches = make_kv_caches(one_block, kv_dtype, model.device, kv_scales)
 
@@ -65,6 +69,10 @@ class ModelRunner:
         )
         ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.model.device)
         return self.model.logits(self.model.forward(ids, metadata, kv_caches))
+
+    def copy_blocks(self, plan: StepPlan) -> None:
+        """Copies the KV blocks that the plan swaps out, then those that it swaps in."""
+        self._host.copy(plan.copies_out, plan.copies_in)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> tuple[torch.Tensor, AttentionMetadata]:

@@ -1,6 +1,7 @@
 """The worker process: an engine, its loop, and the pipe to whoever started it.
 
-Parent to worker: `Add`, `Cancel`, `Shutdown`. Worker to parent: `Ready` once, then one `StepOutput` a step.
+Parent to worker: `Add`, `Resume`, `Cancel`, `Shutdown`. Worker to parent: `Ready` once, then one `StepOutput`
+a step.
 A worker whose parent is gone finds its pipe closed and leaves.
 
 Both ends read the pipe in a thread that does nothing else and never waits for the other direction, and what
@@ -26,7 +27,7 @@ from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
 from fastserve.engine.worker_pipe import FromWorker, ParentGoneError, ToWorker, WorkerPipe
 from fastserve.service_thread import ServiceThread
-from fastserve.types import Add, Cancel, Ready, Shutdown, StepOutput, decode, encode
+from fastserve.types import Add, Cancel, Ready, Resume, Shutdown, StepOutput, decode, encode
 
 if TYPE_CHECKING:
     from fastserve.engine.engine import Engine
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 LoadEngine = Callable[[Config, ModelFiles], "Engine"]
 logger = logging.getLogger(__name__)
 
+DEADLINE_SECONDS = 1.0
+"""How often deadlines are looked at while all requests wait elsewhere."""
 EXIT_SECONDS = 5.0
 """For a worker that has closed its pipe, or was told to leave; then it is killed."""
 
@@ -46,31 +49,36 @@ def run_engine(
     Raises an exception that it finds in the inbox, and what `Engine.step` raises.
     """
     while True:
-        for message in _receive(inbox, block=not engine.has_work):
+        timeout = 0.0 if engine.has_work else DEADLINE_SECONDS if engine.num_preempted else None
+        for message in _receive(inbox, timeout):
             if isinstance(message, Add):
-                engine.add(message.request)
+                engine.add(message)
             elif isinstance(message, Cancel):
                 engine.cancel(message.uid, message.outcome, message.index)
+            elif isinstance(message, Resume):
+                engine.resume(message.uid, message.index)
             elif isinstance(message, Exception):
                 raise message
             else:
                 return
-        if engine.has_work:
+        if engine.has_work or engine.num_preempted:
             send(engine.step())
 
 
-def _receive(inbox: queue.SimpleQueue[ToWorker | Exception], block: bool) -> Iterator[ToWorker | Exception]:
-    """All messages that are there; with `block` it waits for the first."""
+def _receive(
+    inbox: queue.SimpleQueue[ToWorker | Exception], timeout: float | None
+) -> Iterator[ToWorker | Exception]:
+    """All messages that are there; it waits `timeout` seconds for the first, None: as long as it takes."""
     with suppress(queue.Empty):
         while True:
-            yield inbox.get(block)
-            block = False
+            yield inbox.get(timeout=timeout) if timeout != 0.0 else inbox.get(block=False)
+            timeout = 0.0
 
 
 def _load_engine(config: Config, files: ModelFiles) -> Engine:
     from fastserve.engine.engine_loader import load_engine  # here: the parent loads no torch
 
-    return load_engine(config, files)
+    return load_engine(config, files, has_common_queue=True)
 
 
 def _worker_main(config: Config, files: ModelFiles, connection: Connection, load: LoadEngine) -> None:
@@ -78,7 +86,7 @@ def _worker_main(config: Config, files: ModelFiles, connection: Connection, load
     engine = load(config, files)
     pipe = WorkerPipe(connection)
     try:
-        pipe.send(Ready(uuid.uuid4().hex, engine.max_model_len, engine.stats()))
+        pipe.send(Ready(uuid.uuid4().hex, engine.max_model_len, engine.block_size, engine.stats()))
         run_engine(engine, pipe.inbox, pipe.send)
     except ParentGoneError as error:
         logger.debug("the parent is gone: %s", error)

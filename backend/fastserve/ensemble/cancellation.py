@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from fastserve.types import CancelById, Request
+from fastserve.ensemble.control_messages import CancelById
+from fastserve.types import Request
 
 MAX_REMEMBERED = 10_000
 """Ids; the oldest is forgotten first."""

@@ -1,4 +1,4 @@
-"""Publishes the engine's capacity to `scheduler`, from a thread of its own, always the newest numbers."""
+"""Publishes the engine's capacity to `scheduler`, from a thread of its own, and takes its answers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from fastserve.ensemble.messaging import call, message_tensor
+from fastserve.ensemble.messaging import ask
 from fastserve.errors import RequestError
+from fastserve.scheduling.capacity import EngineCapacity, Event, Outbox, ResumeList
 from fastserve.service_thread import ServiceThread
-from fastserve.types import EngineCapacity
+from fastserve.types import Resume
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +23,23 @@ REPEAT_SECONDS = 2.0
 
 
 class CapacityPublisher:
-    """A mailbox of one message: numbers that are not yet sent are replaced by newer ones."""
+    """A mailbox of one message: numbers that are not yet sent are replaced by newer ones; events are kept."""
 
-    def __init__(self, on_health: Callable[[str | None], None], after: Callable[[], None]) -> None:
-        """`on_health`: see `ServiceThread`. `after`: called in this thread after each message."""
+    def __init__(
+        self,
+        on_resume: Callable[[Resume], None],
+        on_health: Callable[[str | None], None],
+        after: Callable[[], None],
+    ) -> None:
+        """`on_resume`, and after each message `after`, are called in this thread; `on_health`: see
+        `ServiceThread`."""
         self._changed = threading.Condition()
+        self._on_resume = on_resume
         self._after = after
         self._latest: EngineCapacity | None = None
         self._published: EngineCapacity | None = None
+        self._events: Outbox[Event] = Outbox()
+        self._resumes_seen = 0
         self._serial = 0
         self._is_open = False
         self._stopping = False
@@ -43,33 +53,58 @@ class CapacityPublisher:
                 self._is_open = True
                 self._changed.notify()
 
+    def tell(self, event: Event) -> None:
+        """Hands over what must not be lost; it goes with the next numbers that are published."""
+        with self._changed:
+            self._events.add(event)
+
     def publish(self, capacity: EngineCapacity) -> None:
-        """Hands over the newest numbers, without `serial` and `time`. Never waits for the scheduler."""
-        if capacity != self._latest:
-            with self._changed:
-                self._latest = capacity
+        """Hands over the newest numbers, without `serial`, `time`, events. Never waits for the scheduler."""
+        with self._changed:
+            self._latest = capacity
+            if self._has_news():
                 self._changed.notify()
+
+    def _has_news(self) -> bool:
+        return self._latest != self._published or not self._events.is_empty
 
     def _publish_latest(self) -> bool:
         with self._changed:
             self._changed.wait_for(
-                lambda: self._stopping or (self._is_open and self._latest != self._published), REPEAT_SECONDS
+                lambda: self._stopping or (self._is_open and self._has_news()), REPEAT_SECONDS
             )
             latest = self._latest if self._is_open else None
             if self._stopping or latest is None:
                 return not self._stopping
-        self._serial += 1
+            self._serial += 1
+            events = self._events.batch()
+            message = replace(
+                latest,
+                serial=self._serial,
+                time=time.monotonic(),
+                events_number=self._events.number,
+                events=events,
+                resumes_seen=self._resumes_seen,
+            )
         try:
-            numbered = replace(latest, serial=self._serial, time=time.monotonic())
-            call("scheduler", [message_tensor("capacity", numbered)])
+            answer = ask("scheduler", "capacity", message, "resumes", ResumeList)
         except RequestError as error:  # it may still be loading
             logger.debug("the capacity was not published: %s", error)
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping, RETRY_SECONDS)
         else:
+            with self._changed:
+                self._events.acknowledge(message.events_number)
             self._published = latest
+            self._take_resumes(answer)
         self._after()
         return True
+
+    def _take_resumes(self, answer: ResumeList) -> None:
+        if answer.number > self._resumes_seen:
+            self._resumes_seen = answer.number
+            for resume in answer.resumes:
+                self._on_resume(resume)
 
     def stop(self) -> None:
         """Ends the thread, and waits for it."""

@@ -19,25 +19,23 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from fastserve.config import read_config
+from fastserve.ensemble.control_messages import CancelById
+from fastserve.ensemble.forwarding import FAILED, forwarded_id
 from fastserve.ensemble.messaging import (
-    FAILED,
     call,
     error_response,
-    forwarded_id,
-    message_tensor,
     read_parameters,
-    report_health,
     send_response_or_error,
     strings,
-    text_of,
 )
 from fastserve.ensemble.metrics import requests_total
+from fastserve.ensemble.readiness import report_health
 from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
 from fastserve.errors import ErrorCode, RequestError, invalid, read_error
 from fastserve.service_thread import ServiceThread
 from fastserve.text.validation import coerce
-from fastserve.types import CancelById, Outcome
+from fastserve.types import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -121,9 +119,9 @@ class InferModel:
                 send_response_or_error(sender, error_response(error))
 
     def _take(self, request: Any, sender: Any) -> None:
-        cancelled_id = text_of(request, "cancel")
-        if cancelled_id is not None:
-            self._take_cancel(cancelled_id, request, sender)
+        cancel = pb_utils.get_input_tensor_by_name(request, "cancel")
+        if cancel is not None:
+            self._take_cancel(cancel.as_numpy()[0].decode(errors="replace"), request, sender)
             return
         forwarded = _ForwardedRequest(request, sender)
         _check_stream(forwarded)
@@ -173,7 +171,7 @@ class InferModel:
         response = pb_utils.InferenceResponse(output_tensors=[strings("text_output", [""])])
         try:
             for request_id in request_ids:
-                call("engine", [message_tensor("cancel", CancelById(request_id, time.monotonic()))])
+                call("engine", "cancel", CancelById(request_id, time.monotonic()))
         except RequestError as error:
             if sender is None:
                 self._cancels.put(cancel)  # nobody else asks for it again; this thread pauses after the error

@@ -1,17 +1,12 @@
 """What the ensemble's models receive and send: tensors, signed messages, responses, requests to one another.
 
-Triton server 2.51 closes no model to clients, so each message carries an authentication code that only this
-server's own processes can compute (`shared_secret`): a client's imitation is refused.
+Triton server 2.51 closes no model to clients, so each message is signed: a client's imitation is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import logging
-import os
-import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,9 +14,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from fastserve.ensemble.api_tensors import API_INPUTS
-from fastserve.ensemble.shared_secret import server_secret
+from fastserve.ensemble.message_signature import sign, verify
+from fastserve.ensemble.shared_memory import is_shared_memory_short
 from fastserve.errors import ErrorCode, RequestError, invalid, with_code
-from fastserve.types import HealthReport, decode, encode
+from fastserve.types import decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +25,6 @@ T = TypeVar("T")
 
 _CODES = {code: getattr(pb_utils.TritonError, code.value) for code in ErrorCode}
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-MAC_BYTES = 16
-FAILED = "error"
-"""The `finish_reason` of a failure sent as data, to `fastserve_infer` only; the text is the error."""
-SHARED_MEMORY = "/dev/shm"
-SHORT_BYTES = 16 << 20
-"""Free shared memory below which a response may be refused: its pool grows by 4 MiB, or by its own size."""
 
 
 # Tensors
@@ -49,12 +39,6 @@ def strings(name: str, values: list[Any]) -> pb_utils.Tensor:
 def numbers(name: str, values: list[Any], dtype: Any) -> pb_utils.Tensor:
     """A tensor of shape [len(values)]."""
     return pb_utils.Tensor(name, np.array(values, dtype=dtype))
-
-
-def text_of(request: Any, name: str) -> str | None:
-    """The text in an optional STRING [1] input of a request."""
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    return None if tensor is None else tensor.as_numpy()[0].decode(errors="replace")
 
 
 # What a client sent
@@ -84,8 +68,13 @@ def read_parameters(request: Any) -> dict[str, Any]:
 
 
 def message_tensor(name: str, message: Any) -> pb_utils.Tensor:
-    """A STRING [1] tensor that carries a message of `types.py`, signed for an input of that name."""
+    """A STRING [1] tensor that carries a message, signed for an input of that name."""
     return strings(name, [sign(name, encode(message))])
+
+
+def message_response(name: str, message: Any) -> pb_utils.InferenceResponse:
+    """A response whose only output, of that name, carries a message."""
+    return pb_utils.InferenceResponse(output_tensors=[message_tensor(name, message)])
 
 
 def message_of(request: Any, name: str, as_type: type[T]) -> T | None:
@@ -102,48 +91,29 @@ def read_message(name: str, signed: bytes, as_type: type[T]) -> T:
     return decode(verify(name, signed), as_type)
 
 
-def sign(name: str, data: bytes) -> bytes:
-    """`data` behind its authentication code, valid for an input of that name (16 characters at most).
+def call(model: str, name: str, message: Any) -> None:
+    """Sends a message to the input `name` of another model of this server, and waits until it has answered.
 
-    Keyed BLAKE2b over all of it: 0.5 us for a token, 7 us for a prompt of 1,000. A bare secret in
-    front would not do: whoever calls `preprocess` directly is given what that model sends to the next.
+    Raises RequestError (UNAVAILABLE) when it cannot be sent, or with the first error among the responses.
     """
-    return _mac(name, data) + data
+    _exchange(model, name, message, [])
 
 
-def verify(name: str, signed: bytes) -> memoryview:
-    """The data that was signed for an input of that name. Raises RequestError for any other."""
-    data = memoryview(signed)[MAC_BYTES:]
-    if not hmac.compare_digest(signed[:MAC_BYTES], _mac(name, data)):
-        raise RequestError(
-            f"`{name}`: got a message that is not of this server's own models; allowed: none from a client,"
-            " whose models are `fastserve` and `fastserve_infer`"
-        )
-    return data
+def ask(model: str, name: str, message: Any, output: str, as_type: type[T]) -> T:
+    """Sends a message as `call` does, and returns the one that the model answers in its output `output`.
 
-
-def forwarded_id() -> str:
-    """A new request id, for a request that `fastserve_infer` forwards; no client can make one."""
-    name = uuid.uuid4().hex
-    return f"{name}-{_mac('forwarded_id', name.encode()).hex()}"
-
-
-def is_forwarded_id(request_id: str) -> bool:
-    """Whether `forwarded_id` of this server has made it."""
-    name, _, mac = request_id.partition("-")
-    return hmac.compare_digest(mac.encode(), _mac("forwarded_id", name.encode()).hex().encode())
-
-
-def _mac(name: str, data: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(data, digest_size=MAC_BYTES, key=server_secret(), person=name.encode()).digest()
-
-
-def call(model: str, inputs: list[pb_utils.Tensor]) -> list[pb_utils.InferenceResponse]:
-    """Sends a request to another model of this server and waits for all its responses.
-
-    Raises RequestError (UNAVAILABLE) when it cannot be sent, or with the first error among them.
+    Raises RequestError as `call`, and where there is none.
     """
-    request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[], inputs=inputs)
+    for response in _exchange(model, name, message, [output]):
+        tensor = pb_utils.get_output_tensor_by_name(response, output)
+        if tensor is not None:
+            return read_message(output, tensor.as_numpy()[0], as_type)
+    raise RequestError(f"{model}: it answered without `{output}`", ErrorCode.UNAVAILABLE)
+
+
+def _exchange(model: str, name: str, message: Any, outputs: list[str]) -> list[Any]:
+    inputs = [message_tensor(name, message)]
+    request = pb_utils.InferenceRequest(model_name=model, requested_output_names=outputs, inputs=inputs)
     try:
         responses = list(request.exec(decoupled=True))
     except pb_utils.TritonModelException as error:
@@ -152,11 +122,6 @@ def call(model: str, inputs: list[pb_utils.Tensor]) -> list[pb_utils.InferenceRe
         if response.has_error():
             raise RequestError(f"{model}: {response.error().message()}", ErrorCode.UNAVAILABLE)
     return responses
-
-
-def report_health(model: str, problem: str | None) -> None:
-    """Reports to `engine` whether a thread of `model` works; see `HealthReport`. Raises as `call` does."""
-    call("engine", [message_tensor("health", HealthReport(model, problem))])
 
 
 # Responses
@@ -173,20 +138,14 @@ def error_response(error: Exception) -> pb_utils.InferenceResponse:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(with_code(error), _CODES[error.code]))
 
 
-def failure_tensors(error: RequestError) -> list[pb_utils.Tensor]:
-    """An error as data, for a request that was forwarded: there, 2.51 loses an error after a response."""
-    return [strings("text_output", [with_code(error)]), strings("finish_reason", [FAILED])]
-
-
 def send_final(sender: Any, response: Any = None) -> None:
     """Sends the last response, or only the final flag: until it has come, the client waits.
 
-    Raises as the sender does where there is no memory for it. A response that was to carry the flag and could
-    not be sent leaves a sender that takes no more (2.51), so while shared memory is short the flag travels
-    alone, after the response. An error, which is small, always carries it: without it gRPC answers with no
-    error and no output, and the server waited, at its exit, for a request (2.51).
+    Raises as the sender does where there is no memory for it. While that is short the flag travels alone,
+    after the response (`shared_memory` says why). An error, which is small, always carries it: without it
+    gRPC answers with no error and no output, and the server waited, at its exit, for a request (2.51).
     """
-    if response is not None and not response.has_error() and _is_shared_memory_short():
+    if response is not None and not response.has_error() and is_shared_memory_short():
         sender.send(response)
         response = None
     if response is None:
@@ -199,9 +158,13 @@ def send_error(sender: Any, error: Exception) -> None:
     """Ends a request with an error, or at least ends it. Never raises: there is nobody else to tell."""
     try:
         send_final(sender, error_response(error))
-        return
     except Exception as failure:
         logger.error("an error could not be sent (%s): %s", error, failure)
+        send_end(sender)
+
+
+def send_end(sender: Any) -> None:
+    """Sends the final flag alone. Never raises."""
     try:
         send_final(sender)
     except Exception as failure:
@@ -236,11 +199,3 @@ def dispatch_each(
         except Exception as error:
             logger.exception("a request could not be taken in")
             answer_fault(sender, RequestError(f"{model}: {error}", ErrorCode.INTERNAL))
-
-
-def _is_shared_memory_short() -> bool:
-    try:
-        state = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        return False
-    return state.f_bavail * state.f_frsize < SHORT_BYTES

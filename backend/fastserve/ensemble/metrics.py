@@ -11,11 +11,14 @@ request; what a counter could not add then is added with its next report.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
+
+from fastserve.types import EngineStats, Outcome, Request
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +189,43 @@ class EngineMetrics:
         )
         self.preemptions = Counter("fastserve_preemptions_total", "Sequences put back to wait", ["kind"])
         self.restarts = Counter("fastserve_worker_restarts_total", "Workers started after one that died")
+        self._reporting = threading.Lock()
+        self._reported: EngineStats
+        """The worker's stats that are shown."""
+        self._reported_at = 0.0
+        self._is_shown = True
+        """The gauges show what they were last told."""
+
+    def start(self, stats: EngineStats) -> None:
+        """Reports a new worker, whose totals count from these on."""
+        self._report(stats, stats)
+
+    def observe_step(self, stats: EngineStats, now: float) -> None:
+        """Reports a step: the gauges every REPORT_SECONDS, and when nothing runs any more."""
+        if stats.step_tokens:
+            self.step_tokens.observe(stats.step_tokens)
+        if stats.running == 0 or now - self._reported_at >= REPORT_SECONDS:
+            self._report(stats)
+
+    def repeat(self) -> None:
+        """Tells the gauges again what they do not show: nothing else may come."""
+        if not self._is_shown:
+            self._report(self._reported)
+
+    def _report(self, stats: EngineStats, before: EngineStats | None = None) -> None:
+        """Reports what has changed since the last report, or since `before`."""
+        with self._reporting:
+            before = before or self._reported
+            self._reported, self._reported_at = stats, time.monotonic()
+            shown = [
+                self.running.set(stats.running),
+                self.preempted.set(stats.waiting),
+                self.kv_total.set(stats.kv_blocks_total),
+                self.kv_used.set(stats.kv_blocks_used),
+            ]
+            self._is_shown = all(shown)
+            self.cache_hits.add(stats.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total)
+            self.preemptions.add(stats.preemptions_total - before.preemptions_total, "recompute")
 
 
 class ResponseMetrics:
@@ -211,3 +251,22 @@ class ResponseMetrics:
             "fastserve_generation_tokens_total", "Tokens generated for requests", ["tenant"]
         )
         self.requests = requests_total()
+
+    def observe_first_token(self, request: Request, now: float) -> None:
+        """Reports that the first token of a request came."""
+        self.first_token.observe(now - request.arrival, request.priority_label)
+
+    def count_tokens(self, request: Request, num_tokens: int) -> None:
+        """Counts tokens generated for a request."""
+        self.generation_tokens.add(num_tokens, self.tenants.label(request.tenant))
+
+    def observe_end(
+        self, request: Request, outcome: Outcome, num_tokens: int, first_token: float, now: float
+    ) -> None:
+        """Reports the end of a request, which generated `num_tokens`, the first at the time `first_token`."""
+        self.requests.add(1, outcome.value)
+        self.prompt_tokens.add(len(request.prompt_token_ids), self.tenants.label(request.tenant))
+        if outcome in (Outcome.STOP, Outcome.LENGTH):
+            self.end_to_end.observe(now - request.arrival, request.priority_label)
+            if num_tokens > 1:
+                self.output_token.observe((now - first_token) / (num_tokens - 1))

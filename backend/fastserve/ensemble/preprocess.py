@@ -1,15 +1,12 @@
 """The model `preprocess`: client's tensors -> validated, tokenized `Request`.
 
-Compiling a guide takes up to seconds, so threads wait for that and answer later, while `execute` goes on:
-a heavy grammar delays nobody else. All other requests are answered by `execute`, in the order they came.
+Requests are answered in the order they came, but for guided ones (`GuideChecks`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
-from threading import BoundedSemaphore
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -17,13 +14,8 @@ import triton_python_backend_utils as pb_utils
 from fastserve.checkpoints.model_files import locate
 from fastserve.checkpoints.model_metadata import context_length, model_vocab_size
 from fastserve.config import is_stopping, read_config
-from fastserve.ensemble.messaging import (
-    error_response,
-    message_tensor,
-    read_inputs,
-    read_parameters,
-    send_response_or_error,
-)
+from fastserve.ensemble.guide_checks import GuideChecks
+from fastserve.ensemble.messaging import error_response, message_response, read_inputs, read_parameters
 from fastserve.ensemble.metrics import requests_total
 from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
@@ -33,11 +25,6 @@ from fastserve.text.tokenizer import load_tokenizer
 from fastserve.types import Outcome
 
 logger = logging.getLogger(__name__)
-
-MAX_GUIDES_AT_ONCE = 8
-"""Guides that are compiled at once."""
-MAX_GUIDED_REQUESTS = 256
-"""Requests whose guides are compiled or wait for it; more are refused."""
 
 
 class PreprocessModel:
@@ -49,8 +36,7 @@ class PreprocessModel:
         server_secret()  # made while there is shared memory for it
         self._input_processor = _load_input_processor()
         self._requests_total = requests_total()
-        self._threads = ThreadPoolExecutor(MAX_GUIDES_AT_ONCE, thread_name_prefix="guides")
-        self._guide_slots = BoundedSemaphore(MAX_GUIDED_REQUESTS)
+        self._guide_checks = GuideChecks(self._answer)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """The responses; None for a request that a thread answers later."""
@@ -60,30 +46,18 @@ class PreprocessModel:
         try:
             parsed = self._parse(triton_request)
             if parsed.guide_field:
-                self._answer_later(parsed, triton_request.get_response_sender())
+                self._guide_checks.submit(parsed, triton_request.get_response_sender())
                 return None
-            return _answer(parsed)
         except Exception as error:
             return self._refusal(error)
+        return self._answer(parsed)
 
-    def _answer_later(self, parsed: ParsedRequest, sender: Any) -> None:
-        if not self._guide_slots.acquire(blocking=False):
-            raise RequestError(
-                f"`{parsed.guide_field}`: {MAX_GUIDED_REQUESTS} requests wait for their turn already",
-                ErrorCode.UNAVAILABLE,
-            )
-        self._threads.submit(self._check_guide, parsed, sender)
-
-    def _check_guide(self, parsed: ParsedRequest, sender: Any) -> None:
-        """Answers when it is known whether the guide compiles, in a thread of its own."""
+    def _answer(self, parsed: ParsedRequest) -> pb_utils.InferenceResponse:
         try:
-            self._input_processor.check_guide(parsed)
-            response = _answer(parsed)
+            request = self._input_processor.check_guide(parsed)
+            return message_response("request", request)
         except Exception as error:
-            response = self._refusal(error)
-        finally:
-            self._guide_slots.release()
-        send_response_or_error(sender, response)
+            return self._refusal(error)
 
     def _refusal(self, error: Exception) -> pb_utils.InferenceResponse:
         is_refused = isinstance(error, RequestError)
@@ -105,7 +79,7 @@ class PreprocessModel:
 
     def finalize(self) -> None:
         """Ends the threads and the process that compile guides."""
-        self._threads.shutdown()
+        self._guide_checks.close()
         self._input_processor.close()
 
 
@@ -118,7 +92,3 @@ def _load_input_processor() -> InputProcessor:
         config.max_model_len or context_length(files.checkpoint),
         model_vocab_size(files.checkpoint),
     )
-
-
-def _answer(parsed: ParsedRequest) -> pb_utils.InferenceResponse:
-    return pb_utils.InferenceResponse(output_tensors=[message_tensor("request", parsed.request)])

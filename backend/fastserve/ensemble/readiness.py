@@ -16,15 +16,20 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from fastserve.config import MODEL_CONTROL_VARIABLE
-from fastserve.ensemble.messaging import call, message_tensor, send_final
+from fastserve.ensemble.control_messages import BlockUnload, HealthReport
+from fastserve.ensemble.messaging import call, send_final
 from fastserve.service_thread import ServiceThread
-from fastserve.types import BlockUnload
 
 logger = logging.getLogger(__name__)
 
 MODEL = "readiness"
 ARRIVAL_SECONDS = 5.0
 """For the request that blocks the unloading to arrive at `engine`."""
+
+
+def report_health(model: str, problem: str | None) -> None:
+    """Reports to `engine` whether a thread of `model` works; see `HealthReport`. Raises as `call` does."""
+    call("engine", "health", HealthReport(model, problem))
 
 
 class Readiness:
@@ -88,7 +93,7 @@ class Readiness:
     @staticmethod
     def _request_block() -> None:
         try:
-            call(MODEL, [message_tensor("health", BlockUnload())])
+            call(MODEL, "health", BlockUnload())
         except Exception as error:  # `_lose` sends another
             logger.error("readiness: %s", error)
 

@@ -6,9 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-import triton_python_backend_utils as pb_utils
-
-from fastserve.ensemble.messaging import message_tensor, send_error, send_final
+from fastserve.ensemble.messaging import message_response, send_end, send_error, send_final
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.types import Failure, Outcome, Request, RequestOutput, SequenceOutput
 
@@ -28,12 +26,23 @@ class ResponseStream:
     request: Request
     sender: Any
     sequences_left: int
+    replica: int | None = None
+    """The engine replica that has it; None: its worker is gone, and it waits in the common queue."""
+    num_preempted: int = 0
+    """Of its sequences, those that wait in the common queue."""
+    has_output: bool = False
+    """Whether the worker has computed its prompt."""
+    token_ids: list[int] = field(default_factory=list)
+    """What was generated, of a request with one sequence: another replica can go on from there."""
     pending: list[SequenceOutput] = field(default_factory=list)
     last_sent: float | None = None
 
     def add(self, output: SequenceOutput) -> None:
         """Takes in the output of one step for one sequence."""
         self.pending.append(output)
+        self.has_output = True
+        if self.request.sampling.n == 1:
+            self.token_ids += output.token_ids
         if output.outcome is not None:
             self.sequences_left -= 1
 
@@ -65,15 +74,20 @@ class ResponseStream:
     def _send(self, outputs: list[SequenceOutput], final: bool, now: float) -> None:
         request = self.request if self.last_sent is None else None
         output = RequestOutput(self.request.uid, outputs, request, final)
-        response = pb_utils.InferenceResponse(output_tensors=[message_tensor("output", output)])
+        response = message_response("output", output)
         if final:
             send_final(self.sender, response)
         else:
             self.sender.send(response)
         self.last_sent = now
 
-    def fail(self, outcome: Outcome, failure: Failure) -> None:
-        """Ends the request with a failure, behind the tokens that came before it. Never raises.
+    @property
+    def survives(self) -> bool:
+        """Whether it outlives its worker: it waits in the common queue, and can run on another."""
+        return self.request.sampling.n == 1 and self.num_preempted == 1
+
+    def fail(self, outcome: Outcome, failure: Failure | None) -> None:
+        """Ends the request, with a failure or none, behind the tokens that came before it. Never raises.
 
         The failure travels as data: an error in a response would overtake the tokens (2.51). Where they
         cannot be sent it goes without them, and where that cannot be sent either, as an error.
@@ -87,4 +101,7 @@ class ResponseStream:
                 return
             except Exception as error:
                 logger.error("the failure of request %s could not be sent: %s", self.request.uid, error)
-        send_error(self.sender, RequestError(failure.message, ErrorCode(failure.code)))
+        if failure is not None:
+            send_error(self.sender, RequestError(failure.message, ErrorCode(failure.code)))
+        else:
+            send_end(self.sender)

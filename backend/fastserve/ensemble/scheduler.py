@@ -1,8 +1,9 @@
 """The model `scheduler`: the common queue of all engine replicas.
 
-    request in -> AdmissionQueue -> request out, the best-scoring one whenever the engine has capacity for it
+    request in -> AdmissionQueue -> request out, the first by rank whenever a replica has capacity for it
 
-`engine` publishes its capacity by requests of its own (input `capacity`).
+`engine` publishes its capacity by requests of its own (input `capacity`), and learns from the answer which
+preempted sequences run again (output `resumes`).
 """
 
 from __future__ import annotations
@@ -13,26 +14,20 @@ import time
 from functools import partial
 from typing import Any
 
-import triton_python_backend_utils as pb_utils
-
 from fastserve.config import read_config
-from fastserve.ensemble.messaging import (
-    dispatch_each,
-    is_forwarded_id,
-    message_of,
-    message_tensor,
-    report_health,
-    send_error,
-    send_final,
-)
+from fastserve.ensemble.control_messages import Released
+from fastserve.ensemble.forwarding import answer_queued, is_forwarded, send_rejected
+from fastserve.ensemble.messaging import dispatch_each, message_of, message_response, send_error, send_final
 from fastserve.ensemble.metrics import QueueMetrics
+from fastserve.ensemble.readiness import report_health
 from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
 from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.scheduling.admission import AdmissionQueue
-from fastserve.scheduling.policies import make_policy
+from fastserve.scheduling.capacity import EngineCapacity, ReplicaCapacity
+from fastserve.scheduling.policies.registry import make_policy
 from fastserve.service_thread import ServiceThread
-from fastserve.types import EngineCapacity, Failure, Outcome, Queued, Rejected, Request
+from fastserve.types import Outcome, Request
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +42,8 @@ class SchedulerModel:
         config = read_config()
         self._admission = AdmissionQueue(make_policy(config), config.max_queue_size, config.max_queue_seconds)
         # The engine publishes its capacity when a first request has reached it: until then that is one slot.
-        self._admission.update(EngineCapacity("", 0, 0, 0, free_slots=1, lowest_key=None, time=0.0))
+        one_slot = ReplicaCapacity("", 0, 0, free_slots=1, free_blocks=0, free_tokens=0, num_running=0)
+        self._admission.update(EngineCapacity(serial=0, time=0.0, replicas=[one_slot]), time.monotonic())
         self._senders: dict[str, Any] = {}
         self._metrics = QueueMetrics()
         self._changed = threading.Condition()
@@ -75,10 +71,12 @@ class SchedulerModel:
         capacity = message_of(triton_request, "capacity", EngineCapacity)
         request = message_of(triton_request, "request", Request)
         if capacity is not None:
-            self._admission.update(capacity)
+            now = time.monotonic()
+            self._admission.update(capacity, now)
             for waiting, error in self._admission.refuse_too_long():
                 self._fail_waiting(waiting, error, Outcome.REJECTED)
-            send_final(sender)
+            self._release(now)
+            send_final(sender, message_response("resumes", self._admission.take_resumes()))
         elif request is None:
             raise invalid("inputs", "none", "`request` or `capacity`")
         elif request.uid in self._senders:
@@ -93,16 +91,8 @@ class SchedulerModel:
             self._reject(sender, error, Outcome.REJECTED)
             return
         self._senders[request.uid] = sender
-        if is_forwarded_id(request.request_id):
-            self._answer_queued(request, sender)
-
-    def _answer_queued(self, request: Request, sender: Any) -> None:
-        """Answers a forwarded request at once: till then it holds one of 32 threads of the server."""
-        queued = message_tensor("released", Queued(request.uid))
-        try:
-            sender.send(pb_utils.InferenceResponse(output_tensors=[queued]))
-        except Exception as error:
-            logger.error("request %s: the response that it waits could not be sent: %s", request.uid, error)
+        if is_forwarded(request):
+            answer_queued(request, sender)
 
     def _reject(self, sender: Any, error: RequestError, outcome: Outcome) -> None:
         self._metrics.requests.add(1, outcome.value)
@@ -111,27 +101,21 @@ class SchedulerModel:
     def _fail_waiting(self, request: Request, error: RequestError, outcome: Outcome) -> None:
         """Fails a request that was in the queue; a forwarded one, which has had a response, by data."""
         sender = self._senders.pop(request.uid)
-        if is_forwarded_id(request.request_id):
-            failure = Failure(error.code.value, str(error))
-            rejected = message_tensor("released", Rejected(request, outcome, failure))
-            try:
-                send_final(sender, pb_utils.InferenceResponse(output_tensors=[rejected]))
-                return
-            except Exception:
-                logger.exception("the failure of request %s could not be sent", request.uid)
-        self._reject(sender, error, outcome)
+        if not (is_forwarded(request) and send_rejected(request, sender, error, outcome)):
+            self._reject(sender, error, outcome)
 
     def _release(self, now: float) -> None:
-        for request in self._admission.release(now):
-            self._send(request)
+        for released in self._admission.release(now):
+            request = released.request
+            self._send(Released(request, released.replica))
             self._metrics.wait.observe(now - request.arrival, request.priority_label)
         self._metrics.report_waiting(self._admission.waiting_by_priority(), now)
 
-    def _send(self, request: Request) -> None:
+    def _send(self, released: Released) -> None:
         """Sends a request to the engine, or fails it; the engine's numbers will show that it has not come."""
+        request = released.request
         try:
-            released = message_tensor("released", request)
-            send_final(self._senders[request.uid], pb_utils.InferenceResponse(output_tensors=[released]))
+            send_final(self._senders[request.uid], message_response("released", released))
             del self._senders[request.uid]
         except Exception as failure:
             logger.exception("request %s could not be sent to the engine", request.uid)

@@ -1,4 +1,4 @@
-"""The secret by which the models of one server know one another's messages (`messaging.sign`).
+"""The secret by which the models of one server know one another's messages (`message_signature`).
 
 The stubs of all models are children of one `tritonserver` process, and so they share a secret that is made
 anew with every start: a file in shared memory, readable by this user only, that the first of them writes and

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastserve.errors import ErrorCode, RequestError, prompt_too_long
+from fastserve.scheduling.capacity import EngineCapacity, Event, Outbox, Preempted, ResumeList, TenantTokens
 from fastserve.scheduling.policies.policy import Policy, Rank
 from fastserve.scheduling.prefix_index import block_hashes
 from fastserve.scheduling.replica import LOST_AFTER_SECONDS, Demand, Replica
 from fastserve.scheduling.waiting_queue import WaitingQueue
-from fastserve.types import EngineCapacity, Preempted, Request, RequestView, view_of
+from fastserve.types import Request, RequestView, Resume, priority_label, view_of
 
 
 @dataclass(slots=True)
@@ -23,15 +24,17 @@ class Waiting:
     num_slots: int
     replica: int | None = None
     """Where it ran last."""
+    can_move: bool = True
+    """Whether it may run elsewhere."""
     hashes: list[bytes] = field(default_factory=list)
     """Of the full blocks of its prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """What may run now, and where."""
+    """A request that may run now, and where."""
 
-    waiting: Waiting
+    request: Request
     replica: int
 
 
@@ -65,8 +68,8 @@ class AdmissionQueue:
         """Of those that wait, the ones that have not run yet."""
         self._replicas: list[Replica] = []
         self._capacity: EngineCapacity | None = None
-        self._num_preempted_seen = 0
-        self._tenant_tokens: dict[str, tuple[int, int]] = {}
+        self._events_seen = 0
+        self._resumes: Outbox[Resume] = Outbox()
         self._checked_max_model_len: int | None = None
         """The limit that all waiting requests are known to keep."""
 
@@ -135,25 +138,26 @@ class AdmissionQueue:
             replica.update(each)
             if self._has_engine_report:
                 replica.drop_lost(capacity.time)
-        for preempted in capacity.preempted:
-            self._enqueue_preempted(preempted, now)
-        for uid, index in capacity.ended:
-            self._waiting.remove(uid, index)
-        self._count_tenant_tokens(capacity.tenant_tokens)
+        self._resumes.acknowledge(capacity.resumes_seen)
+        if capacity.events_number > self._events_seen:
+            self._events_seen = capacity.events_number
+            for event in capacity.events:
+                self._take_event(event, now)
 
-    def _enqueue_preempted(self, preempted: Preempted, now: float) -> None:
-        if preempted.number <= self._num_preempted_seen:
-            return
-        self._num_preempted_seen = preempted.number
-        view = preempted.view
-        waiting = Waiting(view, None, 1, preempted.replica)
-        self._waiting.push(waiting, view, now, label=max(-10, min(10, view.priority)))
+    def _take_event(self, event: Event, now: float) -> None:
+        if isinstance(event, Preempted):
+            view = event.view
+            waiting = Waiting(view, None, 1, event.replica, event.can_move)
+            self._waiting.push(waiting, view, now, label=priority_label(view.priority))
+        elif isinstance(event, TenantTokens):
+            self._policy.on_tenant_service(event.tenant, event.num_prompt_tokens, event.num_output_tokens)
+        else:
+            self._waiting.remove(event.uid, event.index)
 
-    def _count_tenant_tokens(self, totals: dict[str, tuple[int, int]]) -> None:
-        for tenant, (prompt, output) in totals.items():
-            prompt_before, output_before = self._tenant_tokens.get(tenant, (0, 0))
-            self._policy.on_tenant_service(tenant, prompt - prompt_before, output - output_before)
-        self._tenant_tokens |= totals
+    def take_resumes(self) -> ResumeList:
+        """Which preempted sequences run again, as the answer to the message that `update` was last given."""
+        resumes = self._resumes.batch()
+        return ResumeList(self._resumes.number, resumes)
 
     def refuse_too_long(self) -> list[tuple[Request, RequestError]]:
         """Waiting requests that the engine's KV cache can never hold, each with its error. They leave."""
@@ -187,7 +191,10 @@ class AdmissionQueue:
         return self._waiting.peek(now)
 
     def release(self, now: float) -> list[Release]:
-        """What runs now, the first by rank first. It waits no longer."""
+        """The requests that run now, the first by rank first. They wait no longer.
+
+        Preempted sequences whose turn it is are told by `take_resumes`.
+        """
         if not self._has_engine_report:
             for replica in self._replicas:
                 replica.drop_lost(now)
@@ -201,7 +208,10 @@ class AdmissionQueue:
             replica = self._replicas[placement.replica]
             replica.release(now, placement.demand, placement.num_preempted)
             replica.prefixes.insert(waiting.hashes)
-            released.append(Release(waiting, placement.replica))
+            if waiting.request is None:
+                self._resumes.add(Resume(waiting.view.uid, waiting.view.index, placement.replica))
+            else:
+                released.append(Release(waiting.request, placement.replica))
         return released
 
     # --- where it runs
@@ -209,19 +219,22 @@ class AdmissionQueue:
     def _place(self, waiting: Waiting, now: float) -> _Placement | None:
         """The replica that takes it, if one does."""
         self.hash_prompt(waiting)
-        demands = [self._demand(waiting, number) for number in range(len(self._replicas))]
+        numbers = range(len(self._replicas))
+        if waiting.replica is not None and not waiting.can_move:
+            numbers = range(waiting.replica, waiting.replica + 1)
+        demands = {number: self._demand(waiting, number) for number in numbers}
         with_room = {
-            number: demands[number]
-            for number, replica in enumerate(self._replicas)
-            if replica.has_room(demands[number])
+            number: demand
+            for number, demand in demands.items()
+            if self._replicas[number].has_room(demand)
         }
         if with_room:
             best = self.choose(waiting, with_room)
             return _Placement(best, demands[best])
         rank = self._policy.rank(waiting.view, now)
         worst: tuple[Rank, int, int] | None = None
-        for number, replica in enumerate(self._replicas):
-            victim = replica.victim(demands[number], rank, self._policy)
+        for number in numbers:
+            victim = self._replicas[number].victim(demands[number], rank, self._policy)
             if victim is not None and (worst is None or victim[0] > worst[0]):
                 worst = (victim[0], number, victim[1])
         return None if worst is None else _Placement(worst[1], demands[worst[1]], worst[2])

@@ -70,6 +70,8 @@ class IterationScheduler:
         self.num_preemptions = 0
         self.num_prefix_cache_hit_tokens = 0
         """Prompt tokens that were not computed because the cache had them; resumes are not counted."""
+        self.num_swapped_blocks = 0
+        """Blocks that came back from host memory."""
         self.num_recomputed_tokens = 0
         """Tokens that were computed again after a preemption."""
         self._sequences: dict[str, dict[int, Sequence]] = {}
@@ -86,6 +88,11 @@ class IterationScheduler:
     def num_running(self) -> int:
         """Sequences in the batch."""
         return len(self._running)
+
+    @property
+    def has_sequences(self) -> bool:
+        """Whether any sequence is here, running or waiting."""
+        return bool(self._sequences)
 
     @property
     def num_waiting(self) -> int:
@@ -183,6 +190,7 @@ class IterationScheduler:
         left = self._extend_tables(now) + self._admit(now)
         preempted = [each for each in left if each.view.waiting_since is not None]  # and is not back already
         host = self.pool.host
+        self.num_swapped_blocks += len(host.copies_in)
         return StepPlan(self._share_budget(), preempted, host.copies_out, host.copies_in)
 
     def steps_ahead(self, plan: StepPlan, limit: int) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from fastserve.scheduling.capacity import ReplicaCapacity
 from fastserve.scheduling.policies.policy import Policy, Rank
 from fastserve.scheduling.prefix_index import PrefixIndex
-from fastserve.types import ReplicaCapacity
 
 LOST_AFTER_SECONDS = 10.0
 """A release that, as the engine says, has not reached it so long after has been lost."""

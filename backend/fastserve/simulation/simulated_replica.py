@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import cast
 
 from fastserve.scheduling.block_pool import BlockPool
+from fastserve.scheduling.capacity import ReplicaCapacity
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
 from fastserve.scheduling.policies.policy import Policy
 from fastserve.scheduling.sequence import StepPlan
@@ -14,7 +15,6 @@ from fastserve.simulation.settings import SimulationSettings
 from fastserve.simulation.simulated_sequence import SimulatedSequence
 from fastserve.simulation.step_run import StepRun
 from fastserve.simulation.step_time import StepWork, prompt_pairs
-from fastserve.types import ReplicaCapacity
 
 
 class SimulatedReplica:
@@ -49,7 +49,7 @@ class SimulatedReplica:
         self.num_computed_tokens = 0
         self.busy_seconds = 0.0
         self.tenant_tokens: Counter[str] = Counter()
-        """Tokens of answers that were computed for each, none of them for a second time."""
+        """Tokens of answers that were computed for each since the queue was told; none for a second time."""
         self._settings = settings
         self._policy = policy
         self._changes_rank = type(policy).on_service is not Policy.on_service

@@ -9,20 +9,19 @@ as neither its own scheduler nor the queue would do anything in them; the times 
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from fastserve.scheduling.admission import Release
+from fastserve.scheduling.capacity import EngineCapacity, Event, Preempted, ReplicaCapacity, TenantTokens
 from fastserve.scheduling.policies.policy import Policy
 from fastserve.simulation.result import Records, SimulationResult, Totals
 from fastserve.simulation.settings import SimulationSettings
 from fastserve.simulation.simulated_queue import RoundRobinQueue, SimulatedQueue
 from fastserve.simulation.simulated_replica import SimulatedReplica
 from fastserve.simulation.simulated_sequence import SimulatedSequence, prompt_block_names
-from fastserve.types import EngineCapacity, OutputOptions, Preempted, ReplicaCapacity, Request, SamplingParams
+from fastserve.types import OutputOptions, Request, SamplingParams
 from fastserve.workload.arrival import Arrival
 
 START = 1e-9
@@ -40,9 +39,7 @@ class Report(NamedTuple):
     time: float
     replica: int
     capacity: ReplicaCapacity
-    preempted: list[Preempted]
-    tenant_tokens: dict[str, int]
-    """Of answers, computed since the start; where the policy counts them."""
+    events: list[Event]
 
 
 class Simulation:
@@ -98,7 +95,9 @@ class Simulation:
         self._num_events = 0
         self._num_arrived = 0
         self._serial = 0
-        self._num_preempted = 0
+        self._num_batches = 0
+        """Of events, told to the queue."""
+        self._resumes_seen = 0
         self._parked: dict[str, SimulatedSequence] = {}
         """Preempted sequences, by uid."""
         self._timer: float | None = None
@@ -108,7 +107,6 @@ class Simulation:
         self._sample_seconds = max(arrivals[-1].time, 1e-3) / NUM_QUEUE_SAMPLES
         self._next_sample = 0.0
         self._capacities: list[ReplicaCapacity] = [each.capacity() for each in self._replicas]
-        self._tenant_tokens: list[dict[str, int]] = [{}] * settings.num_replicas
         self._with_free_slots = set(range(settings.num_replicas))
 
     def run(self) -> SimulationResult:
@@ -198,8 +196,7 @@ class Simulation:
         now = replica.run.end(num_steps)
         self._ahead.discard(replica)
         self._record(replica.finish(num_steps), now)
-        tenant_tokens = dict(replica.tenant_tokens) if self._counts_tenants else {}
-        report = Report(now, replica.number, replica.capacity(), self._unreported(replica), tenant_tokens)
+        report = Report(now, replica.number, replica.capacity(), self._events_of(replica))
         self._start(replica, now)
         return report
 
@@ -218,15 +215,14 @@ class Simulation:
             self._push(run.end(run.num_steps), self._end_steps, (replica, replica.version))
         return left
 
-    def _unreported(self, replica: SimulatedReplica) -> list[Preempted]:
-        """The sequences that lost their places when the step that has ended began."""
-        preempted = []
-        for sequence in replica.left:
-            self._num_preempted += 1
-            view = replace(sequence.view)
-            preempted.append(Preempted(self._num_preempted, replica.number, view))
+    @staticmethod
+    def _events_of(replica: SimulatedReplica) -> list[Event]:
+        """What the queue must learn of the steps that have ended."""
+        events: list[Event] = [Preempted(replica.number, replace(each.view)) for each in replica.left]
+        events += [TenantTokens(tenant, 0, count) for tenant, count in replica.tenant_tokens.items()]
         replica.left = []
-        return preempted
+        replica.tenant_tokens.clear()
+        return events
 
     def _end_after(self, replica: SimulatedReplica, now: float) -> None:
         """Ends a run with the step that is under way."""
@@ -265,22 +261,20 @@ class Simulation:
             self._with_free_slots.add(report.replica)
         else:
             self._with_free_slots.discard(report.replica)
-        self._tenant_tokens[report.replica] = report.tenant_tokens
-        self._tell_queue(report.preempted, report.time, now)
+        self._tell_queue(report.events, report.time, now)
         self._sample(now)
 
-    def _tell_queue(self, preempted: list[Preempted], sent: float, now: float) -> None:
+    def _tell_queue(self, events: list[Event], sent: float, now: float) -> None:
         self._serial += 1
-        tenant_tokens: Counter[str] = Counter()
-        for each in self._tenant_tokens:
-            tenant_tokens.update(each)
+        self._num_batches += bool(events)
         self._queue.update(
             EngineCapacity(
                 serial=self._serial,
                 time=sent,
                 replicas=self._capacities,
-                preempted=preempted,
-                tenant_tokens={tenant: (0, tokens) for tenant, tokens in tenant_tokens.items()},
+                events_number=self._num_batches,
+                events=events,
+                resumes_seen=self._resumes_seen,
                 block_size=self._settings.block_size,
             ),
             now,
@@ -290,7 +284,8 @@ class Simulation:
         if not self._queue.num_waiting:
             return
         self._catch_up(now)
-        released = [(each.replica, self._sequence(each)) for each in self._queue.release(now)]
+        released = [(each.replica, self._sequence(each.request)) for each in self._queue.release(now)]
+        released += self._take_resumes(now)
         if released:
             if self._delay:
                 self._push(now + self._delay, self._receive, released)
@@ -303,15 +298,19 @@ class Simulation:
                 if cuts_all or not (replica.run and replica.run.ignores_arrivals):
                     self._end_after(replica, now - self._delay)
 
-    def _sequence(self, release: Release) -> SimulatedSequence:
-        waiting = release.waiting
-        if waiting.request is None:
-            return self._parked.pop(waiting.view.uid)
-        number = int(waiting.view.uid)
-        names = self._names.pop(waiting.view.uid, [])
-        return SimulatedSequence(
-            waiting.request, number, self._arrivals[number].num_output_tokens, names
-        )
+    def _take_resumes(self, now: float) -> list[tuple[int, SimulatedSequence]]:
+        """The preempted sequences that run again. The engine acknowledges them at once."""
+        answer = self._queue.take_resumes()
+        if not answer.resumes:
+            return []
+        self._resumes_seen = answer.number
+        self._tell_queue([], now, now)
+        return [(each.replica, self._parked.pop(each.uid)) for each in answer.resumes]
+
+    def _sequence(self, request: Request) -> SimulatedSequence:
+        number = int(request.uid)
+        names = self._names.pop(request.uid, [])
+        return SimulatedSequence(request, number, self._arrivals[number].num_output_tokens, names)
 
     def _request(self, number: int) -> Request:
         arrival = self._arrivals[number]

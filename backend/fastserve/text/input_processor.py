@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 MAX_BYTES_PER_TOKEN = 32
 """A prompt of more bytes than this for each token of the context is refused before it is tokenized."""
 _MAX_SAMPLING_BYTES = 1 << 20
-_MAX_REQUEST_ID_LENGTH = 1024
 
 _PROMPT_INPUTS = ("text_input", "messages", "prompt_token_ids")
 _RETURN_OPTIONS = (
@@ -45,6 +44,7 @@ _OPTION_TYPES: dict[str, Any] = {
 }
 _INPUT_NAMES = frozenset([*_PROMPT_INPUTS, "sampling_parameters", *_OPTION_TYPES])
 _TIMEOUT = Annotated[int, Meta(ge=0)]
+_REQUEST_ID = Annotated[str, Meta(max_length=1024)]
 # Over HTTP `generate` the fields of the request itself come as parameters too.
 _REQUEST_FIELDS = ("id", "timeout")
 _PARAMETER_NAMES = frozenset(
@@ -119,7 +119,7 @@ class InputProcessor:
         prompt, prompt_token_ids = self._prompt(inputs, chat_options)
         request = Request(
             uid=uuid.uuid4().hex,
-            request_id=_request_id(request_id, parameters),
+            request_id=coerce("id", request_id or parameters.get("id") or "", _REQUEST_ID),
             prompt=prompt,
             prompt_token_ids=prompt_token_ids,
             sampling=self._fitted(sampling, output, len(prompt_token_ids)),
@@ -168,8 +168,9 @@ class InputProcessor:
         messages = decode_json(
             "messages", self._text("messages", value) if isinstance(value, str | bytes) else value
         )
-        chat = parse_chat(messages, options, self._tokenizer.chat_template_names)
-        return self._text("messages", self._tokenizer.apply_chat_template(chat))
+        template = self._tokenizer.chat_template
+        chat = parse_chat(messages, options, template.names)
+        return self._text("messages", template.render(chat))
 
     def _given_token_ids(self, value: Any) -> list[int]:
         field = "prompt_token_ids"
@@ -280,8 +281,3 @@ def _json_list(text: str) -> Any:
         return msgspec.json.decode(text, type=list[str])
     except (ValueError, RecursionError):
         return text
-
-
-def _request_id(request_id: str, parameters: Mapping[str, Any]) -> str:
-    kind = Annotated[str, Meta(max_length=_MAX_REQUEST_ID_LENGTH)]
-    return coerce("id", request_id or parameters.get("id") or "", kind)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
 from msgspec import Struct
 
 from fastserve.errors import ErrorCode, RequestError
+from fastserve.text.logprobs_json import logprobs_json
 from fastserve.text.stop_conditions import StopStrings, stop_strings_count, stop_token_ids
 from fastserve.text.tokenizer import Tokenizer
 from fastserve.types import Outcome, Request, RequestOutput, SequenceOutput, TokenLogprob
-
-_LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 class Response(Struct, frozen=True):
@@ -25,13 +21,13 @@ class Response(Struct, frozen=True):
     cumulative_logprob: list[float]
     """The sum over all tokens so far."""
     logprobs: list[str]
-    """JSON: per new token {token id: {"logprob", "rank", "decoded_token"}}; "null" without `logprobs` in the
-    sampling parameters, or if not asked for."""
+    """`logprobs_json` of the new tokens; "null" if not asked for, or without `logprobs` in the sampling
+    parameters."""
     num_input_tokens: int
     num_output_tokens: list[int]
     """New ones."""
     prompt_logprobs: str | None
-    """JSON as `logprobs`, with null for the first token of the prompt; once, if asked for."""
+    """As `logprobs`, with null for the first token of the prompt; once, if asked for."""
     final: bool
 
 
@@ -42,10 +38,10 @@ class OutputProcessor:
     dropped, and the caller tells the engine to stop it (`newly_stopped`).
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, request: Request) -> None:
         self._tokenizer = tokenizer
-        self._request: Request | None = None
-        self._sequences: list[_Sequence] = []
+        self._request = request
+        self._sequences = [_Sequence(tokenizer, request) for _ in range(request.sampling.n)]
         self._prompt_logprobs: list[list[TokenLogprob]] | None = None
         self.newly_stopped: list[int] = []
         """Sequences that met a stop string in the last `push` and that the engine has not ended itself."""
@@ -53,28 +49,16 @@ class OutputProcessor:
     def push(self, output: RequestOutput) -> Response | None:
         """The next response, or None where there is nothing to send yet.
 
-        With `stream` a response as soon as there is new text, otherwise only the final one. The first output
-        must carry the request. Raises RequestError for a request that failed.
+        With `stream` a response as soon as there is new text, otherwise only the final one. Raises
+        RequestError for a request that failed.
         """
-        request = self._start(output)
         self.newly_stopped = []
         for item in output.outputs:
             self._push_sequence(item)
         has_text = any(sequence.text for sequence in self._sequences)
-        if not output.final and not (request.output.stream and has_text):
-            return None
-        return self._response(request, output.final)
-
-    def _start(self, output: RequestOutput) -> Request:
-        if self._request is None:
-            request = output.request
-            if request is None:
-                raise RequestError(
-                    "the first output of a request came without the request", ErrorCode.INTERNAL
-                )
-            self._request = request
-            self._sequences = [_Sequence(self._tokenizer, request) for _ in range(request.sampling.n)]
-        return self._request
+        if output.final or (self._request.output.stream and has_text):
+            return self._response(output.final)
+        return None
 
     def _push_sequence(self, item: SequenceOutput) -> None:
         sequence = self._sequences[item.index]
@@ -86,7 +70,8 @@ class OutputProcessor:
         if item.prompt_logprobs is not None:
             self._prompt_logprobs = item.prompt_logprobs
 
-    def _response(self, request: Request, final: bool) -> Response:
+    def _response(self, final: bool) -> Response:
+        request, token_text = self._request, self._tokenizer.token_text
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
         reasons = [s.outcome.value if final and s.outcome else "None" for s in self._sequences]
         news = [sequence.take() for sequence in self._sequences]
@@ -96,25 +81,12 @@ class OutputProcessor:
             finish_reason=reasons,
             token_ids=[token_ids for _, token_ids, _ in news],
             cumulative_logprob=[sequence.cumulative_logprob for sequence in self._sequences],
-            logprobs=[self._json(logprobs) if shows_logprobs else "null" for _, _, logprobs in news],
+            logprobs=[logprobs_json(each, token_text) if shows_logprobs else "null" for _, _, each in news],
             num_input_tokens=len(request.prompt_token_ids),
             num_output_tokens=[len(token_ids) for _, token_ids, _ in news],
-            prompt_logprobs=None if prompt_logprobs is None else self._json(prompt_logprobs),
+            prompt_logprobs=(None if prompt_logprobs is None else logprobs_json(prompt_logprobs, token_text)),
             final=final,
         )
-
-    def _json(self, positions: list[list[TokenLogprob]]) -> str:
-        return msgspec.json.encode([self._position(entries) for entries in positions]).decode()
-
-    def _position(self, entries: list[TokenLogprob]) -> dict[str, Any] | None:
-        return {
-            str(token_id): {
-                "logprob": max(logprob, _LOWEST_LOGPROB),
-                "rank": rank,
-                "decoded_token": self._tokenizer.token_text(token_id),
-            }
-            for token_id, logprob, rank in entries
-        } or None
 
 
 class _Sequence:

@@ -8,8 +8,9 @@ from typing import Annotated, Any, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from fastserve.errors import RequestError, invalid
+from fastserve.errors import invalid
 from fastserve.text.guide import GUIDE_NAMES
+from fastserve.text.unserved_params import UNSERVED_NAMES, check_unserved
 from fastserve.text.validation import Vocabulary, coerce, decode_text, unknown_name
 from fastserve.types import SamplingParams
 
@@ -22,24 +23,6 @@ _TYPES = {
     if name != "guide"
 }
 SAMPLING_NAMES = frozenset(_TYPES) | frozenset(GUIDE_NAMES)
-
-# What vLLM knows and FastServe does not do, with the values at which vLLM does not do it either.
-_NOT_SERVED: dict[str, tuple[bool | int | float | str, ...]] = {
-    "allowed_token_ids": (),
-    "best_of": (1,),
-    "detokenize": (True,),
-    "early_stopping": (False,),
-    "extra_args": (),
-    "flat_logprobs": (False,),
-    "include_reasoning": (True,),
-    "length_penalty": (1.0,),
-    "logits_processors": (),
-    "lora_name": ("",),
-    "spaces_between_special_tokens": (True,),
-    "thinking_token_budget": (),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-}
 
 _GREEDY_BELOW = 1e-5  # vLLM's bound: logits divided by less overflow
 _STRINGS = (
@@ -64,9 +47,12 @@ def parse_sampling_params(values: Mapping[str, Any], vocabulary: Vocabulary) -> 
     As in vLLM, `max_tokens` as null becomes UNLIMITED, a seed of -1 none, and a temperature too small to
     divide by becomes 0. Raises RequestError, which names the parameter.
     """
+    for name, value in values.items():
+        if name in UNSERVED_NAMES:
+            check_unserved(name, value)
+        elif name not in SAMPLING_NAMES:
+            raise unknown_name("sampling parameter", name, SAMPLING_NAMES)
     given = {name: value for name, value in values.items() if value is not None}
-    for name in values:
-        _check_name(name, given.get(name))
     fields = {name: _parse(name, value, vocabulary) for name, value in given.items() if name in _TYPES}
     if "max_tokens" in values and values["max_tokens"] is None:
         fields["max_tokens"] = UNLIMITED
@@ -75,32 +61,7 @@ def parse_sampling_params(values: Mapping[str, Any], vocabulary: Vocabulary) -> 
 
 def is_sampling_name(name: str) -> bool:
     """Whether vLLM has a sampling parameter of that name, served here or not."""
-    return name in SAMPLING_NAMES or name in _NOT_SERVED
-
-
-def _check_name(name: str, value: object) -> None:
-    """Raises RequestError unless `name` is served, or its value (or None) asks for nothing."""
-    if name in SAMPLING_NAMES:
-        return
-    if name not in _NOT_SERVED:
-        raise unknown_name("sampling parameter", name, SAMPLING_NAMES)
-    harmless = _NOT_SERVED[name]
-    if value is not None and not any(_is_same(value, default) for default in harmless):
-        raise invalid(
-            name, value, " or ".join(["not given", *map(_json, harmless)]) + " (FastServe does not do it)"
-        )
-
-
-def _is_same(value: object, default: object) -> bool:
-    """Whether `value` is `default`, perhaps as a string; True is not 1."""
-    try:
-        return coerce("", value, type(default)) == default
-    except RequestError:
-        return False
-
-
-def _json(value: object) -> str:
-    return msgspec.json.encode(value).decode()
+    return name in SAMPLING_NAMES or name in UNSERVED_NAMES
 
 
 def _parse(name: str, value: object, vocabulary: Vocabulary) -> Any:

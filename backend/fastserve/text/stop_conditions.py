@@ -12,10 +12,10 @@ A request that fails (`Outcome.ERROR`) is not stopped: its error says why.
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import lru_cache
 
 from fastserve.errors import ErrorCode
 from fastserve.scheduling.sequence import Sequence
+from fastserve.text.aho_corasick import automaton
 from fastserve.types import Failure, Outcome, Request, SamplingParams
 
 _EXTERNAL_STOPS = {
@@ -64,48 +64,6 @@ def external_stop(outcome: Outcome) -> Failure | None:
     return None if sentence is None else Failure(ErrorCode.CANCELLED.value, sentence)
 
 
-class _State:
-    """A node of the automaton: the longest end of the text so far that begins a stop string."""
-
-    __slots__ = ("depth", "fallback", "matched", "next")
-
-    def __init__(self, depth: int, matched: int = 0) -> None:
-        self.next: dict[str, _State] = {}
-        self.depth = depth
-        """Its length."""
-        self.matched = matched
-        """The length of the longest stop string that ends here; 0: none does."""
-        self.fallback: _State | None = None
-        """The state of its longest proper end that also begins a stop string."""
-
-
-@lru_cache(maxsize=64)
-def _automaton(stops: tuple[str, ...]) -> _State:
-    """Aho and Corasick, "Efficient string matching", CACM 1975: O(1) per character, however many stops."""
-    root = _State(0)
-    for stop in stops:
-        state = root
-        for character in stop:
-            state = state.next.setdefault(character, _State(state.depth + 1))
-        state.matched = len(stop)
-    level = [root]
-    while level:
-        for state in level:
-            for character, child in state.next.items():
-                child.fallback = root if state is root else _step(state.fallback, root, character)
-                child.matched = child.matched or child.fallback.matched
-        level = [child for state in level for child in state.next.values()]
-    return root
-
-
-def _step(state: _State | None, root: _State, character: str) -> _State:
-    while state is not None:
-        if character in state.next:
-            return state.next[character]
-        state = state.fallback
-    return root
-
-
 class StopStrings:
     """Finds the first stop string of one sequence's text and lets out only what cannot belong to one.
 
@@ -115,8 +73,7 @@ class StopStrings:
 
     def __init__(self, stops: list[str], include_in_output: bool) -> None:
         """`stops`: none of them empty. `include_in_output`: let out the stop string itself too."""
-        self._root = _automaton(tuple(stops))
-        self._state = self._root
+        self._state = automaton(tuple(stops))
         self._include_in_output = include_in_output
         self._held = ""
         self._stopped = False
@@ -130,7 +87,7 @@ class StopStrings:
         if self._stopped:
             return "", True
         for position, character in enumerate(text):
-            self._state = _step(self._state, self._root, character)
+            self._state = self._state.step(character)
             if self._state.matched and may_stop:
                 self._stopped = True
                 shown = self._held + text[: position + 1]

@@ -1,39 +1,17 @@
-"""The model's tokenizer: text to ids, chat to text, ids to text."""
+"""The model's tokenizer: text to ids, ids to text."""
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.checkpoints.model_metadata import eos_token_ids as model_eos_token_ids
 from fastserve.config import ConfigError
-from fastserve.errors import RequestError
-from fastserve.text.chat import Chat, TemplateNames, template_names
-from fastserve.text.detokenizer import IncrementalDetokenizer, stream_decoder_factory
-
-_MAX_TEMPLATE_ERROR = 500
-
-
-def keep_torch_out() -> None:
-    """Makes `import torch` fail in this process from now on, so that transformers does not load it.
-
-    Loading torch takes a second and some hundred megabytes, and transformers does so whenever it is
-    installed. To be called by a process that only handles text, before it imports transformers; there is no
-    way back. Where torch is loaded already nothing is gained, and nothing is done.
-    """
-    if "torch" in sys.modules:
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    logging.getLogger("transformers").addFilter(_is_not_torch_notice)
-
-
-def _is_not_torch_notice(record: logging.LogRecord) -> bool:
-    return "PyTorch was not found" not in record.getMessage()
+from fastserve.text.chat_template import ChatTemplate
+from fastserve.text.detokenizer import IncrementalDetokenizer
+from fastserve.text.stream_decoder_factory import stream_decoder_factory
 
 
 class Tokenizer:
@@ -49,15 +27,16 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         except Exception as error:  # malformed files break transformers and tokenizers in any way
             raise ConfigError(f"`model`: no tokenizer could be read from {directory}: {error}") from error
-        if not getattr(self._tokenizer, "is_fast", False):
+        if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
-                f"`model`: the tokenizer in {directory} is a {type(self._tokenizer).__name__};"
+                f"`model`: the tokenizer in {directory} is a {type(tokenizer).__name__};"
                 " allowed: one with a tokenizer.json"
             )
-        self.backend = self._tokenizer.backend_tokenizer
+        self.chat_template = ChatTemplate(tokenizer)
+        self.backend = tokenizer.backend_tokenizer
         """The `tokenizers.Tokenizer` beneath."""
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -85,36 +64,6 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`. Bytes that are no UTF-8 become U+FFFD; unknown ids are left out."""
         return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
-
-    def chat_template_names(self, tools: list[Any] | None) -> TemplateNames:
-        """The names in the chat template that is taken for a chat with these tools.
-
-        Raises RequestError where the model has no chat template.
-        """
-        if self._tokenizer.chat_template is None:
-            raise RequestError("`messages`: this model has no chat template; allowed: `text_input`")
-        try:
-            source = self._tokenizer.get_chat_template(tools=tools)
-        except ValueError as error:
-            raise RequestError(f"`messages`: the model has no chat template for them: {error}") from error
-        return template_names(source)
-
-    def apply_chat_template(self, chat: Chat) -> str:
-        """The prompt text of a chat. Raises RequestError where the chat template refuses it."""
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    chat.messages,
-                    tools=chat.tools,
-                    add_generation_prompt=chat.add_generation_prompt,
-                    continue_final_message=chat.continue_final_message,
-                    tokenize=False,
-                    **chat.template_kwargs,
-                )
-            )
-        except Exception as error:  # a template is a program of the model's author: it may raise anything
-            said = f"{type(error).__name__}: {error}"[:_MAX_TEMPLATE_ERROR]
-            raise RequestError(f"`messages`: the model's chat template refuses them: {said}") from error
 
     def new_detokenizer(
         self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import inspect
 
 from fastserve.errors import RequestError, invalid
+from fastserve.text.type_words import type_words
 
 MAX_JSON_DEPTH = 128
 _INT64 = range(-(2**63), 2**63)
@@ -95,48 +96,7 @@ def unknown_name(what: str, name: object, allowed: Iterable[str], prefix: str = 
 def _described(kind: Any) -> tuple[inspect.Type, str]:
     """What msgspec knows of a type, and the same in words."""
     described = inspect.type_info(kind)
-    return described, _words(described)
-
-
-def _words(kind: inspect.Type) -> str:
-    """A type in words, with its bounds."""
-    if isinstance(kind, inspect.IntType):
-        return "an integer" + _bounds(kind)
-    if isinstance(kind, inspect.FloatType):
-        return "a number" + _bounds(kind)
-    if isinstance(kind, inspect.BoolType):
-        return "true or false"
-    if isinstance(kind, inspect.StrType):
-        return "text" if kind.max_length is None else f"text of at most {kind.max_length} characters"
-    if isinstance(kind, inspect.ListType):
-        return f"a list, each element {_words(kind.item_type)}"
-    if isinstance(kind, inspect.DictType):
-        return f"an object from {_words(kind.key_type)} to {_words(kind.value_type)}"
-    if isinstance(kind, inspect.UnionType):
-        return " or ".join(_words(member) for member in kind.types)
-    if isinstance(kind, inspect.NoneType):
-        return "null"
-    raise TypeError(f"no words for {kind}")
-
-
-def _bounds(kind: inspect.IntType | inspect.FloatType) -> str:
-    if kind.ge is not None and kind.le is not None:
-        return f" from {_number(kind.ge)} to {_number(kind.le)}"
-    bounds = [
-        f"{word} {_number(bound)}"
-        for word, bound in (
-            ("of at least", kind.ge),
-            ("above", kind.gt),
-            ("at most", kind.le),
-            ("below", kind.lt),
-        )
-        if bound is not None
-    ]
-    return f" {' and '.join(bounds)}" if bounds else ""
-
-
-def _number(bound: float) -> str:
-    return str(int(bound)) if float(bound).is_integer() else str(bound)
+    return described, type_words(described)
 
 
 def _check_plain(field: str, value: object) -> None:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 def TritonPythonModel() -> PostprocessModel:
     """Imported here: the stub completes `triton_python_backend_utils` after it has read this file."""
-    from fastserve.text.tokenizer import keep_torch_out
+    from fastserve.text.torch_exclusion import keep_torch_out
 
     keep_torch_out()
     from fastserve.ensemble.postprocess import PostprocessModel

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
+from fastserve.ensemble.control_messages import Queued, Rejected, SchedulerOutput
 from fastserve.types import (
     Failure,
     Outcome,
@@ -23,6 +25,49 @@ FAILURE = SequenceOutput("uid", outcome=Outcome.TIMEOUT, failure=Failure("UNAVAI
 
 def a_request(request_id: str) -> Request:
     return Request("uid", request_id, "", [1], SamplingParams(), OutputOptions(), 0, "", 0.0, None)
+
+
+def test_only_this_server_makes_the_ids_of_forwarded_requests(pb_utils: Any) -> None:
+    from fastserve.ensemble.forwarding import forwarded_id, is_forwarded
+
+    assert is_forwarded(a_request(forwarded_id()))
+    others = ("", "-", "é-é", "a-b", forwarded_id()[:-1])
+    assert not any(is_forwarded(a_request(each)) for each in others)
+
+
+def test_a_forwarded_request_is_queued_at_once_and_fails_in_the_queue_as_data(
+    pb_utils: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastserve.ensemble.forwarding import forwarded_id
+    from fastserve.ensemble.messaging import message_tensor, read_message
+    from fastserve.ensemble.scheduler import SchedulerModel
+
+    (tmp_path / "config.json").write_text('{"max_queue_seconds": 0.01}')
+    monkeypatch.setenv("FASTSERVE_CONFIG", str(tmp_path / "config.json"))
+    model = SchedulerModel()
+    model.initialize({})
+    requests = []
+    for uid in ("first", "second"):  # there is room for one
+        request = Request(uid, forwarded_id(), "", [1], SamplingParams(), OutputOptions(), 0, "", 0.0, None)
+        requests.append(pb_utils.InferenceRequest(inputs=[message_tensor("request", request)]))
+    model.execute(requests)
+    released = []
+    for request in requests:
+        request.sender.wait()
+        assert request.sender.error is None
+        released.append(
+            [
+                read_message("released", each[0], SchedulerOutput)
+                for each in request.sender.outputs("released")
+            ]
+        )
+    model.finalize()
+    assert released[0][0] == Queued("first")
+    assert isinstance(released[0][1], Request)
+    assert released[1][0] == Queued("second")
+    assert isinstance(released[1][1], Rejected)
+    assert (released[1][1].outcome, released[1][1].failure.code) == (Outcome.TIMEOUT, "UNAVAILABLE")
+    assert pb_utils.server.metric("fastserve_requests_total", outcome="timeout") == 0  # `postprocess` counts
 
 
 @pytest.fixture
@@ -53,7 +98,7 @@ def test_postprocess_answers_that_it_waits_with_no_text(pb_utils: Any, postproce
 def test_a_failure_is_data_to_the_model_that_forwards_and_an_error_to_others(
     pb_utils: Any, postprocess: Any
 ) -> None:
-    from fastserve.ensemble.messaging import forwarded_id
+    from fastserve.ensemble.forwarding import forwarded_id
 
     own = RequestOutput("uid", [FAILURE], a_request("mine"), final=True)
     assert answer_to(pb_utils, postprocess, own).error.message() == "UNAVAILABLE: no room"
@@ -68,7 +113,7 @@ def test_a_failure_is_data_to_the_model_that_forwards_and_an_error_to_others(
 def test_a_fault_of_ours_is_data_too(
     pb_utils: Any, postprocess: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastserve.ensemble.messaging import forwarded_id
+    from fastserve.ensemble.forwarding import forwarded_id
 
     def broken(*arguments: Any) -> Any:
         raise ValueError("unforeseen")

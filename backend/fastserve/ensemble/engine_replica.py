@@ -1,0 +1,118 @@
+"""One engine replica as the model `engine` keeps it: its worker, and what has been sent to that."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from fastserve.checkpoints.model_files import ModelFiles
+from fastserve.config import Config
+from fastserve.engine.worker_pipe import FromWorker
+from fastserve.ensemble.metrics import Counter
+from fastserve.ensemble.readiness import Readiness
+from fastserve.ensemble.worker_supervisor import WorkerSupervisor
+from fastserve.scheduling.capacity import ReplicaCapacity
+from fastserve.types import Add, Cancel, EngineStats, Ready, Resume
+
+logger = logging.getLogger(__name__)
+
+
+class EngineReplica:
+    """Counts what arrives for its worker, keeps it while there is none. Its owner's lock guards it."""
+
+    def __init__(
+        self,
+        number: int,
+        config: Config,
+        files: ModelFiles,
+        on_message: Callable[[int, FromWorker], None],
+        on_death: Callable[[int, str, bool], None],
+        readiness: Readiness,
+        restarts: Counter,
+    ) -> None:
+        """`on_message` and `on_death` are called from one thread, with `number`: see `WorkerSupervisor`."""
+        self.stats: EngineStats | None = None
+        """After the worker's last step; None while there is no worker that could serve."""
+        self._backlog: dict[str, Add] = {}
+        """Requests that came while there was no worker, by uid."""
+        self._incarnation = ""
+        self._arrived = 0
+        self._sent = 0
+        """Releases that went to the present worker."""
+        self.worker = WorkerSupervisor(
+            config,
+            files,
+            lambda message: on_message(number, message),
+            lambda cause, had_been_ready: on_death(number, cause, had_been_ready),
+            readiness,
+            restarts,
+        )
+
+    def add(self, message: Add) -> None:
+        """A request has been released to this replica."""
+        self._arrived += 1
+        if self.stats is None:
+            self._backlog[message.request.uid] = message
+        else:
+            self._send(message)
+
+    def resume(self, message: Resume) -> None:
+        """A sequence that was preempted here may run again."""
+        self._arrived += 1
+        if self.stats is not None:
+            self._send(message)
+
+    def count_dropped(self) -> None:
+        """A release has come for a request that does not run any more."""
+        self._arrived += 1
+
+    def cancel(self, cancel: Cancel) -> bool:
+        """Stops a request, or one sequence of it. False if it waited for a worker, which never saw it."""
+        if self._backlog.pop(cancel.uid, None) is not None:
+            return False
+        self.worker.send(cancel)
+        return True
+
+    def _send(self, message: Add | Resume) -> None:
+        self._sent += 1
+        self.worker.send(message)
+
+    def start_worker(self, ready: Ready) -> None:
+        """A new worker is ready: it gets what waited for it."""
+        self._incarnation, self._sent, self.stats = ready.incarnation, 0, ready.stats
+        for message in self._backlog.values():
+            self._send(message)
+        self._backlog = {}
+
+    def lose_worker(self, had_been_ready: bool) -> set[str]:
+        """The worker is gone. Returns the uids that wait for another: none if this one never got ready."""
+        self.stats = None
+        if not had_been_ready:
+            self._backlog = {}
+        return set(self._backlog)
+
+    @property
+    def capacity(self) -> ReplicaCapacity:
+        """What the worker could take, and which releases that accounts for."""
+        stats = self.stats
+        if stats is None:
+            return ReplicaCapacity(
+                incarnation=self._incarnation,
+                received=self._arrived - len(self._backlog),
+                arrived=self._arrived,
+                free_slots=0,
+                free_blocks=0,
+                free_tokens=0,
+                num_running=0,
+            )
+        return ReplicaCapacity(
+            incarnation=self._incarnation,
+            received=self._arrived - (self._sent - stats.received),
+            arrived=self._arrived,
+            free_slots=stats.free_slots,
+            free_blocks=stats.free_blocks,
+            free_tokens=stats.free_tokens,
+            num_running=stats.running,
+            num_blocks=stats.kv_blocks_total,
+            running_ranks=stats.running_ranks,
+        )

@@ -1,0 +1,125 @@
+"""What passes between the common queue and the engine: what it could take, and what runs again.
+
+    engine -> EngineCapacity -> queue        and, as the answer to that,        queue -> ResumeList -> engine
+
+Numbers are absolute, so that a message that is lost or late does no harm. What happens once, and must not be
+lost, goes in numbered batches that are told again until the other side says that it knows them (`Outbox`).
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from msgspec import Struct
+
+from fastserve.types import RequestView, Resume
+
+T = TypeVar("T")
+
+
+class ReplicaCapacity(Struct, frozen=True):
+    """What one worker could take."""
+
+    incarnation: str
+    """The worker's; numbers of different incarnations are not compared."""
+    received: int
+    """Releases to this replica, since the server started, that the numbers below account for."""
+    arrived: int
+    """Releases to it that have come at all: a long step leaves `received` behind."""
+    free_slots: int
+    """Sequences that could still be added to the batch."""
+    free_blocks: int
+    """KV blocks that could still be used."""
+    free_tokens: int
+    """What is left of the next step's token budget."""
+    num_running: int
+    num_blocks: int = 0
+    """KV blocks in all."""
+    running_ranks: list[tuple[float, ...]] = []
+    """Of the running sequences that would be preempted first, in that order."""
+
+
+class Preempted(Struct, frozen=True, tag=True):
+    """A sequence waits for a place again, or found none. Its tokens stay with the engine."""
+
+    replica: int
+    """Where it ran last."""
+    view: RequestView
+    can_move: bool = True
+    """Whether another replica may go on with it: one of several sequences shares the others' prompt."""
+
+
+class Ended(Struct, frozen=True, tag=True):
+    """A preempted sequence has ended: nobody needs to resume it."""
+
+    uid: str
+    index: int
+
+
+class TenantTokens(Struct, frozen=True, tag=True):
+    """Tokens that were computed for a tenant."""
+
+    tenant: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+Event = Preempted | Ended | TenantTokens
+
+
+class EngineCapacity(Struct, frozen=True):
+    """From `engine` to `scheduler`."""
+
+    serial: int
+    """Grows; an older message than the last one seen changes nothing."""
+    time: float
+    """When the engine sent it; 0: it has sent nothing yet."""
+    replicas: list[ReplicaCapacity]
+    events_number: int = 0
+    events: list[Event] = []
+    """A batch: see `Outbox`."""
+    resumes_seen: int = 0
+    """The number of the last `ResumeList` that has come."""
+    block_size: int = 0
+    """Tokens in a KV block; 0: not known yet."""
+    max_model_len: int | None = None
+    """Tokens of prompt and answer that the model and its KV cache can hold; None: not known yet."""
+
+
+class ResumeList(Struct, frozen=True):
+    """The answer to an `EngineCapacity`."""
+
+    number: int
+    resumes: list[Resume]
+    """A batch: see `Outbox`."""
+
+
+class Outbox(Generic[T]):
+    """What the other side must learn once. A batch stays the same until its number has been seen."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        """Of the present batch; each has a number one higher than the one before."""
+        self._batch: list[T] = []
+        self._next: list[T] = []
+
+    def add(self, item: T) -> None:
+        """Puts an item into the next batch."""
+        self._next.append(item)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tell, as far as is known."""
+        return not self._batch and not self._next
+
+    def acknowledge(self, number: int) -> None:
+        """The other side has seen all batches up to that number."""
+        if number >= self.number:
+            self._batch = []
+
+    def batch(self) -> list[T]:
+        """What is to be told now, under `number`."""
+        if not self._batch and self._next:
+            self._batch, self._next = self._next, []
+            self.number += 1
+        return self._batch
