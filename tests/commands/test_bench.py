@@ -110,6 +110,8 @@ def test_a_closed_loop_is_what_runs_without_a_source_of_arrivals(
         (["--calibrate", "x", "--requests", 1], "--requests: not with --calibrate"),
         (["--calibrate", "x", "--trace", "x"], "--trace: not with --calibrate"),
         (["--calibrate", "x", "--target", "grpc"], "--target: not with --calibrate"),
+        (["--calibrate", "nowhere/x"], "--calibrate: nowhere is no directory"),
+        (["--poisson", 1, "--json", "nowhere/x"], "--json: nowhere is no directory"),
         (["--requests", 0], "--requests: got 0"),
         (["--clients", 0], "--clients: got"),
         (["--rounds", 0], "--rounds: got 0"),

@@ -13,6 +13,7 @@ from fastserve.benchmark.kv_copy import kv_bytes_per_token, kv_copy_rate
 from fastserve.benchmark.machine import machine
 from fastserve.checkpoints.model_files import locate
 from fastserve.config import Config
+from fastserve.engine.engine import Engine
 from fastserve.engine.engine_loader import load_engine
 from fastserve.simulation.step_time import StepTimeModel, fit_step_time
 
@@ -35,10 +36,14 @@ LADDERS = {16: 64, 256: 64, 1024: 16}
 
 
 def calibrate(model: str, seed: int) -> StepTimeModel:
-    """Measures the engine's steps with a model, and how fast its KV blocks are copied; two minutes at most,
-    but for a step that takes long. Raises ModelError."""
+    """Measures the engine's steps with a model, and how fast its KV blocks are copied; two minutes at most
+    after the model is loaded, but for a step that takes long. Raises ModelError."""
     config, files = Config(model=model), locate(model)
-    engine = load_engine(config, files)
+    return calibrate_engine(load_engine(config, files), config, files.checkpoint.name, seed)
+
+
+def calibrate_engine(engine: Engine, config: Config, model: str, seed: int) -> StepTimeModel:
+    """`calibrate`, of an engine that has these settings and nothing to do; `model`: its checkpoint's name."""
     driver = EngineDriver(engine, config, seed)
     samples: list[StepSample] = []
     end = time.monotonic() + GRID_SECONDS
@@ -52,7 +57,7 @@ def calibrate(model: str, seed: int) -> StepTimeModel:
         **dict(zip(StepTimeModel.TERMS, fit.coefficients, strict=True)),
         copy_bytes_per_second=kv_copy_rate(engine.kv_caches),
         kv_bytes_per_token=kv_bytes_per_token(engine.kv_caches),
-        model=files.checkpoint.name,
+        model=model,
         machine=machine(),
         num_threads=torch.get_num_threads(),
         num_steps=len(samples),

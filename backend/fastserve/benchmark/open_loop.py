@@ -6,34 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from msgspec import Struct
-
 from fastserve.benchmark.job import Job, job_of
 from fastserve.benchmark.targets import Target
 from fastserve.errors import RequestError
 from fastserve.workload.arrival import Arrival
+from fastserve.workload.request_record import RequestRecord
 from fastserve_client import FastServeError
-
-
-class RequestRecord(Struct, frozen=True):
-    """One request as its client saw it. Its latencies count from the moment it was due: what a late sender
-    adds is in them, not hidden."""
-
-    arrival: float
-    """Seconds from the start at which it was due."""
-    lateness: float
-    """Seconds after that at which it was sent."""
-    first_token: float | None
-    """Seconds to the first token (TTFT); None if none came."""
-    completion: float
-    """Seconds to the end, or to the error."""
-    num_prompt_tokens: int
-    num_output_tokens: int
-    """Those that came."""
-    priority: int
-    tenant: str
-    error: str | None
-    """The code with which it was refused or failed."""
 
 
 def replay(

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Loads the targets in turn and prints a table. Raises ConfigError, and what is in ERRORS."""
+    _check_directories(arguments)
     if arguments.calibrate is not None:
         _refuse(arguments, (*LOAD_OPTIONS, *closed_loop.OPTIONS, *open_loop.OPTIONS), "with --calibrate")
         return _calibrate(arguments)
@@ -77,6 +78,14 @@ def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], where: str) -
     for name in names:
         if getattr(arguments, name) is not None:
             raise ConfigError(f"{flag(name)}: not {where}")
+
+
+def _check_directories(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for a file that could not be written when all is measured."""
+    for name in ("json", "calibrate"):
+        path: Path | None = getattr(arguments, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{flag(name)}: {path.parent} is no directory")
 
 
 def _targets(arguments: argparse.Namespace, stack: ExitStack, **client: int) -> dict[str, Target]:

@@ -17,10 +17,10 @@ from fastserve.atomic_write import write_bytes
 from fastserve.benchmark.closed_loop import run_load
 from fastserve.benchmark.job import random_jobs
 from fastserve.benchmark.open_loop import replay
-from fastserve.benchmark.replay_figures import LATE_SECONDS, ClassFigures, ReplayFigures, replay_figures
 from fastserve.benchmark.targets import Target
 from fastserve.commands.workload_options import ARRIVAL_OPTIONS, add_arrival_arguments, described
 from fastserve.workload.arrival import Arrival
+from fastserve.workload.replay_figures import LATE_SECONDS, ClassFigures, ReplayFigures, replay_figures
 from fastserve.workload.transformations import mean_rate
 
 OPTIONS = (*ARRIVAL_OPTIONS, "json")
@@ -56,7 +56,8 @@ def run(targets: Mapping[str, Target], arrivals: Sequence[Arrival], arguments: a
     return 0 if all(run["figures"].classes[-1].served for run in runs) else 1
 
 
-def _print(console: Console, name: str, figures: ReplayFigures) -> None:
+def figures_table(title: str, figures: ReplayFigures) -> Table:
+    """A row for each priority class, and one for all."""
     table = Table(
         "priority",
         "requests",
@@ -65,11 +66,15 @@ def _print(console: Console, name: str, figures: ReplayFigures) -> None:
         *(f"completion {which} s" for which in ("mean", "p99")),
         "s per token",
         "output tok/s",
-        title=name,
+        title=title,
     )
     for row in figures.classes:
         table.add_row(*_cells(row))
-    console.print(table)
+    return table
+
+
+def _print(console: Console, name: str, figures: ReplayFigures) -> None:
+    console.print(figures_table(name, figures))
     for code, count in figures.errors.items():
         console.print(f"{count} requests ended with {code}")
     late = figures.lateness

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastserve.benchmark.open_loop import RequestRecord
-from fastserve.benchmark.replay_figures import replay_figures
+from fastserve.workload.replay_figures import replay_figures
+from fastserve.workload.request_record import RequestRecord
 
 
 def record(

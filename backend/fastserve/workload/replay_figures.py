@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec import Struct
 
-from fastserve.benchmark.open_loop import RequestRecord
+from fastserve.workload.request_record import RequestRecord
 
 LATE_SECONDS = 0.01
 """A request that was sent later than this was late."""
