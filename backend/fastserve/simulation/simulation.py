@@ -155,7 +155,10 @@ class Simulation:
         replica, version = event
         if replica.version == version:
             assert replica.run is not None
-            report = self._advance(replica, replica.run.num_steps)
+            num_steps = replica.run.num_steps
+            if self._delay and not replica.run.is_quiet:  # what is still on its way from before the end is sent
+                num_steps = min(num_steps, replica.run.num_ended(now - self._delay) + 1)
+            report = self._advance(replica, num_steps)
             if self._delay:
                 self._push(report.time + self._delay, self._hear, report)
             else:
