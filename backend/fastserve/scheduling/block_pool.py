@@ -97,7 +97,7 @@ class BlockPool:
 
     def allocate(self, count: int) -> list[int]:
         """`count` blocks, each used once now. Raises OutOfBlocksError, and takes none, if fewer are free."""
-        if count > self.num_free:
+        if count > len(self._free) + len(self._free_cached):
             raise OutOfBlocksError(f"{count} KV blocks were asked for; {self.num_free} are free")
         blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for block in blocks:
@@ -108,7 +108,8 @@ class BlockPool:
         block, _ = self._free_cached.popitem(last=False)
         digest = self._hashes[block]
         assert digest is not None
-        self.host.put(digest, block)
+        if self.host.num_blocks:
+            self.host.put(digest, block)
         del self._cached[digest]
         self._hashes[block] = None
         return block

@@ -22,6 +22,7 @@ from fastserve.scheduling.block_pool import BlockPool, private_root_hash
 from fastserve.scheduling.policies.policy import Policy, Rank
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan, Tail
 from fastserve.scheduling.waiting_queue import WaitingQueue
+from fastserve.types import RequestView
 
 RESERVED_TOKENS = 32
 """Room for so many more tokens of each running sequence is left free when another is admitted.
@@ -65,6 +66,7 @@ class IterationScheduler:
             )
         self.pool = pool
         self.policy = policy
+        self._policy_counts = type(policy).on_service is not Policy.on_service
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_preemptions = 0
@@ -112,7 +114,7 @@ class IterationScheduler:
     @property
     def free_blocks(self) -> int:
         """KV blocks beyond those in use and those that are kept for running sequences."""
-        return self.pool.num_free - sum(map(self._reserved_blocks, self._running))
+        return self.pool.num_free - self._num_reserved_blocks()
 
     @property
     def free_tokens(self) -> int:
@@ -183,9 +185,11 @@ class IterationScheduler:
         Raises CacheTooSmallError, and leaves all as it was, if a running sequence has outgrown the pool.
         """
         self.pool.host.begin_step()
+        rank, max_tokens = self.policy.rank, self.pool.num_blocks * self.pool.block_size
         for sequence in self._running:
-            self._require_capacity(sequence)
-            sequence.rank = self.policy.rank(sequence.view, now)
+            if sequence.num_tokens > max_tokens:
+                self._require_capacity(sequence)
+            sequence.rank = rank(sequence.view, now)
         self._running.sort(key=_order)
         left = self._extend_tables(now) + self._admit(now)
         preempted = [each for each in left if each.view.waiting_since is not None]  # and is not back already
@@ -225,46 +229,52 @@ class IterationScheduler:
         With `num_steps`, not more than `steps_ahead` allows, as many steps like `plan` were computed, and all
         their tokens but those of the last one are appended already.
         """
-        pool = self.pool
-        block_size = pool.block_size
+        pool, block_size = self.pool, self.pool.block_size
         for item in plan.scheduled:
             sequence = item.sequence
             first = sequence.num_computed_tokens // block_size
             num_tokens = item.num_tokens * num_steps
             sequence.num_computed_tokens += num_tokens
-            if num_steps > 1:
+            self._count_service(sequence, num_tokens, now)
+            last = sequence.num_computed_tokens // block_size
+            if last > first:
                 missing = pool.blocks_for(sequence.num_computed_tokens) - len(sequence.block_table)
                 if missing > 0:
                     sequence.block_table += pool.allocate(missing)
-            self._count_service(sequence, num_tokens, now)
-            last = sequence.num_computed_tokens // block_size
-            if last > first and pool.enable_prefix_caching:
-                sequence.hash_full_blocks(block_size)
-                for number in range(first, last):
-                    pool.cache(sequence.block_table[number], sequence.block_hashes[number])
+                if pool.enable_prefix_caching:
+                    sequence.hash_full_blocks(block_size)
+                    for number in range(first, last):
+                        pool.cache(sequence.block_table[number], sequence.block_hashes[number])
             if self._waiting_siblings and sequence.index == 0:
                 if sequence.num_computed_tokens >= sequence.num_prompt_tokens:
                     self._release_waiting_siblings(sequence.request.uid, now)
 
     def _count_service(self, sequence: Sequence, num_tokens: int, now: float) -> None:
         """Tells the policy of the tokens that were computed for the first time."""
-        view, policy = sequence.view, self.policy
-        new = max(0, sequence.num_computed_tokens - view.num_served_tokens)
-        self.num_recomputed_tokens += num_tokens - new
-        if not new:
+        view = sequence.view
+        before = view.num_served_tokens
+        new = sequence.num_computed_tokens - before
+        if new <= 0:
+            self.num_recomputed_tokens += num_tokens
             return
-        num_prompt_tokens = min(new, max(0, view.num_prompt_tokens - view.num_served_tokens))
+        self.num_recomputed_tokens += num_tokens - new
         view.num_served_tokens += new
+        if self._policy_counts:
+            num_prompt_tokens = min(new, max(0, view.num_prompt_tokens - before))
+            if self._tell_policy(view, num_prompt_tokens, new - num_prompt_tokens, now):
+                sequence.rank = self.policy.rank(view, now)
+
+    def _tell_policy(self, view: RequestView, num_prompt_tokens: int, num_output_tokens: int, now: float) -> bool:
+        """Whether its rank has changed. Many tokens of an answer are told as if they came one by one."""
+        policy = self.policy
+        if num_prompt_tokens or num_output_tokens == 1:
+            return policy.on_service(view, num_prompt_tokens, num_output_tokens, now)
         has_changed = False
-        if num_prompt_tokens:
-            has_changed = policy.on_service(view, num_prompt_tokens, new - num_prompt_tokens, now)
-        else:
-            while new:
-                at_once = min(new, policy.tokens_at_once(view) or new) if new > 1 else 1
-                has_changed |= policy.on_service(view, 0, at_once, now)
-                new -= at_once
-        if has_changed:
-            sequence.rank = policy.rank(view, now)
+        while num_output_tokens:
+            at_once = min(num_output_tokens, policy.tokens_at_once(view) or num_output_tokens)
+            has_changed |= policy.on_service(view, 0, at_once, now)
+            num_output_tokens -= at_once
+        return has_changed
 
     def check(self) -> None:
         """Raises SchedulerError unless each sequence is in one queue or in the batch, and BlockPoolError
@@ -285,13 +295,14 @@ class IterationScheduler:
     def _extend_tables(self, now: float) -> list[Sequence]:
         """Gives every running sequence the blocks of its tokens; returns those preempted for it."""
         preempted: list[Sequence] = []
-        index = 0
+        pool, index = self.pool, 0
         while index < len(self._running):
             sequence = self._running[index]
-            missing = self.pool.blocks_for(sequence.num_tokens) - len(sequence.block_table)
-            if missing <= self.pool.num_free:
-                if missing > 0:
-                    sequence.block_table += self.pool.allocate(missing)
+            missing = -(-sequence.num_tokens // pool.block_size) - len(sequence.block_table)
+            if missing <= 0:
+                index += 1
+            elif missing <= pool.num_free:
+                sequence.block_table += pool.allocate(missing)
                 index += 1
             else:
                 preempted.append(self._preempt(self._running[-1], now))
@@ -385,8 +396,11 @@ class IterationScheduler:
         """
         candidates: list[Sequence] = []
         num_staying = len(self._running)
-        needed = num_blocks + sum(map(self._reserved_blocks, self._running)) if num_staying else num_blocks
         free = self.pool.num_free
+        most_reserved = num_staying * (RESERVED_TOKENS // self.pool.block_size + 2)
+        if num_staying < self.max_num_seqs and free >= num_blocks + most_reserved:
+            return candidates
+        needed = num_blocks + self._num_reserved_blocks() if num_staying else num_blocks
         dropped: Counter[int] = Counter()
         while num_staying and (free < needed or num_staying >= self.max_num_seqs):
             candidate = self._running[num_staying - 1]
@@ -399,11 +413,18 @@ class IterationScheduler:
             needed -= self._reserved_blocks(candidate)
         return candidates if free >= num_blocks else None
 
+    def _num_reserved_blocks(self) -> int:
+        """Of all running sequences."""
+        return sum(map(self._reserved_blocks, self._running))
+
     def _reserved_blocks(self, sequence: Sequence) -> int:
         """Blocks to be kept free for the next tokens of a running sequence."""
-        left = sequence.num_prompt_tokens + sequence.view.expected_output_tokens - sequence.num_tokens
-        tokens = sequence.num_tokens + max(0, min(left, RESERVED_TOKENS))
-        return max(0, self.pool.blocks_for(tokens) - len(sequence.block_table))
+        num_tokens, view = sequence.num_tokens, sequence.view
+        left = view.num_prompt_tokens + view.expected_output_tokens - num_tokens
+        if left > 0:
+            num_tokens += left if left < RESERVED_TOKENS else RESERVED_TOKENS
+        missing = -(-num_tokens // self.pool.block_size) - len(sequence.block_table)
+        return missing if missing > 0 else 0
 
     def _match_prefix(self, sequence: Sequence) -> list[int]:
         """The cached blocks of its prefix, which it uses now; never that of its last token."""

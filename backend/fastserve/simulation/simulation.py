@@ -204,7 +204,8 @@ class Simulation:
         return report
 
     def _start(self, replica: SimulatedReplica, now: float) -> list[SimulatedSequence]:
-        left = replica.start(now, self._queue.num_waiting > 0, self._queue.has_free_slot)
+        somebody_waits = self._queue.num_waiting > 0
+        left = replica.start(now, somebody_waits, somebody_waits and self._queue.has_free_slot)
         for sequence in left:
             self._parked[sequence.request.uid] = sequence
             self._records.num_preemptions[sequence.number] += 1
