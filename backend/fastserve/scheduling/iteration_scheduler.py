@@ -206,7 +206,7 @@ class IterationScheduler:
         if plan.num_tokens != self.num_running or len(plan.scheduled) != self.num_running:
             return 1
         pool = self.pool
-        available = pool.num_uncached if pool.host.num_blocks else pool.num_free
+        available = pool.num_unretained if pool.host.num_blocks else pool.num_free
         if self._blocks_lacking_for(limit) <= available:
             return limit
         low, high = 1, limit
@@ -455,16 +455,16 @@ class IterationScheduler:
 
     def _preempt(self, sequence: Sequence, now: float) -> Sequence:
         self._retain(sequence)
-        self._leave_batch(sequence)
+        self._leave_batch(sequence, retain=True)
         sequence.view.waiting_since = now
         sequence.view.num_tokens = sequence.num_tokens
         self._waiting.push(sequence, sequence.view, now)
         self.num_preemptions += 1
         return sequence
 
-    def _leave_batch(self, sequence: Sequence) -> None:
+    def _leave_batch(self, sequence: Sequence, retain: bool = False) -> None:
         self._running.remove(sequence)
-        self.pool.free(sequence.block_table)
+        self.pool.free(sequence.block_table, retain)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
 
