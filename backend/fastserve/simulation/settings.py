@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from fastserve.simulation.step_time import StepTimeModel
 
 Routing = Literal["prefix", "round_robin"]
+ROUTINGS: tuple[str, ...] = get_args(Routing)
 
 
 @dataclass(frozen=True)
