@@ -21,6 +21,8 @@ class Engine:
     """Has work, and raises at the first step, if it is given an error to raise."""
 
     max_model_len = 16
+    block_size = 16
+    num_preempted = 0
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
@@ -31,7 +33,7 @@ class Engine:
         raise self.error
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 64, None, 0, 0, 0, 0, 0)
+        return EngineStats(0, 0, 0, 64, 64, 64, [], 64, 0, 0, 0, {}, 0, 0, 0)
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def work(connection: Any, engine: Engine) -> None:
-    _worker_main(Config(), FILES, connection, lambda config, files: engine)  # type: ignore[arg-type, return-value]
+    _worker_main(Config(), FILES, 0, connection, lambda config, files, replica: engine)  # type: ignore[arg-type, return-value]
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), EOFError(), RuntimeError("lost")], ids=repr)

@@ -37,22 +37,15 @@ from fastserve.ensemble.forwarding import relay_queue_message
 from fastserve.ensemble.messaging import dispatch_each, message_of, send_error, send_final
 from fastserve.ensemble.metrics import EngineMetrics
 from fastserve.ensemble.readiness import Readiness
+from fastserve.ensemble.replica_health import ReplicaHealth
 from fastserve.ensemble.response_stream import ResponseStream
 from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
 from fastserve.ensemble.tenant_tokens import TenantTokenCounter
 from fastserve.errors import ErrorCode, invalid
 from fastserve.scheduling.capacity import Ended, EngineCapacity, Preempted
-from fastserve.text.stop_conditions import external_stop
-from fastserve.types import (
-    Add,
-    Cancel,
-    Failure,
-    Outcome,
-    Ready,
-    Resume,
-    StepOutput,
-)
+from fastserve.text.stop_conditions import external_stop, has_expired
+from fastserve.types import Add, Cancel, Failure, Outcome, Ready, Resume, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +57,7 @@ class EngineModel:
     """Triton server's Python model `engine`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Starts the worker, and waits until it is ready. Raises TritonModelException where it ends first."""
+        """Starts the workers, and waits until all are ready. Raises TritonModelException if one ends."""
         leave_with_server()
         server_secret()  # made while there is shared memory for it
         config = read_config()
@@ -81,20 +74,14 @@ class EngineModel:
         self._block_size = 0
         self._readiness = Readiness()
         files = locate(config.model)
+        health = ReplicaHealth(config.replicas, self._readiness)
+        restarts = self._metrics.restarts
         self._replicas = [
-            EngineReplica(
-                number,
-                config,
-                files,
-                self._on_message,
-                self._on_death,
-                self._readiness,
-                self._metrics.restarts,
-            )
-            for number in range(1)
+            EngineReplica(number, config, files, self._on_message, self._on_death, health.set, restarts)
+            for number in range(config.replicas)
         ]
         self._capacity = CapacityPublisher(
-            self._resume, partial(self._readiness.set, "capacity"), after=self._look_after
+            self._resume_all, partial(self._readiness.set, "capacity"), after=self._look_after
         )
         for replica in self._replicas:
             replica.worker.start()
@@ -173,22 +160,27 @@ class EngineModel:
 
     # Called by the thread that publishes the capacity: what runs again.
 
+    def _resume_all(self, resumes: list[Resume]) -> None:
+        with self._lock:
+            for resume in resumes:
+                self._resume(resume)
+            self._publish_capacity()  # which tells the queue that they have come
+
     def _resume(self, resume: Resume) -> None:
         """Lets a preempted sequence run, on the replica that has it or, with its tokens, on another."""
-        with self._lock:
-            replica = self._replicas[resume.replica]
-            stream = self._streams.get(resume.uid)
-            if stream is None:
-                replica.count_dropped()
-                return
-            stream.num_preempted -= 1
-            if stream.replica == resume.replica:
-                replica.resume(resume)
-                return
-            if stream.replica is not None:
-                self._replicas[stream.replica].cancel(Cancel(resume.uid, Outcome.CANCELLED))
-            stream.replica = resume.replica
-            replica.add(Add(stream.request, stream.token_ids))
+        replica = self._replicas[resume.replica]
+        stream = self._streams.get(resume.uid)
+        if stream is None:
+            replica.count_dropped()
+            return
+        view, stream.preempted = stream.preempted, None
+        if stream.replica == resume.replica:
+            replica.resume(resume)
+            return
+        if stream.replica is not None:
+            self._replicas[stream.replica].forget(resume.uid)
+        stream.replica = resume.replica
+        replica.add(Add(stream.request, stream.token_ids, view))
 
     # Called by the threads that read a worker's pipe: steps, and its death.
 
@@ -207,10 +199,11 @@ class EngineModel:
                     stream.add(output)
             for view in step.preempted:
                 if (stream := self._stream_on(replica, view.uid)) is not None:
-                    stream.num_preempted += 1
-                    self._capacity.tell(Preempted(replica, view, can_move=stream.request.sampling.n == 1))
+                    stream.preempted = view if stream.can_move else None
+                    self._capacity.tell(Preempted(replica, view, stream.can_move))
             for uid, index in step.ended:
-                self._capacity.tell(Ended(uid, index))
+                if uid not in self._streams or self._stream_on(replica, uid) is not None:
+                    self._capacity.tell(Ended(uid, index))
             for tokens in self._tenant_tokens.take():
                 self._capacity.tell(tokens)
             due = self._take_due(now)
@@ -218,7 +211,7 @@ class EngineModel:
             self._publish_capacity()
         for stream in due:
             self._respond(stream, now)
-        self._metrics.observe_step(step.stats, now)
+        self._metrics.observe_step(replica, step.stats, now)
 
     def _stream_on(self, replica: int, uid: str) -> ResponseStream | None:
         """The stream of a request that this replica has: what it says of others is out of date."""
@@ -248,7 +241,7 @@ class EngineModel:
             stream.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
 
     def _on_ready(self, replica: int, ready: Ready) -> None:
-        self._metrics.start(ready.stats)
+        self._metrics.start(replica, ready.stats)
         with self._lock:
             self._max_model_len, self._block_size = ready.max_model_len, ready.block_size
             self._replicas[replica].start_worker(ready)
@@ -256,13 +249,14 @@ class EngineModel:
 
     def _on_death(self, replica: int, cause: str, had_been_ready: bool) -> None:
         """Fails the worker's requests, but for those that can run on another; see `EngineReplica`."""
+        self._metrics.stop(replica)
         with self._lock:
             waiting = self._replicas[replica].lose_worker(had_been_ready)
             lost = []
             for uid, stream in list(self._streams.items()):
                 if stream.replica != replica or uid in waiting:
                     continue
-                if stream.survives:
+                if stream.preempted is not None:
                     stream.replica = None
                 else:
                     lost.append(self._streams.pop(uid))
@@ -285,7 +279,12 @@ class EngineModel:
         )
 
     def _look_after(self) -> None:
-        """Every two seconds or so: watches the worker, and repeats what the gauges did not show."""
+        """Every two seconds or so: what nothing else would bring about."""
+        with self._lock:
+            waiting = [stream.request for stream in self._streams.values() if stream.replica is None]
+        for request in waiting:
+            if has_expired(request, time.monotonic()):
+                self._stop(Cancel(request.uid, Outcome.TIMEOUT))
         for replica in self._replicas:
             replica.worker.look(bool(self._streams))
         self._metrics.repeat()
