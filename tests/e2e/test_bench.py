@@ -37,7 +37,7 @@ def test_a_trace_is_replayed_to_the_server(server: RunningServer, tmp_path: Path
         assert all(0 <= row["lateness"] < row["first_token"] <= row["completion"] for row in served)
         assert run["figures"]["errors"] == {"INVALID_ARG": 1}
         assert run["figures"]["classes"][-1]["served"] == 4
-    # A prompt's last token is always computed, and its block with it: of 128 equal tokens 112 are found again.
+    # A prompt's last block is always computed: of 128 equal tokens 112 are found again.
     assert server.metrics()["fastserve_prefix_cache_hit_tokens_total"] - hits >= 2 * (128 + 112)
     generated = 'fastserve_generation_tokens_total{tenant="bench"}'
     server.wait_for_metrics(lambda metrics: metrics.get(generated) == 2 * (8 + 5 + 8 + 8), 10)
