@@ -10,6 +10,8 @@ from tests.e2e.conftest import RunningServer
 
 from fastserve import cli
 
+HITS = "fastserve_prefix_cache_hit_tokens_total"
+
 
 def test_a_trace_is_replayed_to_the_server(server: RunningServer, tmp_path: Path) -> None:
     """Two conversations, whose second questions repeat their first; one prompt is longer than the model."""
@@ -22,7 +24,7 @@ def test_a_trace_is_replayed_to_the_server(server: RunningServer, tmp_path: Path
     ]
     trace, report = tmp_path / "trace.jsonl", tmp_path / "report.json"
     trace.write_text("\n".join(map(json.dumps, rows)))
-    hits = server.metrics()["fastserve_prefix_cache_hit_tokens_total"]
+    hits = server.metrics().get(HITS, 0)
     urls = ["--grpc-url", server.grpc_url, "--http-url", server.http_url]
     words = ["bench", "--target", "grpc", "http", *urls]
     words += ["--trace", str(trace), "--speed", "10", "--length-scale", "0.125", "--priorities", "5:1,0:1"]
@@ -38,6 +40,6 @@ def test_a_trace_is_replayed_to_the_server(server: RunningServer, tmp_path: Path
         assert run["figures"]["errors"] == {"INVALID_ARG": 1}
         assert run["figures"]["classes"][-1]["served"] == 4
     # A prompt's last block is always computed: of 128 equal tokens 112 are found again.
-    assert server.metrics()["fastserve_prefix_cache_hit_tokens_total"] - hits >= 2 * (128 + 112)
+    assert server.metrics()[HITS] - hits >= 2 * (128 + 112)
     generated = 'fastserve_generation_tokens_total{tenant="bench"}'
     server.wait_for_metrics(lambda metrics: metrics.get(generated) == 2 * (8 + 5 + 8 + 8), 10)
