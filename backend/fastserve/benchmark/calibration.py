@@ -89,11 +89,15 @@ def _measure_prompts(driver: EngineDriver, lengths: list[int]) -> Iterator[StepS
 
 
 def _climb(driver: EngineDriver, length: int, max_sequences: int) -> Iterator[StepSample]:
-    """A batch that doubles: the steps in which prompts join those that decode, and then decodes alone."""
+    """A batch that doubles: steps in which prompts join those that decode, and then decodes alone.
+
+    Of the prompts only the last two steps count, a full one and the rest: all before are like the full one,
+    and so many of them would outweigh everything else.
+    """
     while driver.num_sequences < max_sequences:
         if not driver.add([length] * max(1, driver.num_sequences)):
             return
-        yield from driver.run_prompts()
+        yield from list(driver.run_prompts())[-2:]
         yield _median(driver.run(DECODES))
 
 

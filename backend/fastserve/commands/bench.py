@@ -101,12 +101,12 @@ def _targets(arguments: argparse.Namespace, stack: ExitStack, **client: int) -> 
 def _calibrate(arguments: argparse.Namespace) -> int:
     from fastserve.benchmark.calibration import calibrate  # which loads torch
 
-    console = Console()
     model = calibrate(arguments.model, arguments.seed)
     model.save(arguments.calibrate)
-    console.print(
+    Console().print(
         f"{arguments.calibrate}: {model.num_steps} points, R^2 {model.r_squared:.4f}, median relative error "
         f"{model.median_relative_error:.1%}; KV blocks are copied at "
-        f"{model.copy_bytes_per_second / 1e9:.2f} GB/s"
+        f"{model.copy_bytes_per_second / 1e9:.2f} GB/s",
+        soft_wrap=True,
     )
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,18 @@ from fastserve.workload.replay_figures import LATE_SECONDS, ClassFigures, Replay
 from fastserve.workload.transformations import mean_rate
 
 OPTIONS = (*ARRIVAL_OPTIONS, "json")
+ROWS: Mapping[str, Callable[[ClassFigures], float | None]] = {
+    "requests": lambda of: of.requests,
+    "served": lambda of: of.served,
+    "TTFT mean, s": lambda of: of.first_token_mean,
+    "TTFT p50, s": lambda of: of.first_token_p50,
+    "TTFT p99, s": lambda of: of.first_token_p99,
+    "completion mean, s": lambda of: of.completion_mean,
+    "completion p99, s": lambda of: of.completion_p99,
+    "completion per output token, mean, s": lambda of: of.normalized_latency_mean,
+    "output tokens/s": lambda of: of.tokens_per_second,
+}
+"""Of the table, with where each is from."""
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -41,7 +53,7 @@ def run(targets: Mapping[str, Target], arrivals: Sequence[Arrival], arguments: a
     console = Console()
     runs: list[dict[str, Any]] = []
     rate = f", {mean_rate(arrivals):.3g} a second" if arrivals[-1].time > arrivals[0].time else ""
-    console.print(f"{len(arrivals)} requests in {arrivals[-1].time:.1f} s{rate}")
+    console.print(f"{len(arrivals)} requests in {arrivals[-1].time:.1f} s{rate}", soft_wrap=True)
     # Each target gets other prompts, since two may be ways to one server, whose prefix cache must not answer.
     for seed, (name, target) in enumerate(targets.items(), start=arguments.seed + 1):
         run_load(target, random_jobs(2, arguments.seed), 2)  # warm up
@@ -57,20 +69,19 @@ def run(targets: Mapping[str, Target], arrivals: Sequence[Arrival], arguments: a
 
 
 def figures_table(title: str, figures: ReplayFigures) -> Table:
-    """A row for each priority class, and one for all."""
-    table = Table(
-        "priority",
-        "requests",
-        "served",
-        *(f"TTFT {which} s" for which in ("mean", "p50", "p99")),
-        *(f"completion {which} s" for which in ("mean", "p99")),
-        "s per token",
-        "output tok/s",
-        title=title,
-    )
+    """A column for each priority class, and one for all."""
+    table = Table("priority", title=title)
     for row in figures.classes:
-        table.add_row(*_cells(row))
+        table.add_column("all" if row.priority is None else str(row.priority), justify="right")
+    for label, value_of in ROWS.items():
+        table.add_row(label, *map(_written, map(value_of, figures.classes)))
     return table
+
+
+def _written(value: float | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "" if value is None else str(value)
 
 
 def _print(console: Console, name: str, figures: ReplayFigures) -> None:
@@ -80,23 +91,6 @@ def _print(console: Console, name: str, figures: ReplayFigures) -> None:
     late = figures.lateness
     console.print(
         f"sent after they were due: {1e3 * late.p50:.1f} ms (median), {1e3 * late.p99:.1f} ms (p99), "
-        f"{1e3 * late.largest:.1f} ms (most); {late.late} by more than {1e3 * LATE_SECONDS:g} ms"
+        f"{1e3 * late.largest:.1f} ms (most); {late.late} by more than {1e3 * LATE_SECONDS:g} ms",
+        soft_wrap=True,
     )
-
-
-def _cells(row: ClassFigures) -> list[str]:
-    seconds = (
-        row.first_token_mean,
-        row.first_token_p50,
-        row.first_token_p99,
-        row.completion_mean,
-        row.completion_p99,
-        row.normalized_latency_mean,
-    )
-    return [
-        "all" if row.priority is None else str(row.priority),
-        str(row.requests),
-        str(row.served),
-        *("" if value is None else f"{value:.3f}" for value in seconds),
-        f"{row.tokens_per_second:.1f}",
-    ]
