@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -41,12 +41,16 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds one flag per field. One that is not given is absent from the parsed arguments."""
+def add_config_flags(
+    parser: argparse.ArgumentParser, names: Collection[str] = Config.__struct_fields__
+) -> None:
+    """Adds one flag per field of those names. One that is not given is absent from the parsed arguments."""
     group = parser.add_argument_group("settings")
     settings = type_info(Config)
     assert isinstance(settings, StructType)
     for field in settings.fields:
+        if field.name not in names:
+            continue
         assert isinstance(field.type, Metadata), f"{field.name} has no description"
         kind, description = field.type.type, (field.type.extra_json_schema or {})["description"]
         default = "none" if field.default in ("", msgspec.NODEFAULT) else field.default

@@ -10,13 +10,13 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from fastserve.benchmark.machine import machine
 from fastserve.compression.calibration.linear_report import LinearReport
 from fastserve.compression.report.report import (
     ModelFigures,
     Report,
     by_kind,
     bytes_on_disk,
-    machine,
     step_reports,
     terminal_report,
     versions,

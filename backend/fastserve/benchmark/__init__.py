@@ -1,1 +1,1 @@
-"""Closed-loop load on an engine, inside this process or behind a server, and what it measured."""
+"""Load on an engine, in this process or behind a server, in closed and open loops, and what it measured."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
-from fastserve.benchmark.workload import Job
+from fastserve.benchmark.job import Job
 from fastserve_client import Client
 
 TargetName = Literal["in-process", "grpc", "http"]
@@ -24,13 +24,19 @@ class Target(Protocol):
 class ServerTarget:
     """A running server, through `fastserve_client`."""
 
-    def __init__(self, url: str, protocol: Literal["grpc", "http"]) -> None:
-        self._client = Client(url, protocol)
+    def __init__(self, url: str, protocol: Literal["grpc", "http"], retries: int = 2) -> None:
+        """`retries`: how often a request that is refused as UNAVAILABLE is sent again."""
+        self._client = Client(url, protocol, retries=retries)
 
     def stream(self, job: Job) -> Iterator[int]:
         """Yields how many tokens each response brought."""
         chunks = self._client.stream(
-            prompt_token_ids=job.prompt_token_ids, temperature=0, max_tokens=job.max_tokens, ignore_eos=True
+            prompt_token_ids=job.prompt_token_ids,
+            priority=job.priority,
+            tenant=job.tenant,
+            temperature=0,
+            max_tokens=job.max_tokens,
+            ignore_eos=True,
         )
         for chunk in chunks:
             yield chunk.num_output_tokens
@@ -52,7 +58,12 @@ class InProcessTarget:
     def stream(self, job: Job) -> Iterator[int]:
         """Yields how many tokens each response brought."""
         task = self._server.submit(
-            job.prompt_token_ids, temperature=0, max_tokens=job.max_tokens, ignore_eos=True
+            job.prompt_token_ids,
+            priority=job.priority,
+            tenant=job.tenant,
+            temperature=0,
+            max_tokens=job.max_tokens,
+            ignore_eos=True,
         )
         for response in task.responses():
             yield response.num_output_tokens[0]

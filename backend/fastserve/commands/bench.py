@@ -1,105 +1,112 @@
-"""`fastserve bench`: closed-loop load on a server, on the engine inside this process, or on both in turn."""
+"""`fastserve bench`: load on a server, on the engine inside this process, or on both in turn.
+
+Closed loop: clients that each send a request when their last one has ended. Open loop: requests that come
+when a trace or a distribution says so. Calibration: the seconds of the engine's steps.
+"""
 
 from __future__ import annotations
 
 import argparse
-import statistics
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from fastserve.benchmark.load import Figures, run_load
+from fastserve.atomic_write import WriteError
 from fastserve.benchmark.targets import InProcessTarget, ServerTarget, Target
-from fastserve.benchmark.workload import Job, chat_jobs, equal_jobs
 from fastserve.checkpoints.model_error import ModelError
+from fastserve.commands import closed_loop, open_loop
+from fastserve.commands.workload_options import (
+    LENGTH_OPTIONS,
+    add_length_arguments,
+    arrivals_of,
+    has_arrivals,
+)
+from fastserve.config import ConfigError
+from fastserve.config_flags import flag
 from fastserve.errors import RequestError
+from fastserve.workload.trace import TraceError
 from fastserve_client import FastServeError
 
-ERRORS = (FastServeError, ModelError, RequestError)
-TARGETS = ("grpc", "http", "in-process")
+ERRORS = (FastServeError, ModelError, RequestError, TraceError, WriteError)
 DEFAULT_URLS = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
+LOAD_OPTIONS = ("target", "grpc_url", "http_url", "requests", *LENGTH_OPTIONS)
+"""Those that a closed loop and an open one have in common."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The targets, and the load on them."""
     parser.add_argument(
-        "--target", nargs="+", choices=TARGETS, default=["grpc"], help="measured in turn (default: grpc)"
+        "--target",
+        nargs="+",
+        choices=("grpc", "http", "in-process"),
+        help="measured in turn (default: grpc)",
     )
-    parser.add_argument("--grpc-url", default=DEFAULT_URLS["grpc"], help="(default: %(default)s)")
-    parser.add_argument("--http-url", default=DEFAULT_URLS["http"], help="(default: %(default)s)")
+    for name, url in DEFAULT_URLS.items():
+        parser.add_argument(f"--{name}-url", help=f"(default: {url})")
     parser.add_argument("--model", default="", help="for in-process (default: the default model)")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32], help="(default: 1 4 16 32)")
-    parser.add_argument("--requests", type=int, default=64, help="in each run (default: %(default)s)")
-    parser.add_argument(
-        "--rounds", type=int, default=1, help="runs of each, medians shown (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--prompt-tokens", type=int, help="all prompts so long (default: log-normal, mean 160, 16 to 512)"
-    )
-    parser.add_argument(
-        "--output-tokens", type=int, help="all answers so long (default: log-normal, mean 120, 8 to 256)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the lengths and prompts (default: %(default)s)"
+    add_length_arguments(parser)
+    closed_loop.add_arguments(parser.add_argument_group("closed loop"))
+    open_loop.add_arguments(parser.add_argument_group("open loop, with --trace, --poisson or --gamma"))
+    parser.add_argument_group("calibration").add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="in place of load: measure the engine's steps inside this process, and write how long they take",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Loads the targets in turn and prints a table. Raises what a request raises."""
-    targets = {name: _target(name, arguments) for name in arguments.target}
-    try:
-        for target in targets.values():
-            run_load(target, _jobs(arguments, seed=-1)[:2], 2)  # warm up
-        results = _measure(targets, arguments)
-    finally:
-        for target in targets.values():
-            target.close()
-    Console().print(_table(results))
-    return 0
+    """Loads the targets in turn and prints a table. Raises ConfigError, and what is in ERRORS."""
+    _check_directories(arguments)
+    if arguments.calibrate is not None:
+        _refuse(arguments, (*LOAD_OPTIONS, *closed_loop.OPTIONS, *open_loop.OPTIONS), "with --calibrate")
+        return _calibrate(arguments)
+    with ExitStack() as stack:
+        if has_arrivals(arguments):
+            _refuse(arguments, closed_loop.OPTIONS, "in an open loop")
+            arrivals = arrivals_of(arguments)
+            return open_loop.run(_targets(arguments, stack, retries=0), arrivals, arguments)
+        _refuse(arguments, open_loop.OPTIONS, "in a closed loop")
+        closed_loop.check(arguments)
+        return closed_loop.run(_targets(arguments, stack), arguments)
 
 
-def _target(name: str, arguments: argparse.Namespace) -> Target:
-    if name == "in-process":
-        return InProcessTarget(arguments.model)
-    if name == "http":
-        return ServerTarget(arguments.http_url, "http")
-    return ServerTarget(arguments.grpc_url, "grpc")
+def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], where: str) -> None:
+    """Raises ConfigError for an option that is given but would not be read."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"{flag(name)}: not {where}")
 
 
-def _jobs(arguments: argparse.Namespace, seed: int) -> list[Job]:
-    if arguments.prompt_tokens or arguments.output_tokens:
-        return equal_jobs(
-            arguments.requests, arguments.prompt_tokens or 160, arguments.output_tokens or 120, seed
-        )
-    return chat_jobs(arguments.requests, seed)
+def _check_directories(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for a file that could not be written when all is measured."""
+    for name in ("json", "calibrate"):
+        path: Path | None = getattr(arguments, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{flag(name)}: {path.parent} is no directory")
 
 
-def _measure(
-    targets: dict[str, Target], arguments: argparse.Namespace
-) -> dict[tuple[int, str], list[Figures]]:
-    """Targets in turn, round by round, so that the machine's drift falls on all of them."""
-    results: dict[tuple[int, str], list[Figures]] = {}
-    seed = arguments.seed
-    for num_clients in arguments.clients:
-        for _ in range(arguments.rounds):
-            for name, target in targets.items():
-                seed += 1  # new prompts each time: the prefix cache must not answer for the engine
-                figures = run_load(target, _jobs(arguments, seed), num_clients)
-                results.setdefault((num_clients, name), []).append(figures)
-    return results
+def _targets(arguments: argparse.Namespace, stack: ExitStack, **client: int) -> dict[str, Target]:
+    """The targets by name, which the stack closes; `client`: settings of a server's client."""
+    make: dict[str, Callable[[], Target]] = {
+        "grpc": lambda: ServerTarget(arguments.grpc_url or DEFAULT_URLS["grpc"], "grpc", **client),
+        "http": lambda: ServerTarget(arguments.http_url or DEFAULT_URLS["http"], "http", **client),
+        "in-process": lambda: InProcessTarget(arguments.model),
+    }
+    return {name: stack.enter_context(closing(make[name]())) for name in arguments.target or ["grpc"]}
 
 
-def _table(results: dict[tuple[int, str], list[Figures]]) -> Table:
-    table = Table(
-        "clients", "target", "output tok/s", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "TPOT p99 ms"
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from fastserve.benchmark.calibration import calibrate  # which loads torch
+
+    model = calibrate(arguments.model, arguments.seed)
+    model.save(arguments.calibrate)
+    Console().print(
+        f"{arguments.calibrate}: {model.num_steps} points, R^2 {model.r_squared:.4f}, median relative error "
+        f"{model.median_relative_error:.1%}; KV blocks are copied at "
+        f"{model.copy_bytes_per_second / 1e9:.2f} GB/s",
+        soft_wrap=True,
     )
-    for (num_clients, name), runs in results.items():
-        columns = [
-            [run.tokens_per_second for run in runs],
-            [run.first_token_ms(50) for run in runs],
-            [run.first_token_ms(99) for run in runs],
-            [run.per_output_token_ms(50) for run in runs],
-            [run.per_output_token_ms(99) for run in runs],
-        ]
-        table.add_row(str(num_clients), name, *(f"{statistics.median(column):.1f}" for column in columns))
-    return table
+    return 0

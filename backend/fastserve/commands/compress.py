@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from fastserve import heap
 from fastserve.atomic_write import WriteError
+from fastserve.benchmark.machine import machine
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import ModelFiles, locate
 from fastserve.compression.errors import RecipeError
@@ -28,7 +29,6 @@ from fastserve.compression.report.report import (
     ModelFigures,
     Report,
     bytes_on_disk,
-    machine,
     step_reports,
     terminal_report,
     versions,

@@ -22,6 +22,7 @@ from fastserve.engine.isolation import compute_isolated
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import SampledToken, Sampler, SamplingState
 from fastserve.errors import ErrorCode, RequestError, invalid, prompt_too_long
+from fastserve.models.kv_cache import KVCaches
 from fastserve.scheduling.iteration_scheduler import CacheTooSmallError, IterationScheduler
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
 from fastserve.text.stop_conditions import check_stop, external_stop, has_expired
@@ -86,6 +87,11 @@ class Engine:
         """Outputs that leave with the next step."""
         self._is_unchecked = False
         """Whether the scheduler's books have changed since they were checked."""
+
+    @property
+    def kv_caches(self) -> KVCaches:
+        """The KV cache's tensors, by layer."""
+        return self._runner.kv_caches
 
     @property
     def has_work(self) -> bool:

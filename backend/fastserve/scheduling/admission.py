@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastserve.errors import ErrorCode, RequestError, prompt_too_long
@@ -76,6 +77,11 @@ class AdmissionQueue:
     def num_waiting(self) -> int:
         """Requests and preempted sequences in the queue."""
         return len(self._waiting)
+
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether some replica has a slot that nobody on the way will take."""
+        return any(replica.free_slots > 0 for replica in self._replicas)
 
     def waiting_by_priority(self) -> dict[int, int]:
         """How many wait of each priority that was ever seen: 0 where nobody does any more."""
@@ -180,6 +186,10 @@ class AdmissionQueue:
         self._num_new -= len(expired)
         return expired
 
+    def peek(self, now: float) -> Waiting | None:
+        """The first by rank; None if nobody waits."""
+        return self._waiting.peek(now)
+
     def release(self, now: float) -> list[Release]:
         """The requests that run now, the first by rank first. They wait no longer.
 
@@ -208,14 +218,18 @@ class AdmissionQueue:
 
     def _place(self, waiting: Waiting, now: float) -> _Placement | None:
         """The replica that takes it, if one does."""
-        self._hash_prompt(waiting)
+        self.hash_prompt(waiting)
         numbers = range(len(self._replicas))
         if waiting.replica is not None and not waiting.can_move:
             numbers = range(waiting.replica, waiting.replica + 1)
         demands = {number: self._demand(waiting, number) for number in numbers}
-        with_room = [number for number in numbers if self._replicas[number].has_room(demands[number])]
+        with_room = {
+            number: demand
+            for number, demand in demands.items()
+            if self._replicas[number].has_room(demand)
+        }
         if with_room:
-            best = min(with_room, key=lambda number: self._cost(waiting, number, demands[number]))
+            best = self.choose(waiting, with_room)
             return _Placement(best, demands[best])
         rank = self._policy.rank(waiting.view, now)
         worst: tuple[Rank, int, int] | None = None
@@ -224,6 +238,10 @@ class AdmissionQueue:
             if victim is not None and (worst is None or victim[0] > worst[0]):
                 worst = (victim[0], number, victim[1])
         return None if worst is None else _Placement(worst[1], demands[worst[1]], worst[2])
+
+    def choose(self, waiting: Waiting, with_room: Mapping[int, Demand]) -> int:
+        """Of the replicas that have room, by number, the one that it runs on: that of the least cost."""
+        return min(with_room, key=lambda number: self._cost(waiting, number, with_room[number]))
 
     def _cost(self, waiting: Waiting, number: int, demand: Demand) -> tuple[int, int, int]:
         """Tokens to be computed before its first one, then the load; a preempted one goes where it was."""
@@ -245,7 +263,7 @@ class AdmissionQueue:
             Demand(waiting.num_slots, num_blocks, max(1, num_tokens - num_cached * block_size))
         )
 
-    def _hash_prompt(self, waiting: Waiting) -> None:
+    def hash_prompt(self, waiting: Waiting) -> None:
         """Once, when a replica may be chosen for it: hashing costs some 100 us for 1,000 tokens."""
         block_size = self._capacity.block_size if self._capacity else 0
         if block_size and waiting.request is not None and not waiting.hashes:

@@ -6,11 +6,11 @@ A block is used or free, and cached or not:
     free     by nobody
     cached   computed, and not to change: it can be found by the hash of its content, used or free
 
-Blocks that are free and not cached are given out first, then free cached ones, the least recently used first:
-those are evicted, to the host cache if there is one.
+Blocks that are free and not cached are given out first, then free cached ones, the least recently used first.
 
 The blocks of a preempted sequence are cached too, its last, half-filled one included: unless they are evicted
-meanwhile, it computes nothing again.
+meanwhile, it computes nothing again. It will want them for certain, so they are retained: they are evicted
+after all others, and to the host cache if there is one.
 """
 
 from __future__ import annotations
@@ -71,10 +71,17 @@ class BlockPool:
         """Free blocks that are not cached."""
         self._free_cached: OrderedDict[int, None] = OrderedDict()
         """Free blocks that are cached, the next to be evicted first."""
+        self._free_retained: OrderedDict[int, None] = OrderedDict()
+        """The same, of preempted sequences."""
 
     @property
     def num_free(self) -> int:
         """Blocks that can be allocated, cached ones included."""
+        return len(self._free) + len(self._free_cached) + len(self._free_retained)
+
+    @property
+    def num_unretained(self) -> int:
+        """Blocks that can be allocated without evicting one of a preempted sequence."""
         return len(self._free) + len(self._free_cached)
 
     @property
@@ -100,16 +107,18 @@ class BlockPool:
         return blocks
 
     def _evict(self) -> int:
-        block, _ = self._free_cached.popitem(last=False)
+        is_retained = not self._free_cached
+        block, _ = (self._free_retained if is_retained else self._free_cached).popitem(last=False)
         digest = self._hashes[block]
         assert digest is not None
-        self.host.put(digest, block)
+        if is_retained:
+            self.host.put(digest, block)
         del self._cached[digest]
         self._hashes[block] = None
         return block
 
-    def free(self, block_table: Sequence[int]) -> None:
-        """Drops one reference to each block of a sequence.
+    def free(self, block_table: Sequence[int], retain: bool = False) -> None:
+        """Drops one reference to each block of a sequence; `retain`: which will come back for them.
 
         The last block goes first: a sequence's tail is evicted before its head, without which the tail could
         not be found. Raises BlockPoolError for a block that is free already.
@@ -122,7 +131,7 @@ class BlockPool:
                 if self._hashes[block] is None:
                     self._free.append(block)
                 else:
-                    self._free_cached[block] = None
+                    (self._free_retained if retain else self._free_cached)[block] = None
 
     def match_prefix(self, hashes: Iterable[bytes]) -> list[int]:
         """The cached blocks of the longest prefix of `hashes`, each with one more reference now."""
@@ -132,7 +141,7 @@ class BlockPool:
             if block is None:
                 break
             if self._ref_counts[block] == 0:
-                del self._free_cached[block]
+                self._use_again(block)
             self._ref_counts[block] += 1
             blocks.append(block)
         return blocks
@@ -145,10 +154,14 @@ class BlockPool:
         block = self._cached.get(digest)
         if block is None or self._ref_counts[block]:
             return None
-        del self._free_cached[block], self._cached[digest]
+        self._use_again(block)
+        del self._cached[digest]
         self._hashes[block] = None
         self._ref_counts[block] = 1
         return block
+
+    def _use_again(self, block: int) -> None:
+        del (self._free_retained if block in self._free_retained else self._free_cached)[block]
 
     def fetch(self, digest: bytes) -> int | None:
         """A used block that gets the host's copy of that content before the step; None if the host has none.
@@ -179,12 +192,12 @@ class BlockPool:
             raise BlockPoolError(
                 f"the reference counts of KV blocks {wrong} differ from the tables that use them"
             )
-        free = sorted([*self._free, *self._free_cached])
+        free = sorted([*self._free, *self._free_cached, *self._free_retained])
         if free != [block for block, count in enumerate(self._ref_counts) if count == 0]:
             raise BlockPoolError("the free KV blocks are not those that no table uses")
         if any(self._hashes[block] is not None for block in self._free):
             raise BlockPoolError("a KV block that counts as not cached has a hash")
-        if any(self._hashes[block] is None for block in self._free_cached):
+        if any(self._hashes[block] is None for block in (*self._free_cached, *self._free_retained)):
             raise BlockPoolError("a KV block that counts as cached has no hash")
         hashes = {digest: block for block, digest in enumerate(self._hashes) if digest is not None}
         if hashes != self._cached:

@@ -23,6 +23,7 @@ from fastserve.scheduling.policies.policy import Policy, Rank
 from fastserve.scheduling.preemption import PreemptionKind, preemption_kind
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan, Tail
 from fastserve.scheduling.waiting_queue import WaitingQueue
+from fastserve.types import RequestView
 
 RESERVED_TOKENS = 32
 """Room for so many more tokens of each running sequence is left free when another is admitted.
@@ -66,6 +67,7 @@ class IterationScheduler:
             )
         self.pool = pool
         self.policy = policy
+        self._policy_counts = type(policy).on_service is not Policy.on_service
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_preemptions = 0
@@ -117,7 +119,8 @@ class IterationScheduler:
         return self.max_num_batched_tokens - claimed
 
     def lowest_ranks(self, count: int) -> list[Rank]:
-        """The ranks of the running sequences that would be preempted first, at the last plan."""
+        """The ranks of the running sequences that would be preempted first, as far as service changes them."""
+        self._running.sort(key=_order)
         return [sequence.rank for sequence in self._running[: -count - 1 : -1]]
 
     def add(self, sequence: Sequence, now: float) -> None:
@@ -185,9 +188,11 @@ class IterationScheduler:
         Raises CacheTooSmallError, and leaves all as it was, if a running sequence has outgrown the pool.
         """
         self.pool.host.begin_step()
+        rank, max_tokens = self.policy.rank, self.pool.num_blocks * self.pool.block_size
         for sequence in self._running:
-            self._require_capacity(sequence)
-            sequence.rank = self.policy.rank(sequence.view, now)
+            if sequence.num_tokens > max_tokens:
+                self._require_capacity(sequence)
+            sequence.rank = rank(sequence.view, now)
         self._running.sort(key=_order)
         preempted = self._extend_tables(now)
         self._admit(now, preempted)
@@ -195,31 +200,84 @@ class IterationScheduler:
         self.num_swapped_blocks += len(host.copies_in)
         return StepPlan(self._share_budget(), preempted, host.copies_out, host.copies_in)
 
-    def mark_computed(self, plan: StepPlan, now: float) -> None:
-        """Counts what was computed, and lets other sequences find the blocks that it filled."""
-        block_size = self.pool.block_size
+    def steps_ahead(self, plan: StepPlan, limit: int) -> int:
+        """How many steps, up to `limit`, go as `plan` does if nobody is added and nobody ends.
+
+        More than one only if all do nothing but decode, and while blocks are free for them. Where a host
+        cache takes what is evicted, a step that evicts goes alone: it has something to copy.
+        """
+        if plan.num_tokens != self.num_running or len(plan.scheduled) != self.num_running:
+            return 1
+        pool = self.pool
+        available = pool.num_unretained if pool.host.num_blocks else pool.num_free
+        if self._blocks_lacking_for(limit) <= available:
+            return limit
+        low, high = 1, limit
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._blocks_lacking_for(middle) <= available else (low, middle)
+        return low
+
+    def _blocks_lacking_for(self, num_steps: int) -> int:
+        """Blocks to be allocated for the steps after the one that is planned."""
+        size, ahead = self.pool.block_size, num_steps - 1
+        lacking = 0
+        for sequence in self._running:
+            lacking += max(0, -(-(sequence.num_tokens + ahead) // size) - len(sequence.block_table))
+        return lacking
+
+    def mark_computed(self, plan: StepPlan, now: float, num_steps: int = 1) -> None:
+        """Counts what was computed, and lets other sequences find the blocks that it filled.
+
+        With `num_steps`, not more than `steps_ahead` allows, as many steps like `plan` were computed, and all
+        their tokens but those of the last one are appended already.
+        """
+        pool, block_size = self.pool, self.pool.block_size
         for item in plan.scheduled:
             sequence = item.sequence
             first = sequence.num_computed_tokens // block_size
-            sequence.num_computed_tokens += item.num_tokens
-            self._count_service(sequence, item.num_tokens, now)
+            num_tokens = item.num_tokens * num_steps
+            sequence.num_computed_tokens += num_tokens
+            self._count_service(sequence, num_tokens, now)
             last = sequence.num_computed_tokens // block_size
-            if last > first and self.pool.enable_prefix_caching:
-                sequence.hash_full_blocks(block_size)
-                for number in range(first, last):
-                    self.pool.cache(sequence.block_table[number], sequence.block_hashes[number])
-            if sequence.index == 0 and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
-                self._release_waiting_siblings(sequence.request.uid, now)
+            if last > first:
+                missing = pool.blocks_for(sequence.num_computed_tokens) - len(sequence.block_table)
+                if missing > 0:
+                    sequence.block_table += pool.allocate(missing)
+                if pool.enable_prefix_caching:
+                    sequence.hash_full_blocks(block_size)
+                    for number in range(first, last):
+                        pool.cache(sequence.block_table[number], sequence.block_hashes[number])
+            if self._waiting_siblings and sequence.index == 0:
+                if sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+                    self._release_waiting_siblings(sequence.request.uid, now)
 
     def _count_service(self, sequence: Sequence, num_tokens: int, now: float) -> None:
         """Tells the policy of the tokens that were computed for the first time."""
         view = sequence.view
-        new = max(0, sequence.num_computed_tokens - view.num_served_tokens)
+        before = view.num_served_tokens
+        new = sequence.num_computed_tokens - before
+        if new <= 0:
+            self.num_recomputed_tokens += num_tokens
+            return
         self.num_recomputed_tokens += num_tokens - new
-        if new:
-            num_prompt_tokens = min(new, max(0, view.num_prompt_tokens - view.num_served_tokens))
-            view.num_served_tokens += new
-            self.policy.on_service(view, num_prompt_tokens, new - num_prompt_tokens, now)
+        view.num_served_tokens += new
+        if self._policy_counts:
+            num_prompt_tokens = min(new, max(0, view.num_prompt_tokens - before))
+            if self._tell_policy(view, num_prompt_tokens, new - num_prompt_tokens, now):
+                sequence.rank = self.policy.rank(view, now)
+
+    def _tell_policy(self, view: RequestView, num_prompt_tokens: int, num_output_tokens: int, now: float) -> bool:
+        """Whether its rank has changed. Many tokens of an answer are told as if they came one by one."""
+        policy = self.policy
+        if num_prompt_tokens or num_output_tokens == 1:
+            return policy.on_service(view, num_prompt_tokens, num_output_tokens, now)
+        has_changed = False
+        while num_output_tokens:
+            at_once = min(num_output_tokens, policy.tokens_at_once(view) or num_output_tokens)
+            has_changed |= policy.on_service(view, 0, at_once, now)
+            num_output_tokens -= at_once
+        return has_changed
 
     def check(self) -> None:
         """Raises SchedulerError unless each sequence is in one queue or in the batch, and BlockPoolError
@@ -240,13 +298,14 @@ class IterationScheduler:
     def _extend_tables(self, now: float) -> list[Sequence]:
         """Gives every running sequence the blocks of its tokens; returns those preempted for it."""
         preempted: list[Sequence] = []
-        index = 0
+        pool, index = self.pool, 0
         while index < len(self._running):
             sequence = self._running[index]
-            missing = self.pool.blocks_for(sequence.num_tokens) - len(sequence.block_table)
-            if missing <= self.pool.num_free:
-                if missing > 0:
-                    sequence.block_table += self.pool.allocate(missing)
+            missing = -(-sequence.num_tokens // pool.block_size) - len(sequence.block_table)
+            if missing <= 0:
+                index += 1
+            elif missing <= pool.num_free:
+                sequence.block_table += pool.allocate(missing)
                 index += 1
             else:
                 preempted.append(self._preempt(self._running[-1], now))
@@ -343,13 +402,15 @@ class IterationScheduler:
         None if those that it may preempt do not suffice: then none of them should leave. Blocks are kept for
         the next tokens of the others alone: those that it may preempt leave when they lack a block.
         """
+        candidates: list[Sequence] = []
+        num_staying, free = self.num_running, self.pool.num_free
+        most_reserved = num_staying * (RESERVED_TOKENS // self.pool.block_size + 2)
+        if num_staying < self.max_num_seqs and free >= num_blocks + most_reserved:
+            return candidates
         may_preempt = [self.policy.preempts(sequence.rank, each.rank) for each in self._running]
         needed = num_blocks
         for each, leaves in zip(self._running, may_preempt, strict=True):
             needed += 0 if leaves else self._reserved_blocks(each)
-        candidates: list[Sequence] = []
-        num_staying = len(self._running)
-        free = self.pool.num_free
         dropped: Counter[int] = Counter()
         while free < needed or num_staying >= self.max_num_seqs:
             num_staying -= 1
@@ -363,9 +424,12 @@ class IterationScheduler:
 
     def _reserved_blocks(self, sequence: Sequence) -> int:
         """Blocks to be kept free for the next tokens of a running sequence."""
-        left = sequence.num_prompt_tokens + sequence.view.expected_output_tokens - sequence.num_tokens
-        tokens = sequence.num_tokens + max(0, min(left, RESERVED_TOKENS))
-        return max(0, self.pool.blocks_for(tokens) - len(sequence.block_table))
+        num_tokens, view = sequence.num_tokens, sequence.view
+        left = view.num_prompt_tokens + view.expected_output_tokens - num_tokens
+        if left > 0:
+            num_tokens += left if left < RESERVED_TOKENS else RESERVED_TOKENS
+        missing = -(-num_tokens // self.pool.block_size) - len(sequence.block_table)
+        return missing if missing > 0 else 0
 
     def _match_prefix(self, sequence: Sequence) -> list[int]:
         """The cached blocks of its prefix, which it uses now; never that of its last token."""
@@ -399,16 +463,16 @@ class IterationScheduler:
 
     def _preempt(self, sequence: Sequence, now: float) -> Sequence:
         self._retain(sequence)
-        self._leave_batch(sequence)
+        self._leave_batch(sequence, retain=True)
         sequence.view.waiting_since = now
         sequence.view.num_tokens = sequence.num_tokens
         self._waiting.push(sequence, sequence.view, now)
         self.num_preemptions += 1
         return sequence
 
-    def _leave_batch(self, sequence: Sequence) -> None:
+    def _leave_batch(self, sequence: Sequence, retain: bool = False) -> None:
         self._running.remove(sequence)
-        self.pool.free(sequence.block_table)
+        self.pool.free(sequence.block_table, retain)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
 

@@ -57,6 +57,12 @@ class Replica:
         running = self.capacity.num_running if self.capacity else 0
         return running + sum(each.demand.num_slots for each in self._in_flight)
 
+    @property
+    def free_slots(self) -> int:
+        """Slots that nobody on the way will take; below zero when more wait there than leave."""
+        taken = sum(each.demand.num_slots - each.num_preempted for each in self._in_flight)
+        return (self.capacity.free_slots if self.capacity else 0) - taken
+
     def update(self, capacity: ReplicaCapacity) -> None:
         """Learns what the replica could take."""
         last = self.capacity
@@ -92,7 +98,7 @@ class Replica:
         An empty replica has room for everything: what is too long for its cache was refused before.
         """
         capacity = self.capacity
-        if capacity is None or capacity.free_slots - self._taken_slots() < demand.num_slots:
+        if capacity is None or self.free_slots < demand.num_slots:
             return False
         if self.load == 0:
             return True
@@ -107,13 +113,9 @@ class Replica:
         """
         if self.capacity is None:
             return None
-        free = max(0, self.capacity.free_slots - self._taken_slots())
-        num_preempted = max(1, demand.num_slots - free)
+        num_preempted = max(1, demand.num_slots - max(0, self.free_slots))
         last = sum(each.num_preempted for each in self._in_flight) + num_preempted - 1
         if last >= len(self.capacity.running_ranks):
             return None
         running = self.capacity.running_ranks[last]
         return (running, num_preempted) if policy.preempts(rank, running) else None
-
-    def _taken_slots(self) -> int:
-        return sum(each.demand.num_slots - each.num_preempted for each in self._in_flight)

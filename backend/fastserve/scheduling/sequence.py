@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fastserve.scheduling.block_pool import ROOT_HASH, hash_block
 from fastserve.scheduling.policies.policy import Rank
@@ -76,8 +77,7 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """The next `num_tokens` tokens of a sequence, to be computed in this step."""
 
     sequence: Sequence

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from rich.console import Group, RenderableType
 from rich.table import Column, Table
 
@@ -101,17 +99,6 @@ def bytes_on_disk(checkpoint: Path) -> int:
     if checkpoint.is_file():
         return checkpoint.stat().st_size
     return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-
-
-def machine() -> str:
-    """The processor and what else a figure depends on."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    cores = len(os.sched_getaffinity(0))
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {cores} cores{gpu}, {platform.system()} {platform.release()}"
 
 
 def versions() -> dict[str, str]:

@@ -13,9 +13,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from fastserve import heap
-from fastserve.benchmark.load import run_load
+from fastserve.benchmark.closed_loop import run_load
+from fastserve.benchmark.job import Job
 from fastserve.benchmark.targets import InProcessTarget
-from fastserve.benchmark.workload import Job
 from fastserve.corpus.windows import calibration_text, token_windows
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.decoder import Decoder

@@ -93,6 +93,15 @@ class Fair(Policy):
         self._charge(view.tenant, OUTPUT_TOKEN_COST * num_output_tokens)
         return True
 
+    def tokens_at_once(self, view: RequestView) -> int | None:
+        """However many: nobody is preempted because of a counter."""
+        return None
+
+    def next_change(self, view: RequestView, now: float) -> float | None:
+        """When it will have starved, and may preempt."""
+        starving = view.arrival + self._starvation_seconds
+        return starving if starving > now else None
+
     def on_tenant_service(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int) -> None:
         """Charges what the engines computed of the tenant's answers."""
         self._charge(tenant, OUTPUT_TOKEN_COST * num_output_tokens)

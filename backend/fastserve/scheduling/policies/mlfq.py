@@ -59,6 +59,13 @@ class MLFQ(Policy):
         view.state = (max(0.0, level + 1), 0.0)
         return True
 
+    def tokens_at_once(self, view: RequestView) -> int | None:
+        """Until it goes down a level."""
+        level, service = self._state(view)
+        if level == self.num_levels - 1:
+            return None
+        return max(1, math.ceil(self.quantum * self.growth**level - service))
+
     def next_change(self, view: RequestView, now: float) -> float | None:
         """When it will have starved."""
         if view.waiting_since is None or self._is_starved(view, now):

@@ -50,6 +50,14 @@ class Policy:
         """
         return False
 
+    def tokens_at_once(self, view: RequestView) -> int | None:
+        """How many tokens more of its answer a running request gets before its rank may become worse.
+
+        None: however many. One `on_service` of so many must do what as many of one token do. The simulator
+        jumps over that many steps at once.
+        """
+        return None if type(self).on_service is Policy.on_service else 1
+
     def on_tenant_service(self, tenant: str, num_prompt_tokens: int, num_output_tokens: int) -> None:
         """The common queue learns what the engines have computed for a tenant since it was last told."""
 

@@ -21,3 +21,7 @@ class SRPT(Policy):
     ) -> bool:
         """Less remains."""
         return True
+
+    def tokens_at_once(self, view: RequestView) -> int | None:
+        """However many: its rank only becomes better."""
+        return None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
+from fastserve.benchmark.job import Job
 from fastserve.benchmark.targets import Target
-from fastserve.benchmark.workload import Job
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,4 @@ def _time(target: Target, job: Job) -> Timing:
 
 
 def _percentile(values: list[float], percent: int) -> float:
-    return (
-        statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
-    )
+    return float(np.percentile(values, percent))

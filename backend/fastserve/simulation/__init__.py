@@ -1,0 +1,1 @@
+"""Scheduling simulated: what a step of the engine takes, and what follows from that."""

@@ -1,0 +1,48 @@
+"""Load 1.0: the arrival rate with which `fcfs` just keeps up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from msgspec.structs import replace as replace_fields
+
+from fastserve.scheduling.policies.fcfs import FCFS
+from fastserve.simulation.settings import SimulationSettings
+from fastserve.simulation.simulation import Simulation
+from fastserve.workload.arrival import Arrival
+
+MAX_REQUESTS = 20_000
+"""Of the workload, enough to measure it."""
+
+
+class Capacity(NamedTuple):
+    """What replicas do whose batches are always full."""
+
+    requests_per_second: float
+    mean_used_blocks: float
+    """KV blocks of one replica in use, with a cache that holds all: what the batch would like to have."""
+
+
+def measure_capacity(
+    arrivals: Sequence[Arrival], settings: SimulationSettings, on_end: Callable[[int], None] = lambda _: None
+) -> Capacity:
+    """Serves the workload's first requests under `fcfs` as if all had come at once.
+
+    The rate is that of completions until nobody waits any more, with a cache for which nobody has to wait.
+    """
+    backlog = [replace_fields(arrival, time=0.0) for arrival in arrivals[:MAX_REQUESTS]]
+    longest = max(arrival.num_prompt_tokens + arrival.num_output_tokens for arrival in backlog)
+    num_blocks = settings.max_num_seqs * (longest // settings.block_size + 3)
+    ample = replace(settings, num_blocks=max(num_blocks, settings.num_blocks), num_host_blocks=0)
+    result = Simulation(backlog, FCFS, ample, on_end=on_end).run()
+    time, waiting, _, used = result.queue.T
+    is_full = waiting > 0
+    if not is_full.any():
+        return Capacity(len(backlog) / result.seconds, float(used.max()) / settings.num_replicas)
+    last = float(time[is_full].max())
+    num_served = int((result.completion <= last).sum())
+    rate = num_served / last if num_served else len(backlog) / result.seconds
+    return Capacity(rate, float(np.mean(used[is_full])) / settings.num_replicas)
