@@ -33,7 +33,8 @@ class Backoff:
         """Seconds to wait before the next attempt.
 
         Raises `error` where there is to be none: it is not UNAVAILABLE, a response has come, the retries are
-        used up, or the wait would be longer than LONGEST_RETRY_AFTER or than the deadline allows. Raises DeadlineExceeded where that has passed.
+        used up, or the wait would be longer than LONGEST_RETRY_AFTER or than the deadline allows. Raises
+        DeadlineExceeded where the deadline has passed.
         """
         if self._deadline.passed and not isinstance(error, DeadlineExceeded):
             raise DeadlineExceeded(error.message) from error  # the server's own deadline was the faster one

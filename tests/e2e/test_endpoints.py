@@ -104,7 +104,7 @@ def test_every_endpoint_tells_every_error_by_its_code(
     if state == RUNNING:
         fields["parameters"] = endless
     with Client(small_server.grpc_url, retries=0) as client:
-        streams = [client.stream("One", priority=100, **endless)] if state == BLOCKED else []
+        streams = [client.stream("One", priority=10, **endless)] if state == BLOCKED else []
         if streams:
             next(iter(streams[0]))
         streams += [client.stream("More", **endless) for _ in range(queued)]
@@ -203,7 +203,7 @@ def test_plain_infer_waits_in_the_one_queue_in_the_order_of_priorities(small_ser
         ended.append(priority)
 
     with Client(small_server.grpc_url, retries=0) as client, ThreadPoolExecutor(3) as threads:
-        blocker = client.stream("One", priority=100, max_tokens=3000, ignore_eos=True)
+        blocker = client.stream("One", priority=10, max_tokens=3000, ignore_eos=True)
         next(iter(blocker))
         waiting = [threads.submit(infer, priority) for priority in (1, 7)]
         small_server.wait_for_metrics(
@@ -212,7 +212,7 @@ def test_plain_infer_waits_in_the_one_queue_in_the_order_of_priorities(small_ser
         with pytest.raises(FastServeError, match="the queue is full"):
             client.generate("Too many", max_tokens=1)
         with pytest.raises(InferenceServerException, match="UNAVAILABLE: the queue is full"):
-            infer(50)
+            infer(9)
         blocker.close()
         for each in waiting:
             each.result(30)

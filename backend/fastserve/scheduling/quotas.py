@@ -2,8 +2,8 @@
 
 A rate is a token bucket (RFC 2215): it holds at most `burst = max(1, rate * burst_seconds)`, fills at `rate`,
 and a request is admitted if it holds what the request costs, which is then taken out. So in any `t` seconds
-at most `rate * t + burst` is admitted, and a tenant that was idle for `burst_seconds` may use all of the burst
-at once.
+at most `rate * t + burst` is admitted, and a tenant that was idle for `burst_seconds` may use all of that at
+once.
 
 A request costs one request, and as tokens its prompt and the most that its answers may have, since nobody
 knows how long they will be. What was not computed comes back when it has ended.
@@ -63,7 +63,7 @@ class _Bucket:
         self.level, self.time = self.level_at(now) - amount, max(self.time, now)
 
     def put_back(self, amount: float) -> None:
-        self.level = min(self.burst, self.level + amount)
+        self.level += amount
 
     def seconds_until(self, amount: float, now: float) -> float:
         """0 if it holds so much now."""
