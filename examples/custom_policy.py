@@ -4,7 +4,7 @@
 
 Each step of priority halves the time in which a request wants its first token. The request whose time runs
 out soonest goes first, in the common queue and in the batch, where it also preempts. As with every policy
-whose key is linear in the arrival, nobody starves: a request is overtaken only by those that came before its
+whose rank is linear in the arrival, nobody starves: a request is overtaken only by those that came before its
 own deadline.
 
 Run by itself, the file prints how a few requests would be ordered:
@@ -17,22 +17,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastserve.config import Config
-from fastserve.scheduling.policies import Policy, make_policy
+from fastserve.scheduling.policies.policy import Policy, Rank
+from fastserve.scheduling.policies.registry import make_policy
+from fastserve.types import RequestView
 
 LEAST_URGENT = -10
 """Lower priorities count as this one, a thousand times the seconds of priority 0."""
 
 
 @dataclass(frozen=True)
-class EarliestDeadlineFirst:
+class EarliestDeadlineFirst(Policy):
     """Orders requests by when they want their first token."""
 
     seconds: float
     """From arrival to that moment, at priority 0."""
 
-    def key(self, priority: int, arrival: float) -> float:
-        """The highest key runs first, so the earliest deadline is the highest."""
-        return -(arrival + self.seconds * 2.0 ** -max(priority, LEAST_URGENT))
+    def rank(self, view: RequestView, now: float) -> Rank:
+        """(deadline,): the lowest rank runs first."""
+        return (view.arrival + self.seconds * 2.0 ** -max(view.priority, LEAST_URGENT),)
 
 
 def earliest_deadline_first(config: Config) -> EarliestDeadlineFirst:
@@ -52,7 +54,12 @@ REQUESTS = {
 
 def order(policy: Policy) -> list[str]:
     """The names of `REQUESTS` in the order in which they run."""
-    return sorted(REQUESTS, key=lambda name: policy.key(*REQUESTS[name]), reverse=True)
+    return sorted(REQUESTS, key=lambda name: policy.rank(view(*REQUESTS[name]), now=0.0))
+
+
+def view(priority: int, arrival: float) -> RequestView:
+    """What a policy sees of a request of 100 tokens that waits."""
+    return RequestView("", 0, priority, arrival, "", 100, 100, waiting_since=arrival, num_tokens=100)
 
 
 def main() -> None:

@@ -174,7 +174,15 @@ class Add(Struct, frozen=True, tag=True):
 
     request: Request
     generated: list[int] = []
-    """Tokens that it has already, of a request with one sequence that was preempted on another worker."""
+    """Tokens that it has already: it was preempted on another worker, and has one sequence."""
+    view: RequestView | None = None
+    """As it was there; None: the request is new."""
+
+
+class Forget(Struct, frozen=True, tag=True):
+    """To the worker: another one goes on with this request. Nothing more is to come of it here."""
+
+    uid: str
 
 
 class Cancel(Struct, frozen=True, tag=True):

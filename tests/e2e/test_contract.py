@@ -241,20 +241,15 @@ def test_what_the_steps_say_to_one_another_is_refused_from_a_client(
 ) -> None:
     """With a message that would be valid, but for its seal; a request beside it goes on."""
     from fastserve.ensemble.control_messages import CancelById
-    from fastserve.types import Cancel, EngineCapacity, Outcome, encode
+    from fastserve.scheduling.capacity import EngineCapacity, ReplicaCapacity
+    from fastserve.types import Cancel, Outcome, encode
 
     with Client(server.grpc_url) as client:
         stream = client.stream(PROMPT, request_id="good", max_tokens=64, ignore_eos=True)
         next(iter(stream))
         messages: dict[str, Any] = {
             "capacity": EngineCapacity(
-                incarnation="x",
-                serial=10**9,
-                received=0,
-                arrived=0,
-                free_slots=-(10**6),
-                lowest_key=None,
-                time=0.0,
+                10**9, 0.0, [ReplicaCapacity("x", 0, 0, -(10**6), -(10**6), -(10**6), 64)]
             ),
             "cancel": CancelById("good", 1e12),
             "stop": Cancel("good", Outcome.CANCELLED),

@@ -21,9 +21,9 @@ from fastserve.engine.sampler import Sampler
 from fastserve.errors import ErrorCode
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
-from fastserve.scheduling.policies import PriorityAge
+from fastserve.scheduling.policies.priority_age import PriorityAge
 from fastserve.scheduling.sequence import StepPlan
-from fastserve.types import Outcome, OutputOptions, Request, SamplingParams, SequenceOutput
+from fastserve.types import Add, Outcome, OutputOptions, Request, SamplingParams, SequenceOutput
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 MakeEngine = Callable[..., Engine]
@@ -61,7 +61,7 @@ class FakeRunner:
     After one of the tokens `nan` the numbers are not finite.
     """
 
-    def __init__(self, vocab_size: int, num_blocks: int, block_size: int) -> None:
+    def __init__(self, vocab_size: int, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
         self.model = FakeModel(vocab_size)
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -71,10 +71,17 @@ class FakeRunner:
         """Whether nothing can be computed any more."""
         self.num_runs = self.num_tokens = 0
         self._cache = np.full((num_blocks, block_size), -1, dtype=np.int64)
+        self._host = np.full((num_host_blocks, block_size), -1, dtype=np.int64)
 
     def probe(self) -> None:
         if self.is_lost:
             raise RuntimeError("the device is lost")
+
+    def copy_blocks(self, plan: StepPlan) -> None:
+        for block, host_block in plan.copies_out:
+            self._host[host_block] = self._cache[block]
+        for host_block, block in plan.copies_in:
+            self._cache[block] = self._host[host_block]
 
     def run(self, plan: StepPlan) -> tuple[torch.Tensor, AttentionMetadata]:
         self.num_runs += 1
@@ -125,16 +132,19 @@ def fake_engine(tmp_path: Path) -> MakeEngine:
         eos_token_ids: tuple[int, ...] = (),
         tokenizer: Path = tmp_path,
         prefix_caching: bool = True,
+        num_host_blocks: int = 0,
+        has_common_queue: bool = False,
     ) -> Engine:
-        runner = FakeRunner(vocab_size, num_blocks, block_size)
-        pool = BlockPool(num_blocks, block_size, prefix_caching)
+        runner = FakeRunner(vocab_size, num_blocks, block_size, num_host_blocks)
+        pool = BlockPool(num_blocks, block_size, prefix_caching, num_host_blocks)
+        policy = PriorityAge(alpha=10.0, beta=1.0)
         return Engine(
             cast(ModelRunner, runner),
-            IterationScheduler(pool, max_num_seqs, max_num_batched_tokens),
-            PriorityAge(alpha=10.0, beta=1.0),
+            IterationScheduler(pool, policy, max_num_seqs, max_num_batched_tokens),
             Sampler(list(eos_token_ids), vocab_size),
             GuideCompiler(tokenizer, list(eos_token_ids), vocab_size),
             num_blocks * block_size,
+            has_common_queue,
         )
 
     return make
@@ -160,6 +170,11 @@ def make_request(
         deadline=None,
         bad_words_token_ids=list(bad_words),
     )
+
+
+def make_add(*arguments: Any, **sampling: Any) -> Add:
+    """The message that takes a request of `make_request` in."""
+    return Add(make_request(*arguments, **sampling))
 
 
 def run_until_idle(engine: Engine) -> dict[str, list[SequenceOutput]]:
@@ -190,6 +205,7 @@ def helpers() -> Any:
 
     class Helpers:
         make_request = staticmethod(make_request)
+        make_add = staticmethod(make_add)
         run_until_idle = staticmethod(run_until_idle)
         tokens_of = staticmethod(tokens_of)
         assert_refused = staticmethod(assert_refused)

@@ -56,7 +56,7 @@ def answers(engine: Any, helpers: Any, prompts: list[list[int]], together: bool 
     outputs: dict[str, Any] = {}
     for index, prompt in enumerate(prompts):
         engine.add(
-            helpers.make_request(str(index), prompt, temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+            helpers.make_add(str(index), prompt, temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
         )
         if not together:
             outputs |= helpers.run_until_idle(engine)

@@ -36,7 +36,7 @@ def slow_compiler(fake_engine: Any, tokenizer_directory: Path, monkeypatch: pyte
 def test_a_guide_that_compiles_has_its_slots(slow_compiler: Any, helpers: Any) -> None:
     engine, done = slow_compiler
     free = engine.stats().free_slots
-    engine.add(helpers.make_request("a", [1], guide=Guide(regex="slow"), n=3))
+    engine.add(helpers.make_add("a", [1], guide=Guide(regex="slow"), n=3))
     assert engine.stats().free_slots == free - 3
     assert engine.stats().received == 1
     done.set()
@@ -49,18 +49,18 @@ def test_a_guide_that_compiles_for_too_long_is_refused_and_delays_no_other(
 ) -> None:
     monkeypatch.setattr(guides, "MAX_COMPILE_SECONDS", 0.05)
     engine, _ = slow_compiler
-    engine.add(helpers.make_request("slow", [1], guide=Guide(regex="slow"), **GREEDY))
+    engine.add(helpers.make_add("slow", [1], guide=Guide(regex="slow"), **GREEDY))
     helpers.assert_refused(
         helpers.run_until_idle(engine)["slow"], "it is too complex: compiling it takes more than"
     )
     monkeypatch.setattr(guides, "MAX_COMPILE_SECONDS", 60.0)
-    engine.add(helpers.make_request("next", [1], guide=Guide(regex="a"), **GREEDY))
+    engine.add(helpers.make_add("next", [1], guide=Guide(regex="a"), **GREEDY))
     assert helpers.run_until_idle(engine)["next"][-1].outcome is Outcome.STOP
 
 
 def test_a_second_request_of_a_uid_whose_guide_compiles_fails_it(slow_compiler: Any, helpers: Any) -> None:
     engine, _ = slow_compiler
     for _ in range(2):
-        engine.add(helpers.make_request("twice", [1], guide=Guide(regex="slow"), **GREEDY))
+        engine.add(helpers.make_add("twice", [1], guide=Guide(regex="slow"), **GREEDY))
     (output,) = helpers.run_until_idle(engine)["twice"]
     assert output.outcome is Outcome.ERROR

@@ -22,7 +22,7 @@ def test_a_tokenizer_of_more_tokens_than_the_model_can_guide_it(
 ) -> None:
     vocab_size = 49152 - missing
     engine = fake_engine(vocab_size, tokenizer=tokenizer_directory, eos_token_ids=(2, 49151))
-    engine.add(helpers.make_request("a", [1], guide=Guide(choice=["yes", "no"]), **GREEDY))
+    engine.add(helpers.make_add("a", [1], guide=Guide(choice=["yes", "no"]), **GREEDY))
     (*_, last) = helpers.run_until_idle(engine)["a"]
     assert last.outcome is Outcome.STOP
 
@@ -32,10 +32,10 @@ def test_a_guide_that_leaves_nothing_says_so(
 ) -> None:
     """The only token that it allows next is one that the model does not have."""
     engine = fake_engine(100, tokenizer=tokenizer_directory)
-    engine.add(helpers.make_request("a", [1], guide=Guide(regex="é"), **GREEDY))
-    engine.add(helpers.make_request("drawn", [1], guide=Guide(regex="é"), temperature=1.0))
-    engine.add(helpers.make_request("never", [1], guide=Guide(regex=NO_CHARACTER), **GREEDY))
-    engine.add(helpers.make_request("good", [1], **GREEDY))
+    engine.add(helpers.make_add("a", [1], guide=Guide(regex="é"), **GREEDY))
+    engine.add(helpers.make_add("drawn", [1], guide=Guide(regex="é"), temperature=1.0))
+    engine.add(helpers.make_add("never", [1], guide=Guide(regex=NO_CHARACTER), **GREEDY))
+    engine.add(helpers.make_add("good", [1], **GREEDY))
     outputs = helpers.run_until_idle(engine)
     for uid in ("a", "drawn"):
         helpers.assert_refused(
@@ -51,8 +51,8 @@ def test_a_guide_that_does_not_compile_is_refused(
     fake_engine: Any, helpers: Any, tokenizer_directory: Path, guide: Guide
 ) -> None:
     engine = fake_engine(49152, tokenizer=tokenizer_directory)
-    engine.add(helpers.make_request("bad", [1], guide=guide, **GREEDY))
-    engine.add(helpers.make_request("good", [1], **GREEDY))
+    engine.add(helpers.make_add("bad", [1], guide=guide, **GREEDY))
+    engine.add(helpers.make_add("good", [1], **GREEDY))
     outputs = helpers.run_until_idle(engine)
     helpers.assert_refused(outputs["bad"], "`structured_outputs`: it does not compile")
     assert len(helpers.tokens_of(outputs["good"])) == 5
@@ -60,8 +60,8 @@ def test_a_guide_that_does_not_compile_is_refused(
 
 def test_without_a_tokenizer_only_guided_requests_fail(fake_engine: Any, helpers: Any) -> None:
     engine = fake_engine()
-    engine.add(helpers.make_request("bad", [1], guide=Guide(regex="a"), **GREEDY))
-    engine.add(helpers.make_request("good", [1], **GREEDY))
+    engine.add(helpers.make_add("bad", [1], guide=Guide(regex="a"), **GREEDY))
+    engine.add(helpers.make_add("good", [1], **GREEDY))
     outputs = helpers.run_until_idle(engine)
     assert outputs["bad"][0].failure.code == ErrorCode.INTERNAL.value
     assert "tokenizer.json" in outputs["bad"][0].failure.message

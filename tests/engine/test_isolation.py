@@ -19,8 +19,8 @@ SEEDED: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 12, "logi
 def add_others(engine: Any, helpers: Any) -> None:
     for number in range(5):
         sampling = GREEDY if number % 2 else SEEDED
-        engine.add(helpers.make_request(f"other {number}", [number, 5, 9, *range(number * 3)], **sampling))
-    engine.add(helpers.make_request("two", [7, 8, 9], n=2, **SEEDED))
+        engine.add(helpers.make_add(f"other {number}", [number, 5, 9, *range(number * 3)], **sampling))
+    engine.add(helpers.make_add("two", [7, 8, 9], n=2, **SEEDED))
 
 
 def texts_of(outputs: dict[str, Any], helpers: Any) -> dict[tuple[str, int], list[int]]:
@@ -67,7 +67,7 @@ def test_a_request_that_raises_fails_alone(fake_engine: Any, helpers: Any, expec
     engine = fake_engine()
     engine._runner.poison = {POISON}
     prompt, sampling = BAD[kind]
-    engine.add(helpers.make_request("bad", prompt, priority=1, **{"max_tokens": 8, **sampling}))
+    engine.add(helpers.make_add("bad", prompt, priority=1, **{"max_tokens": 8, **sampling}))
     add_others(engine, helpers)
     outputs = helpers.run_until_idle(engine)
     assert_failed(outputs["bad"], f"RuntimeError: token {POISON} is poison", sampling.get("n", 1))
@@ -79,10 +79,10 @@ def test_a_request_that_raises_fails_alone(fake_engine: Any, helpers: Any, expec
 def test_several_at_once(fake_engine: Any, helpers: Any, expected: Any, token: int) -> None:
     engine = fake_engine()
     engine._runner.poison, engine._runner.nan = {POISON}, {NAN}
-    engine.add(helpers.make_request("bad 1", [1, token, 3], **GREEDY))
+    engine.add(helpers.make_add("bad 1", [1, token, 3], **GREEDY))
     add_others(engine, helpers)
-    engine.add(helpers.make_request("bad 2", [4, token, 6, 7], **SEEDED))
-    engine.add(helpers.make_request("bad 3", [4, token], **SEEDED))
+    engine.add(helpers.make_add("bad 2", [4, token, 6, 7], **SEEDED))
+    engine.add(helpers.make_add("bad 3", [4, token], **SEEDED))
     outputs = helpers.run_until_idle(engine)
     for uid in ("bad 1", "bad 2", "bad 3"):
         assert_failed(outputs[uid], "poison" if token == POISON else "not finite")
@@ -95,9 +95,9 @@ def test_among_preempted_sequences(
 ) -> None:
     engine = fake_engine(num_blocks=18, prefix_caching=prefix_caching)
     engine._runner.poison, engine._runner.nan = {POISON}, {NAN}
-    engine.add(helpers.make_request("bad 1", [1, 2], **{**GREEDY, "logit_bias": {POISON: 100.0}}))
+    engine.add(helpers.make_add("bad 1", [1, 2], **{**GREEDY, "logit_bias": {POISON: 100.0}}))
     add_others(engine, helpers)
-    engine.add(helpers.make_request("bad 2", [1, 2, *range(20), NAN], priority=2, **GREEDY))
+    engine.add(helpers.make_add("bad 2", [1, 2, *range(20), NAN], priority=2, **GREEDY))
     outputs = helpers.run_until_idle(engine)
     assert engine.stats().preemptions_total > 0
     assert_failed(outputs["bad 1"], "poison")
@@ -114,7 +114,7 @@ def test_numbers_that_are_not_finite_fail_their_request(
     engine = fake_engine()
     engine._runner.nan = {NAN}
     for time in ("first", "again, with the cache warm"):
-        engine.add(helpers.make_request(f"bad {time}", prompt, **sampling))
+        engine.add(helpers.make_add(f"bad {time}", prompt, **sampling))
         add_others(engine, helpers)
         outputs = helpers.run_until_idle(engine)
         assert_failed(outputs[f"bad {time}"], f"after token {prompt.index(NAN)}")
@@ -163,7 +163,7 @@ def test_a_token_that_cannot_be_booked_fails_its_request(
         return state
 
     monkeypatch.setattr(engine._sampler, "start", start_unbookable)
-    engine.add(helpers.make_request("bad", [1, 2, 3], **GREEDY))
+    engine.add(helpers.make_add("bad", [1, 2, 3], **GREEDY))
     add_others(engine, helpers)
     outputs = helpers.run_until_idle(engine)
     assert_failed(outputs["bad"], "TypeError")

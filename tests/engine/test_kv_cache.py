@@ -41,7 +41,7 @@ def engines(make_engine: Any) -> dict[str, Any]:
 def texts(engine: Any, helpers: Any, prompts: list[list[int]], **sampling: Any) -> list[list[int]]:
     """What the engine makes of the prompts together."""
     for index, prompt in enumerate(prompts):
-        engine.add(helpers.make_request(str(index), prompt, **sampling))
+        engine.add(helpers.make_add(str(index), prompt, **sampling))
     outputs = helpers.run_until_idle(engine)
     return [helpers.tokens_of(outputs[str(index)]) for index in range(len(prompts))]
 
@@ -50,7 +50,7 @@ def mean_loss(engine: Any, helpers: Any, windows: torch.Tensor) -> float:
     """The loss of the windows' tokens, each after those before it."""
     losses = []
     for index, window in enumerate(windows.tolist()):
-        engine.add(helpers.make_request(str(index), window, max_tokens=1, prompt_logprobs=0))
+        engine.add(helpers.make_add(str(index), window, max_tokens=1, prompt_logprobs=0))
     for outputs in helpers.run_until_idle(engine).values():
         losses += [-entries[0][1] for entries in outputs[0].prompt_logprobs if entries]
     return sum(losses) / len(losses)
@@ -110,7 +110,7 @@ def test_a_cancelled_request_gives_its_blocks_back(
     engines: dict[str, Any], helpers: Any, prompts: list[list[int]], dtype: str
 ) -> None:
     engine = engines[dtype]
-    engine.add(helpers.make_request("gone", prompts[0], **GREEDY))
+    engine.add(helpers.make_add("gone", prompts[0], **GREEDY))
     engine.step()
     assert engine.stats().kv_blocks_used > 0
     engine.cancel("gone", Outcome.CANCELLED)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fastserve.engine.penalties import TokenCounts
 from fastserve.engine.sampler import Sampler
 from fastserve.scheduling.sequence import Sequence
+from fastserve.types import view_of
 
 tokens = st.integers(0, 6)
 PENALTIES: dict[str, Any] = {
@@ -55,7 +56,7 @@ def expected_penalized(logits: torch.Tensor, prompt: list[int], generated: list[
 
 def test_penalties_are_those_of_the_whole_sequence(helpers: Any) -> None:
     request = helpers.make_request("a", [3, 3, 9], **PENALTIES)
-    sequence = Sequence(request, 0, 0.0, [3, 3, 9])
+    sequence = Sequence(request, 0, view_of(request), [3, 3, 9])
     sampler = Sampler([], 20)
     state = sampler.start(sequence, None)
     for _ in range(40):
@@ -73,9 +74,7 @@ def test_penalties_survive_preemption(fake_engine: Any, helpers: Any) -> None:
     for num_blocks in (200, 24):
         engine = fake_engine(num_blocks=num_blocks)
         for uid in "abcd":
-            engine.add(
-                helpers.make_request(uid, [ord(uid) % 7, 5], bad_words=[[1], [2, 3], [2, 4]], **PENALTIES)
-            )
+            engine.add(helpers.make_add(uid, [ord(uid) % 7, 5], bad_words=[[1], [2, 3], [2, 4]], **PENALTIES))
         outputs = helpers.run_until_idle(engine)
         texts.append({uid: helpers.tokens_of(outputs[uid]) for uid in outputs})
     assert engine.stats().preemptions_total > 0
@@ -87,9 +86,9 @@ def test_a_step_that_is_repeated_books_its_token_once(fake_engine: Any, helpers:
     for poison in (set(), {59}):
         engine = fake_engine()
         engine._runner.poison = poison
-        engine.add(helpers.make_request("a", [1, 2], logit_bias={59: -100.0}, **PENALTIES))
+        engine.add(helpers.make_add("a", [1, 2], logit_bias={59: -100.0}, **PENALTIES))
         for number in range(4):
             engine.step()
-            engine.add(helpers.make_request(f"bad {number}", [59], temperature=0.0))
+            engine.add(helpers.make_add(f"bad {number}", [59], temperature=0.0))
         texts.append(helpers.tokens_of(helpers.run_until_idle(engine)["a"]))
     assert texts[0] == texts[1]

@@ -18,21 +18,21 @@ def engine(make_engine: Any) -> Any:
 
 def generate(engine: Any, helpers: Any, count: int = 1, **sampling: Any) -> list[list[int]]:
     for index in range(count):
-        engine.add(helpers.make_request(str(index), PROMPT, **{"max_tokens": 32, **sampling}))
+        engine.add(helpers.make_add(str(index), PROMPT, **{"max_tokens": 32, **sampling}))
     outputs = helpers.run_until_idle(engine)
     return [helpers.tokens_of(outputs[str(index)]) for index in range(count)]
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_a_batch(engine: Any, helpers: Any) -> None:
     sampling: dict[str, Any] = {"temperature": 1.0, "seed": 42, "max_tokens": 64, "ignore_eos": True}
-    engine.add(helpers.make_request("alone", PROMPT, **sampling))
+    engine.add(helpers.make_add("alone", PROMPT, **sampling))
     alone = helpers.tokens_of(helpers.run_until_idle(engine)["alone"])
     for index in range(15):
         prompt = [1000 + index, *range(2000, 2000 + 31 * index)]
         engine.add(
-            helpers.make_request(f"other {index}", prompt, temperature=1.0, max_tokens=64, ignore_eos=True)
+            helpers.make_add(f"other {index}", prompt, temperature=1.0, max_tokens=64, ignore_eos=True)
         )
-    engine.add(helpers.make_request("in a batch", PROMPT, **sampling))
+    engine.add(helpers.make_add("in a batch", PROMPT, **sampling))
     assert helpers.tokens_of(helpers.run_until_idle(engine)["in a batch"]) == alone
 
 
@@ -44,7 +44,7 @@ def test_without_a_seed_texts_differ(engine: Any, helpers: Any) -> None:
 def test_sequences_of_one_request_differ_and_repeat(engine: Any, helpers: Any) -> None:
     def texts() -> list[list[int]]:
         engine.add(
-            helpers.make_request("n", PROMPT, n=4, seed=5, temperature=1.0, max_tokens=16, ignore_eos=True)
+            helpers.make_add("n", PROMPT, n=4, seed=5, temperature=1.0, max_tokens=16, ignore_eos=True)
         )
         outputs = helpers.run_until_idle(engine)["n"]
         return [helpers.tokens_of(outputs, index) for index in range(4)]
@@ -88,9 +88,9 @@ def test_min_tokens_holds_the_end_back(engine: Any, helpers: Any) -> None:
 
 
 def test_outcomes(engine: Any, helpers: Any) -> None:
-    engine.add(helpers.make_request("stop", PROMPT, stop_token_ids=[7042], temperature=0.0))
-    engine.add(helpers.make_request("length", PROMPT, max_tokens=2, temperature=0.0))
-    engine.add(helpers.make_request("too long", [5] * engine.max_model_len, max_tokens=2))
+    engine.add(helpers.make_add("stop", PROMPT, stop_token_ids=[7042], temperature=0.0))
+    engine.add(helpers.make_add("length", PROMPT, max_tokens=2, temperature=0.0))
+    engine.add(helpers.make_add("too long", [5] * engine.max_model_len, max_tokens=2))
     outputs = helpers.run_until_idle(engine)
     assert outputs["stop"][-1].outcome is Outcome.STOP
     assert outputs["length"][-1].outcome is Outcome.LENGTH
@@ -99,15 +99,15 @@ def test_outcomes(engine: Any, helpers: Any) -> None:
 
 
 def test_a_guide_that_fails_in_the_engine_fails_its_request_only(engine: Any, helpers: Any) -> None:
-    engine.add(helpers.make_request("bad", PROMPT, guide=Guide(regex="(")))
-    engine.add(helpers.make_request("good", PROMPT, max_tokens=4, temperature=0.0))
+    engine.add(helpers.make_add("bad", PROMPT, guide=Guide(regex="(")))
+    engine.add(helpers.make_add("good", PROMPT, max_tokens=4, temperature=0.0))
     outputs = helpers.run_until_idle(engine)
     assert outputs["bad"][-1].outcome is Outcome.ERROR
     assert len(helpers.tokens_of(outputs["good"])) == 4
 
 
 def test_cancelled_sequences_leave_no_blocks(engine: Any, helpers: Any) -> None:
-    engine.add(helpers.make_request("a", PROMPT, max_tokens=1000, ignore_eos=True, n=2))
+    engine.add(helpers.make_add("a", PROMPT, max_tokens=1000, ignore_eos=True, n=2))
     for _ in range(5):
         engine.step()
     assert engine.stats().kv_blocks_used > 0

@@ -21,6 +21,8 @@ class Engine:
     """Has work, and raises at the first step, if it is given an error to raise."""
 
     max_model_len = 16
+    block_size = 16
+    num_preempted = 0
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
@@ -31,7 +33,7 @@ class Engine:
         raise self.error
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 64, None, 0, 0, 0, 0, 0)
+        return EngineStats(0, 0, 0, 64, 64, 64, [], 64, 0, 0, 0, 0, 0, 0)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
-from fastserve.types import EngineStats, Outcome, Request, SequenceOutput, Shutdown, StepOutput
+from fastserve.types import Add, EngineStats, Outcome, Request, SequenceOutput, Shutdown, StepOutput
 
 LARGE_ANSWER = 60_000
 """Token ids of an answer of about 300 kB: more than the buffer of a pipe holds."""
@@ -19,6 +19,8 @@ class FakeEngine:
     """
 
     max_model_len = 2048
+    block_size = 16
+    num_preempted = 0
 
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
@@ -29,7 +31,8 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._requests)
 
-    def add(self, request: Request) -> None:
+    def add(self, message: Add) -> None:
+        request = message.request
         if request.request_id == "poison":
             raise RuntimeError("poisoned")
         self._requests.append(request)
@@ -46,7 +49,7 @@ class FakeEngine:
         return StepOutput([output], self.stats())
 
     def stats(self) -> EngineStats:
-        return EngineStats(self._received, 0, 0, 64, None, 0, 0, 0, 0, 0)
+        return EngineStats(self._received, 0, 0, 64, 64, 64, [], 64, 0, 0, 0, 0, 0, 0)
 
 
 def load_large(config: Config, files: ModelFiles) -> Any:

@@ -190,6 +190,10 @@ def get_input_tensor_by_name(request: InferenceRequest, name: str) -> Tensor | N
     return next((tensor for tensor in request.inputs() if tensor.name() == name), None)
 
 
+def get_output_tensor_by_name(response: InferenceResponse, name: str) -> Tensor | None:
+    return next((tensor for tensor in response.output_tensors() if tensor.name() == name), None)
+
+
 class _Metric:
     """One member of a family. `value` of a histogram: the sum of what was observed."""
 

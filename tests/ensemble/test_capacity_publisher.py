@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from fastserve.types import EngineCapacity
+from fastserve.scheduling.capacity import EngineCapacity, ReplicaCapacity, ResumeList
+from fastserve.types import Resume
 
-FIRST = ("a", 1, 2, 3, None, 2048)
+FIRST = ReplicaCapacity("a", 1, 2, 3, 100, 512, 1)
 
 
 @pytest.fixture
@@ -18,13 +20,22 @@ def capacity(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from fastserve.ensemble import capacity_publisher as module
 
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
-    publisher = module.CapacityPublisher(problems.append, after=lambda: None)
+    publisher = module.CapacityPublisher(resumed.extend, problems.append, after=lambda: None)
+    pb_utils.server.answer = lambda request: [answer()]
     yield publisher
     publisher.stop()
     problems.clear()
+    resumed.clear()
 
 
 problems: list[str | None] = []
+resumed: list[Resume] = []
+
+
+def answer(number: int = 0, *resumes: Resume) -> Any:
+    from fastserve.ensemble.messaging import message_response
+
+    return message_response("resumes", ResumeList(number, list(resumes)))
 
 
 def capacities(pb_utils: Any, count: int) -> list[EngineCapacity]:
@@ -36,63 +47,60 @@ def capacities(pb_utils: Any, count: int) -> list[EngineCapacity]:
     return [message_of(request, "capacity", EngineCapacity) for request in pb_utils.server.requests]  # type: ignore[misc]
 
 
-def publish(capacity: Any, *numbers: Any) -> None:
-    incarnation, received, arrived, free_slots, lowest_key, max_model_len = numbers
-    capacity.publish(
-        EngineCapacity(incarnation, 0, received, arrived, free_slots, lowest_key, 0.0, max_model_len)
-    )
+def publish(capacity: Any, replica: ReplicaCapacity = FIRST) -> None:
+    capacity.publish(EngineCapacity(0, 0.0, [replica], block_size=16, max_model_len=2048))
 
 
 def test_nothing_is_sent_before_the_server_is_up(capacity: Any, pb_utils: Any) -> None:
-    publish(capacity, *FIRST)
+    publish(capacity)
     assert pb_utils.server.requests == []
     capacity.open()
     (published,) = capacities(pb_utils, 1)
-    assert (published.incarnation, published.serial, published.received, published.arrived) == ("a", 1, 1, 2)
-    assert (published.free_slots, published.lowest_key, published.max_model_len) == (3, None, 2048)
+    assert (published.replicas, published.block_size, published.max_model_len) == ([FIRST], 16, 2048)
+    assert published.serial == 1
     assert published.time > 0
 
 
 def test_what_comes_while_one_is_sent_is_joined(capacity: Any, pb_utils: Any) -> None:
     goes_on = threading.Event()
 
-    def answer(request: Any) -> Any:
+    def wait(request: Any) -> Any:
         assert goes_on.wait(20)
-        return []
+        return [answer()]
 
-    pb_utils.server.answer = answer
+    pb_utils.server.answer = wait
     capacity.open()
-    publish(capacity, *FIRST)
+    publish(capacity)
     capacities(pb_utils, 1)
     for slots in range(10):
-        publish(capacity, "a", 1, 2, slots, None, 2048)
+        publish(capacity, replace(FIRST, free_slots=slots))
     goes_on.set()
-    assert [each.free_slots for each in capacities(pb_utils, 2)] == [3, 9]
+    assert [each.replicas[0].free_slots for each in capacities(pb_utils, 2)] == [3, 9]
 
 
 def test_what_could_not_be_sent_is_sent_again(capacity: Any, pb_utils: Any) -> None:
     failures = [ValueError("broken"), pb_utils.TritonModelException("the scheduler is loading")]
 
-    def answer(request: Any) -> Any:
+    def fail(request: Any) -> Any:
         if failures:
             raise failures.pop()
-        return []
+        return [answer()]
 
-    pb_utils.server.answer = answer
+    pb_utils.server.answer = fail
     capacity.open()
-    publish(capacity, *FIRST)
+    publish(capacity)
     assert [each.serial for each in capacities(pb_utils, 3)] == [1, 2, 3]
 
 
 def test_one_that_can_never_send_reports_so(capacity: Any, pb_utils: Any) -> None:
-    def answer(request: Any) -> Any:
+    def fail(request: Any) -> Any:
         if len(pb_utils.server.requests) <= 6:
             raise ValueError("broken")
-        return []
+        return [answer()]
 
-    pb_utils.server.answer = answer
+    pb_utils.server.answer = fail
     capacity.open()
-    publish(capacity, *FIRST)
+    publish(capacity)
     capacities(pb_utils, 7)
     capacity.stop()
     assert problems == ["the thread `capacity` keeps failing: ValueError: broken", None]
@@ -105,7 +113,7 @@ def test_what_has_not_changed_is_repeated_with_a_newer_time(
 
     monkeypatch.setattr(module, "REPEAT_SECONDS", 0.02)
     capacity.open()
-    publish(capacity, *FIRST)
+    publish(capacity)
     first, second = capacities(pb_utils, 2)[:2]
     assert second.time > first.time
-    assert (second.serial, second.free_slots) == (2, first.free_slots)
+    assert (second.serial, second.replicas) == (2, first.replicas)

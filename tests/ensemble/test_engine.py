@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
-from fastserve.ensemble.control_messages import CancelById, HealthReport
+from fastserve.ensemble.control_messages import CancelById, HealthReport, Released
+from fastserve.scheduling.capacity import ResumeList
 from fastserve.types import (
     Add,
     Cancel,
@@ -30,7 +31,7 @@ from fastserve.types import (
 )
 
 GONE = "the thread `queue-deadlines` has ended"
-STATS = EngineStats(0, 0, 0, 4, None, 100, 0, 0, 0, 0)
+STATS = EngineStats(0, 0, 0, 4, 100, 512, [], 100, 0, 0, 0, 0, 0, 0)
 
 
 class FakeWorker:
@@ -48,7 +49,7 @@ class FakeWorker:
         if self.is_broken:
             self.on_death("ended (code 1)")
         else:
-            self.on_message(Ready(str(len(self.started)), 2048, STATS))
+            self.on_message(Ready(str(len(self.started)), 2048, 16, STATS))
 
     def send(self, message: Any) -> None:
         self.sent.append(message)
@@ -60,7 +61,8 @@ class FakeWorker:
         return 0.0
 
     def step(self, *outputs: SequenceOutput, received: int = 0) -> None:
-        self.on_message(StepOutput(list(outputs), EngineStats(received, 1, 0, 3, None, 100, 1, 1, 0, 0)))
+        stats = msgspec.structs.replace(STATS, received=received, running=1, kv_blocks_used=1, step_tokens=1)
+        self.on_message(StepOutput(list(outputs), stats))
 
 
 class Engine:
@@ -80,7 +82,7 @@ class Engine:
 
     def requests(self, *requests: Request) -> list[Any]:
         """Sends them in one batch; their senders."""
-        batch = [self.message("released", request) for request in requests]
+        batch = [self.message("released", Released(request, 0)) for request in requests]
         self.model.execute(batch)
         return [each.sender for each in batch]
 
@@ -101,10 +103,18 @@ def engine(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(worker_supervisor, "RESTART_SECONDS", 0.0)
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
     monkeypatch.setenv("FASTSERVE_MODEL_CONTROL", "explicit")
+    pb_utils.server.answer = answer_capacity
     model = module.EngineModel()
     model.initialize({})
     yield Engine(pb_utils, model)
     model.finalize()
+
+
+def answer_capacity(request: Any) -> list[Any]:
+    """What `scheduler` says to it while nothing waits."""
+    from fastserve.ensemble.messaging import message_response
+
+    return [message_response("resumes", ResumeList(0, []))]
 
 
 def a_request(uid: str, request_id: str = "", arrival: float = 10.0, n: int = 1) -> Request:
@@ -165,7 +175,7 @@ def test_a_message_that_cannot_be_read_fails_alone(engine: Engine) -> None:
 
     bad = engine.pb_utils.InferenceRequest(inputs=[strings("released", [sign("released", b"\xc1")])])
     empty = engine.pb_utils.InferenceRequest()
-    good = engine.message("released", a_request("a"))
+    good = engine.message("released", Released(a_request("a"), 0))
     engine.model.execute([bad, empty, good])
     engine.worker.step(SequenceOutput("a", token_ids=[1], outcome=Outcome.STOP))
     assert (bad.sender.is_final, empty.sender.is_final, good.sender.is_final) == (True, True, True)
@@ -245,7 +255,7 @@ def test_every_request_ends_whatever_fails(engine: Engine, seed: int) -> None:
     senders: dict[str, Any] = {}
     for number in range(200):
         uid = str(number)
-        request = engine.message("released", a_request(uid, f"id {number % 7}", float(number)))
+        request = engine.message("released", Released(a_request(uid, f"id {number % 7}", float(number)), 0))
         request.sender.fail, request.cancelled = fail, rng.random() < 0.1
         senders[uid] = request.sender
         engine.model.execute([request])
@@ -338,7 +348,8 @@ def answer_readiness(engine: Engine) -> Any:
         if request.model_name() == "readiness":
             engine.model.execute([request])
             request.sender.wait()
-        return []
+            return []
+        return answer_capacity(request)
 
     return answer
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
-from fastserve.ensemble.control_messages import Queued, Rejected, SchedulerOutput
+from fastserve.ensemble.control_messages import Queued, Rejected, Released, SchedulerOutput
 from fastserve.types import (
     Failure,
     Outcome,
@@ -63,7 +63,7 @@ def test_a_forwarded_request_is_queued_at_once_and_fails_in_the_queue_as_data(
         )
     model.finalize()
     assert released[0][0] == Queued("first")
-    assert isinstance(released[0][1], Request)
+    assert isinstance(released[0][1], Released)
     assert released[1][0] == Queued("second")
     assert isinstance(released[1][1], Rejected)
     assert (released[1][1].outcome, released[1][1].failure.code) == (Outcome.TIMEOUT, "UNAVAILABLE")

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from fastserve.ensemble.control_messages import BlockUnload, CancelById, Queued
+from fastserve.ensemble.control_messages import BlockUnload, CancelById, Queued, Released
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.types import Cancel, EngineCapacity, Outcome, RequestOutput, encode
+from fastserve.scheduling.capacity import EngineCapacity, ReplicaCapacity
+from fastserve.types import Cancel, Outcome, RequestOutput, encode
 
-CAPACITY = EngineCapacity(
-    incarnation="x", serial=10**9, received=0, arrived=0, free_slots=10**6, lowest_key=None, time=0.0
-)
+CAPACITY = EngineCapacity(10**9, 0.0, [ReplicaCapacity("x", 0, 0, 10**6, 10**6, 10**6, 0)])
 UNSIGNED: dict[str, Any] = {
     "capacity": CAPACITY,
     "stop": Cancel("uid", Outcome.CANCELLED),
@@ -66,5 +65,5 @@ def test_the_scheduler_refuses_an_imitation_and_serves_what_came_with_it(pb_util
         assert request.sender.is_final
         assert request.sender.error.message().startswith("INVALID_ARG: `")
     (released,) = good.sender.outputs("released")
-    assert read_message("released", released[0], Request) == real
+    assert read_message("released", released[0], Released) == Released(real, 0)
     model.finalize()

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from fastserve.config import Config
-from fastserve.ensemble.control_messages import HealthReport
-from fastserve.types import EngineCapacity, OutputOptions, Request, SamplingParams
+from fastserve.ensemble.control_messages import HealthReport, Released
+from fastserve.scheduling.capacity import EngineCapacity, ReplicaCapacity
+from fastserve.types import OutputOptions, Request, SamplingParams
 
 
 class Scheduler:
@@ -33,9 +34,7 @@ class Scheduler:
 
     def capacity(self, free_slots: int, received: int = 0, max_model_len: int | None = None) -> Any:
         self._serial += 1
-        now = time.monotonic()
-        capacity = EngineCapacity("a", self._serial, received, received, free_slots, None, now, max_model_len)
-        request = self.message("capacity", capacity)
+        request = self.message("capacity", a_capacity(self._serial, free_slots, received, max_model_len))
         self.model.execute([request])
         return request.sender
 
@@ -83,10 +82,17 @@ def a_request(uid: str, priority: int = 0, num_tokens: int = 1, deadline: float 
     )
 
 
+def a_capacity(
+    serial: int, free_slots: int, received: int = 0, max_model_len: int | None = None
+) -> EngineCapacity:
+    replica = ReplicaCapacity("a", received, received, free_slots, 10_000, 10_000, 0)
+    return EngineCapacity(serial, time.monotonic(), [replica], max_model_len=max_model_len)
+
+
 def released(sender: Any) -> list[str]:
     from fastserve.ensemble.messaging import read_message
 
-    return [read_message("released", array[0], Request).uid for array in sender.outputs("released")]
+    return [read_message("released", array[0], Released).request.uid for array in sender.outputs("released")]
 
 
 def fail_once(error: Exception) -> Any:
@@ -130,7 +136,7 @@ def test_a_request_that_cannot_be_sent_on_fails_alone(scheduler: Scheduler) -> N
 
 def test_an_answer_to_a_room_message_that_fails_leaves_the_requests_alone(scheduler: Scheduler) -> None:
     _, second = scheduler.requests(a_request("a"), a_request("b"))
-    capacity = scheduler.message("capacity", EngineCapacity("a", 1, 1, 1, 1, None, time.monotonic()))
+    capacity = scheduler.message("capacity", a_capacity(1, 1, received=1))
     capacity.sender.fail = fail_once(scheduler.pb_utils.TritonModelException("no shared memory"))
     scheduler.model.execute([capacity])
     assert released(second) == ["b"]

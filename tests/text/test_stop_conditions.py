@@ -17,7 +17,7 @@ from fastserve.text.stop_conditions import (
     stop_strings_count,
     stop_token_ids,
 )
-from fastserve.types import Outcome, OutputOptions, Request, SamplingParams
+from fastserve.types import Outcome, OutputOptions, Request, SamplingParams, view_of
 
 TEXT = st.text("ab\n", max_size=30)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4)
@@ -110,7 +110,7 @@ def test_what_the_last_token_ends(
     outcome: Outcome | None,
 ) -> None:
     request = a_request(**sampling)
-    sequence = Sequence(request, 0, 0.0, token_ids=request.prompt_token_ids + generated)
+    sequence = Sequence(request, 0, view_of(request), token_ids=request.prompt_token_ids + generated)
     stops = stop_token_ids(request.sampling, [EOS])
     assert check_stop(sequence, stops, is_guide_complete, max_model_len) is outcome
 

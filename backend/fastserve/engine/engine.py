@@ -150,11 +150,13 @@ class Engine:
         self._is_unchecked = True
         state = self._active[request.uid] = _RequestState(request)
         for index in range(request.sampling.n):
-            view = view_of(request, index)
+            view = message.view or view_of(request, index)
             sequence = Sequence(request, index, view, [*request.prompt_token_ids, *message.generated])
             state.sequences[index] = sampling = self._sampler.start(sequence, guide)
             for token_id in message.generated:
-                sampling.append(token_id)
+                if (error := sampling.append(token_id)) is not None:
+                    self._fail(request.uid, error)
+                    return
             self._scheduler.add(sequence, time.monotonic())
 
     def resume(self, uid: str, index: int) -> None:
@@ -162,6 +164,11 @@ class Engine:
         self._received += 1
         if (sequence := self._preempted.pop((uid, index), None)) is not None:
             self._scheduler.add(sequence, time.monotonic())
+
+    def forget(self, uid: str) -> None:
+        """Lets go of a preempted request with one sequence, silently: another worker goes on with it."""
+        if self._preempted.pop((uid, 0), None) is not None:
+            del self._active[uid]
 
     def _refuse(self, request: Request, error: RequestError) -> None:
         """Ends a request that was never started."""
@@ -232,7 +239,7 @@ class Engine:
 
     def _start_compiled(self) -> None:
         """Starts requests whose guide is compiled; waits a little for one if there is nothing else to do."""
-        for message, guide in self._guide_queue.pop_compiled(has_time=not self._active):
+        for message, guide in self._guide_queue.pop_compiled(has_time=not self._scheduler.has_sequences):
             if isinstance(guide, RequestError):
                 self._refuse(message.request, guide)
             else:

@@ -1,13 +1,13 @@
 """From logits to tokens: each request's own sampling parameters, over the whole batch at once.
 
 A request's tokens do not depend on what it is batched with: its random numbers are a function of its seed and
-the token's position alone, so they also survive preemption.
+the token's position alone, so they also survive preemption, and the move to another worker. Where the client
+gives no seed it is a hash of the request's uid, which is random.
 """
 
 from __future__ import annotations
 
 import math
-import secrets
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from fastserve.engine.compute_errors import not_finite
 from fastserve.engine.guides import CompiledGuide, GuideMatcher
 from fastserve.engine.logits_processor import LogitsProcessor
 from fastserve.engine.logprobs import PromptLogprobs, token_logprobs
-from fastserve.engine.random_numbers import sequence_seed, uniform_numbers
+from fastserve.engine.random_numbers import sequence_seed, uid_seed, uniform_numbers
 from fastserve.errors import RequestError
 from fastserve.scheduling.sequence import Sequence
 from fastserve.text.stop_conditions import stop_token_ids
@@ -72,7 +72,7 @@ class Sampler:
     def start(self, sequence: Sequence, guide: CompiledGuide | None) -> SamplingState:
         """The state for a sequence that begins."""
         params = sequence.request.sampling
-        seed = secrets.randbits(64) if params.seed is None else params.seed
+        seed = uid_seed(sequence.request.uid) if params.seed is None else params.seed
         return SamplingState(
             sequence,
             seed=sequence_seed(seed, sequence.index),

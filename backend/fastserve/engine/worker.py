@@ -1,7 +1,7 @@
 """The worker process: an engine, its loop, and the pipe to whoever started it.
 
-Parent to worker: `Add`, `Resume`, `Cancel`, `Shutdown`. Worker to parent: `Ready` once, then one `StepOutput`
-a step.
+Parent to worker: `Add`, `Resume`, `Forget`, `Cancel`, `Shutdown`. Worker to parent: `Ready` once, then one
+`StepOutput` a step.
 A worker whose parent is gone finds its pipe closed and leaves.
 
 Both ends read the pipe in a thread that does nothing else and never waits for the other direction, and what
@@ -27,7 +27,7 @@ from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
 from fastserve.engine.worker_pipe import FromWorker, ParentGoneError, ToWorker, WorkerPipe
 from fastserve.service_thread import ServiceThread
-from fastserve.types import Add, Cancel, Ready, Resume, Shutdown, StepOutput, decode, encode
+from fastserve.types import Add, Cancel, Forget, Ready, Resume, Shutdown, StepOutput, decode, encode
 
 if TYPE_CHECKING:
     from fastserve.engine.engine import Engine
@@ -57,6 +57,8 @@ def run_engine(
                 engine.cancel(message.uid, message.outcome, message.index)
             elif isinstance(message, Resume):
                 engine.resume(message.uid, message.index)
+            elif isinstance(message, Forget):
+                engine.forget(message.uid)
             elif isinstance(message, Exception):
                 raise message
             else:

@@ -7,9 +7,9 @@ import select
 import threading
 from multiprocessing.connection import Connection
 
-from fastserve.types import Add, Cancel, Ready, Resume, Shutdown, StepOutput, decode, encode
+from fastserve.types import Add, Cancel, Forget, Ready, Resume, Shutdown, StepOutput, decode, encode
 
-ToWorker = Add | Cancel | Resume | Shutdown
+ToWorker = Add | Cancel | Forget | Resume | Shutdown
 FromWorker = Ready | StepOutput
 
 SMALL_BYTES = 1 << 15

@@ -27,14 +27,14 @@ class CapacityPublisher:
 
     def __init__(
         self,
-        on_resume: Callable[[Resume], None],
+        on_resumes: Callable[[list[Resume]], None],
         on_health: Callable[[str | None], None],
         after: Callable[[], None],
     ) -> None:
-        """`on_resume`, and after each message `after`, are called in this thread; `on_health`: see
+        """`on_resumes`, and after each message `after`, are called in this thread; `on_health`: see
         `ServiceThread`."""
         self._changed = threading.Condition()
-        self._on_resume = on_resume
+        self._on_resumes = on_resumes
         self._after = after
         self._latest: EngineCapacity | None = None
         self._published: EngineCapacity | None = None
@@ -103,8 +103,7 @@ class CapacityPublisher:
     def _take_resumes(self, answer: ResumeList) -> None:
         if answer.number > self._resumes_seen:
             self._resumes_seen = answer.number
-            for resume in answer.resumes:
-                self._on_resume(resume)
+            self._on_resumes(answer.resumes)
 
     def stop(self) -> None:
         """Ends the thread, and waits for it."""

@@ -43,16 +43,8 @@ from fastserve.ensemble.shared_secret import server_secret
 from fastserve.ensemble.tenant_tokens import TenantTokenCounter
 from fastserve.errors import ErrorCode, invalid
 from fastserve.scheduling.capacity import Ended, EngineCapacity, Finished, Preempted
-from fastserve.text.stop_conditions import external_stop
-from fastserve.types import (
-    Add,
-    Cancel,
-    Failure,
-    Outcome,
-    Ready,
-    Resume,
-    StepOutput,
-)
+from fastserve.text.stop_conditions import external_stop, has_expired
+from fastserve.types import Add, Cancel, Failure, Outcome, Ready, Resume, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +86,7 @@ class EngineModel:
             for number in range(1)
         ]
         self._capacity = CapacityPublisher(
-            self._resume, partial(self._readiness.set, "capacity"), after=self._look_after
+            self._resume_all, partial(self._readiness.set, "capacity"), after=self._look_after
         )
         for replica in self._replicas:
             replica.worker.start()
@@ -174,22 +166,27 @@ class EngineModel:
 
     # Called by the thread that publishes the capacity: what runs again.
 
+    def _resume_all(self, resumes: list[Resume]) -> None:
+        with self._lock:
+            for resume in resumes:
+                self._resume(resume)
+            self._publish_capacity()  # which tells the queue that they have come
+
     def _resume(self, resume: Resume) -> None:
         """Lets a preempted sequence run, on the replica that has it or, with its tokens, on another."""
-        with self._lock:
-            replica = self._replicas[resume.replica]
-            stream = self._streams.get(resume.uid)
-            if stream is None:
-                replica.count_dropped()
-                return
-            stream.num_preempted -= 1
-            if stream.replica == resume.replica:
-                replica.resume(resume)
-                return
-            if stream.replica is not None:
-                self._replicas[stream.replica].cancel(Cancel(resume.uid, Outcome.CANCELLED))
-            stream.replica = resume.replica
-            replica.add(Add(stream.request, stream.token_ids))
+        replica = self._replicas[resume.replica]
+        stream = self._streams.get(resume.uid)
+        if stream is None:
+            replica.count_dropped()
+            return
+        view, stream.preempted = stream.preempted, None
+        if stream.replica == resume.replica:
+            replica.resume(resume)
+            return
+        if stream.replica is not None:
+            self._replicas[stream.replica].forget(resume.uid)
+        stream.replica = resume.replica
+        replica.add(Add(stream.request, stream.token_ids, view))
 
     # Called by the threads that read a worker's pipe: steps, and its death.
 
@@ -208,10 +205,11 @@ class EngineModel:
                     stream.add(output)
             for view in step.preempted:
                 if (stream := self._stream_on(replica, view.uid)) is not None:
-                    stream.num_preempted += 1
-                    self._capacity.tell(Preempted(replica, view, can_move=stream.request.sampling.n == 1))
+                    stream.preempted = view if stream.can_move else None
+                    self._capacity.tell(Preempted(replica, view, stream.can_move))
             for uid, index in step.ended:
-                self._capacity.tell(Ended(uid, index))
+                if uid not in self._streams or self._stream_on(replica, uid) is not None:
+                    self._capacity.tell(Ended(uid, index))
             for tokens in self._tenant_tokens.take():
                 self._capacity.tell(tokens)
             due = self._take_due(now)
@@ -271,7 +269,7 @@ class EngineModel:
             for uid, stream in list(self._streams.items()):
                 if stream.replica != replica or uid in waiting:
                     continue
-                if stream.survives:
+                if stream.preempted is not None:
                     stream.replica = None
                 else:
                     lost.append(stream)
@@ -295,7 +293,12 @@ class EngineModel:
         )
 
     def _look_after(self) -> None:
-        """Every two seconds or so: watches the worker, and repeats what the gauges did not show."""
+        """Every two seconds or so: what nothing else would bring about."""
+        with self._lock:
+            waiting = [stream.request for stream in self._streams.values() if stream.replica is None]
+        for request in waiting:
+            if has_expired(request, time.monotonic()):
+                self._stop(Cancel(request.uid, Outcome.TIMEOUT))
         for replica in self._replicas:
             replica.worker.look(bool(self._streams))
         self._metrics.repeat()

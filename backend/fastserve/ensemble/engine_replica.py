@@ -12,7 +12,7 @@ from fastserve.ensemble.metrics import Counter
 from fastserve.ensemble.readiness import Readiness
 from fastserve.ensemble.worker_supervisor import WorkerSupervisor
 from fastserve.scheduling.capacity import ReplicaCapacity
-from fastserve.types import Add, Cancel, EngineStats, Ready, Resume
+from fastserve.types import Add, Cancel, EngineStats, Forget, Ready, Resume
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,10 @@ class EngineReplica:
             return False
         self.worker.send(cancel)
         return True
+
+    def forget(self, uid: str) -> None:
+        """Another replica goes on with a request that waits here, preempted."""
+        self.worker.send(Forget(uid))
 
     def _send(self, message: Add | Resume) -> None:
         self._sent += 1

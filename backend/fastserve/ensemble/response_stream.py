@@ -8,7 +8,7 @@ from typing import Any
 
 from fastserve.ensemble.messaging import message_response, send_end, send_error, send_final
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.types import Failure, Outcome, Request, RequestOutput, SequenceOutput
+from fastserve.types import Failure, Outcome, Request, RequestOutput, RequestView, SequenceOutput
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +28,12 @@ class ResponseStream:
     sequences_left: int
     replica: int | None = None
     """The engine replica that has it; None: its worker is gone, and it waits in the common queue."""
-    num_preempted: int = 0
-    """Of its sequences, those that wait in the common queue."""
+    preempted: RequestView | None = None
+    """While a request that can move waits in the common queue: what that knows of it."""
     has_output: bool = False
     """Whether the worker has computed its prompt."""
     token_ids: list[int] = field(default_factory=list)
-    """What was generated, of a request with one sequence: another replica can go on from there."""
+    """What was generated, of a request that can move: another replica goes on from there."""
     num_output_tokens: int = 0
     """Of all its sequences."""
     pending: list[SequenceOutput] = field(default_factory=list)
@@ -44,7 +44,7 @@ class ResponseStream:
         self.pending.append(output)
         self.has_output = True
         self.num_output_tokens += len(output.token_ids)
-        if self.request.sampling.n == 1:
+        if self.can_move:
             self.token_ids += output.token_ids
         if output.outcome is not None:
             self.sequences_left -= 1
@@ -53,6 +53,15 @@ class ResponseStream:
     def num_tokens(self) -> int:
         """What was computed for it, of the prompt and of the answers."""
         return len(self.request.prompt_token_ids) + self.num_output_tokens if self.has_output else 0
+
+    @property
+    def can_move(self) -> bool:
+        """Whether another replica may go on with it, given its tokens.
+
+        Not with several sequences, which share a prompt, nor with log-probabilities of the prompt, which the
+        worker collects.
+        """
+        return self.request.sampling.n == 1 and self.request.sampling.prompt_logprobs is None
 
     @property
     def is_final(self) -> bool:
@@ -88,11 +97,6 @@ class ResponseStream:
         else:
             self.sender.send(response)
         self.last_sent = now
-
-    @property
-    def survives(self) -> bool:
-        """Whether it outlives its worker: it waits in the common queue, and can run on another."""
-        return self.request.sampling.n == 1 and self.num_preempted == 1
 
     def fail(self, outcome: Outcome, failure: Failure | None) -> None:
         """Ends the request, with a failure or none, behind the tokens that came before it. Never raises.
