@@ -92,7 +92,15 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         ),
     ] = "auto"
     enable_prefix_caching: Annotated[bool, Meta(description="reuse KV blocks of equal prefixes")] = True
-    num_threads: Annotated[int, Meta(ge=0, description="of the worker on a CPU; 0: one per core")] = 0
+    replicas: Annotated[
+        int,
+        Meta(
+            ge=1, le=64, description="workers, each with the model: one a GPU, or with a share of the cores"
+        ),
+    ] = 1
+    num_threads: Annotated[
+        int, Meta(ge=0, description="of each worker on a CPU; 0: as many as its share of the cores")
+    ] = 0
     policy: Annotated[
         str,
         Meta(

@@ -242,6 +242,8 @@ class EngineStats(Struct, frozen=True):
     step_tokens: int
     """Tokens that this step computed; 0: no step was taken."""
     preemptions_total: int
+    resumptions_total: dict[str, int]
+    """Preempted sequences that went on, by `PreemptionKind`."""
     swapped_blocks_total: int
     """KV blocks that came back from host memory."""
     recomputed_tokens_total: int

@@ -33,7 +33,7 @@ class Engine:
         raise self.error
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 64, 64, 64, [], 64, 0, 0, 0, 0, 0, 0)
+        return EngineStats(0, 0, 0, 64, 64, 64, [], 64, 0, 0, 0, {}, 0, 0, 0)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def work(connection: Any, engine: Engine) -> None:
-    _worker_main(Config(), FILES, connection, lambda config, files: engine)  # type: ignore[arg-type, return-value]
+    _worker_main(Config(), FILES, 0, connection, lambda config, files, replica: engine)  # type: ignore[arg-type, return-value]
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), EOFError(), RuntimeError("lost")], ids=repr)

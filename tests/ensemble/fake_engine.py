@@ -49,16 +49,16 @@ class FakeEngine:
         return StepOutput([output], self.stats())
 
     def stats(self) -> EngineStats:
-        return EngineStats(self._received, 0, 0, 64, 64, 64, [], 64, 0, 0, 0, 0, 0, 0)
+        return EngineStats(self._received, 0, 0, 64, 64, 64, [], 64, 0, 0, 0, {}, 0, 0, 0)
 
 
-def load_large(config: Config, files: ModelFiles) -> Any:
+def load_large(config: Config, files: ModelFiles, replica: int) -> Any:
     return FakeEngine(LARGE_ANSWER)
 
 
-def load_small(config: Config, files: ModelFiles) -> Any:
+def load_small(config: Config, files: ModelFiles, replica: int) -> Any:
     return FakeEngine(1)
 
 
-def load_nothing(config: Config, files: ModelFiles) -> Any:
+def load_nothing(config: Config, files: ModelFiles, replica: int) -> Any:
     raise RuntimeError("no model")

@@ -31,7 +31,7 @@ from fastserve.types import (
 )
 
 GONE = "the thread `queue-deadlines` has ended"
-STATS = EngineStats(0, 0, 0, 4, 100, 512, [], 100, 0, 0, 0, 0, 0, 0)
+STATS = EngineStats(0, 0, 0, 4, 100, 512, [], 100, 0, 0, 0, {}, 0, 0, 0)
 
 
 class FakeWorker:
@@ -40,7 +40,9 @@ class FakeWorker:
     started: list[FakeWorker]
     is_broken = False
 
-    def __init__(self, config: Any, files: Any, on_message: Any, on_death: Any, on_health: Any) -> None:
+    def __init__(
+        self, config: Any, files: Any, replica: int, on_message: Any, on_death: Any, on_health: Any
+    ) -> None:
         self.on_message, self.on_death, self.on_health = on_message, on_death, on_health
         self.sent: list[Any] = []
 

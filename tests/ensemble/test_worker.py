@@ -57,7 +57,7 @@ class Parent:
         self._on_step = on_step
         self._changed = threading.Condition()
         self._is_ready = False
-        self.worker = Worker(Config(), FILES, self._on_message, self._on_death, load=load)
+        self.worker = Worker(Config(), FILES, 0, self._on_message, self._on_death, load=load)
         self.worker.start()
 
     def _on_message(self, message: FromWorker) -> None:

@@ -10,6 +10,7 @@ from fastserve.scheduling.block_pool import (
     BlockPoolError,
     OutOfBlocksError,
     hash_block,
+    private_root_hash,
 )
 
 A, B, C = (hash_block(ROOT_HASH, [token]) for token in range(3))
@@ -91,11 +92,45 @@ def test_the_first_of_two_equal_blocks_stays_the_one_that_is_found() -> None:
     pool.check([[first], [first]])
 
 
-def test_without_prefix_caching_nothing_is_found() -> None:
-    pool = BlockPool(2, 4, False)
+def test_sequences_that_share_with_nobody_have_roots_of_their_own() -> None:
+    roots = {private_root_hash(uid, index) for uid in ("a", "b", "1 a") for index in (0, 1)}
+    assert len(roots | {ROOT_HASH}) == 7
+    assert private_root_hash("a", 0) == private_root_hash("a", 0)
+
+
+def test_a_block_that_is_taken_can_be_written_to() -> None:
+    pool = BlockPool(2, 4, True)
+    [block] = cached(pool, A)
+    assert pool.take(A) is None, "somebody uses it"
+    pool.free([block])
+    assert pool.take(A) == block
+    assert (pool.ref_count(block), pool.num_free, pool.match_prefix([A]), pool.take(A)) == (1, 1, [], None)
+    pool.check([[block]])
+
+
+def test_what_is_evicted_goes_to_the_host_and_comes_back() -> None:
+    pool = BlockPool(1, 4, True, num_host_blocks=1)
     pool.free(cached(pool, A))
-    assert pool.match_prefix([A]) == []
-    pool.check([])
+    [block] = pool.allocate(1)
+    [(_, here)] = pool.host.copies_out
+    assert pool.fetch(B) is None
+    with pytest.raises(OutOfBlocksError):
+        pool.fetch(A)
+    pool.free([block])
+    pool.host.begin_step()
+    assert pool.fetch(A) == block
+    assert pool.host.copies_in == [(here, block)]
+    pool.check([[block]])
+
+
+def test_room_for_what_comes_back_does_not_push_it_out() -> None:
+    pool = BlockPool(1, 4, True, num_host_blocks=1)
+    pool.free(cached(pool, A))
+    pool.free(cached(pool, B))
+    assert A in pool.host
+    pool.host.begin_step()
+    assert pool.fetch(A) == 0
+    assert (len(pool.host.copies_in), pool.host.copies_out) == (1, [])
 
 
 def test_a_double_free_is_noticed() -> None:

@@ -356,6 +356,7 @@ class Engine:
             kv_blocks_used=scheduler.pool.num_used,
             step_tokens=step_tokens,
             preemptions_total=scheduler.num_preemptions,
+            resumptions_total={kind.value: count for kind, count in scheduler.num_resumed.items()},
             swapped_blocks_total=scheduler.num_swapped_blocks,
             recomputed_tokens_total=scheduler.num_recomputed_tokens,
             prefix_cache_hit_tokens_total=scheduler.num_prefix_cache_hit_tokens,

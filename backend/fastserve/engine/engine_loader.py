@@ -20,14 +20,17 @@ from fastserve.scheduling.iteration_scheduler import IterationScheduler
 from fastserve.scheduling.policies.registry import make_policy
 
 
-def load_engine(config: Config, files: ModelFiles, has_common_queue: bool = False) -> Engine:
+def load_engine(
+    config: Config, files: ModelFiles, replica: int = 0, has_common_queue: bool = False
+) -> Engine:
     """Loads the model, makes its KV cache and runs it once. Raises ModelError.
 
-    `has_common_queue`: see `Engine`.
+    `replica`: which of `config.replicas` it is. `has_common_queue`: see `Engine`.
     """
-    device = choose_device(config.device)
+    device = choose_device(config.device, replica)
     if device.type == "cpu":
-        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        share = len(os.sched_getaffinity(0)) // config.replicas
+        torch.set_num_threads(config.num_threads or max(1, share))
     checkpoint, length = str(files.checkpoint), config.max_model_len
     model = load_model(checkpoint, config.dtype, device, length, config.quantization)
     kv_dtype, kv_scales = choose_kv_cache(config.kv_cache_dtype, files, model)
@@ -52,8 +55,10 @@ def load_engine(config: Config, files: ModelFiles, has_common_queue: bool = Fals
     return Engine(runner, scheduler, sampler, guides, max_model_len, has_common_queue)
 
 
-def choose_device(name: str) -> torch.device:
-    """A device by name; "auto": the GPU if there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def choose_device(name: str, replica: int = 0) -> torch.device:
+    """The device of a replica. "auto": a GPU if there is one, else the CPU; "cuda": one GPU after another."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        return torch.device("cuda", replica % max(1, torch.cuda.device_count()))
+    return torch.device(name)

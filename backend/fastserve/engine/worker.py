@@ -32,7 +32,7 @@ from fastserve.types import Add, Cancel, Forget, Ready, Resume, Shutdown, StepOu
 if TYPE_CHECKING:
     from fastserve.engine.engine import Engine
 
-LoadEngine = Callable[[Config, ModelFiles], "Engine"]
+LoadEngine = Callable[[Config, ModelFiles, int], "Engine"]
 logger = logging.getLogger(__name__)
 
 DEADLINE_SECONDS = 1.0
@@ -77,15 +77,17 @@ def _receive(
             timeout = 0.0
 
 
-def _load_engine(config: Config, files: ModelFiles) -> Engine:
+def _load_engine(config: Config, files: ModelFiles, replica: int) -> Engine:
     from fastserve.engine.engine_loader import load_engine  # here: the parent loads no torch
 
-    return load_engine(config, files, has_common_queue=True)
+    return load_engine(config, files, replica, has_common_queue=True)
 
 
-def _worker_main(config: Config, files: ModelFiles, connection: Connection, load: LoadEngine) -> None:
+def _worker_main(
+    config: Config, files: ModelFiles, replica: int, connection: Connection, load: LoadEngine
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the launcher's to handle
-    engine = load(config, files)
+    engine = load(config, files, replica)
     pipe = WorkerPipe(connection)
     try:
         pipe.send(Ready(uuid.uuid4().hex, engine.max_model_len, engine.block_size, engine.stats()))
@@ -103,6 +105,7 @@ class Worker:
         self,
         config: Config,
         files: ModelFiles,
+        replica: int,
         on_message: Callable[[FromWorker], None],
         on_death: Callable[[str], None],
         on_health: Callable[[str | None], None] = lambda problem: None,
@@ -113,12 +116,12 @@ class Worker:
         `on_death` is not called for a worker that `stop` has ended. A worker of which a message could not be
         read, or handled by `on_message`, is ended: nobody knows any more which tokens have come of it.
         `on_health`: see `ServiceThread`, of the threads that read and write. `load` makes the engine in the
-        worker; it is found there by its name.
+        worker, given settings, files and the number of the replica; it is found there by its name.
         """
         context = multiprocessing.get_context("spawn")
         self._connection, self._theirs = context.Pipe()
         self._process = context.Process(
-            target=_worker_main, args=(config, files, self._theirs, load), daemon=True
+            target=_worker_main, args=(config, files, replica, self._theirs, load), daemon=True
         )
         self._on_message = on_message
         self._on_death = on_death

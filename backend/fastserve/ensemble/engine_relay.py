@@ -37,6 +37,7 @@ from fastserve.ensemble.forwarding import relay_queue_message
 from fastserve.ensemble.messaging import dispatch_each, message_of, send_error, send_final
 from fastserve.ensemble.metrics import EngineMetrics
 from fastserve.ensemble.readiness import Readiness
+from fastserve.ensemble.replica_health import ReplicaHealth
 from fastserve.ensemble.response_stream import ResponseStream
 from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
@@ -56,7 +57,7 @@ class EngineModel:
     """Triton server's Python model `engine`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Starts the worker, and waits until it is ready. Raises TritonModelException where it ends first."""
+        """Starts the workers, and waits until all are ready. Raises TritonModelException if one ends."""
         leave_with_server()
         server_secret()  # made while there is shared memory for it
         config = read_config()
@@ -73,17 +74,11 @@ class EngineModel:
         self._block_size = 0
         self._readiness = Readiness()
         files = locate(config.model)
+        health = ReplicaHealth(config.replicas, self._readiness)
+        restarts = self._metrics.restarts
         self._replicas = [
-            EngineReplica(
-                number,
-                config,
-                files,
-                self._on_message,
-                self._on_death,
-                self._readiness,
-                self._metrics.restarts,
-            )
-            for number in range(1)
+            EngineReplica(number, config, files, self._on_message, self._on_death, health.set, restarts)
+            for number in range(config.replicas)
         ]
         self._capacity = CapacityPublisher(
             self._resume_all, partial(self._readiness.set, "capacity"), after=self._look_after
@@ -217,7 +212,7 @@ class EngineModel:
             self._publish_capacity()
         for stream in due:
             self._respond(stream, now)
-        self._metrics.observe_step(step.stats, now)
+        self._metrics.observe_step(replica, step.stats, now)
 
     def _stream_on(self, replica: int, uid: str) -> ResponseStream | None:
         """The stream of a request that this replica has: what it says of others is out of date."""
@@ -255,7 +250,7 @@ class EngineModel:
             stream.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
 
     def _on_ready(self, replica: int, ready: Ready) -> None:
-        self._metrics.start(ready.stats)
+        self._metrics.start(replica, ready.stats)
         with self._lock:
             self._max_model_len, self._block_size = ready.max_model_len, ready.block_size
             self._replicas[replica].start_worker(ready)
@@ -263,6 +258,7 @@ class EngineModel:
 
     def _on_death(self, replica: int, cause: str, had_been_ready: bool) -> None:
         """Fails the worker's requests, but for those that can run on another; see `EngineReplica`."""
+        self._metrics.stop(replica)
         with self._lock:
             waiting = self._replicas[replica].lose_worker(had_been_ready)
             lost = []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
 from fastserve.engine.worker_pipe import FromWorker
 from fastserve.ensemble.metrics import Counter
-from fastserve.ensemble.readiness import Readiness
 from fastserve.ensemble.worker_supervisor import WorkerSupervisor
 from fastserve.scheduling.capacity import ReplicaCapacity
 from fastserve.types import Add, Cancel, EngineStats, Forget, Ready, Resume
@@ -27,10 +27,10 @@ class EngineReplica:
         files: ModelFiles,
         on_message: Callable[[int, FromWorker], None],
         on_death: Callable[[int, str, bool], None],
-        readiness: Readiness,
+        on_health: Callable[[int, str, str | None], None],
         restarts: Counter,
     ) -> None:
-        """`on_message` and `on_death` are called from one thread, with `number`: see `WorkerSupervisor`."""
+        """What is called is given `number` first: see `WorkerSupervisor`."""
         self.stats: EngineStats | None = None
         """After the worker's last step; None while there is no worker that could serve."""
         self._backlog: dict[str, Add] = {}
@@ -42,9 +42,10 @@ class EngineReplica:
         self.worker = WorkerSupervisor(
             config,
             files,
-            lambda message: on_message(number, message),
-            lambda cause, had_been_ready: on_death(number, cause, had_been_ready),
-            readiness,
+            number,
+            partial(on_message, number),
+            partial(on_death, number),
+            partial(on_health, number),
             restarts,
         )
 

@@ -192,13 +192,15 @@ class QueueMetrics:
 
 
 class EngineMetrics:
-    """The metrics of `engine`."""
+    """The metrics of `engine`, summed over its replicas."""
 
     def __init__(self) -> None:
         self.running = Gauge("fastserve_requests_running", "Sequences in the batch")
         self.preempted = Gauge(
-            "fastserve_requests_preempted", "Sequences that wait inside the worker for a slot"
+            "fastserve_requests_preempted",
+            "Sequences that workers hold, without a place in a batch",
         )
+        self.replicas = Gauge("fastserve_replicas_ready", "Engine replicas that can serve")
         self.kv_total = Gauge("fastserve_kv_blocks_total", "KV blocks there are")
         self.kv_used = Gauge("fastserve_kv_blocks_used", "KV blocks held by a request")
         self.step_tokens = Histogram(
@@ -207,45 +209,73 @@ class EngineMetrics:
         self.cache_hits = Counter(
             "fastserve_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache"
         )
-        self.preemptions = Counter("fastserve_preemptions_total", "Sequences put back to wait", ["kind"])
+        self.preemptions = Counter(
+            "fastserve_preemptions_total", "Preempted sequences that went on, by what that took", ["kind"]
+        )
+        self.swapped = Counter("fastserve_swapped_blocks_total", "KV blocks that came back from host memory")
+        self.recomputed = Counter(
+            "fastserve_recomputed_tokens_total", "Tokens computed again after a preemption"
+        )
         self.restarts = Counter("fastserve_worker_restarts_total", "Workers started after one that died")
-        self._reporting = threading.Lock()
-        self._reported: EngineStats
-        """The worker's stats that are shown."""
+        self._lock = threading.Lock()
+        self._latest: dict[int, EngineStats] = {}
+        """By replica, after its worker's last step."""
+        self._counted: dict[int, EngineStats] = {}
+        """By replica, the totals that the counters have."""
         self._reported_at = 0.0
         self._is_shown = True
         """The gauges show what they were last told."""
 
-    def start(self, stats: EngineStats) -> None:
+    def start(self, replica: int, stats: EngineStats) -> None:
         """Reports a new worker, whose totals count from these on."""
-        self._report(stats, stats)
+        with self._lock:
+            self._latest[replica] = self._counted[replica] = stats
+            self._report()
 
-    def observe_step(self, stats: EngineStats, now: float) -> None:
+    def stop(self, replica: int) -> None:
+        """Reports that a replica has no worker."""
+        with self._lock:
+            self._report()
+            self._latest.pop(replica, None)
+            self._report()
+
+    def observe_step(self, replica: int, stats: EngineStats, now: float) -> None:
         """Reports a step: the gauges every REPORT_SECONDS, and when nothing runs any more."""
         if stats.step_tokens:
             self.step_tokens.observe(stats.step_tokens)
-        if stats.running == 0 or now - self._reported_at >= REPORT_SECONDS:
-            self._report(stats)
+        with self._lock:
+            self._latest[replica] = stats
+            if stats.running == 0 or now - self._reported_at >= REPORT_SECONDS:
+                self._report()
 
     def repeat(self) -> None:
         """Tells the gauges again what they do not show: nothing else may come."""
-        if not self._is_shown:
-            self._report(self._reported)
+        with self._lock:
+            if not self._is_shown:
+                self._report()
 
-    def _report(self, stats: EngineStats, before: EngineStats | None = None) -> None:
-        """Reports what has changed since the last report, or since `before`."""
-        with self._reporting:
-            before = before or self._reported
-            self._reported, self._reported_at = stats, time.monotonic()
-            shown = [
-                self.running.set(stats.running),
-                self.preempted.set(stats.waiting),
-                self.kv_total.set(stats.kv_blocks_total),
-                self.kv_used.set(stats.kv_blocks_used),
-            ]
-            self._is_shown = all(shown)
-            self.cache_hits.add(stats.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total)
-            self.preemptions.add(stats.preemptions_total - before.preemptions_total, "recompute")
+    def _report(self) -> None:
+        """Sets the gauges, and adds to the counters what has come since the last report."""
+        self._reported_at = time.monotonic()
+        stats = self._latest.values()
+        shown = [
+            self.running.set(sum(each.running for each in stats)),
+            self.preempted.set(sum(each.waiting for each in stats)),
+            self.replicas.set(len(stats)),
+            self.kv_total.set(sum(each.kv_blocks_total for each in stats)),
+            self.kv_used.set(sum(each.kv_blocks_used for each in stats)),
+        ]
+        self._is_shown = all(shown)
+        for replica, latest in self._latest.items():
+            self._count(latest, self._counted[replica])
+            self._counted[replica] = latest
+
+    def _count(self, now: EngineStats, before: EngineStats) -> None:
+        self.cache_hits.add(now.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total)
+        self.swapped.add(now.swapped_blocks_total - before.swapped_blocks_total)
+        self.recomputed.add(now.recomputed_tokens_total - before.recomputed_tokens_total)
+        for kind, count in now.resumptions_total.items():
+            self.preemptions.add(count - before.resumptions_total.get(kind, 0), kind)
 
 
 class ResponseMetrics:

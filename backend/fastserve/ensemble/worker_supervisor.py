@@ -14,7 +14,6 @@ from fastserve.config import Config
 from fastserve.engine.worker import Worker
 from fastserve.engine.worker_pipe import FromWorker, ToWorker
 from fastserve.ensemble.metrics import Counter
-from fastserve.ensemble.readiness import Readiness
 from fastserve.ensemble.worker_watch import WorkerWatch
 from fastserve.types import Ready
 
@@ -31,20 +30,23 @@ class WorkerSupervisor:
         self,
         config: Config,
         files: ModelFiles,
+        replica: int,
         on_message: Callable[[FromWorker], None],
         on_death: Callable[[str, bool], None],
-        readiness: Readiness,
+        on_health: Callable[[str, str | None], None],
         restarts: Counter,
     ) -> None:
         """`on_message` and `on_death` are called from one thread, as by `Worker`. `on_death` is given what
-        has happened and whether the worker had been ready; after it another worker starts."""
+        has happened and whether the worker had been ready; after it another worker starts. `on_health` is
+        told, of a source, what is wrong with it, and None when nothing is any more."""
         self._config = config
         self._files = files
+        self._replica = replica
         self._on_message = on_message
         self._on_death = on_death
         self._restarts = restarts
-        self._readiness = readiness
-        self._watch = WorkerWatch(lambda problem: self._on_health("stall", problem))
+        self._on_health = on_health
+        self._watch = WorkerWatch(lambda problem: self._tell("stall", problem))
         self._num_messages = 0
         """From all workers."""
         self._is_ready = False
@@ -79,21 +81,22 @@ class WorkerSupervisor:
         return Worker(
             self._config,
             self._files,
+            self._replica,
             self._receive,
             self._replace,
-            lambda problem: self._on_health("pipe", problem),
+            lambda problem: self._tell("pipe", problem),
         )
 
-    def _on_health(self, source: str, problem: str | None) -> None:
+    def _tell(self, source: str, problem: str | None) -> None:
         if self._is_initialized:
-            self._readiness.set(source, problem)
+            self._on_health(source, problem)
 
     def _receive(self, message: FromWorker) -> None:
         self._num_messages += 1
         self._on_message(message)
         if isinstance(message, Ready):
             self._is_ready = self._is_initialized = True
-            self._readiness.set("worker", None)
+            self._on_health("worker", None)
             self._started.set()
 
     def _replace(self, cause: str) -> None:
@@ -104,7 +107,7 @@ class WorkerSupervisor:
             self._started.set()
             return
         logger.error("the engine's worker %s; starting another", cause)
-        self._readiness.set("worker", f"the engine's worker {cause}")
+        self._on_health("worker", f"the engine's worker {cause}")
         self._restarts.add(1)
         if not had_been_ready:
             time.sleep(RESTART_SECONDS)

@@ -150,6 +150,18 @@ class BlockPool:
         self._ref_counts[block] = 1
         return block
 
+    def fetch(self, digest: bytes) -> int | None:
+        """A used block that gets the host's copy of that content before the step; None if the host has none.
+
+        Raises OutOfBlocksError if no block is free.
+        """
+        here = self.host.hold(digest)  # before the allocation, whose eviction could push it out
+        if here is None:
+            return None
+        [block] = self.allocate(1)
+        self.host.copy_in(here, block)
+        return block
+
     def cache(self, block: int, digest: bytes) -> None:
         """Lets a used block, whose content is computed and will not change, be found by its hash.
 

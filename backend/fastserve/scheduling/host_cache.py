@@ -9,16 +9,20 @@ class HostCache:
     """Block ids 0 .. num_blocks - 1 of a second, slower tier, by the hash of their content; LRU.
 
     It decides only what is where: `copies_out` and `copies_in` say what has to be copied before the step that
-    is being planned is computed, the former first. What came in is not overwritten before it has been copied.
+    is being planned is computed, the former first. No block is written twice, and what is to be copied in is
+    not overwritten before. For the copies of a plan it is enough to remember the last to each block: blocks
+    change hands more than once where a plan preempts what it has admitted.
     """
 
     def __init__(self, num_blocks: int) -> None:
         """0: nothing is kept."""
         self.num_blocks = num_blocks
-        self.copies_out: list[tuple[int, int]] = []
-        """(block of the pool, block here)"""
-        self.copies_in: list[tuple[int, int]] = []
-        """(block here, block of the pool)"""
+        self._out: dict[int, int] = {}
+        """Block here, block of the pool."""
+        self._in: dict[int, int] = {}
+        """Block of the pool, block here."""
+        self._held: set[int] = set()
+        """Blocks that are read before the step."""
         self._free = list(range(num_blocks - 1, -1, -1))
         self._blocks: OrderedDict[bytes, int] = OrderedDict()
         """By hash, the least recently used first."""
@@ -32,9 +36,19 @@ class HostCache:
         """Blocks that hold something."""
         return len(self._blocks)
 
+    @property
+    def copies_out(self) -> list[tuple[int, int]]:
+        """(block of the pool, block here)"""
+        return [(block, here) for here, block in self._out.items()]
+
+    @property
+    def copies_in(self) -> list[tuple[int, int]]:
+        """(block here, block of the pool)"""
+        return [(here, block) for block, here in self._in.items()]
+
     def begin_step(self) -> None:
         """The copies of the last plan have been made."""
-        self.copies_out, self.copies_in = [], []
+        self._out, self._in, self._held = {}, {}, set()
 
     def put(self, digest: bytes, block: int) -> None:
         """Keeps the content of a block of the pool, which is about to be used for something else."""
@@ -43,23 +57,27 @@ class HostCache:
             return
         if not self._free and not self._evict():
             return
-        self._blocks[digest] = self._free.pop()
-        self.copies_out.append((block, self._blocks[digest]))
+        here = self._blocks[digest] = self._free.pop()
+        self._out[here] = block
 
-    def get(self, digest: bytes, block: int) -> None:
-        """Brings the content back into a block of the pool. It stays here too: the next eviction is free.
+    def hold(self, digest: bytes) -> int | None:
+        """The block of that hash, which stays until the next step; None if it is not here."""
+        here = self._blocks.get(digest)
+        if here is not None:
+            self._held.add(here)
+            self._blocks.move_to_end(digest)
+        return here
 
-        Raises KeyError if it is not here.
-        """
-        self.copies_in.append((self._blocks[digest], block))
-        self._blocks.move_to_end(digest)
+    def copy_in(self, here: int, block: int) -> None:
+        """Brings what a held block has back into a block of the pool. It stays here too: its next eviction
+        costs nothing."""
+        self._in[block] = here
 
     def _evict(self) -> bool:
-        """Frees the least recently used block; False if all that are left wait to be copied in."""
-        busy = {source for source, _ in self.copies_in}
-        for digest, block in self._blocks.items():
-            if block not in busy:
+        """Frees the least recently used block; False if all that are left are held."""
+        for digest, here in self._blocks.items():
+            if here not in self._held:
                 del self._blocks[digest]
-                self._free.append(block)
+                self._free.append(here)
                 return True
         return False

@@ -20,6 +20,7 @@ from collections import Counter
 
 from fastserve.scheduling.block_pool import BlockPool, private_root_hash
 from fastserve.scheduling.policies.policy import Policy, Rank
+from fastserve.scheduling.preemption import PreemptionKind, preemption_kind
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan, Tail
 from fastserve.scheduling.waiting_queue import WaitingQueue
 
@@ -72,6 +73,8 @@ class IterationScheduler:
         """Prompt tokens that were not computed because the cache had them; resumes are not counted."""
         self.num_swapped_blocks = 0
         """Blocks that came back from host memory."""
+        self.num_resumed: Counter[PreemptionKind] = Counter()
+        """Preempted sequences that went on, by what that took."""
         self.num_recomputed_tokens = 0
         """Tokens that were computed again after a preemption."""
         self._sequences: dict[str, dict[int, Sequence]] = {}
@@ -81,8 +84,6 @@ class IterationScheduler:
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(policy)
         self._waiting_siblings: dict[str, list[Sequence]] = {}
         """Sequences that wait for their request's sequence 0, by request."""
-        self._blocks_lacking: int | None = None
-        """With how many free blocks somebody was left waiting for blocks alone in the last plan."""
 
     @property
     def num_running(self) -> int:
@@ -101,13 +102,8 @@ class IterationScheduler:
 
     @property
     def free_slots(self) -> int:
-        """Sequences that could still be added to the batch; below zero when some wait for one.
-
-        While there are no more free blocks than somebody found too few, there is no slot either.
-        """
-        lacks_blocks = self._blocks_lacking is not None and self.pool.num_free <= self._blocks_lacking
-        slots = 0 if lacks_blocks else self.max_num_seqs - self.num_running
-        return slots - self.num_waiting
+        """Sequences that could still be added to the batch; below zero when more wait than it has places."""
+        return self.max_num_seqs - self.num_running - self.num_waiting
 
     @property
     def free_blocks(self) -> int:
@@ -165,10 +161,17 @@ class IterationScheduler:
         return removed
 
     def take_waiting(self) -> list[Sequence]:
-        """Hands back the sequences that wait for a place, to be added again when somebody else says so."""
-        taken = list(self._waiting)
-        for sequence in taken:
+        """Hands back the sequences that wait for a place, to be added again when somebody else says so.
+
+        With a sequence 0 go those that wait for it: it may come back elsewhere.
+        """
+        taken = []
+        for sequence in list(self._waiting):
             self._waiting.remove(sequence.request.uid, sequence.index)
+            taken.append(sequence)
+            if sequence.index == 0:
+                taken += self._waiting_siblings.pop(sequence.request.uid, ())
+        for sequence in taken:
             siblings = self._sequences[sequence.request.uid]
             del siblings[sequence.index]
             if not siblings:
@@ -186,8 +189,8 @@ class IterationScheduler:
             self._require_capacity(sequence)
             sequence.rank = self.policy.rank(sequence.view, now)
         self._running.sort(key=_order)
-        left = self._extend_tables(now) + self._admit(now)
-        preempted = [each for each in left if each.view.waiting_since is not None]  # and is not back already
+        preempted = self._extend_tables(now)
+        self._admit(now, preempted)
         host = self.pool.host
         self.num_swapped_blocks += len(host.copies_in)
         return StepPlan(self._share_budget(), preempted, host.copies_out, host.copies_in)
@@ -249,21 +252,20 @@ class IterationScheduler:
                 preempted.append(self._preempt(self._running[-1], now))
         return preempted
 
-    def _admit(self, now: float) -> list[Sequence]:
-        """Moves sequences from the queue into the batch; returns those preempted for it."""
-        preempted: list[Sequence] = []
-        self._blocks_lacking = None
-        while (sequence := self._waiting.peek(now)) is not None:
+    def _admit(self, now: float, preempted: list[Sequence]) -> None:
+        """Moves sequences from the queue into the batch; adds those preempted for it to `preempted`.
+
+        Those do not come back in the same plan, or under a policy that ranks a sequence worse when it is
+        admitted two of them could take turns for ever.
+        """
+        while (sequence := self._waiting.peek(now)) is not None and sequence not in preempted:
             sequence.rank = self.policy.rank(sequence.view, now)
             if not self._reaches_budget(sequence):
                 break
             candidates = self._take_blocks(sequence, now)
             if candidates is None:
-                if self.num_running < self.max_num_seqs:
-                    self._blocks_lacking = self.pool.num_free
                 break
             preempted += candidates
-        return preempted
 
     def _reaches_budget(self, newcomer: Sequence) -> bool:
         """Whether the token budget would reach a newcomer: decodes and prompts of higher rank come first."""
@@ -295,9 +297,13 @@ class IterationScheduler:
         self._waiting.pop(now)  # before those that it preempts wait: one of them could be first
         for candidate in candidates:
             self._preempt(candidate, now)
+        num_copies = len(self.pool.host.copies_in)
         self._fill_table(sequence, cached)
         view = sequence.view
-        if not view.num_served_tokens:
+        if view.num_served_tokens:
+            num_copies = len(self.pool.host.copies_in) - num_copies
+            self.num_resumed[preemption_kind(sequence, num_copies)] += 1
+        else:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.num_prefix_cache_hit_tokens += sequence.num_cached_tokens
         view.num_served_tokens = max(view.num_served_tokens, sequence.num_computed_tokens)
@@ -311,21 +317,22 @@ class IterationScheduler:
         """Gives a sequence its blocks: the cached ones, those that the host has, then empty ones."""
         pool, size = self.pool, self.pool.block_size
         table = list(cached)
-        for digest in self._findable_hashes(sequence)[len(cached) :]:
-            if digest not in pool.host:
-                break
-            table += pool.allocate(1)
-            pool.host.get(digest, table[-1])
-            pool.cache(table[-1], digest)
-        num_computed_tokens = len(table) * size
         tail, sequence.tail = sequence.tail, None
+        hashes = self._findable_hashes(sequence)[len(cached) :]
+        for digest in [*hashes, tail.digest] if tail else hashes:
+            pool.host.hold(digest)  # what makes room for one must not push out the next
+        for digest in hashes:
+            if (block := pool.fetch(digest)) is None:
+                break
+            pool.cache(block, digest)
+            table.append(block)
+        num_computed_tokens = len(table) * size
         if tail is not None and tail.number == len(table):
-            if (block := pool.take(tail.digest)) is not None:
+            block = pool.take(tail.digest)
+            if block is None:
+                block = pool.fetch(tail.digest)
+            if block is not None:
                 table.append(block)
-                num_computed_tokens += tail.num_tokens
-            elif tail.digest in pool.host:
-                table += pool.allocate(1)
-                pool.host.get(tail.digest, table[-1])
                 num_computed_tokens += tail.num_tokens
         sequence.block_table = table + pool.allocate(pool.blocks_for(sequence.num_tokens) - len(table))
         sequence.num_computed_tokens = num_computed_tokens
@@ -333,23 +340,26 @@ class IterationScheduler:
     def _preemption_candidates(self, sequence: Sequence, num_blocks: int) -> list[Sequence] | None:
         """The lowest running sequences that must leave before `sequence` has a slot and so many blocks.
 
-        None if those that it may preempt do not suffice: then none of them should leave.
+        None if those that it may preempt do not suffice: then none of them should leave. Blocks are kept for
+        the next tokens of the others alone: those that it may preempt leave when they lack a block.
         """
+        may_preempt = [self.policy.preempts(sequence.rank, each.rank) for each in self._running]
+        needed = num_blocks
+        for each, leaves in zip(self._running, may_preempt, strict=True):
+            needed += 0 if leaves else self._reserved_blocks(each)
         candidates: list[Sequence] = []
         num_staying = len(self._running)
-        needed = num_blocks + sum(map(self._reserved_blocks, self._running)) if num_staying else num_blocks
         free = self.pool.num_free
         dropped: Counter[int] = Counter()
-        while num_staying and (free < needed or num_staying >= self.max_num_seqs):
-            candidate = self._running[num_staying - 1]
-            if not self.policy.preempts(sequence.rank, candidate.rank):
-                return None
+        while free < needed or num_staying >= self.max_num_seqs:
             num_staying -= 1
+            if num_staying < 0 or not may_preempt[num_staying]:
+                return None
+            candidate = self._running[num_staying]
             candidates.append(candidate)
             dropped.update(candidate.block_table)
             free += sum(dropped[block] == self.pool.ref_count(block) for block in candidate.block_table)
-            needed -= self._reserved_blocks(candidate)
-        return candidates if free >= num_blocks else None
+        return candidates
 
     def _reserved_blocks(self, sequence: Sequence) -> int:
         """Blocks to be kept free for the next tokens of a running sequence."""
@@ -366,10 +376,13 @@ class IterationScheduler:
         if not sequence.view.num_served_tokens and not self._uses_cache(sequence):
             return []
         sequence.hash_full_blocks(self.pool.block_size)
-        return sequence.block_hashes[: (sequence.num_tokens - 1) // self.pool.block_size]
+        limit = sequence.num_tokens - 1
+        if sequence.request.sampling.prompt_logprobs is not None:
+            limit = min(limit, sequence.view.num_served_tokens)
+        return sequence.block_hashes[: limit // self.pool.block_size]
 
     def _uses_cache(self, sequence: Sequence) -> bool:
-        """Whether it may use blocks of others. Prompt logprobs come from computing the whole prompt."""
+        """Whether it may use blocks of others. Prompt logprobs come from computing the whole prompt, once."""
         return self.pool.enable_prefix_caching and sequence.request.sampling.prompt_logprobs is None
 
     def _retain(self, sequence: Sequence) -> None:

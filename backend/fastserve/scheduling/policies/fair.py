@@ -12,7 +12,7 @@ PROMPT_TOKEN_COST = 1.0
 OUTPUT_TOKEN_COST = 2.0
 """As in the paper: what a token adds to its tenant's counter."""
 MAX_IDLE_TENANTS = 1024
-"""Clients name tenants freely: of more than these, counters that make no difference are forgotten."""
+"""Clients name tenants freely: of more than these, those that were served least are forgotten."""
 
 
 class Fair(Policy):
@@ -44,8 +44,8 @@ class Fair(Policy):
         self._highest_priority = highest_priority
         self._counters: dict[str, float] = {}
         self._num_waiting: Counter[str] = Counter()
-        self._last_counter = 0.0
-        """The counter of the tenant that was the last to wait."""
+        self._last_tenant = ""
+        """The one that was the last to wait: when nobody does, its counter is what others are lifted to."""
 
     def rank(self, view: RequestView, now: float) -> Rank:
         """(-class, counter of its tenant)"""
@@ -68,13 +68,13 @@ class Fair(Policy):
     def on_enqueue(self, view: RequestView, now: float) -> None:
         """Lifts the counter of a tenant of whom nothing waited."""
         tenant = view.tenant
-        if not self._num_waiting[tenant]:
-            others = [self._counters[each] for each, count in self._num_waiting.items() if count]
-            lowest = min(others, default=self._last_counter)
-            self._counters[tenant] = max(self._counters.get(tenant, 0.0), lowest)
-            if len(self._counters) > MAX_IDLE_TENANTS + 2 * len(self._num_waiting):
-                self._forget_idle(lowest)
         self._num_waiting[tenant] += 1
+        if self._num_waiting[tenant] == 1:
+            others = [self._counters[each] for each in self._num_waiting if each != tenant]
+            lowest = min(others, default=self._counters.get(self._last_tenant, 0.0))
+            self._counters[tenant] = max(self._counters.get(tenant, 0.0), lowest)
+            if len(self._counters) > MAX_IDLE_TENANTS + len(self._num_waiting):
+                self._forget_idle()
 
     def on_admit(self, view: RequestView, now: float) -> None:
         """Charges the prompt, once."""
@@ -97,13 +97,12 @@ class Fair(Policy):
         """Charges what the engines computed of the tenant's answers."""
         self._charge(tenant, OUTPUT_TOKEN_COST * num_output_tokens)
 
-    def _forget_idle(self, lowest: float) -> None:
-        """Drops the counters that would be lifted when their tenants come back."""
-        self._counters = {
-            tenant: counter
-            for tenant, counter in self._counters.items()
-            if counter > lowest or self._num_waiting[tenant]
-        }
+    def _forget_idle(self) -> None:
+        """Drops the lowest counters of those who wait for nothing: they would be lifted, coming back."""
+        kept = {*self._num_waiting, self._last_tenant}
+        idle = sorted(self._counters.keys() - kept, key=lambda tenant: self._counters[tenant])
+        for tenant in idle[: -MAX_IDLE_TENANTS // 2]:
+            del self._counters[tenant]
 
     def _charge(self, tenant: str, cost: float) -> None:
         self._counters[tenant] = self._counters.get(tenant, 0.0) + cost / self._weights.get(tenant, 1.0)
@@ -112,4 +111,4 @@ class Fair(Policy):
         self._num_waiting[view.tenant] -= 1
         if not self._num_waiting[view.tenant]:
             del self._num_waiting[view.tenant]
-            self._last_counter = self._counters[view.tenant]
+            self._last_tenant = view.tenant

@@ -20,7 +20,8 @@ class MLFQ(Policy):
     by one of a lower level, never by its like. State: (level, service had at that level).
 
     Starvation: a request that has waited `starvation_seconds` since it last ran goes before all that have
-    not, whatever their priority, and starts again at level 0.
+    not, whatever their priority. It then has one turn that nobody takes from it, of the quantum with which it
+    joined, and starts again at level 0. A turn's level is below 0: -1 - i with the quantum of level i.
     """
 
     quantum: float = 32.0
@@ -30,19 +31,20 @@ class MLFQ(Policy):
     starvation_seconds: float = 600.0
 
     def rank(self, view: RequestView, now: float) -> Rank:
-        """(not starved, -priority, level); of the starved, by since when they wait."""
+        """(1, -priority, level); of the starved (0, since when they wait), before them whoever has a turn."""
         if self._is_starved(view, now):
             return (0.0, view.waiting_since or 0.0, 0.0)
-        return (1.0, -view.priority, self._state(view)[0])
+        level = self._state(view)[0]
+        return (1.0, -view.priority, level) if level >= 0.0 else (-1.0, 0.0, 0.0)
 
     def on_enqueue(self, view: RequestView, now: float) -> None:
         """A new request gets its level."""
         view.state = self._state(view)
 
     def on_admit(self, view: RequestView, now: float) -> None:
-        """A starved request starts again at level 0: it would be preempted at once at its own."""
+        """A starved request has its turn: at its own level it would be preempted at once."""
         if self._is_starved(view, now):
-            view.state = (0.0, 0.0)
+            view.state = (-1.0 - self._first_level(view), 0.0)
 
     def on_service(
         self, view: RequestView, num_prompt_tokens: int, num_output_tokens: int, now: float
@@ -50,10 +52,11 @@ class MLFQ(Policy):
         """Goes down a level when the quantum is used up."""
         level, service = self._state(view)
         service += num_prompt_tokens * self.prompt_token_cost + num_output_tokens
-        if service < self.quantum * self.growth**level or level == self.num_levels - 1:
+        quantum = self.quantum * self.growth ** max(level, -1.0 - level)
+        if service < quantum or level == self.num_levels - 1:
             view.state = (level, service)
             return False
-        view.state = (level + 1, 0.0)
+        view.state = (max(0.0, level + 1), 0.0)
         return True
 
     def next_change(self, view: RequestView, now: float) -> float | None:
@@ -66,8 +69,9 @@ class MLFQ(Policy):
         return view.waiting_since is not None and now - view.waiting_since >= self.starvation_seconds
 
     def _state(self, view: RequestView) -> tuple[float, ...]:
-        if view.state:
-            return view.state
+        return view.state or (self._first_level(view), 0.0)
+
+    def _first_level(self, view: RequestView) -> float:
         quanta = max(1.0, view.num_prompt_tokens * self.prompt_token_cost / self.quantum)
         level = math.ceil(math.log(quanta, self.growth) - 1e-9)
-        return (float(min(level, self.num_levels - 1)), 0.0)
+        return float(min(level, self.num_levels - 1))
