@@ -1,4 +1,4 @@
-"""The queue and the engine's replicas together: `scheduler`, `engine` and engines of a fake model, in threads.
+"""The queue and the engine's replicas together: both models, and engines of a fake model in threads.
 
 Messages between the models get lost, answers too, workers die, clients cancel.
 """
@@ -287,7 +287,7 @@ def random_request(rng: random.Random, uid: str) -> Request:
 def test_every_answer_is_whole_whatever_is_lost_and_whoever_dies(
     make_system: Any, seed: int, policy: str
 ) -> None:
-    """And equal to the one that the request has alone: of those that were cancelled or fail, the beginning."""
+    """And equal to what the request has alone; of those that were cancelled or fail, the beginning is."""
     rng = random.Random(seed)
     system = make_system(replicas=1 + seed % 2, policy=policy, num_host_blocks=rng.choice([0, 8]))
     system.loss = 0.1
@@ -309,7 +309,7 @@ def test_every_answer_is_whole_whatever_is_lost_and_whoever_dies(
         failure = system.failure(request.uid)
         for index, answer in enumerate(answers):
             tokens = system.tokens(request.uid, index)
-            assert tokens == (answer if failure is None else answer[: len(tokens)]), request.uid
+            assert tokens == (answer if failure is None else answer[: len(tokens)]), request
         if failure is not None:
             assert failure.code == ("CANCELLED" if "cancelled" in failure.message else "UNAVAILABLE")
             failed.add(request.uid)
