@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from fastserve_client import AsyncClient, FastServeError, Options
 
-LOW_PRIORITY = -100
+LOW_PRIORITY = -10
 RETRIES = 8
 """Of a request that a full queue refused; each wait is longer than the one before, up to five seconds."""
 

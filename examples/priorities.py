@@ -1,6 +1,6 @@
 """Streams of several priorities side by side: who gets the first token when.
 
-    python examples/priorities.py --priorities 0 5 20 --streams 40
+    python examples/priorities.py --priorities 0 5 10 --streams 40
 
 All streams are sent at once, the least urgent first, as if the others came later. Where they are more than
 the server's batch has places (`--max-num-seqs`, 64), the urgent ones take the places of the others: their
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--url", default="127.0.0.1:8001", help="of the server's gRPC port (default: %(default)s)"
     )
-    parser.add_argument("--priorities", type=int, nargs="+", default=[0, 5, 20], metavar="P")
+    parser.add_argument("--priorities", type=int, nargs="+", default=[0, 5, 10], metavar="P")
     parser.add_argument("--streams", type=int, default=40, metavar="N", help="of each (default: %(default)s)")
     parser.add_argument(
         "--max-tokens", type=int, default=60, metavar="N", help="of each (default: %(default)s)"

@@ -13,6 +13,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+Rate = Annotated[float, Meta(ge=1e-6, le=1e12)]
+"""Per second."""
 CONFIG_VARIABLE = "FASTSERVE_CONFIG"
 """The settings' JSON file."""
 STOPPING_VARIABLE = "FASTSERVE_STOPPING"
@@ -23,6 +26,25 @@ MODEL_CONTROL_VARIABLE = "FASTSERVE_MODEL_CONTROL"
 
 class ConfigError(Exception):
     """A setting that cannot be; the sentence names the field, what came and what is allowed."""
+
+
+class TenantQuota(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a tenant may ask for: at least one limit. `scheduling.quotas` enforces it."""
+
+    requests_per_second: Rate | None = None
+    tokens_per_second: Rate | None = None
+    """Of prompts and answers."""
+    tokens_in_flight: Annotated[int, Meta(ge=1)] | None = None
+    """Of the prompts and longest answers of requests that wait or run."""
+    burst_seconds: Annotated[float, Meta(gt=0.0, le=1e6)] = 10.0
+    """What a rate gives in so many seconds may be used at once."""
+
+    def __post_init__(self) -> None:
+        if self.requests_per_second is self.tokens_per_second is self.tokens_in_flight is None:
+            raise ValueError(
+                "got no limit; allowed: at least one of requests_per_second, tokens_per_second and "
+                "tokens_in_flight"
+            )
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -96,6 +118,22 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         dict[str, Annotated[float, Meta(gt=0.0)]],
         Meta(description='under fair, shares of tenants, as JSON: {"paying": 4}; 1 for those not named'),
     ] = {}
+    priority_range: Annotated[
+        tuple[Int32, Int32],
+        Meta(
+            description="of requests' `priority`, beyond which they are refused; 0 is in it, as theirs who "
+            "name none. Write it with `=`: --priority-range=-5,5"
+        ),
+    ] = (-10, 10)
+    tenant_quotas: Annotated[
+        dict[Annotated[str, Meta(max_length=128)], TenantQuota],
+        Meta(
+            description="what a tenant may ask for, as JSON: requests_per_second, tokens_per_second, "
+            "tokens_in_flight and burst_seconds (10: what the rates give in so many seconds may be used at "
+            'once), {"free": {"requests_per_second": 2, "tokens_in_flight": 4096}}; `*`: each tenant that is '
+            "not named"
+        ),
+    ] = {}
     max_queue_size: Annotated[
         int, Meta(ge=1, description="requests that may wait; more are refused with UNAVAILABLE")
     ] = 1024
@@ -118,6 +156,12 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(
                 f"`max_num_batched_tokens`: got {self.max_num_batched_tokens}; allowed: at least "
                 f"`max_num_seqs`, {self.max_num_seqs}, so that each sequence of a full batch gets its token"
+            )
+        low, high = self.priority_range
+        if not low <= 0 <= high:
+            raise ValueError(
+                f"`priority_range`: got {low},{high}; allowed: LOW,HIGH with LOW at most 0 and HIGH at least "
+                "0, the priority of requests that name none"
             )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -21,17 +22,34 @@ from msgspec.inspect import (
     Metadata,
     StrType,
     StructType,
+    TupleType,
     type_info,
 )
 
 from fastserve.config import Config, ConfigError
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: LOW,HIGH, two integers") from error
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: JSON ({error})") from error
+
 
 OPTIONS: Mapping[type, Mapping[str, Any]] = {
     BoolType: {"action": argparse.BooleanOptionalAction},
     IntType: {"type": int, "metavar": "N"},
     FloatType: {"type": float, "metavar": "X"},
     StrType: {"metavar": "TEXT"},
-    DictType: {"type": json.loads, "metavar": "JSON"},
+    DictType: {"type": _json, "metavar": "JSON"},
+    TupleType: {"type": _integers, "metavar": "LOW,HIGH"},
 }
 """How argparse takes a field of each type; one of several given words takes those."""
 
@@ -53,10 +71,9 @@ def add_config_flags(
             continue
         assert isinstance(field.type, Metadata), f"{field.name} has no description"
         kind, description = field.type.type, (field.type.extra_json_schema or {})["description"]
-        default = "none" if field.default in ("", msgspec.NODEFAULT) else field.default
         group.add_argument(
             flag(field.name),
-            help=f"{description} (default: {default})".replace("%", "%%"),
+            help=f"{description} (default: {_shown(field.default)})".replace("%", "%%"),
             default=argparse.SUPPRESS,
             **({"choices": kind.values} if isinstance(kind, LiteralType) else OPTIONS[type(kind)]),
         )
@@ -73,6 +90,15 @@ def config_from(arguments: argparse.Namespace) -> Config:
 
 def _reason(error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:
     """msgspec's sentence with the flag in place of the path; one about several fields names them itself."""
-    reason, _, path = str(error).partition(" - at `$.")
-    name = path.rstrip("`")
-    return f"{flag(name)}: got {values[name]!r}: {reason}" if name in values else reason
+    reason, _, path = str(error).partition(" - at ")
+    field = re.search(r"\$\.(\w+)", path)
+    if field is None:
+        return reason
+    where = "" if path == f"`$.{field[1]}`" else f" at {path}"
+    return f"{flag(field[1])}: got {values[field[1]]!r}: {reason}{where}"
+
+
+def _shown(default: Any) -> str:
+    if default in ("", msgspec.NODEFAULT):
+        return "none"
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)

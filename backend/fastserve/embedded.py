@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from fastserve.checkpoints.model_files import locate
 from fastserve.checkpoints.model_metadata import model_vocab_size
-from fastserve.config import Config
+from fastserve.config import Config, ConfigError
 from fastserve.engine.engine import Engine
 from fastserve.engine.engine_loader import load_engine
 from fastserve.engine.worker import run_engine
@@ -77,9 +77,14 @@ class Model:
     def load(cls, path: str = "", **settings: Any) -> Model:
         """Loads a Hugging Face directory, a GGUF file or a hub name; nothing: the default model.
 
-        `settings` are the fields of `fastserve.config.Config`. Raises ModelError.
+        `settings` are the fields of `fastserve.config.Config`. Raises ModelError, and ConfigError for tenant
+        quotas: they hold in the server's queue.
         """
         config = Config(model=path, **settings)
+        if config.tenant_quotas:
+            raise ConfigError(
+                "`tenant_quotas`: got some; allowed: none without the server, whose queue they are of"
+            )
         files = locate(config.model)
         engine = load_engine(config, files)
         tokenizer = load_tokenizer(files)
@@ -305,6 +310,7 @@ class ModelServer:
         *,
         priority: int = 0,
         tenant: str = "",
+        expected_output_tokens: int | None = None,
         timeout: float | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Task:
@@ -312,8 +318,9 @@ class ModelServer:
 
             task = server.submit("Once upon a time", priority=5, timeout=30, max_tokens=100, top_p=0.9)
 
-        `timeout` in seconds bounds the whole request. Raises RequestError if the request is not valid, and
-        (INTERNAL) if the engine has failed; RuntimeError if the server is not running.
+        `timeout` in seconds bounds the whole request; `expected_output_tokens`, at most `max_tokens`, is a
+        hint for the policy. Raises RequestError if the request is not valid, and (INTERNAL) if the engine has
+        failed; RuntimeError if the server is not running.
         """
         thread = self._thread
         if thread is None:
@@ -324,6 +331,7 @@ class ModelServer:
             "stream": True,
             "priority": priority,
             "tenant": tenant,
+            "expected_output_tokens": expected_output_tokens,
         }
         processor, timeout_us = self._model.input_processor, int((timeout or 0) * 1e6)
         request = processor.check_guide(

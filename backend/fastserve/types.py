@@ -100,16 +100,13 @@ class Request(Struct, frozen=True, tag=True):
     """When it is abandoned, running or not."""
     bad_words_token_ids: list[list[int]] = []
     """`sampling.bad_words`, tokenized in each way in which they can be met."""
+    expected_output_tokens: int | None = None
+    """The client's hint of how long an answer will be, from 1 to what it asked for as `max_tokens`."""
 
     @property
-    def priority_label(self) -> int:
-        """The priority in metrics, from -10 to 10."""
-        return priority_label(self.priority)
-
-
-def priority_label(priority: int) -> int:
-    """A priority as metrics show it: clients choose freely, but labels must stay few."""
-    return max(-10, min(10, priority))
+    def max_total_tokens(self) -> int:
+        """The prompt's, and the most that its `n` answers may have."""
+        return len(self.prompt_token_ids) + self.sampling.n * self.sampling.max_tokens
 
 
 class RequestView(Struct, array_like=True):
@@ -126,7 +123,7 @@ class RequestView(Struct, array_like=True):
     tenant: str
     num_prompt_tokens: int
     expected_output_tokens: int
-    """The client's hint, or `max_tokens`: an upper bound, not a forecast."""
+    """The client's hint, or else `max_tokens`: an upper bound, not a forecast."""
     waiting_since: float | None
     """Since when it has waited without a place in the batch; None while it has one."""
     num_tokens: int
@@ -139,7 +136,7 @@ class RequestView(Struct, array_like=True):
 
 def view_of(request: Request, index: int = 0) -> RequestView:
     """The view of a request that has just come."""
-    num_prompt_tokens = len(request.prompt_token_ids)
+    num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
     return RequestView(
         uid=request.uid,
         index=index,
@@ -147,7 +144,7 @@ def view_of(request: Request, index: int = 0) -> RequestView:
         arrival=request.arrival,
         tenant=request.tenant,
         num_prompt_tokens=num_prompt_tokens,
-        expected_output_tokens=request.sampling.max_tokens,
+        expected_output_tokens=min(request.expected_output_tokens or max_tokens, max_tokens),
         waiting_since=request.arrival,
         num_tokens=num_prompt_tokens,
     )

@@ -70,6 +70,8 @@ class Options(Sampling, total=False):
     """Higher is more urgent; 0 unless given."""
     tenant: str | None
     """For fairness, quotas and metrics."""
+    expected_output_tokens: int | None
+    """A hint for the scheduler, at most `max_tokens`: how long the answer will be. It ends nothing."""
     timeout: float | None
     """Seconds from the call to its last response; the server abandons the request then too."""
     request_id: str | None

@@ -89,8 +89,9 @@ def generation_request(prompt: str | None, stream: bool, options: Options) -> Re
         inputs["messages"] = json.dumps(list(messages))
     if (prompt_token_ids := sampling.pop("prompt_token_ids", None)) is not None:
         inputs["prompt_token_ids"] = [int(token_id) for token_id in prompt_token_ids]
-    if (tenant := sampling.pop("tenant", None)) is not None:
-        inputs["tenant"] = tenant
+    for name in ("tenant", "expected_output_tokens"):
+        if (value := sampling.pop(name, None)) is not None:
+            inputs[name] = value
     request_id = sampling.pop("request_id", None) or uuid.uuid4().hex
     sampling.pop("timeout", None)
     if sampling:

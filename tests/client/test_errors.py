@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fastserve_client import FastServeError
 from fastserve_client.errors import server_error
 
 
@@ -33,3 +34,17 @@ def test_code_and_sentence(status: str, sentence: str, code: str, message: str) 
     error = server_error(sentence, status)
     assert (error.code, error.message) == (code, message)
     assert str(error) == f"{code}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "seconds"),
+    [
+        ("UNAVAILABLE: tenant 'a' is over its quota of 2 requests per second; try again in 0.501 s", 0.501),
+        ("UNAVAILABLE: tenant '; try again in 9 s' is over its quota; try again in 30 s", 30.0),
+        ("UNAVAILABLE: the queue is full", None),
+        ("INVALID_ARG: `tenant`: got '; try again in 9 s'; allowed: text", None),
+    ],
+)
+def test_the_seconds_to_wait(sentence: str, seconds: float | None) -> None:
+    assert server_error(f"in ensemble 'fastserve', {sentence}").retry_after == seconds
+    assert FastServeError("UNAVAILABLE", sentence).retry_after == seconds

@@ -80,7 +80,15 @@ def test_what_is_sent(caller: Caller) -> None:
     server = caller.server
     server.script = [[server.token("x", "stop")]]
     caller.generate(
-        "Once", max_tokens=8, stop=["\n"], priority=5, tenant="blue", timeout=5, request_id="r1", logprobs=1
+        "Once",
+        max_tokens=8,
+        stop=["\n"],
+        priority=5,
+        tenant="blue",
+        expected_output_tokens=6,
+        timeout=5,
+        request_id="r1",
+        logprobs=1,
     )
     (received,) = server.received
     assert json.loads(received.inputs.pop("sampling_parameters")) == {
@@ -100,6 +108,7 @@ def test_what_is_sent(caller: Caller) -> None:
         "return_cumulative_logprob": False,
         "priority": 5,
         "tenant": "blue",
+        "expected_output_tokens": 6,
     }
     assert (received.model, received.request_id) == ("fastserve", "r1")
     assert received.timeout_us is not None
@@ -169,6 +178,20 @@ def test_unavailable_is_tried_again(caller: Caller) -> None:
     server.script = [[full], [full], [server.token("x", "stop")]]
     assert caller.generate("x", request_id="same").text == "x"
     assert [received.request_id for received in server.received] == ["same"] * 3
+
+
+def test_a_tenant_over_its_quota_waits_as_the_server_says(caller: Caller) -> None:
+    server = caller.server
+    over = server.refusal("UNAVAILABLE", "tenant 'a' is over its quota; try again in 0.300 s")
+    server.script = [[over], [server.token("x", "stop")]]
+    start = time.monotonic()
+    assert caller.generate("x").text == "x"
+    assert time.monotonic() - start >= 0.3
+    server.script = [[server.refusal("UNAVAILABLE", "tenant 'a' is over its quota; try again in 30.000 s")]]
+    with pytest.raises(FastServeError) as caught:
+        caller.generate("x", timeout=20)
+    assert (caught.value.code, caught.value.retry_after) == ("UNAVAILABLE", 30.0)
+    assert len(server.received) == 3
 
 
 def test_retries_are_bounded(caller: Caller) -> None:

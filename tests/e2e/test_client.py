@@ -185,5 +185,5 @@ def test_cancel_of_an_unknown_id_is_no_error(client: Client) -> None:
 
 def test_many_streams_at_once_on_one_client(client: Client) -> None:
     alone = client.generate(PROMPT, **GREEDY).text
-    streams = [client.stream(PROMPT, **GREEDY, priority=priority) for priority in range(12)]
+    streams = [client.stream(PROMPT, **GREEDY, priority=priority) for priority in range(-1, 11)]
     assert [stream.read().text for stream in streams] == [alone] * 12

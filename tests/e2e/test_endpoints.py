@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import urllib.error
@@ -16,9 +17,15 @@ import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
+from fastserve.config import TenantQuota
 from fastserve_client import Client, FastServeError
 
 CACHE_BYTES = 1 << 27
+OTHER_INPUTS: list[tuple[str, str, Any]] = [
+    ("priority", "INT32", np.int32),
+    ("expected_output_tokens", "INT32", np.int32),
+    ("tenant", "BYTES", np.object_),
+]
 STATUSES: dict[str, dict[str, Any]] = {
     "generate": {"INVALID_ARG": 400, "UNAVAILABLE": 400, "CANCELLED": 400},
     "generate_stream": {"INVALID_ARG": 400, "UNAVAILABLE": 400, "CANCELLED": 200},
@@ -32,11 +39,31 @@ STATUSES: dict[str, dict[str, Any]] = {
     "infer_generate": {"INVALID_ARG": 400, "UNAVAILABLE": 400, "CANCELLED": 400},
 }
 """The status of an error by endpoint, as Triton server 2.51 allows: "Errors by endpoint" in docs/api.md."""
-BLOCKED, RUNNING = "the engine is busy", "it runs"
+QUOTAS = {
+    "limited": TenantQuota(requests_per_second=0.001, burst_seconds=1),
+    "patient": TenantQuota(requests_per_second=0.5, burst_seconds=1),
+    "one at a time": TenantQuota(tokens_in_flight=1010),
+}
+BLOCKED, RUNNING, OVER_QUOTA = "the engine is busy", "it runs", "the tenant is over its quota"
 ERRORS: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("an invalid value", {"parameters": {"temperature": -1}}, "", "INVALID_ARG", "`temperature`: got "),
     ("a fraction", {"parameters": {"temperature": -0.5}}, "", "INVALID_ARG", "`temperature`: got "),
     ("an unknown name", {"parameters": {"temprature": 1}}, "", "INVALID_ARG", "`temprature`: "),
+    ("a priority beyond the range", {"priority": 11}, "", "INVALID_ARG", "`priority`: got 11; allowed: "),
+    (
+        "a hint beyond max_tokens",
+        {"expected_output_tokens": 17},
+        "",
+        "INVALID_ARG",
+        "`expected_output_tokens`: got 17; allowed: an integer from 1 to `max_tokens`, which is 16",
+    ),
+    (
+        "over a quota",
+        {"tenant": "limited"},
+        OVER_QUOTA,
+        "UNAVAILABLE",
+        "tenant 'limited' is over its quota of ",
+    ),
     ("a long prompt", {"text_input": "word " * 9000}, "", "INVALID_ARG", "`text_input`: got "),
     ("a full queue", {"queued": 2}, BLOCKED, "UNAVAILABLE", "the queue is full"),
     ("time over in the queue", {"timeout": 200_000}, BLOCKED, "UNAVAILABLE", "no room within 0."),
@@ -53,6 +80,7 @@ def small_server(launch: Any) -> Iterator[Any]:
         max_queue_size=2,
         kv_cache_bytes=CACHE_BYTES,
         kv_cache_dtype="int8",
+        tenant_quotas=QUOTAS,
     ) as server:
         yield server
 
@@ -104,10 +132,13 @@ def test_every_endpoint_tells_every_error_by_its_code(
     if state == RUNNING:
         fields["parameters"] = endless
     with Client(small_server.grpc_url, retries=0) as client:
-        streams = [client.stream("One", priority=100, **endless)] if state == BLOCKED else []
+        streams = [client.stream("One", priority=10, **endless)] if state == BLOCKED else []
         if streams:
             next(iter(streams[0]))
         streams += [client.stream("More", **endless) for _ in range(queued)]
+        if state == OVER_QUOTA:
+            with contextlib.suppress(FastServeError):  # the test may have run before
+                client.generate("Hi", max_tokens=1, tenant=fields["tenant"])
         small_server.wait_for_metrics(
             lambda m: m.get('fastserve_requests_waiting{priority="0"}', 0) == queued, 10
         )
@@ -154,15 +185,20 @@ def error_at(server: Any, endpoint: str, fields: dict[str, Any]) -> tuple[Any, s
     prompt.set_data_from_numpy(np.array([fields["text_input"]], dtype=np.object_))
     sampling = module.InferInput("sampling_parameters", [1], "BYTES")
     sampling.set_data_from_numpy(np.array([json.dumps(fields["parameters"])], dtype=np.object_))
+    inputs = [prompt]
+    for name, data_type, dtype in OTHER_INPUTS:
+        if name in fields:
+            inputs.append(module.InferInput(name, [1], data_type))
+            inputs[-1].set_data_from_numpy(np.array([fields[name]], dtype=dtype))
     options = {"request_id": fields.get("id", ""), "timeout": fields.get("timeout")}
     with module.InferenceServerClient(url) as client:
         try:
             if endpoint != "grpc_stream":
-                client.infer("fastserve_infer", [prompt], parameters=fields["parameters"], **options)
+                client.infer("fastserve_infer", inputs, parameters=fields["parameters"], **options)
                 raise AssertionError(f"served by {endpoint}: {fields}")
             errors: queue.SimpleQueue[Any] = queue.SimpleQueue()
             client.start_stream(lambda result, error: errors.put(error))
-            client.async_stream_infer("fastserve", [prompt], parameters=fields["parameters"], **options)
+            client.async_stream_infer("fastserve", inputs, parameters=fields["parameters"], **options)
             failure = errors.get(timeout=30)
             client.stop_stream()
             return failure.status(), failure.message()
@@ -203,7 +239,7 @@ def test_plain_infer_waits_in_the_one_queue_in_the_order_of_priorities(small_ser
         ended.append(priority)
 
     with Client(small_server.grpc_url, retries=0) as client, ThreadPoolExecutor(3) as threads:
-        blocker = client.stream("One", priority=100, max_tokens=3000, ignore_eos=True)
+        blocker = client.stream("One", priority=10, max_tokens=3000, ignore_eos=True)
         next(iter(blocker))
         waiting = [threads.submit(infer, priority) for priority in (1, 7)]
         small_server.wait_for_metrics(
@@ -212,11 +248,33 @@ def test_plain_infer_waits_in_the_one_queue_in_the_order_of_priorities(small_ser
         with pytest.raises(FastServeError, match="the queue is full"):
             client.generate("Too many", max_tokens=1)
         with pytest.raises(InferenceServerException, match="UNAVAILABLE: the queue is full"):
-            infer(50)
+            infer(9)
         blocker.close()
         for each in waiting:
             each.result(30)
     assert ended == [7, 1]
+
+
+def test_the_client_waits_as_a_quota_says(small_server: Any) -> None:
+    urls: dict[Any, str] = {"grpc": small_server.grpc_url, "http": small_server.http_url}
+    for protocol, url in urls.items():
+        with Client(url, protocol, retries=1) as client:
+            for _ in range(2):  # two seconds apart
+                client.generate("Hi", tenant="patient", max_tokens=1)
+
+
+def test_tokens_in_flight_are_free_again_when_their_request_has_ended(small_server: Any) -> None:
+    with Client(small_server.grpc_url, retries=0) as client, Client(small_server.grpc_url) as patient:
+        stream = client.stream("One", tenant="one at a time", max_tokens=1000, ignore_eos=True)
+        next(iter(stream))
+        with pytest.raises(FastServeError, match="over its quota of 1010 tokens in flight") as caught:
+            client.generate("Two", tenant="one at a time")
+        assert (caught.value.code, caught.value.retry_after) == ("UNAVAILABLE", pytest.approx(1.0, abs=0.01))
+        assert client.generate("Two", tenant="another", max_tokens=1, priority=1).num_output_tokens == 1
+        stream.close()
+        assert patient.generate("Two", tenant="one at a time", max_tokens=1).num_output_tokens == 1
+    rejections = 'fastserve_quota_rejections_total{quota="tokens_in_flight",tenant="one at a time"}'
+    assert small_server.metrics()[rejections] >= 1
 
 
 def test_while_the_ensemble_is_unloaded_every_endpoint_is_unavailable(small_server: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fastserve import Model, ModelServer
+from fastserve.config import ConfigError, TenantQuota
 from fastserve.errors import ErrorCode, RequestError
 
 PROMPT = "The capital of France is"
@@ -78,3 +79,18 @@ def test_stopping_fails_what_is_in_flight(model: Model) -> None:
     with pytest.raises(RequestError, match="stopped"):
         task.result(timeout=10)
     assert "Paris" in model.predict(PROMPT, **GREEDY)
+
+
+def test_a_priority_and_a_hint_are_checked(server: ModelServer) -> None:
+    with pytest.raises(RequestError, match=r"`priority`: got 11; allowed: an integer from -10 to 10"):
+        server.submit(PROMPT, priority=11)
+    with pytest.raises(RequestError, match=r"`expected_output_tokens`: got 9; .* which is 8"):
+        server.submit(PROMPT, expected_output_tokens=9, max_tokens=8)
+    task = server.submit(PROMPT, priority=10, expected_output_tokens=4, **GREEDY)
+    assert (task.request.expected_output_tokens, "Paris" in task.result()) == (4, True)
+
+
+def test_quotas_are_the_servers() -> None:
+    quotas = {"a": TenantQuota(tokens_in_flight=9)}
+    with pytest.raises(ConfigError, match="`tenant_quotas`: got some; allowed: none without the server"):
+        Model.load(tenant_quotas=quotas)

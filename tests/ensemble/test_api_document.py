@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastserve.config import Config
 from fastserve.ensemble.api_tensors import API_INPUTS, API_OUTPUTS, TensorSpec
+from fastserve.scheduling.request_labels import RequestLabels
 from fastserve.types import Outcome
 
 DOCUMENT = (Path(__file__).parents[2] / "docs/api.md").read_text()
@@ -34,14 +37,17 @@ def test_tensors(heading: str, specs: dict[str, TensorSpec]) -> None:
 
 
 def test_metrics(pb_utils: Any) -> None:
-    from fastserve.ensemble.metrics import EngineMetrics, QueueMetrics, ResponseMetrics
+    from fastserve.ensemble.metrics import EngineMetrics, QueueMetrics, ResponseMetrics, SecondsByClass
 
-    families = [
+    labels = RequestLabels(Config())
+    members = [
         each
-        for metrics in (QueueMetrics(), EngineMetrics(), ResponseMetrics())
+        for metrics in (QueueMetrics(labels), EngineMetrics(), ResponseMetrics(labels))
         for each in vars(metrics).values()
-        if hasattr(each, "kind")
     ]
+    pairs = [vars(each).values() for each in members if isinstance(each, SecondsByClass)]
+    families = [each for each in [*members, *chain(*pairs)] if hasattr(each, "kind")]
+    assert {each._family._name for each in families} == set(pb_utils.server.metrics)
     assert {row[0].strip("`") for row in rows("Metrics")} == set(pb_utils.server.metrics)
     kinds = {row[0].strip("`"): (row[1], re.findall(r"`(\w+)`", row[2])) for row in rows("Metrics")}
     for family in families:

@@ -59,7 +59,7 @@ def test_triton_server_reads_what_the_tables_say(model: str, more: list[str]) ->
 def test_the_code_that_reads_them_and_the_client_know_no_others() -> None:
     assert set(API_INPUTS) == input_processor._INPUT_NAMES
     sent = [
-        generation_request("x", True, {"tenant": "x", "seed": 1}),
+        generation_request("x", True, {"tenant": "x", "seed": 1, "expected_output_tokens": 3}),
         generation_request(None, True, {"messages": [], "tenant": "x"}),
         generation_request(None, True, {"prompt_token_ids": [1], "tenant": "x"}),
     ]
@@ -69,7 +69,7 @@ def test_the_code_that_reads_them_and_the_client_know_no_others() -> None:
 
 def test_the_client_sends_the_types_that_are_declared() -> None:
     for prompt in ({"text_input": "x"}, {"messages": "[]"}, {"prompt_token_ids": [1]}):
-        request = generation_request(None, True, {"tenant": "x", "seed": 1})
+        request = generation_request(None, True, {"tenant": "x", "seed": 1, "expected_output_tokens": 3})
         message = replace(request, inputs={**request.inputs, **prompt}).to_grpc(None)
         for tensor in message.inputs:
             data_type = API_INPUTS[tensor.name].data_type.removeprefix("TYPE_")

@@ -14,7 +14,7 @@ import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.ensemble.control_messages import CancelById, HealthReport, Released
-from fastserve.scheduling.capacity import ResumeList
+from fastserve.scheduling.capacity import EngineCapacity, Finished, ResumeList
 from fastserve.types import (
     Add,
     Cancel,
@@ -166,6 +166,38 @@ def test_tokens_that_wait_go_before_a_failure_that_the_worker_tells(engine: Engi
     engine.worker.step(SequenceOutput("a", outcome=Outcome.TIMEOUT, failure=late))
     assert [each.final for each in outputs(sender)] == [False, False, True]
     assert (token_ids(sender), failure(sender)) == ([1, 2], late)
+
+
+def finished(engine: Engine, count: int) -> dict[str, int]:
+    """The tokens of the requests whose end `scheduler` was told of, when there are so many."""
+    from fastserve.ensemble.messaging import message_of
+
+    told: dict[str, int] = {}
+
+    def have_come(server: Any) -> bool:
+        for request in server.requests:
+            capacity = message_of(request, "capacity", EngineCapacity)
+            events = capacity.events if capacity is not None else []
+            told.update({each.uid: each.num_tokens for each in events if isinstance(each, Finished)})
+        return len(told) >= count
+
+    engine.pb_utils.server.wait(have_come)
+    return told
+
+
+def test_the_queue_is_told_of_every_end_and_of_the_tokens_that_were_computed(engine: Engine) -> None:
+    engine.requests(a_request("ends"), a_request("two", n=2), a_request("unsent"), a_request("lost"))
+    engine.worker.step(SequenceOutput("ends", token_ids=[1, 2]), SequenceOutput("two", 0, token_ids=[1]))
+    engine.worker.step(SequenceOutput("ends", token_ids=[3], outcome=Outcome.STOP))
+    engine.worker.step(SequenceOutput("two", 1, token_ids=[5, 6], outcome=Outcome.STOP))
+    engine.worker.step(SequenceOutput("two", 0, token_ids=[2], outcome=Outcome.LENGTH))
+    assert finished(engine, 2) == {"ends": 1 + 3, "two": 1 + 4}
+    engine.worker.step(SequenceOutput("lost", token_ids=[1]))
+    cancelled = engine.message("released", Released(a_request("cancelled"), 0))
+    cancelled.cancelled = True
+    engine.model.execute([cancelled])
+    engine.worker.on_death("ended (code -9)")
+    assert finished(engine, 5) == {"ends": 4, "two": 5, "cancelled": 0, "lost": 2, "unsent": 0}
 
 
 # --- failures hurt their own request

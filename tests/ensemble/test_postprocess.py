@@ -215,6 +215,9 @@ def test_tokens_are_counted_by_tenant_under_a_bounded_number_of_labels(postproce
         uid = str(number)
         postprocess.outputs(first(a_request(uid, tenant=f"tenant {number}"), hello), last(uid, world))
     metric = postprocess.pb_utils.server.metric
+    first_tokens = postprocess.pb_utils.server.metrics["fastserve_tenant_time_to_first_token_seconds"]
+    seen = {each.labels["tenant"]: len(each.observed) for each in first_tokens}
+    assert (len(seen), seen["tenant 0"], seen["other"]) == (65, 1, 6)
     for name, tokens in (("generation", 2), ("prompt", 3)):
         assert metric(f"fastserve_{name}_tokens_total", tenant="tenant 0") == tokens
         assert metric(f"fastserve_{name}_tokens_total", tenant="tenant 69") == 0

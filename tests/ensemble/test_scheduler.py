@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
-from fastserve.config import Config
+from fastserve.config import Config, TenantQuota
 from fastserve.ensemble.control_messages import HealthReport, Released
-from fastserve.scheduling.capacity import EngineCapacity, ReplicaCapacity
+from fastserve.scheduling.capacity import EngineCapacity, Event, Finished, ReplicaCapacity
 from fastserve.types import OutputOptions, Request, SamplingParams
+from fastserve_client.errors import server_error
 
 
 class Scheduler:
@@ -37,6 +39,13 @@ class Scheduler:
         request = self.message("capacity", a_capacity(self._serial, free_slots, received, max_model_len))
         self.model.execute([request])
         return request.sender
+
+    def tell(self, *events: Event) -> None:
+        """What the engine says besides: it has room."""
+        self._serial += 1
+        capacity = a_capacity(self._serial, 1, received=1)
+        capacity = msgspec.structs.replace(capacity, events_number=self._serial, events=list(events))
+        self.model.execute([self.message("capacity", capacity)])
 
     def waiting(self, priority: int) -> float:
         value: float = self.pb_utils.server.metric("fastserve_requests_waiting", priority=str(priority))
@@ -241,17 +250,67 @@ def test_a_full_queue_refuses_at_once(make_scheduler: Callable[..., Scheduler]) 
     assert refused.error.code() == scheduler.pb_utils.TritonError.UNAVAILABLE
 
 
-def test_gauges_are_told_now_and_then_and_only_what_changed(scheduler: Scheduler) -> None:
+def test_a_tenant_over_its_quota_is_told_how_long_to_wait_and_others_are_served(
+    make_scheduler: Callable[..., Scheduler],
+) -> None:
+    scheduler = make_scheduler(tenant_quotas={"a": TenantQuota(requests_per_second=0.001)})
+    first, refused, other = scheduler.requests(
+        *(msgspec.structs.replace(a_request(uid), tenant=uid[0]) for uid in ("a1", "a2", "b"))
+    )
+    assert refused.error.code() == scheduler.pb_utils.TritonError.UNAVAILABLE
+    assert refused.error.message().startswith(
+        "UNAVAILABLE: tenant 'a' is over its quota of 0.001 requests per"
+    )
+    assert server_error(refused.error.message()).retry_after == pytest.approx(1000, abs=1)
+    assert (released(first), refused.is_final, other.is_final) == (["a1"], True, False)
+    metric = scheduler.pb_utils.server.metric
+    assert metric("fastserve_quota_rejections_total", tenant="a", quota="requests_per_second") == 1
+    assert metric("fastserve_requests_total", outcome="rejected") == 1
+    assert metric("fastserve_tenant_requests_waiting", tenant="b") == 1
+
+
+def test_the_engine_tells_what_is_no_longer_in_flight(make_scheduler: Callable[..., Scheduler]) -> None:
+    scheduler = make_scheduler(tenant_quotas={"": TenantQuota(tokens_in_flight=17)})
+    first, refused = scheduler.requests(a_request("a"), a_request("b"))
+    assert (released(first), "17 tokens in flight: 17 are" in refused.error.message()) == (["a"], True)
+    scheduler.tell(Finished("a", 3))
+    (again,) = scheduler.requests(a_request("b"))
+    assert released(again) == ["b"]
+
+
+@pytest.mark.usefixtures("short_shared_memory")
+def test_a_request_that_cannot_be_sent_on_is_no_longer_in_flight(
+    make_scheduler: Callable[..., Scheduler],
+) -> None:
+    scheduler = make_scheduler(tenant_quotas={"": TenantQuota(tokens_in_flight=17)})
+    lost = scheduler.message("request", a_request("a"))
+    lost.sender.fail = fail_once(scheduler.pb_utils.TritonModelException("no shared memory"))
+    scheduler.model.execute([lost])
+    assert "could not be sent to the engine" in lost.sender.error.message()
+    (again,) = scheduler.requests(a_request("b"))
+    assert again.error is None
+
+
+def test_waits_are_told_by_priority_and_by_tenant(scheduler: Scheduler) -> None:
+    scheduler.requests(msgspec.structs.replace(a_request("a", priority=3), tenant="blue"))
+    server = scheduler.pb_utils.server
+    for name, labels in (("", {"priority": "3"}), ("tenant_", {"tenant": "blue"})):
+        (metric,) = server.metrics[f"fastserve_{name}queue_wait_seconds"]
+        assert (metric.labels, len(metric.observed)) == ({"model": "fastserve", **labels}, 1)
+
+
+def test_gauges_are_told_now_and_then_and_only_what_changed(make_scheduler: Callable[..., Scheduler]) -> None:
+    scheduler = make_scheduler(priority_range=(-100, 100))
     server = scheduler.pb_utils.server
     for priority in range(-100, 101):
         scheduler.requests(a_request(str(priority), priority))
     calls = server.metric_calls("fastserve_requests_waiting")
     assert calls <= 21 * 20  # 201 requests within some tenths of a second; it was the square of that
     assert len(server.metrics["fastserve_requests_waiting"]) <= 21
-    server.wait(lambda each: scheduler.waiting(-10) + scheduler.waiting(10) == 91 + 91 - 1)
+    server.wait(lambda each: scheduler.waiting(-100) + scheduler.waiting(-90) == 10 + 10 - 1)
     calls = server.metric_calls("fastserve_requests_waiting")
     scheduler.capacity(0, received=1)
     scheduler.capacity(0, received=1)
     assert server.metric_calls("fastserve_requests_waiting") == calls
     scheduler.capacity(1000, received=1)
-    assert [scheduler.waiting(priority) for priority in (-10, 0, 10)] == [0, 0, 0]
+    assert [scheduler.waiting(priority) for priority in (-100, 0, 100)] == [0, 0, 0]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve.config import Config, ConfigError
+from fastserve.config import Config, ConfigError, TenantQuota
 from fastserve.config_flags import add_config_flags, config_from, flag
 
 
@@ -68,3 +70,61 @@ def test_a_choice_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) ->
 def test_the_config_survives_the_file_between_launcher_and_models() -> None:
     config = parsed("--alpha", "3", "--model", "x.gguf")
     assert msgspec.json.decode(msgspec.json.encode(config), type=Config) == config
+
+
+def test_a_range_of_priorities() -> None:
+    assert parsed("--priority-range=-5,7").priority_range == (-5, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("-5", "--priority-range: got (-5,): Expected `array` of length 2"),
+        ("1,5", "`priority_range`: got 1,5; allowed: LOW,HIGH with LOW at most 0 and HIGH at least 0"),
+        ("5,-5", "`priority_range`: got 5,-5; allowed: LOW,HIGH"),
+        (f"0,{2**31}", "--priority-range: got (0, 2147483648): Expected `int` <= 2147483647"),
+    ],
+)
+def test_a_range_that_cannot_be_is_refused(text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        parsed(f"--priority-range={text}")
+
+
+def test_quotas() -> None:
+    quotas = parsed("--tenant-quotas", '{"*": {"requests_per_second": 2, "burst_seconds": 1}}').tenant_quotas
+    assert quotas == {"*": TenantQuota(requests_per_second=2.0, burst_seconds=1.0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"a": {}}', "got no limit; allowed: at least one of requests_per_second, tokens_per_second"),
+        ('{"a": {"burst_seconds": 5}}', "got no limit"),
+        (
+            '{"a": {"requests_per_second": 0}}',
+            "Expected `float` >= 1e-06 at `$.tenant_quotas[...].requests_per_sec",
+        ),
+        ('{"a": {"tokens_per_second": Infinity}}', "`$.tenant_quotas[...].tokens_per_second`"),
+        ('{"a": {"tokens_in_flight": 1.5}}', "got `float` at `$.tenant_quotas[...].tokens_in_flight`"),
+        ('{"a": {"rps": 1}}', "unknown field `rps`"),
+        ('{"a": 3}', "Expected `object`, got `int`"),
+        ("[]", "Expected `object`, got `array`"),
+        (json.dumps({"x" * 129: {"tokens_in_flight": 1}}), "of length <= 128"),
+    ],
+)
+def test_quotas_that_cannot_be_are_refused(text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
+        parsed("--tenant-quotas", text)
+    assert str(caught.value).startswith("--tenant-quotas: got ")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [(["--tenant-quotas", "{"], "got '{'; allowed: JSON"), (["--priority-range=a,b"], "allowed: LOW,HIGH")],
+)
+def test_what_is_no_value_of_its_kind_is_refused(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed(*words)
+    assert sentence in capsys.readouterr().err

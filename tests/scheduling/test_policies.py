@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -428,6 +429,7 @@ def test_what_is_no_policy_is_refused_with_the_reason(name: str, reason: str, tm
     "rank", ["(float('nan'),)", "(float('inf'),)", "None", "1.0", "('1',)", "(2.0 ** view.priority,)"]
 )
 def test_a_policy_whose_ranks_cannot_be_ordered_is_refused(rank: str, tmp_path: Path) -> None:
+    """Of any priority that a request may have."""
     source = f"""
 from fastserve.scheduling.policies.policy import Policy
 
@@ -438,7 +440,13 @@ class make(Policy):
     with pytest.raises(
         ConfigError, match=r"make gives no tuple of finite numbers as the rank of .* 2147483647: "
     ):
-        make_policy(own_policy(tmp_path, source))
+        make_policy(msgspec.structs.replace(own_policy(tmp_path, source), priority_range=(0, 2**31 - 1)))
+
+
+def test_under_fair_a_starved_request_is_of_the_highest_class_of_the_operators_range() -> None:
+    fair = make_policy(Config(policy="fair", priority_range=(0, 99), starvation_seconds=5.0))
+    starved, urgent = a_view("starved", priority=0), a_view("urgent", priority=99)
+    assert fair.rank(starved, 5.0)[0] == fair.rank(urgent, 0.0)[0]
 
 
 def test_a_policy_that_does_not_rank_is_refused(tmp_path: Path) -> None:

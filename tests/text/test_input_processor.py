@@ -19,7 +19,7 @@ from fastserve.text.input_processor import MAX_BYTES_PER_TOKEN, InputProcessor
 from fastserve.text.sampling_options import SamplingOptions
 from fastserve.text.sampling_params import SAMPLING_NAMES
 from fastserve.text.tokenizer import Tokenizer
-from fastserve.types import Guide, Request, SamplingParams, decode, encode
+from fastserve.types import Guide, Request, SamplingParams, decode, encode, view_of
 
 MAX_MODEL_LEN = 64
 
@@ -68,6 +68,33 @@ def test_a_plain_request(input_processor: InputProcessor, tokenizer: Tokenizer) 
     assert not request.output.stream
     assert (request.priority, request.tenant, request.request_id) == (0, "", "")
     assert (request.arrival, request.deadline) == (1000.0, 1060.0)
+
+
+def test_the_operator_sets_the_range_of_priorities(tokenizer: Tokenizer) -> None:
+    config = Config(priority_range=(-1, 300))
+    processor = InputProcessor(config, tokenizer, MAX_MODEL_LEN, tokenizer.vocab_size)
+    assert [build(processor, {"priority": each}).priority for each in (-1, 300)] == [-1, 300]
+    for priority in (-2, 301):
+        message = refusal(processor, {"text_input": "a", "priority": priority}, {})
+        assert message == f"`priority`: got {priority}; allowed: an integer from -1 to 300"
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "hint", "expected"), [(20, 7, 7), (20, None, 20), (None, 1000, MAX_MODEL_LEN - 5)]
+)
+def test_a_policy_sees_the_hint_of_the_answers_length(
+    input_processor: InputProcessor, max_tokens: int | None, hint: int | None, expected: int
+) -> None:
+    """Without one, or where the context holds less, the most that there can be."""
+    inputs = {
+        "text_input": None,
+        "prompt_token_ids": [1] * 5,
+        "sampling_parameters": json.dumps({"max_tokens": max_tokens}),
+        "expected_output_tokens": hint,
+    }
+    request = build(input_processor, inputs)
+    assert request.expected_output_tokens == hint
+    assert view_of(request).expected_output_tokens == expected
 
 
 def test_requests_have_different_uids(input_processor: InputProcessor) -> None:
@@ -414,8 +441,14 @@ REFUSED_INPUTS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("prompt_token_ids", {"prompt_token_ids": "[1]"}, {}, "token ids from 0"),
     ("stream", {"text_input": "a", "stream": "maybe"}, {}, "true or false"),
     ("exclude_input_in_output", {"text_input": "a", "stream": True}, {"exclude_input_in_output": 0}, "true"),
-    ("priority", {"text_input": "a", "priority": 2**31}, {}, "from -2147483648 to 2147483647"),
+    ("priority", {"text_input": "a", "priority": 11}, {}, "an integer from -10 to 10"),
+    ("priority", {"text_input": "a", "priority": 2**31}, {}, "an integer from -10 to 10"),
+    ("priority", {"text_input": "a"}, {"priority": "-11"}, "an integer from -10 to 10"),
     ("priority", {"text_input": "a"}, {"priority": "high"}, "an integer"),
+    ("expected_output_tokens", {"text_input": "a", "expected_output_tokens": 0}, {}, "1 to `max_tokens`"),
+    ("expected_output_tokens", {"text_input": "a", "expected_output_tokens": 17}, {}, "which is 16"),
+    ("expected_output_tokens", {"text_input": "a"}, {"expected_output_tokens": "6", "max_tokens": 5}, "is 5"),
+    ("expected_output_tokens", {"text_input": "a", "expected_output_tokens": "many"}, {}, "an integer"),
     ("tenant", {"text_input": "a", "tenant": b"\xff"}, {}, "UTF-8"),
     ("tenant", {"text_input": "a", "tenant": "x" * 129}, {}, "at most 128 characters"),
     ("sampling_parameters", {"text_input": "a", "sampling_parameters": "[1]"}, {}, "a JSON object"),
@@ -463,9 +496,8 @@ HOSTILE_TEXTS = ["[" * 10**5, '{"a":' * 10**4, "9" * 5000, "\ud800", b"\xff", "\
 HOSTILE_OBJECTS = [10**5000, -(2**64), object(), {1, 2}, {1: 2}, np.int64(3), np.array([[1]]), 1j, range(3)]
 HOSTILE = st.sampled_from([*HOSTILE_TEXTS, *HOSTILE_OBJECTS])
 ANY_VALUE = JSON_VALUES | HOSTILE
-NAMES = st.sampled_from(
-    [*SAMPLING_NAMES, "best_of", "lora_name", "stream", "priority", "tenant", "timeout", "id"]
-)
+OPTION_NAMES = ["stream", "priority", "tenant", "expected_output_tokens"]
+NAMES = st.sampled_from([*SAMPLING_NAMES, *OPTION_NAMES, "best_of", "lora_name", "timeout", "id"])
 SAMPLING_OBJECTS = st.dictionaries(NAMES | st.text(max_size=12), ANY_VALUE | GUIDE_VALUES, max_size=3)
 INPUT_NAMES = [
     "text_input",
@@ -475,7 +507,7 @@ INPUT_NAMES = [
     "sampling_parameters",
     "exclude_input_in_output",
 ]
-INPUT_NAMES += ["return_logprobs", "priority", "tenant"]
+INPUT_NAMES += ["return_logprobs", "priority", "tenant", "expected_output_tokens"]
 
 
 @settings(max_examples=400, deadline=None)

@@ -30,6 +30,7 @@ API_INPUTS = {
     "return_num_output_tokens": TensorSpec("TYPE_BOOL"),
     "priority": TensorSpec("TYPE_INT32"),
     "tenant": TensorSpec("TYPE_STRING"),
+    "expected_output_tokens": TensorSpec("TYPE_INT32"),
 }
 """All are optional."""
 

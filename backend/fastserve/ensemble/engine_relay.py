@@ -43,7 +43,7 @@ from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
 from fastserve.ensemble.tenant_tokens import TenantTokenCounter
 from fastserve.errors import ErrorCode, invalid
-from fastserve.scheduling.capacity import Ended, EngineCapacity, Preempted
+from fastserve.scheduling.capacity import Ended, EngineCapacity, Finished, Preempted
 from fastserve.text.stop_conditions import external_stop, has_expired
 from fastserve.types import Add, Cancel, Failure, Outcome, Ready, Resume, StepOutput
 
@@ -131,6 +131,7 @@ class EngineModel:
             is_cancelled = is_cancelled or self._cancelled.applies_to(request)
             if is_cancelled:
                 replica.count_dropped()
+                self._capacity.tell(Finished(request.uid, 0))
             else:
                 self._streams[request.uid] = stream
                 replica.add(Add(request))
@@ -153,7 +154,7 @@ class EngineModel:
                 return
             if stream.replica is not None and self._replicas[stream.replica].cancel(cancel):
                 return
-            del self._streams[cancel.uid]
+            self._forget(stream)
             if stream.replica is None:
                 self._capacity.tell(Ended(cancel.uid, 0))
         stream.fail(cancel.outcome, external_stop(cancel.outcome))
@@ -224,8 +225,14 @@ class EngineModel:
         due = [stream for stream in self._streams.values() if stream.is_due(now, interval)]
         for stream in due:
             if stream.is_final:
-                del self._streams[stream.request.uid]
+                self._forget(stream)
         return due
+
+    def _forget(self, stream: ResponseStream) -> None:
+        """The request has ended."""
+        uid = stream.request.uid
+        if self._streams.pop(uid, None) is not None:
+            self._capacity.tell(Finished(uid, stream.num_tokens))
 
     def _respond(self, stream: ResponseStream, now: float) -> None:
         """Sends a response; one that cannot be sent ends its own request only."""
@@ -235,7 +242,9 @@ class EngineModel:
             uid = stream.request.uid
             logger.exception("a response of request %s could not be sent", uid)
             with self._lock:
-                if self._streams.pop(uid, None) is not None and stream.replica is not None:
+                is_known = uid in self._streams
+                self._forget(stream)
+                if is_known and stream.replica is not None:
                     self._replicas[stream.replica].cancel(Cancel(uid, Outcome.CANCELLED))
             message = f"the answer could not be sent: {error}"
             stream.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
@@ -259,7 +268,8 @@ class EngineModel:
                 if stream.preempted is not None:
                     stream.replica = None
                 else:
-                    lost.append(self._streams.pop(uid))
+                    lost.append(stream)
+                    self._forget(stream)
                     for index in range(stream.request.sampling.n):
                         self._capacity.tell(Ended(uid, index))
             self._publish_capacity()

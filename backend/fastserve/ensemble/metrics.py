@@ -10,6 +10,7 @@ request; what a counter could not add then is added with its next report.
 
 from __future__ import annotations
 
+import collections
 import logging
 import threading
 import time
@@ -18,6 +19,8 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from fastserve.scheduling.quotas import QuotaError
+from fastserve.scheduling.request_labels import Labels, RequestLabels
 from fastserve.types import EngineStats, Outcome, Request
 
 logger = logging.getLogger(__name__)
@@ -28,10 +31,6 @@ RETRY_SECONDS = 1.0
 """Between two reports of a gauge that does not show what it was given."""
 ERROR_LOG_SECONDS = 60.0
 """Between two lines in the log about reports that fail."""
-MAX_TENANTS = 64
-"""Tenants with a label of their own: the first that come; what others use is counted under `other`."""
-MAX_TENANT_LENGTH = 64
-"""Characters of a tenant in its label."""
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0]
 _TOKEN_SECONDS = [ms / 1000 for ms in (1, 2.5, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 500, 1000, 2500)]
 _TOKENS = [2**exponent for exponent in range(14)]
@@ -117,24 +116,18 @@ class Histogram(_Family):
         self._report("observe", value, labels)
 
 
-class TenantLabels:
-    """A bounded set of labels for what clients name freely."""
+class SecondsByClass:
+    """Durations of requests, by priority and by tenant: a histogram for each, since one by both had too many
+    members."""
 
-    def __init__(self) -> None:
-        self._labels: dict[str, str] = {}
+    def __init__(self, name: str, description: str, tenant_name: str) -> None:
+        self.by_priority = Histogram(name, description, ["priority"], buckets=_SECONDS)
+        self.by_tenant = Histogram(tenant_name, f"{description}, by tenant", ["tenant"], buckets=_SECONDS)
 
-    def label(self, tenant: str) -> str:
-        """The label of a tenant: cut to MAX_TENANT_LENGTH, or `other` beyond MAX_TENANTS."""
-        known = self._labels.get(tenant)
-        if known is not None:
-            return known
-        if len(self._labels) >= MAX_TENANTS:
-            return "other"
-        return self._labels.setdefault(tenant, tenant[:MAX_TENANT_LENGTH])
-
-
-def _seconds_by_priority(name: str, description: str) -> Histogram:
-    return Histogram(name, description, ["priority"], buckets=_SECONDS)
+    def observe(self, seconds: float, labels: Labels) -> None:
+        """Counts one request."""
+        self.by_priority.observe(seconds, labels.priority)
+        self.by_tenant.observe(seconds, labels.tenant)
 
 
 def requests_total() -> Counter:
@@ -145,30 +138,57 @@ def requests_total() -> Counter:
 class QueueMetrics:
     """The metrics of `scheduler`."""
 
-    def __init__(self) -> None:
+    def __init__(self, labels: RequestLabels) -> None:
+        self._labels = labels
         self.waiting = Gauge("fastserve_requests_waiting", "Requests in the queue", ["priority"])
-        self.wait = _seconds_by_priority(
-            "fastserve_queue_wait_seconds", "From arrival to release to the engine"
+        self.waiting_by_tenant = Gauge(
+            "fastserve_tenant_requests_waiting", "Requests in the queue, by tenant", ["tenant"]
+        )
+        self.wait = SecondsByClass(
+            "fastserve_queue_wait_seconds",
+            "From arrival to release to the engine",
+            "fastserve_tenant_queue_wait_seconds",
         )
         self.requests = requests_total()
+        self.quota_rejections = Counter(
+            "fastserve_quota_rejections_total", "Requests of tenants over a quota", ["tenant", "quota"]
+        )
         self.report_at: float | None = None
         """When `report_waiting` is to be called next; None: the gauges show what is."""
-        self._reported: dict[int, int] = {}
+        self._reported: dict[Labels, int] = {}
         self._reported_at = 0.0
 
-    def report_waiting(self, by_priority: dict[int, int], now: float) -> None:
+    def observe_wait(self, request: Request, now: float) -> None:
+        """Reports that a request has been released."""
+        self.wait.observe(now - request.arrival, self._labels.of(request))
+
+    def count_rejected(self, request: Request, error: QuotaError) -> None:
+        """Counts a request of a tenant that was over its quota."""
+        self.quota_rejections.add(1, self._labels.of(request).tenant, error.quota)
+
+    def report_waiting(self, by_label: dict[Labels, int], now: float) -> None:
         """Sets how many requests wait: at once when none does, else every REPORT_SECONDS."""
-        if by_priority == self._reported:
+        if by_label == self._reported:
             self.report_at = None
-        elif any(by_priority.values()) and now < self._reported_at + REPORT_SECONDS:
+        elif any(by_label.values()) and now < self._reported_at + REPORT_SECONDS:
             self.report_at = self._reported_at + REPORT_SECONDS
         else:
-            shown = [self.waiting.set(count, priority) for priority, count in by_priority.items()]
             self._reported_at = now
-            if all(shown):
-                self._reported, self.report_at = by_priority, None
+            if self._set_waiting(by_label):
+                self._reported, self.report_at = by_label, None
             else:
                 self.report_at = now + RETRY_SECONDS
+
+    def _set_waiting(self, by_label: dict[Labels, int]) -> bool:
+        """Whether the gauges show it."""
+        by_priority: collections.Counter[int] = collections.Counter()
+        by_tenant: collections.Counter[str] = collections.Counter()
+        for labels, count in by_label.items():
+            by_priority[labels.priority] += count
+            by_tenant[labels.tenant] += count
+        shown = [self.waiting.set(count, priority) for priority, count in by_priority.items()]
+        shown += [self.waiting_by_tenant.set(count, tenant) for tenant, count in by_tenant.items()]
+        return all(shown)
 
 
 class EngineMetrics:
@@ -261,19 +281,24 @@ class EngineMetrics:
 class ResponseMetrics:
     """The metrics of `postprocess`: the times that a client sees."""
 
-    def __init__(self) -> None:
-        self.first_token = _seconds_by_priority(
-            "fastserve_time_to_first_token_seconds", "From arrival to the first token"
+    def __init__(self, labels: RequestLabels) -> None:
+        self._labels = labels
+        self.first_token = SecondsByClass(
+            "fastserve_time_to_first_token_seconds",
+            "From arrival to the first token",
+            "fastserve_tenant_time_to_first_token_seconds",
         )
         self.output_token = Histogram(
             "fastserve_time_per_output_token_seconds",
             "Mean time between the tokens of a request after its first",
             buckets=_TOKEN_SECONDS,
         )
-        self.end_to_end = _seconds_by_priority(
-            "fastserve_e2e_request_latency_seconds", "From arrival to the last token"
+        self.end_to_end = Histogram(
+            "fastserve_e2e_request_latency_seconds",
+            "From arrival to the last token",
+            ["priority"],
+            buckets=_SECONDS,
         )
-        self.tenants = TenantLabels()
         self.prompt_tokens = Counter(
             "fastserve_prompt_tokens_total", "Prompt tokens of finished requests", ["tenant"]
         )
@@ -284,19 +309,20 @@ class ResponseMetrics:
 
     def observe_first_token(self, request: Request, now: float) -> None:
         """Reports that the first token of a request came."""
-        self.first_token.observe(now - request.arrival, request.priority_label)
+        self.first_token.observe(now - request.arrival, self._labels.of(request))
 
     def count_tokens(self, request: Request, num_tokens: int) -> None:
         """Counts tokens generated for a request."""
-        self.generation_tokens.add(num_tokens, self.tenants.label(request.tenant))
+        self.generation_tokens.add(num_tokens, self._labels.of(request).tenant)
 
     def observe_end(
         self, request: Request, outcome: Outcome, num_tokens: int, first_token: float, now: float
     ) -> None:
         """Reports the end of a request, which generated `num_tokens`, the first at the time `first_token`."""
         self.requests.add(1, outcome.value)
-        self.prompt_tokens.add(len(request.prompt_token_ids), self.tenants.label(request.tenant))
+        labels = self._labels.of(request)
+        self.prompt_tokens.add(len(request.prompt_token_ids), labels.tenant)
         if outcome in (Outcome.STOP, Outcome.LENGTH):
-            self.end_to_end.observe(now - request.arrival, request.priority_label)
+            self.end_to_end.observe(now - request.arrival, labels.priority)
             if num_tokens > 1:
                 self.output_token.observe((now - first_token) / (num_tokens - 1))

@@ -22,6 +22,7 @@ from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
 from fastserve.ensemble.stop_sender import StopSender
 from fastserve.errors import ErrorCode, RequestError, invalid
+from fastserve.scheduling.request_labels import RequestLabels
 from fastserve.text.output_processor import OutputProcessor, Response
 from fastserve.text.tokenizer import load_tokenizer
 from fastserve.types import Cancel, Outcome, OutputOptions, Request, RequestOutput
@@ -54,9 +55,10 @@ class PostprocessModel:
         """Loads the tokenizer, and starts the thread that sends stops."""
         leave_with_server()
         server_secret()  # made while there is shared memory for it
-        self._tokenizer = load_tokenizer(locate(read_config().model))
+        config = read_config()
+        self._tokenizer = load_tokenizer(locate(config.model))
         self._states: dict[str, RequestState] = {}
-        self._metrics = ResponseMetrics()
+        self._metrics = ResponseMetrics(RequestLabels(config))
         self._stops = StopSender()
         self._next_sweep = 0.0
 

@@ -34,6 +34,8 @@ class ResponseStream:
     """Whether the worker has computed its prompt."""
     token_ids: list[int] = field(default_factory=list)
     """What was generated, of a request that can move: another replica goes on from there."""
+    num_output_tokens: int = 0
+    """Of all its sequences."""
     pending: list[SequenceOutput] = field(default_factory=list)
     last_sent: float | None = None
 
@@ -41,10 +43,16 @@ class ResponseStream:
         """Takes in the output of one step for one sequence."""
         self.pending.append(output)
         self.has_output = True
+        self.num_output_tokens += len(output.token_ids)
         if self.can_move:
             self.token_ids += output.token_ids
         if output.outcome is not None:
             self.sequences_left -= 1
+
+    @property
+    def num_tokens(self) -> int:
+        """What was computed for it, of the prompt and of the answers."""
+        return len(self.request.prompt_token_ids) + self.num_output_tokens if self.has_output else 0
 
     @property
     def can_move(self) -> bool:

@@ -26,6 +26,8 @@ from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.scheduling.admission import AdmissionQueue
 from fastserve.scheduling.capacity import EngineCapacity, ReplicaCapacity
 from fastserve.scheduling.policies.registry import make_policy
+from fastserve.scheduling.quotas import QuotaError, Quotas
+from fastserve.scheduling.request_labels import RequestLabels
 from fastserve.service_thread import ServiceThread
 from fastserve.types import Outcome, Request
 
@@ -40,12 +42,15 @@ class SchedulerModel:
         leave_with_server()
         server_secret()  # made while there is shared memory for it
         config = read_config()
-        self._admission = AdmissionQueue(make_policy(config), config.max_queue_size, config.max_queue_seconds)
+        self._quotas, labels = Quotas(config.tenant_quotas), RequestLabels(config)
+        self._admission = AdmissionQueue(
+            make_policy(config), config.max_queue_size, config.max_queue_seconds, self._quotas, labels
+        )
         # The engine publishes its capacity when a first request has reached it: until then that is one slot.
         one_slot = ReplicaCapacity("", 0, 0, free_slots=1, free_blocks=0, free_tokens=0, num_running=0)
         self._admission.update(EngineCapacity(serial=0, time=0.0, replicas=[one_slot]), time.monotonic())
         self._senders: dict[str, Any] = {}
-        self._metrics = QueueMetrics()
+        self._metrics = QueueMetrics(labels)
         self._changed = threading.Condition()
         self._stopping = False
         self._deadlines = ServiceThread(
@@ -88,6 +93,8 @@ class SchedulerModel:
         try:
             self._admission.submit(request, time.monotonic())
         except RequestError as error:
+            if isinstance(error, QuotaError):
+                self._metrics.count_rejected(request, error)
             self._reject(sender, error, Outcome.REJECTED)
             return
         self._senders[request.uid] = sender
@@ -108,8 +115,8 @@ class SchedulerModel:
         for released in self._admission.release(now):
             request = released.request
             self._send(Released(request, released.replica))
-            self._metrics.wait.observe(now - request.arrival, request.priority_label)
-        self._metrics.report_waiting(self._admission.waiting_by_priority(), now)
+            self._metrics.observe_wait(request, now)
+        self._metrics.report_waiting(self._admission.waiting_by_label(), now)
 
     def _send(self, released: Released) -> None:
         """Sends a request to the engine, or fails it; the engine's numbers will show that it has not come."""
@@ -119,6 +126,7 @@ class SchedulerModel:
             del self._senders[request.uid]
         except Exception as failure:
             logger.exception("request %s could not be sent to the engine", request.uid)
+            self._quotas.end(request.uid, 0)
             message = f"the request could not be sent to the engine: {failure}"
             self._fail_waiting(request, RequestError(message, ErrorCode.UNAVAILABLE), Outcome.ERROR)
 

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fastserve.config import Config
 from fastserve.errors import ErrorCode, RequestError, prompt_too_long
-from fastserve.scheduling.capacity import EngineCapacity, Event, Outbox, Preempted, ResumeList, TenantTokens
+from fastserve.scheduling.capacity import (
+    EngineCapacity,
+    Event,
+    Finished,
+    Outbox,
+    Preempted,
+    ResumeList,
+    TenantTokens,
+)
 from fastserve.scheduling.policies.policy import Policy, Rank
 from fastserve.scheduling.prefix_index import block_hashes
+from fastserve.scheduling.quotas import Quotas
 from fastserve.scheduling.replica import LOST_AFTER_SECONDS, Demand, Replica
+from fastserve.scheduling.request_labels import Labels, RequestLabels
 from fastserve.scheduling.waiting_queue import WaitingQueue
-from fastserve.types import Request, RequestView, Resume, priority_label, view_of
+from fastserve.types import Request, RequestView, Resume, view_of
 
 
 @dataclass(slots=True)
@@ -58,11 +69,23 @@ class AdmissionQueue:
     allows it to preempt.
     """
 
-    def __init__(self, policy: Policy, max_queue_size: int, max_queue_seconds: float) -> None:
-        """`max_queue_seconds`: how long a request may wait before it first runs; 0: for ever."""
+    def __init__(
+        self,
+        policy: Policy,
+        max_queue_size: int,
+        max_queue_seconds: float,
+        quotas: Quotas | None = None,
+        labels: RequestLabels | None = None,
+    ) -> None:
+        """`max_queue_seconds`: how long a request may wait before it first runs; 0: for ever.
+
+        `quotas`: None for none; `labels`: those of the default settings unless given.
+        """
         self._policy = policy
         self._max_queue_size = max_queue_size
         self._max_queue_seconds = max_queue_seconds
+        self._quotas = quotas or Quotas({})
+        self._labels = labels or RequestLabels(Config())
         self._waiting: WaitingQueue[Waiting] = WaitingQueue(policy)
         self._num_new = 0
         """Of those that wait, the ones that have not run yet."""
@@ -83,8 +106,8 @@ class AdmissionQueue:
         """Whether some replica has a slot that nobody on the way will take."""
         return any(replica.free_slots > 0 for replica in self._replicas)
 
-    def waiting_by_priority(self) -> dict[int, int]:
-        """How many wait of each priority that was ever seen: 0 where nobody does any more."""
+    def waiting_by_label(self) -> dict[Labels, int]:
+        """How many wait under the labels that were ever seen: 0 where nobody does any more."""
         return self._waiting.count_by_label()
 
     @property
@@ -104,7 +127,7 @@ class AdmissionQueue:
         """Takes a request into the queue.
 
         Raises RequestError: UNAVAILABLE when the queue is full, INVALID_ARG for a prompt that the engine's KV
-        cache can never hold; ValueError for one that waits already.
+        cache can never hold, what `Quotas.admit` says; ValueError for one that waits already.
         """
         self._check_length(request)
         if self._num_new >= self._max_queue_size:
@@ -113,6 +136,7 @@ class AdmissionQueue:
                 "(`max_queue_size`)",
                 ErrorCode.UNAVAILABLE,
             )
+        self._quotas.admit(request, now)
         deadlines = [request.deadline] if request.deadline is not None else []
         if self._max_queue_seconds:
             deadlines.append(now + self._max_queue_seconds)
@@ -121,7 +145,7 @@ class AdmissionQueue:
             Waiting(view, request, request.sampling.n),
             view,
             now,
-            label=request.priority_label,
+            label=self._labels.of(view),
             deadline=min(deadlines, default=None),
         )
         self._num_new += 1
@@ -148,9 +172,11 @@ class AdmissionQueue:
         if isinstance(event, Preempted):
             view = event.view
             waiting = Waiting(view, None, 1, event.replica, event.can_move)
-            self._waiting.push(waiting, view, now, label=priority_label(view.priority))
+            self._waiting.push(waiting, view, now, label=self._labels.of(view))
         elif isinstance(event, TenantTokens):
             self._policy.on_tenant_service(event.tenant, event.num_prompt_tokens, event.num_output_tokens)
+        elif isinstance(event, Finished):
+            self._quotas.end(event.uid, event.num_tokens)
         else:
             self._waiting.remove(event.uid, event.index)
 
@@ -172,6 +198,7 @@ class AdmissionQueue:
                 except RequestError as error:
                     self._waiting.remove(waiting.view.uid)
                     self._num_new -= 1
+                    self._quotas.end(waiting.view.uid, 0)
                     refused.append((waiting.request, error))
         return refused
 
@@ -184,6 +211,8 @@ class AdmissionQueue:
         """The requests that have waited too long: for this queue, or for their own deadline. They leave."""
         expired = [each.request for each in self._waiting.expired(now) if each.request is not None]
         self._num_new -= len(expired)
+        for request in expired:
+            self._quotas.end(request.uid, 0)
         return expired
 
     def peek(self, now: float) -> Waiting | None:

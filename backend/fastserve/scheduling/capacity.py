@@ -64,7 +64,15 @@ class TenantTokens(Struct, frozen=True, tag=True):
     num_output_tokens: int
 
 
-Event = Preempted | Ended | TenantTokens
+class Finished(Struct, frozen=True, tag=True):
+    """A request that was released has ended: what it holds of its tenant's quota is free again."""
+
+    uid: str
+    num_tokens: int
+    """Of its prompt and its answers, as far as they were computed."""
+
+
+Event = Preempted | Ended | TenantTokens | Finished
 
 
 class EngineCapacity(Struct, frozen=True):

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fastserve.scheduling.policies.policy import Policy
 from fastserve.types import RequestView
@@ -24,7 +24,7 @@ class _Entry(Generic[T]):
     item: T
     view: RequestView
     group: Hashable
-    label: int
+    label: Hashable
     version: int
     """Of its place in the group's heap: older ones are dead."""
 
@@ -51,7 +51,7 @@ class WaitingQueue(Generic[T]):
         self._by_change: list[tuple[float, int, int]] = []
         """(time, number, version)"""
         self._num_pushed = 0
-        self._num_by_label: Counter[int] = Counter()
+        self._num_by_label: Counter[Hashable] = Counter()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -65,7 +65,7 @@ class WaitingQueue(Generic[T]):
         return key in self._numbers
 
     def push(
-        self, item: T, view: RequestView, now: float, *, label: int = 0, deadline: float | None = None
+        self, item: T, view: RequestView, now: float, *, label: Hashable = None, deadline: float | None = None
     ) -> None:
         """`label`: what `count_by_label` counts it under.
 
@@ -130,7 +130,7 @@ class WaitingQueue(Generic[T]):
             heapq.heappop(self._by_change)
         return self._by_change[0][0] if self._by_change else None
 
-    def count_by_label(self) -> dict[int, int]:
+    def count_by_label(self) -> dict[Any, int]:
         """How many wait of each label that was ever seen: 0 where nobody does any more."""
         return dict(self._num_by_label)
 

@@ -39,8 +39,9 @@ _OPTION_TYPES: dict[str, Any] = {
     "stream": bool,
     "exclude_input_in_output": bool,
     **{f"return_{name}": bool for name in _RETURN_OPTIONS},
-    "priority": Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)],
+    "priority": int,
     "tenant": Annotated[str, Meta(max_length=128)],
+    "expected_output_tokens": int,
 }
 _INPUT_NAMES = frozenset([*_PROMPT_INPUTS, "sampling_parameters", *_OPTION_TYPES])
 _TIMEOUT = Annotated[int, Meta(ge=0)]
@@ -71,6 +72,8 @@ class InputProcessor:
         self._vocabulary = Vocabulary(tokenizer.vocab_size, vocab_size)
         self._guides = GuideValidator(tokenizer)
         self._max_model_len = max_model_len
+        low, high = config.priority_range
+        self._priority_type: Any = Annotated[int, Meta(ge=low, le=high)]
         if self._vocabulary.mismatch:
             logger.warning(
                 "%s: requests that hold one of those beyond are refused, and so is guided decoding",
@@ -110,7 +113,8 @@ class InputProcessor:
         """
         inputs = {name: value for name, value in inputs.items() if value is not None}
         _check_names(inputs, parameters)
-        options = {name: _option(name, inputs, parameters) for name in _OPTION_TYPES}
+        types = _OPTION_TYPES | {"priority": self._priority_type}
+        options = {name: _option(name, kind, inputs, parameters) for name, kind in types.items()}
         output = _output_options(options)
         values = _sampling_values(inputs, parameters)
         chat_options = {name: values.pop(name) for name in CHAT_OPTIONS if name in values}
@@ -129,6 +133,7 @@ class InputProcessor:
             arrival=now,
             deadline=now + self._time_allowed(timeout_us or parameters.get("timeout") or 0),
             bad_words_token_ids=self._bad_words(sampling.bad_words),
+            expected_output_tokens=_expected_output_tokens(options, sampling),
         )
         return ParsedRequest(request, guide_field)
 
@@ -235,10 +240,19 @@ def _check_names(inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> No
             raise unknown_name("parameter", name, _PARAMETER_NAMES)
 
 
-def _option(name: str, inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> Any:
+def _option(name: str, kind: Any, inputs: Mapping[str, Any], parameters: Mapping[str, Any]) -> Any:
     """An option's value; None where it was not given."""
     value = inputs[name] if name in inputs else parameters.get(name)
-    return None if value is None else coerce(name, value, _OPTION_TYPES[name])
+    return None if value is None else coerce(name, value, kind)
+
+
+def _expected_output_tokens(options: Mapping[str, Any], sampling: SamplingParams) -> int | None:
+    """The hint, of which the context may hold less."""
+    name = "expected_output_tokens"
+    value: int | None = options[name]
+    if value is not None and not 1 <= value <= sampling.max_tokens:
+        raise invalid(name, value, f"an integer from 1 to `max_tokens`, which is {sampling.max_tokens}")
+    return value
 
 
 def _output_options(options: Mapping[str, Any]) -> OutputOptions:

@@ -22,15 +22,14 @@ from fastserve.scheduling.policies.policy import Policy
 from fastserve.scheduling.policies.priority_age import PriorityAge
 from fastserve.types import RequestView
 
-LOWEST_PRIORITY, HIGHEST_PRIORITY = -(2**31), 2**31 - 1
-"""A request's priority is an INT32."""
-
 POLICIES: dict[str, Callable[[Config], Policy]] = {
     "priority_age": lambda config: PriorityAge(config.alpha, config.beta),
     "fcfs": lambda config: FCFS(),
     "mlfq": lambda config: MLFQ(starvation_seconds=config.starvation_seconds),
     "hrrn": lambda config: HRRN(),
-    "fair": lambda config: Fair(config.tenant_weights, config.starvation_seconds),
+    "fair": lambda config: Fair(
+        config.tenant_weights, config.starvation_seconds, highest_priority=config.priority_range[1]
+    ),
 }
 """The policies that have a name of their own: what makes each from the settings."""
 
@@ -42,7 +41,7 @@ def make_policy(config: Config) -> Policy:
     could not order by it.
     """
     policy = _factory(config.policy)(config)
-    for priority in (LOWEST_PRIORITY, 0, HIGHEST_PRIORITY):
+    for priority in (config.priority_range[0], 0, config.priority_range[1]):
         view = RequestView("", 0, priority, 0.0, "", 1, 1, waiting_since=0.0, num_tokens=1)
         try:
             policy.on_enqueue(view, 0.0)
