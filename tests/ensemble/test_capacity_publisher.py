@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from fastserve.scheduling.capacity import EngineCapacity, ReplicaCapacity, ResumeList
+from fastserve.scheduling.capacity import Ended, EngineCapacity, ReplicaCapacity, ResumeList
 from fastserve.types import Resume
 
 FIRST = ReplicaCapacity("a", 1, 2, 3, 100, 512, 1)
@@ -32,10 +32,10 @@ problems: list[str | None] = []
 resumed: list[Resume] = []
 
 
-def answer(number: int = 0, *resumes: Resume) -> Any:
+def answer(number: int = 0, *resumes: Resume, num_waiting: int = 0) -> Any:
     from fastserve.ensemble.messaging import message_response
 
-    return message_response("resumes", ResumeList(number, list(resumes)))
+    return message_response("resumes", ResumeList(number, list(resumes), num_waiting))
 
 
 def capacities(pb_utils: Any, count: int) -> list[EngineCapacity]:
@@ -117,3 +117,50 @@ def test_what_has_not_changed_is_repeated_with_a_newer_time(
     first, second = capacities(pb_utils, 2)[:2]
     assert second.time > first.time
     assert (second.serial, second.replicas) == (2, first.replicas)
+
+
+def test_while_nobody_waits_changes_that_release_nothing_are_joined(
+    capacity: Any, pb_utils: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastserve.ensemble import capacity_publisher as module
+
+    monkeypatch.setattr(module, "QUIET_SECONDS", 0.3)
+    capacity.open()
+    publish(capacity)
+    capacities(pb_utils, 1)
+    for blocks in range(10):
+        publish(capacity, replace(FIRST, free_blocks=blocks))
+    first, second = capacities(pb_utils, 2)
+    assert second.replicas[0].free_blocks == 9
+    assert second.time - first.time >= 0.3
+
+
+@pytest.mark.parametrize("change", [{"free_blocks": 7}, {"free_slots": 7}])
+def test_while_somebody_waits_every_change_is_sent_at_once(
+    capacity: Any, pb_utils: Any, monkeypatch: pytest.MonkeyPatch, change: dict[str, int]
+) -> None:
+    from fastserve.ensemble import capacity_publisher as module
+
+    monkeypatch.setattr(module, "QUIET_SECONDS", 600.0)
+    monkeypatch.setattr(module, "REPEAT_SECONDS", 600.0)
+    pb_utils.server.answer = lambda request: [answer(num_waiting=1)]
+    capacity.open()
+    publish(capacity)
+    capacities(pb_utils, 1)
+    publish(capacity, replace(FIRST, **change))
+    assert capacities(pb_utils, 2)[1].replicas == [replace(FIRST, **change)]
+
+
+def test_what_must_not_be_lost_is_sent_at_once(
+    capacity: Any, pb_utils: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastserve.ensemble import capacity_publisher as module
+
+    monkeypatch.setattr(module, "QUIET_SECONDS", 600.0)
+    monkeypatch.setattr(module, "REPEAT_SECONDS", 600.0)
+    capacity.open()
+    publish(capacity)
+    capacities(pb_utils, 1)
+    capacity.tell(Ended("a", 0))
+    publish(capacity)
+    assert capacities(pb_utils, 2)[1].events == [Ended("a", 0)]

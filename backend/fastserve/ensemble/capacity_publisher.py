@@ -11,19 +11,25 @@ from msgspec.structs import replace
 
 from fastserve.ensemble.messaging import ask
 from fastserve.errors import RequestError
-from fastserve.scheduling.capacity import EngineCapacity, Event, Outbox, ResumeList
+from fastserve.scheduling.capacity import EngineCapacity, Event, Outbox, ResumeList, TenantTokens
 from fastserve.service_thread import ServiceThread
 from fastserve.types import Resume
 
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.2
+QUIET_SECONDS = 0.1
+"""Between messages while nobody waits: each costs two stubs some half a millisecond, and steps are short."""
 REPEAT_SECONDS = 2.0
 """Numbers that have not changed are sent again: so the scheduler learns that a request has not come."""
 
 
 class CapacityPublisher:
-    """A mailbox of one message: numbers that are not yet sent are replaced by newer ones; events are kept."""
+    """A mailbox of one message: numbers that are not yet sent are replaced by newer ones; events are kept.
+
+    A change of what can be released, or of what waits, is sent at once; every other one, such as of free
+    blocks, as long as somebody waits, else a little later.
+    """
 
     def __init__(
         self,
@@ -40,6 +46,11 @@ class CapacityPublisher:
         self._published: EngineCapacity | None = None
         self._events: Outbox[Event] = Outbox()
         self._resumes_seen = 0
+        self._num_waiting = 0
+        """In the queue, as it last said."""
+        self._is_urgent = False
+        """Something is to be sent at once."""
+        self._sent_at = 0.0
         self._serial = 0
         self._is_open = False
         self._stopping = False
@@ -57,31 +68,45 @@ class CapacityPublisher:
         """Hands over what must not be lost; it goes with the next numbers that are published."""
         with self._changed:
             self._events.add(event)
+            if not isinstance(event, TenantTokens):
+                self._is_urgent = True
+                self._changed.notify()
 
     def publish(self, capacity: EngineCapacity) -> None:
         """Hands over the newest numbers, without `serial`, `time`, events. Never waits for the scheduler."""
         with self._changed:
+            had_news = self._has_news()
             self._latest = capacity
-            if self._has_news():
+            self._is_urgent |= _releasable(capacity) != _releasable(self._published)
+            self._is_urgent |= self._num_waiting > 0 and self._has_news()
+            if self._is_urgent or self._has_news() is not had_news:
                 self._changed.notify()
 
     def _has_news(self) -> bool:
         return self._latest != self._published or not self._events.is_empty
 
+    def _wait_until_due(self) -> None:
+        while not self._stopping and not (self._is_open and self._is_urgent):
+            pause = QUIET_SECONDS if self._is_open and self._has_news() else REPEAT_SECONDS
+            left = self._sent_at + pause - time.monotonic()
+            if left <= 0:
+                return
+            self._changed.wait(left)
+
     def _publish_latest(self) -> bool:
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._stopping or (self._is_open and self._has_news()), REPEAT_SECONDS
-            )
+            self._wait_until_due()
+            self._sent_at = time.monotonic()
             latest = self._latest if self._is_open else None
             if self._stopping or latest is None:
                 return not self._stopping
             self._serial += 1
+            self._is_urgent = False
             events = self._events.batch()
             message = replace(
                 latest,
                 serial=self._serial,
-                time=time.monotonic(),
+                time=self._sent_at,
                 events_number=self._events.number,
                 events=events,
                 resumes_seen=self._resumes_seen,
@@ -92,10 +117,14 @@ class CapacityPublisher:
             logger.debug("the capacity was not published: %s", error)
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping, RETRY_SECONDS)
+                self._is_urgent = True
         else:
             with self._changed:
                 self._events.acknowledge(message.events_number)
-            self._published = latest
+                self._published = latest
+                self._num_waiting = answer.num_waiting
+                self._is_urgent |= _releasable(self._latest) != _releasable(latest)
+                self._is_urgent |= answer.number > self._resumes_seen
             self._take_resumes(answer)
         self._after()
         return True
@@ -111,3 +140,10 @@ class CapacityPublisher:
             self._stopping = True
             self._changed.notify()
         self._thread.join()
+
+
+def _releasable(capacity: EngineCapacity | None) -> list[tuple[str, int, int, int]]:
+    """The numbers that let the queue release something, or count what it has released."""
+    if capacity is None:
+        return []
+    return [(each.incarnation, each.received, each.arrived, each.free_slots) for each in capacity.replicas]

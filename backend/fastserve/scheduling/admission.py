@@ -183,7 +183,7 @@ class AdmissionQueue:
     def take_resumes(self) -> ResumeList:
         """Which preempted sequences run again, as the answer to the message that `update` was last given."""
         resumes = self._resumes.batch()
-        return ResumeList(self._resumes.number, resumes)
+        return ResumeList(self._resumes.number, resumes, len(self._waiting))
 
     def refuse_too_long(self) -> list[tuple[Request, RequestError]]:
         """Waiting requests that the engine's KV cache can never hold, each with its error. They leave."""

@@ -100,6 +100,8 @@ class ResumeList(Struct, frozen=True):
     number: int
     resumes: list[Resume]
     """A batch: see `Outbox`."""
+    num_waiting: int = 0
+    """In the queue: while somebody waits, it wants to know of every change."""
 
 
 class Outbox(Generic[T]):
