@@ -13,7 +13,7 @@ import numpy as np
 from fastserve.config import Config
 from fastserve.engine.engine import Engine
 from fastserve.simulation.step_time import StepWork, prompt_pairs
-from fastserve.types import Outcome, OutputOptions, Request, SamplingParams
+from fastserve.types import Add, Outcome, OutputOptions, Request, SamplingParams
 from fastserve.workload.prompts import TOKEN_IDS
 
 SPARE_TOKENS = 192
@@ -70,7 +70,7 @@ class EngineDriver:
             return False
         for length in lengths:
             self._driven.append(_Driven(uuid.uuid4().hex, length))
-            self._engine.add(self._request(self._driven[-1]))
+            self._engine.add(Add(self._request(self._driven[-1])))
         return True
 
     def _request(self, driven: _Driven) -> Request:

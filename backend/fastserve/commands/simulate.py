@@ -88,7 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--routing", choices=ROUTINGS, default="prefix", help="to replicas (default: %(default)s, the server's)"
+        "--routing",
+        choices=ROUTINGS,
+        default="prefix",
+        help="to replicas (default: %(default)s, the server's)",
     )
     parser.add_argument(
         "--message-delay-ms",
@@ -131,7 +134,9 @@ def run(arguments: argparse.Namespace) -> int:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("capacity", total=len(arrivals))
         try:
-            capacity = measure_capacity(arrivals, settings, lambda count: progress.update(task, completed=count))
+            capacity = measure_capacity(
+                arrivals, settings, lambda count: progress.update(task, completed=count)
+            )
             settings = _sized(settings, arguments, capacity)
             console.print(_summary(arrivals, settings, capacity))
             runs: list[RunFigures] = []
@@ -200,7 +205,9 @@ def _settings(arguments: argparse.Namespace, config: Config) -> SimulationSettin
     for name, least in (("replicas", 1), ("message_delay_ms", 0)):
         if getattr(arguments, name) < least:
             raise ConfigError(f"{flag(name)}: got {getattr(arguments, name)}; allowed: at least {least}")
-    step_time = DEFAULT_STEP_TIME if arguments.step_times is None else StepTimeModel.load(arguments.step_times)
+    step_time = (
+        DEFAULT_STEP_TIME if arguments.step_times is None else StepTimeModel.load(arguments.step_times)
+    )
     block_bytes = config.block_size * step_time.kv_bytes_per_token
     return SimulationSettings(
         step_time,

@@ -267,7 +267,9 @@ class IterationScheduler:
             if self._tell_policy(view, num_prompt_tokens, new - num_prompt_tokens, now):
                 sequence.rank = self.policy.rank(view, now)
 
-    def _tell_policy(self, view: RequestView, num_prompt_tokens: int, num_output_tokens: int, now: float) -> bool:
+    def _tell_policy(
+        self, view: RequestView, num_prompt_tokens: int, num_output_tokens: int, now: float
+    ) -> bool:
         """Whether its rank has changed. Many tokens of an answer are told as if they came one by one."""
         policy = self.policy
         if num_prompt_tokens or num_output_tokens == 1:

@@ -156,7 +156,9 @@ class Simulation:
         if replica.version == version:
             assert replica.run is not None
             num_steps = replica.run.num_steps
-            if self._delay and not replica.run.is_quiet:  # what is still on its way from before the end is sent
+            if (
+                self._delay and not replica.run.is_quiet
+            ):  # what is still on its way from before the end is sent
                 num_steps = min(num_steps, replica.run.num_ended(now - self._delay) + 1)
             report = self._advance(replica, num_steps)
             if self._delay:
