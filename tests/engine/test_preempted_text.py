@@ -109,7 +109,7 @@ def test_greedy_text_is_the_unpreempted_one(
             for _ in range(rng.randint(0, len(waiting)) if busy.has_work else len(waiting)):
                 busy.resume(*waiting.pop())
 
-        messages = []
+        messages: list[Add] = []
         for number, (num_prompt, num_output, priority, pause) in enumerate(shapes):
             prompt = [rng.randrange(VOCAB) for _ in range(num_prompt)]
             if rng.random() < 0.5 and messages:  # a prefix in common
