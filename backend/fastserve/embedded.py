@@ -78,13 +78,15 @@ class Model:
         """Loads a Hugging Face directory, a GGUF file or a hub name; nothing: the default model.
 
         `settings` are the fields of `fastserve.config.Config`. Raises ModelError, and ConfigError for tenant
-        quotas: they hold in the server's queue.
+        quotas, which hold in the server's queue, and for more replicas than one: those are its processes.
         """
         config = Config(model=path, **settings)
         if config.tenant_quotas:
             raise ConfigError(
                 "`tenant_quotas`: got some; allowed: none without the server, whose queue they are of"
             )
+        if config.replicas != 1:
+            raise ConfigError(f"replicas: got {config.replicas}; allowed: 1 without Triton server")
         files = locate(config.model)
         engine = load_engine(config, files)
         tokenizer = load_tokenizer(files)

@@ -83,8 +83,8 @@ class ThreadWorker:
         self._inbox.put(KilledError())
 
     def _run(self) -> None:
-        self._tell(Ready(str(id(self)), self.engine.max_model_len, 4, self.engine.stats()))
         try:
+            self._tell(Ready(str(id(self)), self.engine.max_model_len, 4, self.engine.stats()))
             run_engine(self.engine, self._inbox, self._tell)
         except KilledError:
             self.on_death("ended (code -9)")

@@ -206,6 +206,11 @@ class EngineMetrics:
         self.step_tokens = Histogram(
             "fastserve_step_batch_tokens", "Tokens computed in a step", buckets=_TOKENS
         )
+        self.computed = Counter(
+            "fastserve_computed_tokens_total",
+            "Tokens computed, those for a second time included",
+            ["replica"],
+        )
         self.cache_hits = Counter(
             "fastserve_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache"
         )
@@ -222,6 +227,8 @@ class EngineMetrics:
         """By replica, after its worker's last step."""
         self._counted: dict[int, EngineStats] = {}
         """By replica, the totals that the counters have."""
+        self._num_computed: collections.Counter[int] = collections.Counter()
+        """By replica, tokens that its counter does not have yet."""
         self._reported_at = 0.0
         self._is_shown = True
         """The gauges show what they were last told."""
@@ -245,6 +252,7 @@ class EngineMetrics:
             self.step_tokens.observe(stats.step_tokens)
         with self._lock:
             self._latest[replica] = stats
+            self._num_computed[replica] += stats.step_tokens
             if stats.running == 0 or now - self._reported_at >= REPORT_SECONDS:
                 self._report()
 
@@ -269,6 +277,9 @@ class EngineMetrics:
         for replica, latest in self._latest.items():
             self._count(latest, self._counted[replica])
             self._counted[replica] = latest
+        for replica, num_tokens in self._num_computed.items():
+            self.computed.add(num_tokens, replica)
+        self._num_computed.clear()
 
     def _count(self, now: EngineStats, before: EngineStats) -> None:
         self.cache_hits.add(now.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total)
