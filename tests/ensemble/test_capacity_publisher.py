@@ -20,22 +20,13 @@ def capacity(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from fastserve.ensemble import capacity_publisher as module
 
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
-    publisher = module.CapacityPublisher(resumed.extend, problems.append, after=lambda: None)
-    pb_utils.server.answer = lambda request: [answer()]
+    publisher = module.CapacityPublisher(problems.append, after=lambda: None)
     yield publisher
     publisher.stop()
     problems.clear()
-    resumed.clear()
 
 
 problems: list[str | None] = []
-resumed: list[Resume] = []
-
-
-def answer(number: int = 0, *resumes: Resume, num_waiting: int = 0) -> Any:
-    from fastserve.ensemble.messaging import message_response
-
-    return message_response("resumes", ResumeList(number, list(resumes), num_waiting))
 
 
 def capacities(pb_utils: Any, count: int) -> list[EngineCapacity]:
@@ -66,7 +57,7 @@ def test_what_comes_while_one_is_sent_is_joined(capacity: Any, pb_utils: Any) ->
 
     def wait(request: Any) -> Any:
         assert goes_on.wait(20)
-        return [answer()]
+        return []
 
     pb_utils.server.answer = wait
     capacity.open()
@@ -84,7 +75,7 @@ def test_what_could_not_be_sent_is_sent_again(capacity: Any, pb_utils: Any) -> N
     def fail(request: Any) -> Any:
         if failures:
             raise failures.pop()
-        return [answer()]
+        return []
 
     pb_utils.server.answer = fail
     capacity.open()
@@ -96,7 +87,7 @@ def test_one_that_can_never_send_reports_so(capacity: Any, pb_utils: Any) -> Non
     def fail(request: Any) -> Any:
         if len(pb_utils.server.requests) <= 6:
             raise ValueError("broken")
-        return [answer()]
+        return []
 
     pb_utils.server.answer = fail
     capacity.open()
@@ -143,12 +134,25 @@ def test_while_somebody_waits_every_change_is_sent_at_once(
 
     monkeypatch.setattr(module, "QUIET_SECONDS", 600.0)
     monkeypatch.setattr(module, "REPEAT_SECONDS", 600.0)
-    pb_utils.server.answer = lambda request: [answer(num_waiting=1)]
+    assert capacity.take(ResumeList(0, [], num_waiting=1)) == []
     capacity.open()
     publish(capacity)
     capacities(pb_utils, 1)
     publish(capacity, replace(FIRST, **change))
     assert capacities(pb_utils, 2)[1].replicas == [replace(FIRST, **change)]
+
+
+def test_what_runs_again_is_taken_once_and_the_queue_hears_that_it_has_come(
+    capacity: Any, pb_utils: Any
+) -> None:
+    capacity.open()
+    publish(capacity)
+    capacities(pb_utils, 1)
+    resumes = [Resume("a", 0)]
+    assert capacity.take(ResumeList(1, resumes)) == resumes
+    assert capacity.take(ResumeList(1, resumes)) == []
+    publish(capacity)
+    assert [each.resumes_seen for each in capacities(pb_utils, 2)] == [0, 1]
 
 
 def test_what_must_not_be_lost_is_sent_at_once(

@@ -93,8 +93,7 @@ def test_an_ensemble_gives_every_model_what_it_has_and_takes_what_it_gives() -> 
     for step in ensemble.ensemble_scheduling.step:
         given = set(step.input_map)
         assert given <= set(inputs_of(step.model_name))
-        own = {"resumes"} if step.model_name == "scheduler" else set()  # its answer to `engine`
-        assert set(step.output_map) == set(outputs_of(step.model_name)) - own
+        assert set(step.output_map) == set(outputs_of(step.model_name))
     first = ensemble.ensemble_scheduling.step[0]
     assert dict(first.input_map) == {name: name for name in inputs_of("fastserve")}
 

@@ -72,12 +72,14 @@ class FakeQueue:
     """`scheduler`: whatever waits runs again as soon as there is a slot."""
 
     def __init__(self) -> None:
+        self.model: Any = None
+        """`engine`, which it tells what runs again."""
         self._waiting: dict[str, Resume] = {}
         self._resumes = ResumeList(0, [])
         self._events_seen = 0
 
     def answer(self, request: Any) -> list[Any]:
-        from fastserve.ensemble.messaging import message_of, message_response
+        from fastserve.ensemble.messaging import message_of, message_tensor
 
         capacity = message_of(request, "capacity", EngineCapacity)
         assert capacity is not None
@@ -92,7 +94,9 @@ class FakeQueue:
         if has_been_seen and self._waiting and capacity.replicas[0].free_slots:
             self._resumes = ResumeList(self._resumes.number + 1, list(self._waiting.values()))
             self._waiting = {}
-        return [message_response("resumes", self._resumes)]
+            resumes = message_tensor("resumes", self._resumes)
+            self.model.execute([type(request)(inputs=[resumes])])
+        return []
 
 
 class Engine:
@@ -138,8 +142,9 @@ def engine(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(worker_supervisor, "RESTART_SECONDS", 0.0)
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
     monkeypatch.setenv("FASTSERVE_MODEL_CONTROL", "explicit")
-    pb_utils.server.answer = FakeQueue().answer
-    model = module.EngineModel()
+    queue = FakeQueue()
+    pb_utils.server.answer = queue.answer
+    queue.model = model = module.EngineModel()
     model.initialize({})
     yield Engine(pb_utils, model)
     model.finalize()
@@ -406,6 +411,7 @@ def answer_readiness(engine: Engine) -> Any:
     """Answers as the ensemble `readiness` does: its request goes to `engine`, which leaves it unanswered."""
 
     queue = FakeQueue()
+    queue.model = engine.model
 
     def answer(request: Any) -> list[Any]:
         if request.model_name() == "readiness":
@@ -469,8 +475,9 @@ def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
 
     monkeypatch.setattr(worker_supervisor, "Worker", partial(Worker, load=fake_engine.load_small))
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
-    pb_utils.server.answer = FakeQueue().answer
-    model = module.EngineModel()
+    queue = FakeQueue()
+    pb_utils.server.answer = queue.answer
+    queue.model = model = module.EngineModel()
     model.initialize({})
     engine = Engine(pb_utils, model)
     try:

@@ -151,7 +151,8 @@ class System:
             return []
         if self.random.random() < self.loss:
             raise self.pb_utils.TritonModelException("no shared memory")
-        self.scheduler.execute([request])
+        model = self.engine if request.model_name() == "engine" else self.scheduler
+        model.execute([request])
         if self.random.random() < self.loss:
             raise self.pb_utils.TritonModelException("no shared memory")
         responses: list[Any] = request.sender.responses

@@ -11,8 +11,15 @@ import pytest
 
 from fastserve.config import Config, TenantQuota
 from fastserve.ensemble.control_messages import HealthReport, Released
-from fastserve.scheduling.capacity import EngineCapacity, Event, Finished, ReplicaCapacity
-from fastserve.types import OutputOptions, Request, SamplingParams
+from fastserve.scheduling.capacity import (
+    EngineCapacity,
+    Event,
+    Finished,
+    Preempted,
+    ReplicaCapacity,
+    ResumeList,
+)
+from fastserve.types import OutputOptions, Request, Resume, SamplingParams, view_of
 from fastserve_client.errors import server_error
 
 
@@ -209,20 +216,18 @@ def test_a_clock_that_cannot_go_on_makes_the_server_unready(
 
     monkeypatch.setattr(scheduler.model._admission, "expire", fail)
     scheduler.requests(a_request("a"))
-    server.wait(lambda each: len(each.requests) == 1)
-    assert health(server.requests[0]) == HealthReport(
-        "scheduler", "the thread `queue-deadlines` keeps failing: ValueError: broken"
-    )
+    problem = HealthReport("scheduler", "the thread `queue-deadlines` keeps failing: ValueError: broken")
+    server.wait(lambda each: health_reports(each) == [problem])
     monkeypatch.setattr(scheduler.model._admission, "expire", expire)
-    server.wait(lambda each: len(each.requests) == 2)
-    assert health(server.requests[1]) == HealthReport("scheduler", None)
+    server.wait(lambda each: health_reports(each) == [problem, HealthReport("scheduler", None)])
 
 
-def health(request: Any) -> Any:
+def health_reports(server: Any) -> list[Any]:
     from fastserve.ensemble.messaging import message_of
 
-    assert request.model_name() == "engine"
-    return message_of(request, "health", HealthReport)
+    assert {request.model_name() for request in server.requests} <= {"engine"}
+    reports = [message_of(request, "health", HealthReport) for request in server.requests]
+    return [report for report in reports if report is not None]
 
 
 def test_a_prompt_that_the_cache_cannot_hold_is_refused_at_once_queued_or_not(scheduler: Scheduler) -> None:
@@ -314,3 +319,32 @@ def test_gauges_are_told_now_and_then_and_only_what_changed(make_scheduler: Call
     assert server.metric_calls("fastserve_requests_waiting") == calls
     scheduler.capacity(1000, received=1)
     assert [scheduler.waiting(priority) for priority in (-100, 0, 100)] == [0, 0, 0]
+
+
+def test_the_engine_is_told_who_runs_again_until_it_has_heard(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastserve.ensemble import resume_sender
+
+    server = scheduler.pb_utils.server
+    failures = [scheduler.pb_utils.TritonModelException("loading")]
+
+    def answer(request: Any) -> list[Any]:
+        if failures:
+            raise failures.pop()
+        return []
+
+    server.answer = answer
+    monkeypatch.setattr(resume_sender, "RETRY_SECONDS", 0.01)
+    scheduler.capacity(0)
+    scheduler.tell(Preempted(0, view_of(a_request("a"))))
+    server.wait(lambda each: resume_lists(each)[-2:] == [ResumeList(1, [Resume("a", 0)])] * 2)
+    scheduler.requests(a_request("waits"))
+    server.wait(lambda each: resume_lists(each)[-1].num_waiting == 1)
+
+
+def resume_lists(server: Any) -> list[Any]:
+    from fastserve.ensemble.messaging import message_of
+
+    lists = [message_of(request, "resumes", ResumeList) for request in server.requests]
+    return [each for each in lists if each is not None]

@@ -1,4 +1,4 @@
-"""Publishes the engine's capacity to `scheduler`, from a thread of its own, and takes its answers."""
+"""Publishes the engine's capacity to `scheduler`, from a thread of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from fastserve.ensemble.messaging import ask
+from fastserve.ensemble.messaging import call
 from fastserve.errors import RequestError
 from fastserve.scheduling.capacity import EngineCapacity, Event, Outbox, ResumeList, TenantTokens
 from fastserve.service_thread import ServiceThread
@@ -33,14 +33,11 @@ class CapacityPublisher:
 
     def __init__(
         self,
-        on_resumes: Callable[[list[Resume]], None],
         on_health: Callable[[str | None], None],
         after: Callable[[], None],
     ) -> None:
-        """`on_resumes`, and after each message `after`, are called in this thread; `on_health`: see
-        `ServiceThread`."""
+        """`on_health`: see `ServiceThread`. `after`: called in this thread after each message."""
         self._changed = threading.Condition()
-        self._on_resumes = on_resumes
         self._after = after
         self._latest: EngineCapacity | None = None
         self._published: EngineCapacity | None = None
@@ -71,6 +68,16 @@ class CapacityPublisher:
             if not isinstance(event, TenantTokens):
                 self._is_urgent = True
                 self._changed.notify()
+
+    def take(self, message: ResumeList) -> list[Resume]:
+        """Takes in what the queue says; returns what runs again, unless that had come before."""
+        with self._changed:
+            self._num_waiting = message.num_waiting
+            if message.number <= self._resumes_seen:
+                return []
+            self._resumes_seen = message.number
+            self._is_urgent = True  # the queue waits to hear that it has come
+            return message.resumes
 
     def publish(self, capacity: EngineCapacity) -> None:
         """Hands over the newest numbers, without `serial`, `time`, events. Never waits for the scheduler."""
@@ -112,7 +119,7 @@ class CapacityPublisher:
                 resumes_seen=self._resumes_seen,
             )
         try:
-            answer = ask("scheduler", "capacity", message, "resumes", ResumeList)
+            call("scheduler", "capacity", message)
         except RequestError as error:  # it may still be loading
             logger.debug("the capacity was not published: %s", error)
             with self._changed:
@@ -122,17 +129,9 @@ class CapacityPublisher:
             with self._changed:
                 self._events.acknowledge(message.events_number)
                 self._published = latest
-                self._num_waiting = answer.num_waiting
                 self._is_urgent |= _releasable(self._latest) != _releasable(latest)
-                self._is_urgent |= answer.number > self._resumes_seen
-            self._take_resumes(answer)
         self._after()
         return True
-
-    def _take_resumes(self, answer: ResumeList) -> None:
-        if answer.number > self._resumes_seen:
-            self._resumes_seen = answer.number
-            self._on_resumes(answer.resumes)
 
     def stop(self) -> None:
         """Ends the thread, and waits for it."""

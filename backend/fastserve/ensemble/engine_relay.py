@@ -2,13 +2,12 @@
 
     request in -> worker ... StepOutput -> RequestOutput out, at most one per `stream_interval_ms` and request
 
-Other models send it more: `stop` and `cancel` end a request, by its uid or the client's id; `health` says
-whether the server is ready (`Readiness`). The engine's capacity goes to `scheduler`, which answers with the
-preempted sequences that run again.
+Other models send it more: `resumes` says which preempted sequences run again; `stop` and `cancel` end a
+request, by its uid or the client's id; `health` says whether the server is ready (`Readiness`). The engine's
+capacity goes to `scheduler`.
 
-Three kinds of threads meet here: the server's (`execute`), those that read a worker's pipe, and that which
-publishes the capacity. Their lock is held for the bookkeeping only: nothing is sent under it, to the server
-or into a worker's pipe.
+Two kinds of threads meet here: the server's (`execute`), and those that read a worker's pipe. Their lock is
+held for the bookkeeping only: nothing is sent under it, to the server or into a worker's pipe.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
 from fastserve.ensemble.tenant_tokens import TenantTokenCounter
 from fastserve.errors import ErrorCode, invalid
-from fastserve.scheduling.capacity import Ended, EngineCapacity, Finished, Preempted
+from fastserve.scheduling.capacity import Ended, EngineCapacity, Finished, Preempted, ResumeList
 from fastserve.text.stop_conditions import external_stop, has_expired
 from fastserve.types import Add, Cancel, Failure, Outcome, Ready, RequestView, Resume, StepOutput, view_of
 
@@ -79,9 +78,7 @@ class EngineModel:
             EngineReplica(number, config, files, self._on_message, self._on_death, health.set, restarts)
             for number in range(config.replicas)
         ]
-        self._capacity = CapacityPublisher(
-            self._resume_all, partial(self._readiness.set, "capacity"), after=self._look_after
-        )
+        self._capacity = CapacityPublisher(partial(self._readiness.set, "capacity"), after=self._look_after)
         for replica in self._replicas:
             replica.worker.start()
         for replica in self._replicas:
@@ -111,14 +108,19 @@ class EngineModel:
             return
         stop = message_of(triton_request, "stop", Cancel)
         cancel = message_of(triton_request, "cancel", CancelById)
+        resumes = message_of(triton_request, "resumes", ResumeList)
         if health is not None:
             self._readiness.set(health.source, health.problem)
         elif stop is not None:
             self._stop(stop)
         elif cancel is not None:
             self._cancel(cancel)
+        elif resumes is not None:
+            with self._lock:
+                for resume in self._capacity.take(resumes):
+                    self._resume(resume)
         else:
-            raise invalid("inputs", "none", "`released`, `stop`, `cancel` or `health`")
+            raise invalid("inputs", "none", "`released`, `resumes`, `stop`, `cancel` or `health`")
         send_final(sender)
 
     def _add(self, released: Released, sender: Any, is_cancelled: bool) -> None:
@@ -157,14 +159,6 @@ class EngineModel:
             self._streams.remove(stream)
             self._capacity.tell(Ended(cancel.uid, 0))
         self._streams.end(stream, cancel.outcome, external_stop(cancel.outcome))
-
-    # Called by the thread that publishes the capacity: what runs again.
-
-    def _resume_all(self, resumes: list[Resume]) -> None:
-        with self._lock:
-            for resume in resumes:
-                self._resume(resume)
-            self._publish_capacity()  # which tells the queue that they have come
 
     def _resume(self, resume: Resume) -> None:
         """Lets a preempted sequence run, on the replica that has it or, with its tokens, on another."""

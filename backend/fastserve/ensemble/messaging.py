@@ -94,26 +94,11 @@ def read_message(name: str, signed: bytes, as_type: type[T]) -> T:
 def call(model: str, name: str, message: Any) -> None:
     """Sends a message to the input `name` of another model of this server, and waits until it has answered.
 
-    Raises RequestError (UNAVAILABLE) when it cannot be sent, or with the first error among the responses.
+    It asks for no outputs: `resume_sender` says why. Raises RequestError (UNAVAILABLE) when it cannot be
+    sent, or with the first error among the responses.
     """
-    _exchange(model, name, message, [])
-
-
-def ask(model: str, name: str, message: Any, output: str, as_type: type[T]) -> T:
-    """Sends a message as `call` does, and returns the one that the model answers in its output `output`.
-
-    Raises RequestError as `call`, and where there is none.
-    """
-    for response in _exchange(model, name, message, [output]):
-        tensor = pb_utils.get_output_tensor_by_name(response, output)
-        if tensor is not None:
-            return read_message(output, tensor.as_numpy()[0], as_type)
-    raise RequestError(f"{model}: it answered without `{output}`", ErrorCode.UNAVAILABLE)
-
-
-def _exchange(model: str, name: str, message: Any, outputs: list[str]) -> list[Any]:
     inputs = [message_tensor(name, message)]
-    request = pb_utils.InferenceRequest(model_name=model, requested_output_names=outputs, inputs=inputs)
+    request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[], inputs=inputs)
     try:
         responses = list(request.exec(decoupled=True))
     except pb_utils.TritonModelException as error:
@@ -121,7 +106,6 @@ def _exchange(model: str, name: str, message: Any, outputs: list[str]) -> list[A
     for response in responses:
         if response.has_error():
             raise RequestError(f"{model}: {response.error().message()}", ErrorCode.UNAVAILABLE)
-    return responses
 
 
 # Responses

@@ -2,8 +2,8 @@
 
     request in -> AdmissionQueue -> request out, the first by rank whenever a replica has capacity for it
 
-`engine` publishes its capacity by requests of its own (input `capacity`), and learns from the answer which
-preempted sequences run again (output `resumes`).
+`engine` publishes its capacity by requests of its own (input `capacity`), and is told by others which
+preempted sequences run again (`ResumeSender`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fastserve.ensemble.forwarding import answer_queued, is_forwarded, send_reje
 from fastserve.ensemble.messaging import dispatch_each, message_of, message_response, send_error, send_final
 from fastserve.ensemble.metrics import QueueMetrics
 from fastserve.ensemble.readiness import report_health
+from fastserve.ensemble.resume_sender import ResumeSender
 from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
 from fastserve.errors import ErrorCode, RequestError, invalid
@@ -38,7 +39,7 @@ class SchedulerModel:
     """Triton server's Python model `scheduler`."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Makes the queue, and starts the thread that serves its deadlines."""
+        """Makes the queue, and starts the threads that serve its deadlines and tell what runs again."""
         leave_with_server()
         server_secret()  # made while there is shared memory for it
         config = read_config()
@@ -53,6 +54,7 @@ class SchedulerModel:
         self._metrics = QueueMetrics(labels)
         self._changed = threading.Condition()
         self._stopping = False
+        self._resumes = ResumeSender()
         self._deadlines = ServiceThread(
             "queue-deadlines", self._expire_in_time, on_health=partial(report_health, "scheduler")
         )
@@ -80,8 +82,7 @@ class SchedulerModel:
             self._admission.update(capacity, now)
             for waiting, error in self._admission.refuse_too_long():
                 self._fail_waiting(waiting, error, Outcome.REJECTED)
-            self._release(now)
-            send_final(sender, message_response("resumes", self._admission.take_resumes()))
+            send_final(sender)
         elif request is None:
             raise invalid("inputs", "none", "`request` or `capacity`")
         elif request.uid in self._senders:
@@ -116,6 +117,7 @@ class SchedulerModel:
             request = released.request
             self._send(Released(request, released.replica))
             self._metrics.observe_wait(request, now)
+        self._resumes.send(self._admission.take_resumes())
         self._metrics.report_waiting(self._admission.waiting_by_label(), now)
 
     def _send(self, released: Released) -> None:
@@ -156,8 +158,9 @@ class SchedulerModel:
             self._fail_waiting(request, error, Outcome.TIMEOUT)
 
     def finalize(self) -> None:
-        """Ends the thread."""
+        """Ends the threads."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         self._deadlines.join()
+        self._resumes.close()

@@ -181,7 +181,7 @@ class AdmissionQueue:
             self._waiting.remove(event.uid, event.index)
 
     def take_resumes(self) -> ResumeList:
-        """Which preempted sequences run again, as the answer to the message that `update` was last given."""
+        """Which preempted sequences run again, as far as the engine has not said that it knows."""
         resumes = self._resumes.batch()
         return ResumeList(self._resumes.number, resumes, len(self._waiting))
 

@@ -1,6 +1,6 @@
 """What passes between the common queue and the engine: what it could take, and what runs again.
 
-    engine -> EngineCapacity -> queue        and, as the answer to that,        queue -> ResumeList -> engine
+    engine -> EngineCapacity -> queue        queue -> ResumeList -> engine
 
 Numbers are absolute, so that a message that is lost or late does no harm. What happens once, and must not be
 lost, goes in numbered batches that are told again until the other side says that it knows them (`Outbox`).
@@ -95,7 +95,7 @@ class EngineCapacity(Struct, frozen=True):
 
 
 class ResumeList(Struct, frozen=True):
-    """The answer to an `EngineCapacity`."""
+    """From `scheduler` to `engine`: which preempted sequences run again."""
 
     number: int
     resumes: list[Resume]
