@@ -20,11 +20,11 @@ KINDS = ("kept", "swap", "recompute")
 
 @pytest.fixture(scope="module", params=[0, 1 << 28], ids=["recompute", "swap"])
 def small(launch: Any, request: pytest.FixtureRequest) -> Iterator[tuple[Any, str]]:
-    """A server with two places, whose cache holds hardly more than two long prompts, and what it can do."""
+    """A server with two places, whose cache holds two long prompts and one block more, and what it can do."""
     settings: dict[str, Any] = {
         "dtype": "float32",
         "max_num_seqs": 2,
-        "kv_cache_bytes": 56 * BYTES_PER_BLOCK,
+        "kv_cache_bytes": 45 * BYTES_PER_BLOCK,
         "swap_space_bytes": request.param,
         "stream_interval_ms": 0.0,
     }

@@ -68,10 +68,14 @@ class ThreadWorker:
         self.engine = type(self).make_engine()
         self.num_added: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self._lifecycle = threading.Lock()
+        self._is_stopped = False
 
     def start(self) -> None:
-        self.live[self.replica] = self
-        self._thread.start()
+        with self._lifecycle:
+            if not self._is_stopped:
+                self.live[self.replica] = self
+                self._thread.start()
 
     def send(self, message: ToWorker) -> None:
         if isinstance(message, Add):
@@ -96,8 +100,11 @@ class ThreadWorker:
         self.on_message(decode(encode(message), FromWorker))  # type: ignore[arg-type]
 
     def stop(self) -> None:
+        with self._lifecycle:
+            self._is_stopped = True
         self._inbox.put(Shutdown())
-        self._thread.join(WAIT_SECONDS)
+        if self._thread.ident is not None:
+            self._thread.join(WAIT_SECONDS)
 
     def cpu_seconds(self) -> float:
         return 0.0

@@ -38,7 +38,11 @@ _MODEL = "fastserve"
 
 
 class _Family:
-    """A metric family; its members by label values are made when they are first used."""
+    """A metric family; its members by label values are made when they are first used. Threads may share one.
+
+    Two threads that change one metric at the same moment end the server (2.51): the second takes from shared
+    memory what the server is about to read of the first. So one at a time does.
+    """
 
     kind: Any
     _next_error_log = 0.0
@@ -49,16 +53,18 @@ class _Family:
         self._labels = labels
         self._options = options
         self._members: dict[tuple[object, ...], Any] = {}
+        self._lock = threading.RLock()
 
     def _report(self, method: str, value: float, labels: tuple[object, ...]) -> bool:
         """Calls a method of the member with these labels; False where that failed."""
         try:
-            member = self._members.get(labels)
-            if member is None:
-                texts = dict(zip(self._labels, map(str, labels), strict=True))
-                member = self._family.Metric(labels={"model": _MODEL, **texts}, **self._options)
-                self._members[labels] = member
-            getattr(member, method)(value)
+            with self._lock:
+                member = self._members.get(labels)
+                if member is None:
+                    texts = dict(zip(self._labels, map(str, labels), strict=True))
+                    member = self._family.Metric(labels={"model": _MODEL, **texts}, **self._options)
+                    self._members[labels] = member
+                getattr(member, method)(value)
         except Exception as error:
             now = time.monotonic()
             if now >= _Family._next_error_log:
@@ -81,9 +87,10 @@ class Counter(_Family):
         """Adds `amount`, if it is positive, and what could not be added before."""
         if amount <= 0:
             return
-        amount += self._unreported.pop(labels, 0.0)
-        if not self._report("increment", amount, labels):
-            self._unreported[labels] = amount
+        with self._lock:
+            amount += self._unreported.pop(labels, 0.0)
+            if not self._report("increment", amount, labels):
+                self._unreported[labels] = amount
 
 
 class Gauge(_Family):
