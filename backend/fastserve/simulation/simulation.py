@@ -208,6 +208,7 @@ class Simulation:
         left = replica.start(now, somebody_waits, somebody_waits and self._queue.has_free_slot)
         for sequence in left:
             self._parked[sequence.request.uid] = sequence
+            sequence.replica = replica.number
             self._records.num_preemptions[sequence.number] += 1
         replica.left = left
         run = replica.run
@@ -309,7 +310,11 @@ class Simulation:
             return []
         self._resumes_seen = answer.number
         self._tell_queue([], now, now)
-        return [(each.replica, self._parked.pop(each.uid)) for each in answer.resumes]
+        resumed = [(each.replica, self._parked.pop(each.uid)) for each in answer.resumes]
+        for number, sequence in resumed:
+            if sequence.replica != number:  # what it left behind elsewhere is of no use
+                self._replicas[sequence.replica].scheduler.forget(sequence.request.uid, sequence.index)
+        return resumed
 
     def _sequence(self, request: Request) -> SimulatedSequence:
         number = int(request.uid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fastserve.scheduling.policies.policy import Policy, Rank
 from fastserve.types import RequestView
@@ -23,6 +24,8 @@ class MLFQ(Policy):
     not, whatever their priority. It then has one turn that nobody takes from it, of the quantum with which it
     joined, and starts again at level 0. A turn's level is below 0: -1 - i with the quantum of level i.
     """
+
+    preempts_at_a_loss: ClassVar[bool] = False
 
     quantum: float = 32.0
     growth: float = 2.0
