@@ -26,8 +26,9 @@ def test_a_table_the_figures_and_the_plots(tmp_path: Path, capsys: pytest.Captur
     for (policy, load), run in runs.items():
         assert run["rate"] == pytest.approx(load * report["capacity"][0])
         assert [row["priority"] for row in run["classes"]] == [5, 0, None], policy
-    assert runs["srpt", 1.2]["classes"][-1]["normalized_latency_mean"] < (
-        runs["fcfs", 1.2]["classes"][-1]["normalized_latency_mean"]
+    assert (
+        runs["srpt", 1.2]["classes"][-1]["normalized_latency_mean"]
+        < (runs["fcfs", 1.2]["classes"][-1]["normalized_latency_mean"])
     )
     names = {path.name for path in (tmp_path / "plots").iterdir()}
     per_load = {f"{name}_{load}.png" for name in ("ttft", "completion", "queue") for load in ("0.5", "1.2")}

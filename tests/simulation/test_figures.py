@@ -33,7 +33,7 @@ def test_the_figures_of_each_class_and_of_all() -> None:
 
 
 def run_at(load: float, share: float) -> RunFigures:
-    row = ClassFigures(None, 1, *[0.0] * 7, 0, share)
+    row = ClassFigures(None, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, share)
     return RunFigures("fcfs", load, 1.0, 1.0, 1.0, 0.0, 0.0, [row])
 
 

@@ -9,8 +9,8 @@ from tests.simulation.workloads import POLICIES, mixed_arrivals, simulation
 
 from fastserve.scheduling.policies.policy import Rank
 from fastserve.scheduling.sequence import Sequence
-from fastserve.simulation.simulation import Simulation
 from fastserve.simulation.simulated_replica import SimulatedReplica
+from fastserve.simulation.simulation import Simulation
 
 
 class OrderWatch:
@@ -42,7 +42,8 @@ class OrderWatch:
 
         def watched(sequence: Sequence, now: float) -> list[Sequence] | None:
             order = self._order(sequence, scheduler.policy.rank(sequence.view, now))
-            first = min(self._order(each, scheduler.policy.rank(each.view, now)) for each in scheduler._waiting)
+            waiting = list(scheduler._waiting)
+            first = min(self._order(each, scheduler.policy.rank(each.view, now)) for each in waiting)
             preempted: list[Sequence] | None = take_blocks(sequence, now)
             if preempted is not None:
                 behind = [self._order(each, each.rank) for each in preempted]

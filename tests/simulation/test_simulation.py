@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from msgspec.structs import replace
@@ -14,7 +16,7 @@ from fastserve.simulation.simulation import Simulation
 from fastserve.simulation.step_time import prompt_pairs
 from fastserve.workload.arrival import Arrival
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "one replica": {},
     "few blocks": {"num_blocks": 40},
     "few blocks, host memory": {"num_blocks": 40, "num_host_blocks": 60},
@@ -27,7 +29,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_many_steps_at_once_are_as_many_single_ones(policy: str, settings: dict[str, float]) -> None:
+def test_many_steps_at_once_are_as_many_single_ones(policy: str, settings: dict[str, Any]) -> None:
     arrivals = mixed_arrivals(150, rate=9.0)
     jumping = simulation(policy, arrivals, **settings).run()
     single = simulation(policy, arrivals, jumps=False, **settings).run()
@@ -70,7 +72,9 @@ def alone(num_prompt_tokens: int, num_output_tokens: int, **settings: float) -> 
 def test_a_request_alone_takes_the_time_of_its_steps() -> None:
     result = alone(100, 3)
     chunks = [(0, 64), (64, 36)]
-    first_token = sum(STEP_TIME.seconds(1, chunk, 0, 0, prompt_pairs(start, chunk)) for start, chunk in chunks)
+    first_token = sum(
+        STEP_TIME.seconds(1, chunk, 0, 0, prompt_pairs(start, chunk)) for start, chunk in chunks
+    )
     decodes = sum(STEP_TIME.seconds(1, 0, 1, length, 0) for length in (101, 102))
     assert result.first_token == pytest.approx([first_token])
     assert result.completion == pytest.approx([first_token + decodes])

@@ -89,7 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as `fastserve bench --calibrate` writes it (default: the default model on two cores)",
     )
     parser.add_argument(
-        "--routing", choices=ROUTINGS, default="prefix", help="to replicas (default: %(default)s, the server's)"
+        "--routing",
+        choices=ROUTINGS,
+        default="prefix",
+        help="to replicas (default: %(default)s, as the server does)",
     )
     parser.add_argument(
         "--message-delay-ms",
@@ -109,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}",
             type=_blocks,
             metavar="N|N%",
-            help=f"{what} of a replica holds, in place of its bytes; %%: of what a full batch uses under fcfs",
+            help=f"{what} of a replica holds, in place of bytes; N%%: of what a full batch uses under fcfs",
         )
     parser.add_argument("--ttft-slo", type=float, default=Objective().ttft_seconds, metavar="SECONDS")
     parser.add_argument("--token-slo", type=float, default=Objective().token_seconds, metavar="SECONDS")
@@ -131,8 +134,9 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("capacity", total=len(arrivals))
+        advance = partial(_advance, progress, task)
         try:
-            capacity = measure_capacity(arrivals, settings, lambda count: progress.update(task, completed=count))
+            capacity = measure_capacity(arrivals, settings, advance)
             settings = _sized(settings, arguments, capacity)
             console.print(_summary(arrivals, settings, capacity))
             runs: list[RunFigures] = []
@@ -148,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
                         settings,
                         is_clairvoyant=name in CLAIRVOYANT,
                         max_tokens=arguments.max_tokens,
-                        on_end=partial(_advance, progress, task),
+                        on_end=advance,
                     ).run()
                 figures = [
                     run_figures(result, name, load, rate, config.replicas, objective)
@@ -203,7 +207,8 @@ def _settings(arguments: argparse.Namespace, config: Config) -> SimulationSettin
             f"--message-delay-ms: got {arguments.message_delay_ms}; allowed: 0 or more, and below "
             f"{1e3 * LOST_AFTER_SECONDS:g}, after which the queue takes a message for lost"
         )
-    step_time = DEFAULT_STEP_TIME if arguments.step_times is None else StepTimeModel.load(arguments.step_times)
+    path: Path | None = arguments.step_times
+    step_time = DEFAULT_STEP_TIME if path is None else StepTimeModel.load(path)
     block_bytes = config.block_size * step_time.kv_bytes_per_token
     return SimulationSettings(
         step_time,

@@ -224,9 +224,7 @@ class AdmissionQueue:
             numbers = range(waiting.replica, waiting.replica + 1)
         demands = {number: self._demand(waiting, number) for number in numbers}
         with_room = {
-            number: demand
-            for number, demand in demands.items()
-            if self._replicas[number].has_room(demand)
+            number: demand for number, demand in demands.items() if self._replicas[number].has_room(demand)
         }
         if with_room:
             best = self.choose(waiting, with_room)

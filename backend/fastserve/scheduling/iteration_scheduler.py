@@ -25,7 +25,7 @@ from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan,
 from fastserve.scheduling.waiting_queue import WaitingQueue
 from fastserve.types import RequestView
 
-RESERVED_TOKENS = 96
+RESERVED_TOKENS = 128
 """Room for so many more tokens of each running sequence is left free when another is admitted.
 
 Without it admission fills the cache to its last block, and the next decode preempts the newcomer.
@@ -271,9 +271,9 @@ class IterationScheduler:
                     sequence.hash_full_blocks(block_size)
                     for number in range(first, last):
                         pool.cache(sequence.block_table[number], sequence.block_hashes[number])
-            if self._waiting_siblings and sequence.index == 0:
-                if sequence.num_computed_tokens >= sequence.num_prompt_tokens:
-                    self._release_waiting_siblings(sequence.request.uid, now)
+            is_leader = sequence.index == 0 and sequence.request.uid in self._waiting_siblings
+            if is_leader and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+                self._release_waiting_siblings(sequence.request.uid, now)
 
     def _count_service(self, sequence: Sequence, num_tokens: int, now: float) -> None:
         """Tells the policy of the tokens that were computed for the first time."""
@@ -287,10 +287,12 @@ class IterationScheduler:
         view.num_served_tokens += new
         if self._policy_counts:
             num_prompt_tokens = min(new, max(0, view.num_prompt_tokens - before))
-            if self._tell_policy(view, num_prompt_tokens, new - num_prompt_tokens, now):
+            if self._told_policy(view, num_prompt_tokens, new - num_prompt_tokens, now):
                 sequence.rank = self.policy.rank(view, now)
 
-    def _tell_policy(self, view: RequestView, num_prompt_tokens: int, num_output_tokens: int, now: float) -> bool:
+    def _told_policy(
+        self, view: RequestView, num_prompt_tokens: int, num_output_tokens: int, now: float
+    ) -> bool:
         """Whether its rank has changed. Many tokens of an answer are told as if they came one by one."""
         policy = self.policy
         if num_prompt_tokens or num_output_tokens == 1:

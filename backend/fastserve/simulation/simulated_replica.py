@@ -102,7 +102,7 @@ class SimulatedReplica:
         return left
 
     def _take_in(self, now: float) -> int:
-        """Adds what had come by then; returns how many. A run that is cut short starts the next in the past."""
+        """Adds what had come by then; returns how many. After a run cut short, `now` is past."""
         num_new = 0
         while self._inbox and self._inbox[0][0] <= now:
             self.scheduler.add(self._inbox.popleft()[1], now)

@@ -1,4 +1,4 @@
-"""Sequences without tokens: what the scheduling code asks of one is how long it is and what its blocks hold."""
+"""Sequences without tokens: scheduling asks of one how long it is, and what its blocks hold."""
 
 from __future__ import annotations
 

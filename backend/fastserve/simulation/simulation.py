@@ -2,8 +2,8 @@
 
     arrival -> queue -> (message_delay) -> replica: [step -> step -> ...] -> (message_delay) -> queue
 
-Everything that decides is the server's own code. A replica that only decodes takes many steps at once, as long
-as neither its own scheduler nor the queue would do anything in them; the times are those of step after step.
+Everything that decides is the server's own code. A replica that only decodes takes many steps at once, as
+long as neither its own scheduler nor the queue would do anything in them; the times are those of step after step.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ class Simulation:
         if replica.version == version:
             assert replica.run is not None
             num_steps = replica.run.num_steps
-            if self._delay and not replica.run.is_quiet:  # what is still on its way from before the end is sent
+            if (
+                self._delay and not replica.run.is_quiet
+            ):  # what is still on its way from before the end is sent
                 num_steps = min(num_steps, replica.run.num_ended(now - self._delay) + 1)
             report = self._advance(replica, num_steps)
             if self._delay:

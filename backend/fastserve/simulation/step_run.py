@@ -25,9 +25,7 @@ class StepRun:
 
     def end(self, num_steps: int) -> float:
         """When so many of them have ended."""
-        return (
-            self.start + num_steps * self.first_seconds + self.growth * (num_steps * (num_steps - 1) / 2)
-        )
+        return self.start + num_steps * self.first_seconds + self.growth * (num_steps * (num_steps - 1) / 2)
 
     def num_ended(self, now: float) -> int:
         """How many have ended by then, the last one included if it ends just then."""

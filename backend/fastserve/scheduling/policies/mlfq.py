@@ -27,9 +27,9 @@ class MLFQ(Policy):
 
     preempts_at_a_loss: ClassVar[bool] = False
 
-    quantum: float = 32.0
-    growth: float = 2.0
-    num_levels: int = 8
+    quantum: float = 300.0
+    growth: float = 4.0
+    num_levels: int = 4
     prompt_token_cost: float = 0.25
     starvation_seconds: float = 600.0
 
