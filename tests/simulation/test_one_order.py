@@ -21,7 +21,7 @@ class OrderWatch:
         self.violations: list[str] = []
         self._queue: Any = simulation._queue
         self._pop = self._queue._waiting.pop
-        self._queue._waiting.pop = self._on_release
+        self._queue._waiting.pop = self._on_release  # type: ignore[method-assign]
         for replica in simulation.replicas:
             self._watch_batch(replica)
 

@@ -3,7 +3,7 @@
     arrival -> queue -> (message_delay) -> replica: [step -> step -> ...] -> (message_delay) -> queue
 
 Everything that decides is the server's own code. A replica that only decodes takes many steps at once, as
-long as neither its own scheduler nor the queue would do anything in them; the times are those of step after step.
+long as neither its scheduler nor the queue would do anything in them; times are those of step after step.
 """
 
 from __future__ import annotations
