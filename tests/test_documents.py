@@ -70,7 +70,8 @@ def test_functions_of_the_architecture_are_in_their_files() -> None:
 def test_messages_of_the_architecture_are_those_of_types() -> None:
     text = (PROJECT / "docs/architecture.md").read_text()
     section = text[text.index("## The messages") : text.index("## What is known of")]
-    files = [PROJECT / "backend/fastserve" / name for name in ("types.py", "ensemble/control_messages.py")]
+    names = ("types.py", "ensemble/control_messages.py", "scheduling/capacity.py")
+    files = [PROJECT / "backend/fastserve" / name for name in names]
     types = "".join(path.read_text() for path in files)
     for name in re.findall(r"`([A-Z]\w+)`", section):
         assert re.search(rf"class {name}\(", types), name

@@ -60,7 +60,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         int, Meta(ge=0, description="of the KV cache; 0: 1 GiB on a CPU, what is free on a GPU")
     ] = 0
     swap_space_bytes: Annotated[
-        int, Meta(ge=0, description="of host memory for KV blocks of preempted requests; 0: none")
+        int,
+        Meta(
+            ge=0, description="of host memory for KV blocks of preempted requests, for each replica; 0: none"
+        ),
     ] = 1 << 30
     kv_cache_dtype: Annotated[
         Literal["auto", "int8", "fp8"],

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from fastserve.checkpoints.model_files import locate
 from fastserve.checkpoints.model_metadata import model_vocab_size
-from fastserve.config import Config
+from fastserve.config import Config, ConfigError
 from fastserve.engine.engine import Engine
 from fastserve.engine.engine_loader import load_engine
 from fastserve.engine.worker import run_engine
@@ -77,9 +77,12 @@ class Model:
     def load(cls, path: str = "", **settings: Any) -> Model:
         """Loads a Hugging Face directory, a GGUF file or a hub name; nothing: the default model.
 
-        `settings` are the fields of `fastserve.config.Config`. Raises ModelError.
+        `settings` are the fields of `fastserve.config.Config`. Raises ModelError, and ConfigError for more
+        replicas than one: those are processes of Triton server.
         """
         config = Config(model=path, **settings)
+        if config.replicas != 1:
+            raise ConfigError(f"replicas: got {config.replicas}; allowed: 1 without Triton server")
         files = locate(config.model)
         engine = load_engine(config, files)
         tokenizer = load_tokenizer(files)

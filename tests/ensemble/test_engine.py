@@ -14,7 +14,7 @@ import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.ensemble.control_messages import CancelById, HealthReport, Released
-from fastserve.scheduling.capacity import ResumeList
+from fastserve.scheduling.capacity import Ended, EngineCapacity, Preempted, ResumeList
 from fastserve.types import (
     Add,
     Cancel,
@@ -25,6 +25,7 @@ from fastserve.types import (
     Ready,
     Request,
     RequestOutput,
+    Resume,
     SamplingParams,
     SequenceOutput,
     StepOutput,
@@ -67,6 +68,33 @@ class FakeWorker:
         self.on_message(StepOutput(list(outputs), stats))
 
 
+class FakeQueue:
+    """`scheduler`: whatever waits runs again as soon as there is a slot."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, Resume] = {}
+        self._resumes = ResumeList(0, [])
+        self._events_seen = 0
+
+    def answer(self, request: Any) -> list[Any]:
+        from fastserve.ensemble.messaging import message_of, message_response
+
+        capacity = message_of(request, "capacity", EngineCapacity)
+        assert capacity is not None
+        if capacity.events_number > self._events_seen:
+            self._events_seen = capacity.events_number
+            for event in capacity.events:
+                if isinstance(event, Preempted):
+                    self._waiting[event.view.uid] = Resume(event.view.uid, event.view.index, event.replica)
+                elif isinstance(event, Ended):
+                    self._waiting.pop(event.uid, None)
+        has_been_seen = capacity.resumes_seen == self._resumes.number
+        if has_been_seen and self._waiting and capacity.replicas[0].free_slots:
+            self._resumes = ResumeList(self._resumes.number + 1, list(self._waiting.values()))
+            self._waiting = {}
+        return [message_response("resumes", self._resumes)]
+
+
 class Engine:
     """The model, its worker, and requests for it."""
 
@@ -88,6 +116,11 @@ class Engine:
         self.model.execute(batch)
         return [each.sender for each in batch]
 
+    def wait_for_worker(self) -> None:
+        """Until the worker has got something."""
+        with self.pb_utils.server.changed:
+            assert self.pb_utils.server.changed.wait_for(lambda: self.worker.sent, 20)
+
     def execute(self, name: str, message: Any) -> Any:
         request = self.message(name, message)
         self.model.execute([request])
@@ -105,18 +138,11 @@ def engine(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(worker_supervisor, "RESTART_SECONDS", 0.0)
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
     monkeypatch.setenv("FASTSERVE_MODEL_CONTROL", "explicit")
-    pb_utils.server.answer = answer_capacity
+    pb_utils.server.answer = FakeQueue().answer
     model = module.EngineModel()
     model.initialize({})
     yield Engine(pb_utils, model)
     model.finalize()
-
-
-def answer_capacity(request: Any) -> list[Any]:
-    """What `scheduler` says to it while nothing waits."""
-    from fastserve.ensemble.messaging import message_response
-
-    return [message_response("resumes", ResumeList(0, []))]
 
 
 def a_request(uid: str, request_id: str = "", arrival: float = 10.0, n: int = 1) -> Request:
@@ -293,6 +319,7 @@ def test_what_a_dead_worker_had_fails_and_what_came_since_is_served_by_the_next(
     (before,) = engine.requests(a_request("before"))
     engine.worker.on_death("ended (code -9)")
     assert "ended (code -9)" in failure(before).message
+    engine.wait_for_worker()
     engine.worker.step(SequenceOutput("meanwhile", token_ids=[5], outcome=Outcome.STOP))
     assert token_ids(senders[0]) == [5]
     assert engine.pb_utils.server.metric("fastserve_worker_restarts_total") == 1
@@ -346,12 +373,14 @@ def test_the_server_is_not_ready_while_there_is_no_worker(
 def answer_readiness(engine: Engine) -> Any:
     """Answers as the ensemble `readiness` does: its request goes to `engine`, which leaves it unanswered."""
 
+    queue = FakeQueue()
+
     def answer(request: Any) -> list[Any]:
         if request.model_name() == "readiness":
             engine.model.execute([request])
             request.sender.wait()
             return []
-        return answer_capacity(request)
+        return queue.answer(request)
 
     return answer
 
@@ -408,6 +437,7 @@ def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
 
     monkeypatch.setattr(worker_supervisor, "Worker", partial(Worker, load=fake_engine.load_small))
     monkeypatch.setattr(module, "locate", lambda model: ModelFiles(Path("none"), Path("none")))
+    pb_utils.server.answer = FakeQueue().answer
     model = module.EngineModel()
     model.initialize({})
     engine = Engine(pb_utils, model)

@@ -1,4 +1,4 @@
-"""The queue and the engine's replicas together: `scheduler`, `engine` and engines of a fake model, in threads.
+"""The queue and the engine's replicas together: both models, and engines of a fake model in threads.
 
 Messages between the models get lost, answers too, workers die, clients cancel.
 """
@@ -68,10 +68,14 @@ class ThreadWorker:
         self.engine = type(self).make_engine()
         self.num_added: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self._lifecycle = threading.Lock()
+        self._is_stopped = False
 
     def start(self) -> None:
-        self.live[self.replica] = self
-        self._thread.start()
+        with self._lifecycle:
+            if not self._is_stopped:
+                self.live[self.replica] = self
+                self._thread.start()
 
     def send(self, message: ToWorker) -> None:
         if isinstance(message, Add):
@@ -83,8 +87,8 @@ class ThreadWorker:
         self._inbox.put(KilledError())
 
     def _run(self) -> None:
-        self._tell(Ready(str(id(self)), self.engine.max_model_len, 4, self.engine.stats()))
         try:
+            self._tell(Ready(str(id(self)), self.engine.max_model_len, 4, self.engine.stats()))
             run_engine(self.engine, self._inbox, self._tell)
         except KilledError:
             self.on_death("ended (code -9)")
@@ -96,8 +100,11 @@ class ThreadWorker:
         self.on_message(decode(encode(message), FromWorker))  # type: ignore[arg-type]
 
     def stop(self) -> None:
+        with self._lifecycle:
+            self._is_stopped = True
         self._inbox.put(Shutdown())
-        self._thread.join(WAIT_SECONDS)
+        if self._thread.ident is not None:
+            self._thread.join(WAIT_SECONDS)
 
     def cpu_seconds(self) -> float:
         return 0.0
@@ -287,7 +294,7 @@ def random_request(rng: random.Random, uid: str) -> Request:
 def test_every_answer_is_whole_whatever_is_lost_and_whoever_dies(
     make_system: Any, seed: int, policy: str
 ) -> None:
-    """And equal to the one that the request has alone: of those that were cancelled or fail, the beginning."""
+    """And equal to what the request has alone; of those that were cancelled or fail, the beginning is."""
     rng = random.Random(seed)
     system = make_system(replicas=1 + seed % 2, policy=policy, num_host_blocks=rng.choice([0, 8]))
     system.loss = 0.1
@@ -309,7 +316,7 @@ def test_every_answer_is_whole_whatever_is_lost_and_whoever_dies(
         failure = system.failure(request.uid)
         for index, answer in enumerate(answers):
             tokens = system.tokens(request.uid, index)
-            assert tokens == (answer if failure is None else answer[: len(tokens)]), request.uid
+            assert tokens == (answer if failure is None else answer[: len(tokens)]), request
         if failure is not None:
             assert failure.code == ("CANCELLED" if "cancelled" in failure.message else "UNAVAILABLE")
             failed.add(request.uid)

@@ -1,138 +1,135 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections import deque
+from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.scheduling.conftest import a_request, a_view
 
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.scheduling.admission import LOST_AFTER_SECONDS, MAX_PREEMPTING_IN_FLIGHT, AdmissionQueue
-from fastserve.scheduling.policies import PriorityAge
-from fastserve.types import EngineCapacity, OutputOptions, Request, SamplingParams
+from fastserve.scheduling.admission import AdmissionQueue, Release
+from fastserve.scheduling.capacity import (
+    Ended,
+    EngineCapacity,
+    Event,
+    Outbox,
+    Preempted,
+    ReplicaCapacity,
+    ResumeList,
+    TenantTokens,
+)
+from fastserve.scheduling.policies.fair import Fair
+from fastserve.scheduling.policies.mlfq import MLFQ
+from fastserve.scheduling.policies.policy import Policy
+from fastserve.scheduling.policies.priority_age import PriorityAge
+from fastserve.scheduling.replica import LOST_AFTER_SECONDS
+from fastserve.types import Request, Resume
 
 POLICY = PriorityAge(alpha=10.0, beta=1.0)
 
 
-def a_request(
-    uid: str, priority: int = 0, arrival: float = 0.0, n: int = 1, deadline: float | None = None
-) -> Request:
-    return Request(
-        uid=uid,
-        request_id="",
-        prompt="",
-        prompt_token_ids=[1],
-        sampling=SamplingParams(n=n),
-        output=OutputOptions(),
-        priority=priority,
-        tenant="",
-        arrival=arrival,
-        deadline=deadline,
-    )
-
-
 def an_admission(
-    *requests: Request, max_queue_size: int = 100, max_queue_seconds: float = 0.0
+    *requests: Request,
+    policy: Policy = POLICY,
+    max_queue_size: int = 100,
+    max_queue_seconds: float = 0.0,
 ) -> AdmissionQueue:
-    admission = AdmissionQueue(POLICY, max_queue_size, max_queue_seconds)
+    admission = AdmissionQueue(policy, max_queue_size, max_queue_seconds)
     for request in requests:
         admission.submit(request, 0.0)
     return admission
 
 
-def a_capacity(
-    serial: int,
-    free_slots: int,
-    received: int = 0,
-    lowest_key: float | None = None,
-    incarnation: str = "a",
-    arrived: int | None = None,
-    time: float = 1.0,
-) -> EngineCapacity:
-    return EngineCapacity(
-        incarnation, serial, received, received if arrived is None else arrived, free_slots, lowest_key, time
-    )
+def a_replica(free_slots: int = 1, **fields: Any) -> ReplicaCapacity:
+    """With blocks and tokens for all."""
+    values: dict[str, Any] = {
+        "incarnation": "a",
+        "received": 0,
+        "free_blocks": 1000,
+        "free_tokens": 1000,
+        "num_running": 1,
+        "num_blocks": 1000,
+    } | fields
+    return ReplicaCapacity(free_slots=free_slots, **({"arrived": values["received"]} | values))
 
 
-def uids(requests: list[Request]) -> list[str]:
-    return [request.uid for request in requests]
+def report(serial: int, *replicas: ReplicaCapacity, **fields: Any) -> EngineCapacity:
+    return EngineCapacity(serial, replicas=list(replicas), **({"time": 1.0, "block_size": 4} | fields))
 
 
-def test_nothing_is_released_before_the_has_engine_report() -> None:
+def told(admission: AdmissionQueue, serial: int, *replicas: ReplicaCapacity, **fields: Any) -> list[str]:
+    """What is released after a report."""
+    admission.update(report(serial, *replicas, **fields), 0.0)
+    return uids(admission.release(0.0))
+
+
+def uids(releases: list[Release]) -> list[str]:
+    return [release.request.uid for release in releases]
+
+
+def test_nothing_is_released_before_the_engine_has_said_anything() -> None:
     admission = an_admission(a_request("r"))
     assert admission.release(0.0) == []
-    admission.update(a_capacity(1, 1))
-    assert uids(admission.release(0.0)) == ["r"]
+    assert told(admission, 1, a_replica()) == ["r"]
 
 
-def test_the_best_go_first_and_no_more_than_there_is_room_for() -> None:
-    admission = an_admission(a_request("low"), a_request("high", 2), a_request("middle", 1))
-    admission.update(a_capacity(1, 2))
-    assert uids(admission.release(0.0)) == ["high", "middle"]
+def test_the_first_by_rank_go_first_and_no_more_than_there_is_room_for() -> None:
+    requests = a_request("low"), a_request("high", priority=2), a_request("middle", priority=1)
+    admission = an_admission(*requests)
+    assert told(admission, 1, a_replica(2)) == ["high", "middle"]
     assert admission.release(0.0) == []
-    admission.update(a_capacity(2, 0, received=2))
-    assert admission.release(0.0) == []
-    admission.update(a_capacity(3, 1, received=2))
-    assert uids(admission.release(0.0)) == ["low"]
+    assert told(admission, 2, a_replica(0, received=2)) == []
+    assert told(admission, 3, a_replica(1, received=2)) == ["low"]
 
 
 def test_what_the_engine_has_not_counted_yet_takes_room() -> None:
     admission = an_admission(*(a_request(str(number)) for number in range(4)))
-    admission.update(a_capacity(1, 2))
-    assert len(admission.release(0.0)) == 2
-    admission.update(a_capacity(2, 1, received=1))
-    assert admission.release(0.0) == []
-    admission.update(a_capacity(3, 2, received=2))
-    assert len(admission.release(0.0)) == 2
+    assert len(told(admission, 1, a_replica(2))) == 2
+    assert told(admission, 2, a_replica(1, received=1)) == []
+    assert len(told(admission, 3, a_replica(2, received=2))) == 2
+
+
+def test_blocks_and_tokens_are_room_too() -> None:
+    admission = an_admission(a_request("long", [1] * 40, priority=1), a_request("short", [1]))
+    assert told(admission, 1, a_replica(9, free_blocks=9)) == [], "nothing passes the first"
+    assert told(admission, 2, a_replica(9, free_tokens=0)) == []
+    assert told(admission, 3, a_replica(9, free_blocks=10)) == ["long"]
+    assert told(admission, 4, a_replica(9, received=1, free_blocks=1)) == ["short"]
 
 
 def test_a_request_needs_a_slot_for_each_of_its_sequences() -> None:
-    admission = an_admission(a_request("three", 1, n=3), a_request("one"))
-    admission.update(a_capacity(1, 4))
-    admission.update(a_capacity(2, 2))
-    assert admission.release(0.0) == []
-    admission.update(a_capacity(3, 4))
-    assert uids(admission.release(0.0)) == ["three", "one"]
+    admission = an_admission(a_request("three", priority=1, n=3), a_request("one"))
+    admission.update(report(1, a_replica(4)), 0.0)
+    assert told(admission, 2, a_replica(2)) == []
+    assert told(admission, 3, a_replica(4)) == ["three", "one"]
 
 
 def test_a_request_of_more_sequences_than_there_are_slots_gets_them_all() -> None:
     admission = an_admission(a_request("eight", n=8))
-    admission.update(a_capacity(1, 2))
-    admission.update(a_capacity(2, 1))
-    assert admission.release(0.0) == []
-    admission.update(a_capacity(3, 2))
-    assert uids(admission.release(0.0)) == ["eight"]
+    admission.update(report(1, a_replica(2)), 0.0)
+    assert told(admission, 2, a_replica(1)) == []
+    assert told(admission, 3, a_replica(2)) == ["eight"]
 
 
 def test_a_new_worker_may_have_fewer_slots() -> None:
     admission = an_admission(a_request("eight", n=8))
-    admission.update(a_capacity(1, 4))
-    admission.update(a_capacity(2, 2, incarnation="b"))
-    assert uids(admission.release(0.0)) == ["eight"]
+    admission.update(report(1, a_replica(4)), 0.0)
+    assert told(admission, 2, a_replica(2, incarnation="b")) == ["eight"]
 
 
 def test_a_stale_message_changes_nothing() -> None:
     admission = an_admission(a_request("r"))
-    admission.update(a_capacity(2, 0))
-    admission.update(a_capacity(1, 5))
-    admission.update(a_capacity(2, 5))
-    assert admission.release(0.0) == []
+    admission.update(report(2, a_replica(0)), 0.0)
+    assert told(admission, 1, a_replica(5)) == []
+    assert told(admission, 2, a_replica(5)) == []
 
 
-def test_a_new_incarnation_replaces_the_numbers_for_good() -> None:
-    admission = an_admission(a_request("r"), a_request("s"))
-    admission.update(a_capacity(9, 0))
-    admission.update(a_capacity(1, 1, incarnation="b"))
-    assert uids(admission.release(0.0)) == ["r"]
-    admission.update(a_capacity(10, 5))
-    assert admission.release(0.0) == []
-
-
-def test_a_request_lost_before_the_has_engine_report_is_given_up_in_time() -> None:
-    admission = an_admission(a_request("lost", 1), a_request("next"))
-    admission.update(a_capacity(0, 1, time=0.0))
+def test_a_request_lost_before_the_engine_has_said_anything_is_given_up_in_time() -> None:
+    admission = an_admission(a_request("lost", priority=1), a_request("next"))
+    admission.update(report(0, a_replica(1), time=0.0), 0.0)
     assert uids(admission.release(100.0)) == ["lost"]
     due = admission.next_expiry
     assert due == 100.0 + LOST_AFTER_SECONDS
@@ -141,91 +138,187 @@ def test_a_request_lost_before_the_has_engine_report_is_given_up_in_time() -> No
 
 
 def test_a_request_is_lost_when_the_engine_says_so() -> None:
-    admission = an_admission(a_request("lost", 1), a_request("next"))
-    admission.update(a_capacity(1, 1))
+    admission = an_admission(a_request("lost", priority=1), a_request("next"))
+    admission.update(report(1, a_replica(1)), 0.0)
     assert uids(admission.release(100.0)) == ["lost"]
     assert admission.next_expiry is None
     assert admission.release(1000.0) == []
-    admission.update(a_capacity(2, 1, time=100.0 + LOST_AFTER_SECONDS - 0.01))
-    assert admission.release(1000.0) == []
-    admission.update(a_capacity(3, 1, time=100.0 + LOST_AFTER_SECONDS))
-    assert uids(admission.release(1000.0)) == ["next"]
+    assert told(admission, 2, a_replica(1), time=100.0 + LOST_AFTER_SECONDS - 0.01) == []
+    assert told(admission, 3, a_replica(1), time=100.0 + LOST_AFTER_SECONDS) == ["next"]
 
 
 def test_a_request_that_waits_for_a_long_step_is_not_lost() -> None:
-    admission = an_admission(a_request("first", 1), a_request("next"))
-    admission.update(a_capacity(1, 1))
-    assert uids(admission.release(100.0)) == ["first"]
-    admission.update(a_capacity(2, 1, arrived=1, time=500.0))
-    assert admission.release(500.0) == []
-    admission.update(a_capacity(3, 0, received=1, time=501.0))
-    assert admission.release(501.0) == []
-    admission.update(a_capacity(4, 1, received=1, time=502.0))
-    assert uids(admission.release(502.0)) == ["next"]
+    admission = an_admission(a_request("first", priority=1), a_request("next"))
+    assert told(admission, 1, a_replica(1)) == ["first"]
+    assert told(admission, 2, a_replica(1, arrived=1), time=500.0) == []
+    assert told(admission, 3, a_replica(0, received=1), time=501.0) == []
+    assert told(admission, 4, a_replica(1, received=1), time=502.0) == ["next"]
 
 
 def test_only_those_that_did_not_arrive_are_lost() -> None:
     admission = an_admission(*(a_request(str(number)) for number in range(6)))
-    admission.update(a_capacity(1, 3))
-    assert len(admission.release(0.0)) == 3
-    admission.update(a_capacity(2, 3, arrived=2, time=50.0))
-    assert len(admission.release(50.0)) == 1
+    assert len(told(admission, 1, a_replica(3))) == 3
+    assert len(told(admission, 2, a_replica(3, arrived=2), time=50.0)) == 1
+
+
+# --- preempted sequences
+
+
+def preempted(uid: str, number: int, replica: int = 0, **fields: Any) -> dict[str, Any]:
+    """The part of a report that tells of one."""
+    can_move = fields.pop("can_move", True)
+    event = Preempted(replica, a_view(uid, num_prompt_tokens=8, **fields), can_move)
+    return {"events": [event], "events_number": number}
+
+
+def test_a_preempted_sequence_waits_among_the_others_by_the_same_rank() -> None:
+    admission = an_admission(a_request("high", priority=2), a_request("low"))
+    admission.update(report(1, a_replica(0), **preempted("middle", 1, priority=1, index=3)), 0.0)
+    assert (admission.num_waiting, admission.waiting_by_priority()) == (3, {2: 1, 0: 1, 1: 1})
+    assert told(admission, 2, a_replica(2)) == ["high"]
+    assert admission.take_resumes() == ResumeList(1, [Resume("middle", 3, 0)])
+    assert told(admission, 3, a_replica(0, received=2), resumes_seen=1) == []
+    assert admission.take_resumes() == ResumeList(1, [])
+
+
+def test_what_is_told_twice_waits_once_and_what_is_not_acknowledged_is_told_again() -> None:
+    admission = an_admission()
+    told(admission, 1, a_replica(0), **preempted("r", 1))
+    told(admission, 2, a_replica(0), **preempted("r", 1))
+    assert admission.num_waiting == 1
+    told(admission, 3, a_replica(1), **preempted("r", 1))
+    for serial in (4, 5):
+        assert admission.take_resumes() == ResumeList(1, [Resume("r", 0, 0)])
+        told(admission, serial, a_replica(0), resumes_seen=0)
+    told(admission, 6, a_replica(1, received=1), resumes_seen=1, **preempted("r", 2))
+    assert admission.take_resumes() == ResumeList(2, [Resume("r", 0, 0)])
+
+
+def test_a_preempted_sequence_that_has_ended_waits_no_longer() -> None:
+    admission = an_admission()
+    told(admission, 1, a_replica(0), **preempted("r", 1))
+    told(admission, 2, a_replica(0), events=[Ended("r", 0), Ended("unknown", 0)], events_number=2)
+    assert (admission.num_waiting, admission.take_resumes()) == (0, ResumeList(0, []))
+
+
+def test_it_runs_where_its_blocks_are_if_that_has_room_and_else_elsewhere() -> None:
+    for can_move, places in ((True, [1, 0]), (False, [1, 1])):
+        admission = an_admission()
+        event = preempted("r", 1, replica=1, can_move=can_move)
+        told(admission, 1, a_replica(1), a_replica(1, num_running=3), **event)
+        assert [each.replica for each in admission.take_resumes().resumes] == [places[0]]
+        admission = an_admission()
+        told(admission, 1, a_replica(1), a_replica(0, num_running=3), **event)
+        assert [each.replica for each in admission.take_resumes().resumes] == places[1:] * can_move
+        told(admission, 2, a_replica(1), a_replica(1), resumes_seen=1)
+        assert [each.replica for each in admission.take_resumes().resumes] == places[1:] * (not can_move)
+
+
+def test_preempted_sequences_do_not_count_as_queued_requests() -> None:
+    admission = an_admission(max_queue_size=1)
+    told(admission, 1, a_replica(0), **preempted("r", 1))
+    admission.submit(a_request("new"), 0.0)
+    with pytest.raises(RequestError, match="the queue is full: 1 wait already"):
+        admission.submit(a_request("one more"), 0.0)
+
+
+def test_what_the_engines_compute_is_told_to_the_policy_once() -> None:
+    admission = an_admission(a_request("a", tenant="a"), a_request("b", tenant="b"), policy=Fair())
+    served = {"events": [TenantTokens("a", 0, 10)], "events_number": 1}
+    told(admission, 1, a_replica(0), **served)
+    told(admission, 2, a_replica(0), **served)
+    told(admission, 3, a_replica(0), events=[TenantTokens("b", 0, 15)], events_number=2)
+    assert told(admission, 4, a_replica(1)) == ["a"]
+
+
+# --- which replica
+
+
+def test_a_request_goes_where_least_has_to_be_computed_first() -> None:
+    requests = [a_request(str(number), [7] * 40) for number in range(2)]
+    admission = an_admission(requests[0])
+    assert told(admission, 1, a_replica(4, num_running=2), a_replica(4)) == ["0"]
+    admission.submit(requests[1], 0.0)
+    admission.update(report(2, a_replica(4, num_running=2), a_replica(4, received=1, num_running=3)), 0.0)
+    assert [each.replica for each in admission.release(0.0)] == [1], "its prefix is there"
+    admission.submit(a_request("other", [8] * 40), 0.0)
+    assert [each.replica for each in admission.release(0.0)] == [0], "fewer run there"
+
+
+def test_prompts_that_wait_to_be_computed_there_come_first() -> None:
+    admission = an_admission(a_request("r", [7] * 40))
+    busy = a_replica(4, num_running=1, free_tokens=-30)
+    admission.update(report(1, busy, a_replica(4, num_running=3)), 0.0)
+    assert [each.replica for each in admission.release(0.0)] == [1]
+
+
+def test_a_restarted_worker_has_lost_its_prefixes() -> None:
+    admission = an_admission(a_request("0", [7] * 40))
+    admission.update(report(1, a_replica(4, num_running=2), a_replica(4)), 0.0)
+    assert [each.replica for each in admission.release(0.0)] == [1]
+    admission.submit(a_request("1", [7] * 40), 0.0)
+    restarted = a_replica(4, received=1, incarnation="b", num_running=3)
+    admission.update(report(2, a_replica(4, num_running=2), restarted), 0.0)
+    assert [each.replica for each in admission.release(0.0)] == [0]
 
 
 # --- prompts longer than the KV cache
 
 
-def too_long(limit: int) -> EngineCapacity:
-    return msgspec.structs.replace(a_capacity(limit, 0), max_model_len=limit)
-
-
 def test_a_prompt_that_cannot_be_held_is_refused_before_it_waits() -> None:
     admission = an_admission()
-    admission.update(too_long(8))
+    told(admission, 1, a_replica(0), max_model_len=8)
     with pytest.raises(RequestError, match="prompt: got 8 tokens; allowed: at most 7") as caught:
-        admission.submit(msgspec.structs.replace(a_request("r"), prompt_token_ids=[1] * 8), 0.0)
+        admission.submit(a_request("r", [1] * 8), 0.0)
     assert caught.value.code is ErrorCode.INVALID_ARG
-    admission.submit(msgspec.structs.replace(a_request("s"), prompt_token_ids=[1] * 7), 0.0)
+    admission.submit(a_request("s", [1] * 7), 0.0)
     assert (admission.num_waiting, admission.refuse_too_long()) == (1, [])
 
 
 def test_those_that_wait_already_are_refused_when_the_limit_is_known() -> None:
-    long = msgspec.structs.replace(a_request("long"), prompt_token_ids=[1] * 8)
-    admission = an_admission(long, a_request("short"))
-    admission.update(a_capacity(1, 0))
+    long = a_request("long", [1] * 8)
+    admission = an_admission(long, a_request("short"), max_queue_size=2)
+    told(admission, 1, a_replica(0))
     assert admission.refuse_too_long() == []
-    admission.update(too_long(8))
+    told(admission, 2, a_replica(0), max_model_len=8)
     ((request, error),) = admission.refuse_too_long()
     assert (request, error.code) == (long, ErrorCode.INVALID_ARG)
     assert admission.num_waiting == 1
     assert admission.refuse_too_long() == []
+    admission.submit(a_request("there is room again"), 0.0)
 
 
-# --- displacement
+# --- preemption
 
 
-def test_a_key_above_the_lowest_goes_beyond_the_room() -> None:
-    admission = an_admission(a_request("same", 1), a_request("lower"), a_request("higher", 2))
-    admission.update(a_capacity(1, 0, lowest_key=POLICY.key(1, 0.0)))
-    assert uids(admission.release(0.0)) == ["higher"]
+def test_one_who_ranks_before_the_last_that_runs_goes_beyond_the_room() -> None:
+    requests = a_request("same", priority=1), a_request("lower"), a_request("higher", priority=2)
+    admission = an_admission(*requests)
+    running = POLICY.rank(a_view(priority=1), 0.0)
+    assert told(admission, 1, a_replica(0, running_ranks=[running])) == ["higher"]
 
 
-def test_several_arrive_at_once_and_each_displaces_one() -> None:
-    admission = an_admission(*(a_request(str(number), 1) for number in range(MAX_PREEMPTING_IN_FLIGHT + 2)))
-    admission.update(a_capacity(1, 0, lowest_key=0.0))
-    assert len(admission.release(0.0)) == MAX_PREEMPTING_IN_FLIGHT
+def test_several_may_go_at_once_and_each_preempts_another() -> None:
+    admission = an_admission(*(a_request(str(number), priority=1) for number in range(4)))
+    running = [POLICY.rank(a_view(), 0.0)] * 2
+    assert len(told(admission, 1, a_replica(0, running_ranks=running))) == 2
     assert admission.release(0.0) == []
-    admission.update(a_capacity(2, -1, received=1, lowest_key=0.0))
-    assert len(admission.release(0.0)) == 1
+    assert len(told(admission, 2, a_replica(0, received=2, running_ranks=running[:1]))) == 1
 
 
-def test_nobody_is_displaced_from_an_engine_that_runs_nothing() -> None:
-    admission = an_admission(a_request("r", 9))
-    admission.update(a_capacity(1, 0, lowest_key=None))
-    assert admission.release(0.0) == []
+def test_the_replica_whose_last_ranks_last_makes_way() -> None:
+    admission = an_admission(a_request("r", priority=5))
+    ranks = [POLICY.rank(a_view(priority=priority), 0.0) for priority in (2, 0, 1)]
+    admission.update(report(1, *(a_replica(0, running_ranks=[rank]) for rank in ranks)), 0.0)
+    assert [each.replica for each in admission.release(0.0)] == [1]
 
 
-# --- bounds and deadlines
+def test_nobody_is_preempted_in_an_engine_that_runs_nothing() -> None:
+    admission = an_admission(a_request("r", priority=9))
+    assert told(admission, 1, a_replica(0, num_running=0)) == []
+
+
+# --- bounds, deadlines, and what time does
 
 
 def test_a_full_queue_refuses_and_says_so() -> None:
@@ -236,94 +329,145 @@ def test_a_full_queue_refuses_and_says_so() -> None:
     assert (admission.num_waiting, admission.waiting_by_priority()) == (1, {0: 1})
 
 
+def test_a_request_waits_once() -> None:
+    admission = an_admission(a_request("r"), max_queue_size=2)
+    with pytest.raises(ValueError, match="sequence 0 of request r waits already"):
+        admission.submit(a_request("r"), 0.0)
+    admission.submit(a_request("s"), 0.0)
+
+
 def test_the_gauge_goes_back_to_zero() -> None:
-    admission = an_admission(a_request("r", 3), a_request("s", 3), a_request("t"))
-    admission.update(a_capacity(1, 2))
-    admission.release(0.0)
-    assert admission.waiting_by_priority() == {3: 0, 0: 1}
+    admission = an_admission(a_request("r", priority=3), a_request("s", priority=30), a_request("t"))
+    told(admission, 1, a_replica(2))
+    assert admission.waiting_by_priority() == {3: 0, 10: 0, 0: 1}
 
 
 def test_the_earlier_of_both_deadlines_counts() -> None:
     admission = an_admission(a_request("own", deadline=3.0), a_request("queue"), max_queue_seconds=5.0)
     assert admission.next_expiry == 3.0
     assert admission.expire(2.9) == []
-    assert uids(admission.expire(3.0)) == ["own"]
+    assert [each.uid for each in admission.expire(3.0)] == ["own"]
     assert admission.next_expiry == 5.0
-    assert uids(admission.expire(9.0)) == ["queue"]
+    assert [each.uid for each in admission.expire(9.0)] == ["queue"]
     assert admission.next_expiry is None
 
 
 def test_without_a_limit_only_its_own_deadline_ends_a_wait() -> None:
     admission = an_admission(a_request("r"), a_request("s", deadline=1e6))
-    assert uids(admission.expire(1e6)) == ["s"]
+    assert [each.uid for each in admission.expire(1e6)] == ["s"]
+
+
+def test_a_preempted_sequence_is_not_expired_here() -> None:
+    admission = an_admission(max_queue_seconds=5.0)
+    told(admission, 1, a_replica(0), **preempted("r", 1))
+    assert (admission.next_expiry, admission.expire(1e6), admission.num_waiting) == (None, [], 1)
+
+
+def test_it_wakes_when_time_changes_who_is_first() -> None:
+    policy = MLFQ(starvation_seconds=60.0)
+    admission = an_admission(a_request("low", priority=-1), policy=policy)
+    running = policy.rank(a_view(priority=1), 0.0)
+    assert told(admission, 1, a_replica(0, running_ranks=[running])) == []
+    assert admission.next_expiry == 60.0
+    assert admission.release(59.9) == []
+    assert uids(admission.release(60.0)) == ["low"]
 
 
 # --- against an engine whose messages get lost and come late
 
 
-@dataclass
 class FakeEngine:
-    """Gives its slots by key; whoever holds one may finish. It takes in what has come when a step begins."""
+    """Gives its slots by rank, hands back whom it preempts, and takes in what has come when a step begins."""
 
-    max_num_seqs: int
-    now: float = 0.0
-    step_seconds: float = 0.0
-    busy_until: float = 0.0
-    arrived: int = 0
-    inbox: list[Request] = field(default_factory=list)
-    incarnation: int = 0
-    serial: int = 0
-    received: int = 0
-    requests: list[Request] = field(default_factory=list)
-    served: list[str] = field(default_factory=list)
+    def __init__(self, max_num_seqs: int, step_seconds: float) -> None:
+        self.max_num_seqs = max_num_seqs
+        self.step_seconds = step_seconds
+        self.now = 0.0
+        self.busy_until = 0.0
+        self.incarnation = 0
+        self.serial = 0
+        self.arrived = 0
+        self.received = 0
+        self.inbox: list[Request] = []
+        self.running: list[Request] = []
+        self.parked: dict[str, Request] = {}
+        self.served: list[str] = []
+        self.events: Outbox[Event] = Outbox()
+        self.resumes_seen = 0
 
-    def key(self, request: Request) -> float:
-        return POLICY.key(request.priority, request.arrival)
+    def rank(self, request: Request) -> tuple[float, ...]:
+        return POLICY.rank(a_view(priority=request.priority, arrival=request.arrival), self.now)
+
+    def slots(self, requests: list[Request]) -> int:
+        return sum(min(each.sampling.n, self.max_num_seqs) for each in requests)
 
     def receive(self, request: Request) -> None:
         self.arrived += 1
         self.inbox.append(request)
-        self.take_in()
+
+    def answer(self, resumes: ResumeList) -> None:
+        if resumes.number > self.resumes_seen:
+            self.resumes_seen = resumes.number
+            for resume in resumes.resumes:
+                self.arrived += 1
+                if (request := self.parked.pop(resume.uid, None)) is not None:
+                    self.inbox.append(request)
+                else:
+                    self.received += 1
 
     def take_in(self) -> None:
         if self.now < self.busy_until:
             return
         self.busy_until = self.now + self.step_seconds
         self.received += len(self.inbox)
-        self.requests += self.inbox
+        candidates = sorted([*self.running, *self.inbox], key=self.rank)
         self.inbox.clear()
-        self.requests.sort(key=self.key, reverse=True)
-
-    def running(self) -> list[Request]:
-        running: list[Request] = []
-        for request in self.requests:
-            slots = sum(min(each.sampling.n, self.max_num_seqs) for each in [*running, request])
-            if slots > self.max_num_seqs:
-                break
-            running.append(request)
-        return running
+        self.running = []
+        while candidates and self.slots([*self.running, candidates[0]]) <= self.max_num_seqs:
+            self.running.append(candidates.pop(0))
+        for request in candidates:
+            self.parked[request.uid] = request
+            view = a_view(request.uid, priority=request.priority, arrival=request.arrival)
+            self.events.add(Preempted(0, view, can_move=False))
 
     def finish(self, rng: random.Random) -> None:
-        for request in self.running():
+        for request in list(self.running):
             if rng.random() < 0.5:
-                self.requests.remove(request)
+                self.running.remove(request)
                 self.served.append(request.uid)
 
-    def free_slots(self) -> int:
-        return self.max_num_seqs - sum(min(each.sampling.n, self.max_num_seqs) for each in self.requests)
+    def cancel(self, uid: str) -> None:
+        del self.parked[uid]
+        self.events.add(Ended(uid, 0))
+
+    def die(self) -> list[str]:
+        """Those that are lost with it. What is parked stays, as the relay has it."""
+        lost = [request.uid for request in [*self.running, *self.inbox]]
+        self.incarnation += 1
+        self.received += len(self.inbox)
+        self.running.clear()
+        self.inbox.clear()
+        return lost
 
     def capacity(self) -> EngineCapacity:
         self.serial += 1
-        running = self.running()
-        lowest = min(map(self.key, running)) if running else None
-        return EngineCapacity(
-            str(self.incarnation),
+        ranks = [self.rank(each) for each in self.running for _ in range(min(each.sampling.n, 4))]
+        replica = a_replica(
+            self.max_num_seqs - self.slots(self.running),
+            incarnation=str(self.incarnation),
+            received=self.received,
+            arrived=self.arrived,
+            num_running=len(self.running),
+            running_ranks=sorted(ranks, reverse=True),
+        )
+        events = self.events.batch()
+        return report(
             self.serial,
-            self.received,
-            self.arrived,
-            self.free_slots(),
-            lowest,
-            max(self.now, 1e-9),
+            replica,
+            time=max(self.now, 1e-9),
+            events=list(events),
+            events_number=self.events.number,
+            resumes_seen=self.resumes_seen,
         )
 
 
@@ -341,48 +485,65 @@ def test_everything_is_served_whatever_becomes_of_the_messages(
 ) -> None:
     """Messages of both directions come late, reordered and, if `lossy`, not at all; workers die too.
 
-    Steps may take longer than it takes to call a request lost.
+    A report and its answer are one exchange: if either is lost, the engine does not know what was seen. Steps
+    may take longer than it takes to call a request lost.
     """
     rng = random.Random(seed)
-    admission = AdmissionQueue(POLICY, max_queue_size=1000, max_queue_seconds=0.0)
-    engine = FakeEngine(max_num_seqs, step_seconds=step_seconds)
-    to_come = [
-        a_request(str(number), rng.randint(0, priorities), float(number), rng.choice([1, 1, 1, 2, 6]))
+    admission = an_admission(max_queue_size=1000)
+    engine = FakeEngine(max_num_seqs, step_seconds)
+    to_come = deque(
+        a_request(
+            str(number),
+            priority=rng.randint(0, priorities),
+            arrival=float(number),
+            n=rng.choice([1, 1, 1, 2, 6]),
+        )
         for number in range(num_requests)
-    ]
+    )
     on_the_way: list[Request] = []
-    capacities: list[EngineCapacity] = [engine.capacity()]
-    lost: list[str] = []
+    reports = [engine.capacity()]
+    answers: list[tuple[int, ResumeList]] = []
+    gone: list[str] = []
     now = 0.0
-    while len(engine.served) + len(lost) < num_requests:
+    while len(engine.served) + len(gone) < num_requests:
         now += 0.2
         engine.now = now
         engine.take_in()
         assert now < 100.0 * num_requests + 1000.0, "something is stuck"
         if to_come and rng.random() < 0.5:
-            admission.submit(to_come.pop(0), now)
-        if capacities and rng.random() < 0.8:
-            admission.update(capacities.pop(rng.randrange(len(capacities))))
-        on_the_way += admission.release(now)
+            admission.submit(to_come.popleft(), now)
+        if reports and rng.random() < 0.8:
+            capacity = reports.pop(rng.randrange(len(reports)))
+            admission.update(capacity, now)
+            on_the_way += [release.request for release in admission.release(now)]
+            answers.append((capacity.events_number, admission.take_resumes()))
+        if answers and rng.random() < 0.8:
+            number, resumes = answers.pop(rng.randrange(len(answers)))
+            if not lossy or rng.random() < 0.9:
+                engine.events.acknowledge(number)
+                engine.answer(resumes)
         if on_the_way and rng.random() < 0.6:
             request = on_the_way.pop(rng.randrange(len(on_the_way)))
             if lossy and rng.random() < 0.1:
-                lost.append(request.uid)
+                gone.append(request.uid)
             else:
                 engine.receive(request)
         engine.finish(rng)
+        if engine.parked and rng.random() < 0.02:
+            uid = rng.choice(sorted(engine.parked))
+            engine.cancel(uid)
+            gone.append(uid)
         if lossy and rng.random() < 0.02:
-            engine.incarnation += 1
-            lost += [request.uid for request in [*engine.requests, *engine.inbox]]
-            engine.received += len(engine.inbox)
-            engine.requests.clear()
-            engine.inbox.clear()
-        capacities.append(engine.capacity())
+            gone += engine.die()
+        reports.append(engine.capacity())
         if lossy and rng.random() < 0.3:
-            capacities.pop(rng.randrange(len(capacities)))
-    assert sorted([*engine.served, *lost], key=int) == [str(number) for number in range(num_requests)]
+            reports.pop(rng.randrange(len(reports)))
+    assert sorted([*engine.served, *gone], key=int) == [str(number) for number in range(num_requests)]
+    for _ in range(3):  # what has ended is told in the end
+        capacity = engine.capacity()
+        admission.update(capacity, now)
+        engine.events.acknowledge(capacity.events_number)
     assert admission.num_waiting == 0
-    assert lossy or not lost
 
 
 @settings(max_examples=200, deadline=None)
@@ -398,25 +559,25 @@ def test_no_more_go_than_there_is_room_for(
 ) -> None:
     """Messages come late but in order, steps may be long. Beyond the room go only the urgent."""
     rng = random.Random(seed)
-    admission = AdmissionQueue(POLICY, max_queue_size=1000, max_queue_seconds=0.0)
-    engine = FakeEngine(max_num_seqs, step_seconds=step_seconds)
-    on_the_way: list[Request] = []
-    capacities: list[EngineCapacity] = [engine.capacity()]
+    admission = an_admission(max_queue_size=1000)
+    engine = FakeEngine(max_num_seqs, step_seconds)
+    on_the_way: deque[Request] = deque()
+    reports = deque([engine.capacity()])
     for number in range(100):
         engine.now = now = number * pause
         engine.take_in()
-        admission.submit(a_request(str(number), rng.randint(0, priorities), now), now)
-        while capacities and rng.random() < 0.5:
-            admission.update(capacities.pop(0))
-        released = admission.release(now)
-        assert [engine.key(each) for each in released] == sorted(map(engine.key, released), reverse=True)
+        admission.submit(a_request(str(number), priority=rng.randint(0, priorities), arrival=now), now)
+        while reports and rng.random() < 0.5:
+            admission.update(reports.popleft(), now)
+        released = [release.request for release in admission.release(now)]
+        assert [engine.rank(each) for each in released] == sorted(map(engine.rank, released))
         on_the_way += released
         while on_the_way and rng.random() < 0.5:
-            engine.receive(on_the_way.pop(0))
-        excess = len(on_the_way) + len(engine.inbox) - engine.free_slots()
-        urgent = sum(each.priority > 0 for each in [*engine.requests, *engine.inbox, *on_the_way])
+            engine.receive(on_the_way.popleft())
+        excess = len(on_the_way) + len(engine.inbox) + len(engine.running) - max_num_seqs
+        urgent = sum(each.priority > 0 for each in [*engine.running, *engine.inbox, *on_the_way])
         assert excess <= urgent
-        assert len(on_the_way) + len(engine.inbox) <= max_num_seqs + MAX_PREEMPTING_IN_FLIGHT
+        assert len(on_the_way) + len(engine.inbox) <= 2 * max_num_seqs
         if rng.random() < 0.3:
             engine.finish(rng)
-        capacities.append(engine.capacity())
+        reports.append(engine.capacity())

@@ -408,6 +408,19 @@ def test_prompt_logprobs_of_a_preempted_prompt_come_from_its_own_tokens() -> Non
     assert low.num_computed_tokens == 20
 
 
+def test_without_prefix_caching_a_resume_finds_its_own_blocks_alone() -> None:
+    scheduler = a_scheduler(max_num_seqs=2, prefix_caching=False)
+    siblings = add(scheduler, some("r", list(range(8)), n=2))
+    step(scheduler)
+    add(scheduler, some("high", [50], priority=1) + some("higher", [60], priority=2))
+    assert set(step(scheduler).preempted) == set(siblings)
+    for uid in ("high", "higher"):
+        scheduler.remove(uid, now=0.0)
+    assert chunks(step(scheduler)) == [("r", 1), ("r", 1)]
+    assert not set(siblings[0].block_table) & set(siblings[1].block_table)
+    assert scheduler.num_recomputed_tokens == 0
+
+
 def test_siblings_go_with_the_first_that_is_taken_out() -> None:
     scheduler = a_scheduler(max_num_seqs=1, max_num_batched_tokens=4)
     siblings = add(scheduler, some("r", list(range(10)), n=3))
@@ -506,7 +519,6 @@ class BatchMachine(RuleBasedStateMachine):
         self.num_added = 0
         self.clock = 0.0
 
-    @precondition(lambda self: hasattr(self, "scheduler"))
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=12),
         max_tokens=st.integers(1, 12),
@@ -545,7 +557,7 @@ class BatchMachine(RuleBasedStateMachine):
         self.computed |= {sequence: set() for sequence in sequences}
         self.had |= dict.fromkeys(sequences, 0)
 
-    @precondition(lambda self: getattr(self, "taken", None))
+    @precondition(lambda self: bool(self.taken))
     @rule(data=st.data())
     def come_back(self, data: st.DataObject) -> None:
         """Of a request, the first sequence first."""
@@ -556,7 +568,7 @@ class BatchMachine(RuleBasedStateMachine):
         self.taken.remove(first)
         add(self.scheduler, [first], self.clock)
 
-    @precondition(lambda self: getattr(self, "live", None))
+    @precondition(lambda self: bool(self.live))
     @rule(data=st.data(), whole_request=st.booleans())
     def cancel(self, data: st.DataObject, whole_request: bool) -> None:
         candidate = data.draw(st.sampled_from(self.live))
@@ -567,7 +579,6 @@ class BatchMachine(RuleBasedStateMachine):
         self.live = [each for each in self.live if each not in expected]
         self.taken = [each for each in self.taken if each not in expected]
 
-    @precondition(lambda self: hasattr(self, "scheduler"))
     @rule(count=st.integers(1, 5), seconds=st.sampled_from([0.1, 1.0, 5.0]))
     def compute(self, count: int, seconds: float) -> None:
         for _ in range(count):

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from msgspec.structs import replace
 
 from fastserve.engine.compute_errors import not_computed, not_finite
 from fastserve.engine.guide_queue import GuideQueue
@@ -156,7 +157,7 @@ class Engine:
         self._is_unchecked = True
         state = self._active[request.uid] = _RequestState(request)
         for index in range(request.sampling.n):
-            view = message.view or view_of(request, index)
+            view = replace(message.view, index=index) if message.view else view_of(request, index)
             sequence = Sequence(request, index, view, [*request.prompt_token_ids, *message.generated])
             state.sequences[index] = sampling = self._sampler.start(sequence, guide)
             for token_id in message.generated:

@@ -41,6 +41,7 @@ def load_engine(
         kv_dtype,
         kv_scales,
         swap_space_bytes=config.swap_space_bytes,
+        num_sharing=sum(choose_device(config.device, each) == device for each in range(config.replicas)),
     )
     runner.warm_up()
     pool = BlockPool(

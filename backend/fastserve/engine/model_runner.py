@@ -27,12 +27,14 @@ class ModelRunner:
         kv_dtype: torch.dtype,
         kv_scales: list[KVScales] | None,
         swap_space_bytes: int = 0,
+        num_sharing: int = 1,
     ) -> None:
         """`kv_cache_bytes` 0: 1 GiB on a CPU, most of what is free on a GPU. A `kv_dtype` of 8 bits needs
-        each layer's scales. `swap_space_bytes`: of host memory, for blocks that make way for others."""
+        each layer's scales. `swap_space_bytes`: of host memory, for blocks that make way for others.
+        `num_sharing`: replicas that share the GPU."""
         self.model = model
         self.block_size = block_size
-        budget = kv_cache_bytes or self._default_cache_bytes()
+        budget = kv_cache_bytes or self._default_cache_bytes(num_sharing)
         bytes_per_block = num_elements(model.kv_cache_shapes(1, block_size)) * kv_dtype.itemsize
         self.num_blocks = max(1, budget // bytes_per_block)
         shapes = model.kv_cache_shapes(self.num_blocks, block_size)
@@ -42,11 +44,15 @@ class ModelRunner:
         one_block = model.kv_cache_shapes(1, block_size)
         self._probe_caches = make_kv_caches(one_block, kv_dtype, model.device, kv_scales)
 
-    def _default_cache_bytes(self) -> int:
+    def _default_cache_bytes(self, num_sharing: int) -> int:
         if self.model.device.type != "cuda":
             return DEFAULT_CPU_CACHE_BYTES
         free, total = torch.cuda.mem_get_info(self.model.device)
-        return max(0, free - int(total * (1 - GPU_MEMORY_SHARE)))
+        left = free - int(total * (1 - GPU_MEMORY_SHARE))
+        if num_sharing > 1:  # the others may not have taken theirs yet
+            taken = torch.cuda.memory_allocated(self.model.device)
+            left = min(left, int(total * GPU_MEMORY_SHARE / num_sharing) - taken)
+        return max(0, left)
 
     @torch.inference_mode()
     def warm_up(self) -> None:

@@ -39,13 +39,14 @@ from fastserve.ensemble.metrics import EngineMetrics
 from fastserve.ensemble.readiness import Readiness
 from fastserve.ensemble.replica_health import ReplicaHealth
 from fastserve.ensemble.response_stream import ResponseStream
+from fastserve.ensemble.response_streams import ResponseStreams
 from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
 from fastserve.ensemble.tenant_tokens import TenantTokenCounter
 from fastserve.errors import ErrorCode, invalid
 from fastserve.scheduling.capacity import Ended, EngineCapacity, Preempted
 from fastserve.text.stop_conditions import external_stop, has_expired
-from fastserve.types import Add, Cancel, Failure, Outcome, Ready, Resume, StepOutput
+from fastserve.types import Add, Cancel, Failure, Outcome, Ready, RequestView, Resume, StepOutput, view_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +62,10 @@ class EngineModel:
         leave_with_server()
         server_secret()  # made while there is shared memory for it
         config = read_config()
-        self._stream_interval = config.stream_interval_ms / 1000
-        self._responses_per_second = config.max_responses_per_second or RESPONSES_PER_CORE * len(
-            os.sched_getaffinity(0)
-        )
         self._lock = threading.RLock()
-        self._streams: dict[str, ResponseStream] = {}
+        rate = config.max_responses_per_second or RESPONSES_PER_CORE * len(os.sched_getaffinity(0))
+        interval = config.stream_interval_ms / 1000
+        self._streams = ResponseStreams(self._lock, interval, rate, self._give_up)
         self._cancelled = RecentCancellations(config.max_request_seconds)
         self._tenant_tokens = TenantTokenCounter()
         self._metrics = EngineMetrics()
@@ -132,16 +131,16 @@ class EngineModel:
             if is_cancelled:
                 replica.count_dropped()
             else:
-                self._streams[request.uid] = stream
-                replica.add(Add(request))
+                self._streams.add(stream)
+                self._start(stream, released.replica, view_of(request))
         if is_cancelled:
-            stream.fail(Outcome.CANCELLED, external_stop(Outcome.CANCELLED))
+            self._streams.end(stream, Outcome.CANCELLED, external_stop(Outcome.CANCELLED))
 
     def _cancel(self, cancel: CancelById) -> None:
         """Ends the client's requests of that id; remembers it for those still to come."""
         with self._lock:
             self._cancelled.add(cancel)
-            streams = [stream for stream in self._streams.values() if cancel.applies_to(stream.request)]
+            streams = [stream for stream in self._streams if cancel.applies_to(stream.request)]
         for stream in streams:
             self._stop(Cancel(stream.request.uid, Outcome.CANCELLED))
 
@@ -151,12 +150,12 @@ class EngineModel:
             stream = self._streams.get(cancel.uid)
             if stream is None:
                 return
-            if stream.replica is not None and self._replicas[stream.replica].cancel(cancel):
+            if stream.replica is not None:
+                self._replicas[stream.replica].cancel(cancel)
                 return
-            del self._streams[cancel.uid]
-            if stream.replica is None:
-                self._capacity.tell(Ended(cancel.uid, 0))
-        stream.fail(cancel.outcome, external_stop(cancel.outcome))
+            self._streams.remove(stream)
+            self._capacity.tell(Ended(cancel.uid, 0))
+        self._streams.end(stream, cancel.outcome, external_stop(cancel.outcome))
 
     # Called by the thread that publishes the capacity: what runs again.
 
@@ -175,12 +174,22 @@ class EngineModel:
             return
         view, stream.preempted = stream.preempted, None
         if stream.replica == resume.replica:
-            replica.resume(resume)
+            replica.send(resume)
             return
         if stream.replica is not None:
             self._replicas[stream.replica].forget(resume.uid)
-        stream.replica = resume.replica
-        replica.add(Add(stream.request, stream.token_ids, view))
+        self._start(stream, resume.replica, view or view_of(stream.request))
+
+    def _start(self, stream: ResponseStream, number: int, view: RequestView) -> None:
+        """Has a request run on a replica; back in the queue with it if there is no worker now."""
+        replica = self._replicas[number]
+        if replica.has_worker:
+            stream.replica = number
+            replica.send(Add(stream.request, stream.token_ids, view))
+        else:
+            stream.replica, stream.preempted = None, view
+            replica.count_dropped()
+            self._capacity.tell(Preempted(number, view))
 
     # Called by the threads that read a worker's pipe: steps, and its death.
 
@@ -206,39 +215,20 @@ class EngineModel:
                     self._capacity.tell(Ended(uid, index))
             for tokens in self._tenant_tokens.take():
                 self._capacity.tell(tokens)
-            due = self._take_due(now)
             self._replicas[replica].stats = step.stats
             self._publish_capacity()
-        for stream in due:
-            self._respond(stream, now)
+        self._streams.send_due(now)
         self._metrics.observe_step(replica, step.stats, now)
+
+    def _give_up(self, stream: ResponseStream) -> None:
+        """A response of it could not be sent: nobody waits for what comes of it."""
+        if stream.replica is not None:
+            self._replicas[stream.replica].cancel(Cancel(stream.request.uid, Outcome.CANCELLED))
 
     def _stream_on(self, replica: int, uid: str) -> ResponseStream | None:
         """The stream of a request that this replica has: what it says of others is out of date."""
         stream = self._streams.get(uid)
         return stream if stream is not None and stream.replica == replica else None
-
-    def _take_due(self, now: float) -> list[ResponseStream]:
-        """Streams with a response to be sent now, by this thread alone. Final ones are forgotten."""
-        interval = max(self._stream_interval, len(self._streams) / self._responses_per_second)
-        due = [stream for stream in self._streams.values() if stream.is_due(now, interval)]
-        for stream in due:
-            if stream.is_final:
-                del self._streams[stream.request.uid]
-        return due
-
-    def _respond(self, stream: ResponseStream, now: float) -> None:
-        """Sends a response; one that cannot be sent ends its own request only."""
-        try:
-            stream.send(now)
-        except Exception as error:
-            uid = stream.request.uid
-            logger.exception("a response of request %s could not be sent", uid)
-            with self._lock:
-                if self._streams.pop(uid, None) is not None and stream.replica is not None:
-                    self._replicas[stream.replica].cancel(Cancel(uid, Outcome.CANCELLED))
-            message = f"the answer could not be sent: {error}"
-            stream.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
 
     def _on_ready(self, replica: int, ready: Ready) -> None:
         self._metrics.start(replica, ready.stats)
@@ -248,24 +238,25 @@ class EngineModel:
             self._publish_capacity()
 
     def _on_death(self, replica: int, cause: str, had_been_ready: bool) -> None:
-        """Fails the worker's requests, but for those that can run on another; see `EngineReplica`."""
+        """Fails the worker's requests but for those that wait, preempted, and can run on another; those too
+        if none comes up."""
         self._metrics.stop(replica)
         with self._lock:
-            waiting = self._replicas[replica].lose_worker(had_been_ready)
+            self._replicas[replica].stats = None
+            hopeless = not had_been_ready and not any(each.has_worker for each in self._replicas)
             lost = []
-            for uid, stream in list(self._streams.items()):
-                if stream.replica != replica or uid in waiting:
-                    continue
-                if stream.preempted is not None:
+            for stream in self._streams:
+                if stream.replica == replica and stream.preempted is not None:
                     stream.replica = None
-                else:
-                    lost.append(self._streams.pop(uid))
+                if stream.replica == replica or (hopeless and stream.replica is None):
+                    lost.append(stream)
+                    self._streams.remove(stream)
                     for index in range(stream.request.sampling.n):
-                        self._capacity.tell(Ended(uid, index))
+                        self._capacity.tell(Ended(stream.request.uid, index))
             self._publish_capacity()
         message = f"the engine's worker {cause} while it served the request; try again"
         for stream in lost:
-            stream.fail(Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
+            self._streams.end(stream, Outcome.ERROR, Failure(ErrorCode.UNAVAILABLE.value, message))
 
     def _publish_capacity(self) -> None:
         self._capacity.publish(
@@ -281,7 +272,7 @@ class EngineModel:
     def _look_after(self) -> None:
         """Every two seconds or so: what nothing else would bring about."""
         with self._lock:
-            waiting = [stream.request for stream in self._streams.values() if stream.replica is None]
+            waiting = [stream.request for stream in self._streams if stream.replica is None]
         for request in waiting:
             if has_expired(request, time.monotonic()):
                 self._stop(Cancel(request.uid, Outcome.TIMEOUT))

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineReplica:
-    """Counts what arrives for its worker, keeps it while there is none. Its owner's lock guards it."""
+    """Counts what arrives for its worker. Its owner's lock guards it."""
 
     def __init__(
         self,
@@ -33,8 +33,6 @@ class EngineReplica:
         """What is called is given `number` first: see `WorkerSupervisor`."""
         self.stats: EngineStats | None = None
         """After the worker's last step; None while there is no worker that could serve."""
-        self._backlog: dict[str, Add] = {}
-        """Requests that came while there was no worker, by uid."""
         self._incarnation = ""
         self._arrived = 0
         self._sent = 0
@@ -49,52 +47,32 @@ class EngineReplica:
             restarts,
         )
 
-    def add(self, message: Add) -> None:
-        """A request has been released to this replica."""
-        self._arrived += 1
-        if self.stats is None:
-            self._backlog[message.request.uid] = message
-        else:
-            self._send(message)
+    @property
+    def has_worker(self) -> bool:
+        """Whether there is a worker that could serve."""
+        return self.stats is not None
 
-    def resume(self, message: Resume) -> None:
-        """A sequence that was preempted here may run again."""
+    def send(self, message: Add | Resume) -> None:
+        """A request has been released to this replica, or a sequence that waits there may run again."""
         self._arrived += 1
-        if self.stats is not None:
-            self._send(message)
+        self._sent += 1
+        self.worker.send(message)
 
     def count_dropped(self) -> None:
-        """A release has come for a request that does not run any more."""
+        """A release has come of which the worker is told nothing."""
         self._arrived += 1
 
-    def cancel(self, cancel: Cancel) -> bool:
-        """Stops a request, or one sequence of it. False if it waited for a worker, which never saw it."""
-        if self._backlog.pop(cancel.uid, None) is not None:
-            return False
+    def cancel(self, cancel: Cancel) -> None:
+        """Stops a request, or one sequence of it."""
         self.worker.send(cancel)
-        return True
 
     def forget(self, uid: str) -> None:
         """Another replica goes on with a request that waits here, preempted."""
         self.worker.send(Forget(uid))
 
-    def _send(self, message: Add | Resume) -> None:
-        self._sent += 1
-        self.worker.send(message)
-
     def start_worker(self, ready: Ready) -> None:
-        """A new worker is ready: it gets what waited for it."""
+        """A new worker is ready."""
         self._incarnation, self._sent, self.stats = ready.incarnation, 0, ready.stats
-        for message in self._backlog.values():
-            self._send(message)
-        self._backlog = {}
-
-    def lose_worker(self, had_been_ready: bool) -> set[str]:
-        """The worker is gone. Returns the uids that wait for another: none if this one never got ready."""
-        self.stats = None
-        if not had_been_ready:
-            self._backlog = {}
-        return set(self._backlog)
 
     @property
     def capacity(self) -> ReplicaCapacity:
@@ -103,7 +81,7 @@ class EngineReplica:
         if stats is None:
             return ReplicaCapacity(
                 incarnation=self._incarnation,
-                received=self._arrived - len(self._backlog),
+                received=self._arrived,
                 arrived=self._arrived,
                 free_slots=0,
                 free_blocks=0,

@@ -10,6 +10,7 @@ request; what a counter could not add then is added with its next report.
 
 from __future__ import annotations
 
+import collections
 import logging
 import threading
 import time
@@ -39,7 +40,11 @@ _MODEL = "fastserve"
 
 
 class _Family:
-    """A metric family; its members by label values are made when they are first used."""
+    """A metric family; its members by label values are made when they are first used. Threads may share one.
+
+    Two threads that change one metric at the same moment end the server (2.51): the second takes from shared
+    memory what the server is about to read of the first. So one at a time does.
+    """
 
     kind: Any
     _next_error_log = 0.0
@@ -50,16 +55,18 @@ class _Family:
         self._labels = labels
         self._options = options
         self._members: dict[tuple[object, ...], Any] = {}
+        self._lock = threading.RLock()
 
     def _report(self, method: str, value: float, labels: tuple[object, ...]) -> bool:
         """Calls a method of the member with these labels; False where that failed."""
         try:
-            member = self._members.get(labels)
-            if member is None:
-                texts = dict(zip(self._labels, map(str, labels), strict=True))
-                member = self._family.Metric(labels={"model": _MODEL, **texts}, **self._options)
-                self._members[labels] = member
-            getattr(member, method)(value)
+            with self._lock:
+                member = self._members.get(labels)
+                if member is None:
+                    texts = dict(zip(self._labels, map(str, labels), strict=True))
+                    member = self._family.Metric(labels={"model": _MODEL, **texts}, **self._options)
+                    self._members[labels] = member
+                getattr(member, method)(value)
         except Exception as error:
             now = time.monotonic()
             if now >= _Family._next_error_log:
@@ -82,9 +89,10 @@ class Counter(_Family):
         """Adds `amount`, if it is positive, and what could not be added before."""
         if amount <= 0:
             return
-        amount += self._unreported.pop(labels, 0.0)
-        if not self._report("increment", amount, labels):
-            self._unreported[labels] = amount
+        with self._lock:
+            amount += self._unreported.pop(labels, 0.0)
+            if not self._report("increment", amount, labels):
+                self._unreported[labels] = amount
 
 
 class Gauge(_Family):
@@ -186,6 +194,11 @@ class EngineMetrics:
         self.step_tokens = Histogram(
             "fastserve_step_batch_tokens", "Tokens computed in a step", buckets=_TOKENS
         )
+        self.computed = Counter(
+            "fastserve_computed_tokens_total",
+            "Tokens computed, those for a second time included",
+            ["replica"],
+        )
         self.cache_hits = Counter(
             "fastserve_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache"
         )
@@ -202,6 +215,8 @@ class EngineMetrics:
         """By replica, after its worker's last step."""
         self._counted: dict[int, EngineStats] = {}
         """By replica, the totals that the counters have."""
+        self._num_computed: collections.Counter[int] = collections.Counter()
+        """By replica, tokens that its counter does not have yet."""
         self._reported_at = 0.0
         self._is_shown = True
         """The gauges show what they were last told."""
@@ -225,6 +240,7 @@ class EngineMetrics:
             self.step_tokens.observe(stats.step_tokens)
         with self._lock:
             self._latest[replica] = stats
+            self._num_computed[replica] += stats.step_tokens
             if stats.running == 0 or now - self._reported_at >= REPORT_SECONDS:
                 self._report()
 
@@ -249,6 +265,9 @@ class EngineMetrics:
         for replica, latest in self._latest.items():
             self._count(latest, self._counted[replica])
             self._counted[replica] = latest
+        for replica, num_tokens in self._num_computed.items():
+            self.computed.add(num_tokens, replica)
+        self._num_computed.clear()
 
     def _count(self, now: EngineStats, before: EngineStats) -> None:
         self.cache_hits.add(now.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total)

@@ -1,4 +1,4 @@
-"""A request that the worker serves, and its outputs since its last response."""
+"""A request that a worker serves, and its outputs since its last response."""
 
 from __future__ import annotations
 
@@ -20,31 +20,42 @@ WHOLE_ANSWER_SECONDS = 0.5
 class ResponseStream:
     """Outputs of several steps, joined so that a request has one response per interval at most.
 
-    One thread at a time uses it: first that which takes the request in, then the reader of the worker's pipe.
+    Whoever takes outputs (`take`) sends them alone, without the lock that guards the rest.
     """
 
     request: Request
     sender: Any
     sequences_left: int
     replica: int | None = None
-    """The engine replica that has it; None: its worker is gone, and it waits in the common queue."""
+    """The engine replica that has it; None: none, it waits in the common queue."""
     preempted: RequestView | None = None
-    """While a request that can move waits in the common queue: what that knows of it."""
+    """While it waits in the common queue, and can run on any replica: what the queue knows of it."""
     has_output: bool = False
     """Whether the worker has computed its prompt."""
     token_ids: list[int] = field(default_factory=list)
     """What was generated, of a request that can move: another replica goes on from there."""
-    pending: list[SequenceOutput] = field(default_factory=list)
+    is_sending: bool = False
+    """Whether a thread has taken outputs, and sends them."""
     last_sent: float | None = None
+    _pending: list[SequenceOutput] = field(default_factory=list)
+    _taken: list[SequenceOutput] = field(default_factory=list)
+    _ends_with_taken: bool = False
+    _ending: tuple[Outcome, Failure | None] | None = None
+    """How it ends, if not by its last output."""
 
     def add(self, output: SequenceOutput) -> None:
         """Takes in the output of one step for one sequence."""
-        self.pending.append(output)
+        self._pending.append(output)
         self.has_output = True
         if self.can_move:
             self.token_ids += output.token_ids
         if output.outcome is not None:
             self.sequences_left -= 1
+
+    def end(self, outcome: Outcome, failure: Failure | None) -> None:
+        """The request ends here, with a failure or none, behind the tokens that came before it."""
+        self._ending = (outcome, failure)
+        self.sequences_left = 0
 
     @property
     def can_move(self) -> bool:
@@ -60,25 +71,39 @@ class ResponseStream:
         """Whether all sequences have ended."""
         return self.sequences_left == 0
 
+    @property
+    def has_more(self) -> bool:
+        """Whether there is something that nobody has taken."""
+        return bool(self._pending) or (self._ending is not None and not self._ends_with_taken)
+
     def is_due(self, now: float, stream_interval: float) -> bool:
         """Whether to send: the first output at once, the last too, others when the interval has passed."""
-        if not self.pending:
+        if self.is_sending or not self.has_more:
             return False
         interval = stream_interval if self.request.output.stream else WHOLE_ANSWER_SECONDS
         return self.last_sent is None or self.is_final or now - self.last_sent >= interval
 
-    def send(self, now: float) -> None:
-        """Sends what is pending. Raises what the sender does when there is no shared memory for it.
+    def take(self) -> None:
+        """What is pending is to be sent now, by the caller."""
+        self.is_sending = True
+        self._taken, self._pending = self._pending, []
+        self._ends_with_taken = self.is_final
 
-        A failure goes after the tokens before it, in an output of its own: `postprocess` answers it with an
-        error and nothing else.
-        """
-        failed = next((i for i, each in enumerate(self.pending) if each.failure is not None), 0)
+    def send(self, now: float) -> None:
+        """Sends what was taken. Raises what the sender does when there is no shared memory for it."""
+        if self._ending is not None:
+            self.fail(*self._ending)
+        else:
+            self._send_taken(now)
+
+    def _send_taken(self, now: float) -> None:
+        """A failure goes after the tokens before it, in an output of its own: `postprocess` answers it with
+        an error and nothing else."""
+        failed = next((i for i, each in enumerate(self._taken) if each.failure is not None), 0)
         if failed:
-            tokens, self.pending = self.pending[:failed], self.pending[failed:]
+            tokens, self._taken = self._taken[:failed], self._taken[failed:]
             self._send(tokens, False, now)
-        self._send(self.pending, self.is_final, now)
-        self.pending = []
+        self._send(self._taken, self._ends_with_taken, now)
 
     def _send(self, outputs: list[SequenceOutput], final: bool, now: float) -> None:
         request = self.request if self.last_sent is None else None
@@ -91,17 +116,17 @@ class ResponseStream:
         self.last_sent = now
 
     def fail(self, outcome: Outcome, failure: Failure | None) -> None:
-        """Ends the request, with a failure or none, behind the tokens that came before it. Never raises.
+        """Sends what was taken and the end of the request. Never raises.
 
         The failure travels as data: an error in a response would overtake the tokens (2.51). Where they
         cannot be sent it goes without them, and where that cannot be sent either, as an error.
         """
-        self.sequences_left = 0
         last = SequenceOutput(self.request.uid, outcome=outcome, failure=failure)
-        for pending in ([*self.pending, last], [last]):
-            self.pending = pending
+        self._ends_with_taken = True
+        for taken in ([*self._taken, last], [last]):
+            self._taken = taken
             try:
-                self.send(0.0)
+                self._send_taken(0.0)
                 return
             except Exception as error:
                 logger.error("the failure of request %s could not be sent: %s", self.request.uid, error)
