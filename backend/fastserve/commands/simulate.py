@@ -24,6 +24,7 @@ from fastserve.commands.workload_options import (
 )
 from fastserve.config import Config, ConfigError
 from fastserve.config_flags import add_config_flags, config_from, flag
+from fastserve.scheduling.replica import LOST_AFTER_SECONDS
 from fastserve.simulation.capacity import Capacity, measure_capacity
 from fastserve.simulation.default_step_time import DEFAULT_STEP_TIME
 from fastserve.simulation.figures import GOODPUT_SHARE, Objective, RunFigures, goodput, run_figures
@@ -40,6 +41,7 @@ from fastserve.workload.transformations import at_rate, mean_rate
 ERRORS = (StepTimeError, TraceError, WriteError)
 DEFAULT_CACHE_BYTES = 1 << 30
 SETTINGS = (
+    "replicas",
     "max_num_seqs",
     "max_num_batched_tokens",
     "block_size",
@@ -86,12 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="as `fastserve bench --calibrate` writes it (default: the default model on two cores)",
     )
-    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--routing",
         choices=ROUTINGS,
         default="prefix",
-        help="to replicas (default: %(default)s, the server's)",
+        help="to replicas (default: %(default)s, as the server does)",
     )
     parser.add_argument(
         "--message-delay-ms",
@@ -111,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}",
             type=_blocks,
             metavar="N|N%",
-            help=f"{what} of a replica holds, in place of its bytes; %%: of what a full batch uses under fcfs",
+            help=f"{what} of a replica holds, in place of bytes; N%%: of what a full batch uses under fcfs",
         )
     parser.add_argument("--ttft-slo", type=float, default=Objective().ttft_seconds, metavar="SECONDS")
     parser.add_argument("--token-slo", type=float, default=Objective().token_seconds, metavar="SECONDS")
@@ -133,10 +134,9 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("capacity", total=len(arrivals))
+        advance = partial(_advance, progress, task)
         try:
-            capacity = measure_capacity(
-                arrivals, settings, lambda count: progress.update(task, completed=count)
-            )
+            capacity = measure_capacity(arrivals, settings, advance)
             settings = _sized(settings, arguments, capacity)
             console.print(_summary(arrivals, settings, capacity))
             runs: list[RunFigures] = []
@@ -152,10 +152,10 @@ def run(arguments: argparse.Namespace) -> int:
                         settings,
                         is_clairvoyant=name in CLAIRVOYANT,
                         max_tokens=arguments.max_tokens,
-                        on_end=partial(_advance, progress, task),
+                        on_end=advance,
                     ).run()
                 figures = [
-                    run_figures(result, name, load, rate, arguments.replicas, objective)
+                    run_figures(result, name, load, rate, config.replicas, objective)
                     for name, result in results.items()
                 ]
                 _print(console, figures)
@@ -202,16 +202,17 @@ def _workload(arguments: argparse.Namespace) -> tuple[list[Arrival], list[float]
 
 
 def _settings(arguments: argparse.Namespace, config: Config) -> SimulationSettings:
-    for name, least in (("replicas", 1), ("message_delay_ms", 0)):
-        if getattr(arguments, name) < least:
-            raise ConfigError(f"{flag(name)}: got {getattr(arguments, name)}; allowed: at least {least}")
-    step_time = (
-        DEFAULT_STEP_TIME if arguments.step_times is None else StepTimeModel.load(arguments.step_times)
-    )
+    if not 0 <= arguments.message_delay_ms < 1e3 * LOST_AFTER_SECONDS:
+        raise ConfigError(
+            f"--message-delay-ms: got {arguments.message_delay_ms}; allowed: 0 or more, and below "
+            f"{1e3 * LOST_AFTER_SECONDS:g}, after which the queue takes a message for lost"
+        )
+    path: Path | None = arguments.step_times
+    step_time = DEFAULT_STEP_TIME if path is None else StepTimeModel.load(path)
     block_bytes = config.block_size * step_time.kv_bytes_per_token
     return SimulationSettings(
         step_time,
-        num_replicas=arguments.replicas,
+        num_replicas=config.replicas,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,

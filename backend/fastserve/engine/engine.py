@@ -175,6 +175,7 @@ class Engine:
     def forget(self, uid: str) -> None:
         """Lets go of a preempted request with one sequence, silently: another worker goes on with it."""
         if self._preempted.pop((uid, 0), None) is not None:
+            self._scheduler.forget(uid, 0)
             del self._active[uid]
 
     def _refuse(self, request: Request, error: RequestError) -> None:
@@ -206,6 +207,7 @@ class Engine:
         del state.sequences[index]
         key = (state.request.uid, index)
         if self._preempted.pop(key, None) is not None:
+            self._scheduler.forget(*key)
             self._ended.append(key)
         else:
             self._scheduler.remove(*key, now=time.monotonic())

@@ -25,7 +25,7 @@ from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan,
 from fastserve.scheduling.waiting_queue import WaitingQueue
 from fastserve.types import RequestView
 
-RESERVED_TOKENS = 32
+RESERVED_TOKENS = 128
 """Room for so many more tokens of each running sequence is left free when another is admitted.
 
 Without it admission fills the cache to its last block, and the next decode preempts the newcomer.
@@ -84,6 +84,8 @@ class IterationScheduler:
         self._running: list[Sequence] = []
         """By rank, the lowest, which runs first, in front."""
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(policy)
+        self._num_away_blocks: dict[tuple[str, int], int] = {}
+        """Blocks that preempted sequences left behind and will want, by request and index."""
         self._waiting_siblings: dict[str, list[Sequence]] = {}
         """Sequences that wait for their request's sequence 0, by request."""
 
@@ -119,9 +121,28 @@ class IterationScheduler:
         return self.max_num_batched_tokens - claimed
 
     def lowest_ranks(self, count: int) -> list[Rank]:
-        """The ranks of the running sequences that would be preempted first, as far as service changes them."""
+        """The ranks of the running sequences that would be preempted first, as far as service changes them.
+
+        None are named while the policy would not preempt for the prompt of one step.
+        """
+        if not self._may_preempt_for(self.pool.blocks_for(self.max_num_batched_tokens)):
+            return []
         self._running.sort(key=_order)
         return [sequence.rank for sequence in self._running[: -count - 1 : -1]]
+
+    def _may_preempt_for(self, num_blocks: int) -> bool:
+        """Whether a running sequence may make way for one of so many new blocks: unless the policy does it at
+        any cost, only while the blocks of all that run or were preempted find room, in host memory too."""
+        if self.policy.preempts_at_a_loss:
+            return True
+        pool = self.pool
+        wanted = pool.num_used + sum(self._num_away_blocks.values()) + num_blocks
+        wanted += sum(map(self._reserved_blocks, self._running))
+        return wanted <= pool.num_blocks + pool.host.num_blocks
+
+    def forget(self, uid: str, index: int) -> None:
+        """A sequence that was handed back by `take_waiting` will not be added again."""
+        self._num_away_blocks.pop((uid, index), None)
 
     def add(self, sequence: Sequence, now: float) -> None:
         """Takes a sequence in, new or taken out by `take_waiting`, to run when its turn comes.
@@ -150,6 +171,8 @@ class IterationScheduler:
         siblings = self._sequences.get(uid, {})
         indices = list(siblings) if index is None else [index] if index in siblings else []
         removed = [siblings.pop(each) for each in indices]
+        for each in indices:
+            self.forget(uid, each)
         if uid in self._waiting_siblings:
             self._waiting_siblings[uid] = [
                 each for each in self._waiting_siblings[uid] if each.index in siblings
@@ -248,9 +271,9 @@ class IterationScheduler:
                     sequence.hash_full_blocks(block_size)
                     for number in range(first, last):
                         pool.cache(sequence.block_table[number], sequence.block_hashes[number])
-            if self._waiting_siblings and sequence.index == 0:
-                if sequence.num_computed_tokens >= sequence.num_prompt_tokens:
-                    self._release_waiting_siblings(sequence.request.uid, now)
+            is_leader = sequence.index == 0 and sequence.request.uid in self._waiting_siblings
+            if is_leader and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+                self._release_waiting_siblings(sequence.request.uid, now)
 
     def _count_service(self, sequence: Sequence, num_tokens: int, now: float) -> None:
         """Tells the policy of the tokens that were computed for the first time."""
@@ -264,10 +287,10 @@ class IterationScheduler:
         view.num_served_tokens += new
         if self._policy_counts:
             num_prompt_tokens = min(new, max(0, view.num_prompt_tokens - before))
-            if self._tell_policy(view, num_prompt_tokens, new - num_prompt_tokens, now):
+            if self._told_policy(view, num_prompt_tokens, new - num_prompt_tokens, now):
                 sequence.rank = self.policy.rank(view, now)
 
-    def _tell_policy(
+    def _told_policy(
         self, view: RequestView, num_prompt_tokens: int, num_output_tokens: int, now: float
     ) -> bool:
         """Whether its rank has changed. Many tokens of an answer are told as if they came one by one."""
@@ -355,6 +378,7 @@ class IterationScheduler:
         if candidates is None:
             self.pool.free(cached)
             return None
+        self.forget(sequence.request.uid, sequence.index)
         self._waiting.pop(now)  # before those that it preempts wait: one of them could be first
         for candidate in candidates:
             self._preempt(candidate, now)
@@ -409,6 +433,9 @@ class IterationScheduler:
         most_reserved = num_staying * (RESERVED_TOKENS // self.pool.block_size + 2)
         if num_staying < self.max_num_seqs and free >= num_blocks + most_reserved:
             return candidates
+        num_new = 0 if sequence.view.num_served_tokens else num_blocks
+        if not self._may_preempt_for(num_new):
+            return None
         may_preempt = [self.policy.preempts(sequence.rank, each.rank) for each in self._running]
         needed = num_blocks
         for each, leaves in zip(self._running, may_preempt, strict=True):
@@ -465,6 +492,7 @@ class IterationScheduler:
 
     def _preempt(self, sequence: Sequence, now: float) -> Sequence:
         self._retain(sequence)
+        self._num_away_blocks[sequence.request.uid, sequence.index] = len(sequence.block_table)
         self._leave_batch(sequence, retain=True)
         sequence.view.waiting_since = now
         sequence.view.num_tokens = sequence.num_tokens

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 from msgspec.structs import replace as replace_fields
 
 from fastserve.scheduling.policies.fcfs import FCFS
@@ -38,11 +37,10 @@ def measure_capacity(
     num_blocks = settings.max_num_seqs * (longest // settings.block_size + 3)
     ample = replace(settings, num_blocks=max(num_blocks, settings.num_blocks), num_host_blocks=0)
     result = Simulation(backlog, FCFS, ample, on_end=on_end).run()
-    time, waiting, _, used = result.queue.T
-    is_full = waiting > 0
-    if not is_full.any():
-        return Capacity(len(backlog) / result.seconds, float(used.max()) / settings.num_replicas)
-    last = float(time[is_full].max())
+    mean_used_blocks = result.totals.block_seconds / result.totals.busy_seconds
+    time, waiting, _ = result.queue.T
+    last = float(time[waiting > 0].max(initial=0.0))
     num_served = int((result.completion <= last).sum())
-    rate = num_served / last if num_served else len(backlog) / result.seconds
-    return Capacity(rate, float(np.mean(used[is_full])) / settings.num_replicas)
+    if not num_served:  # all had a place at once
+        last, num_served = result.seconds, len(backlog)
+    return Capacity(num_served / last, mean_used_blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -87,16 +88,17 @@ def _class_figures(
     token_seconds = (completion - ttft) / np.maximum(1, num_output_tokens - 1)
     is_good = (ttft <= objective.ttft_seconds) & (token_seconds <= objective.token_seconds)
     return ClassFigures(
-        priority,
-        int(chosen.sum()),
-        float(ttft.mean()),
-        *map(float, np.percentile(ttft, (50, 99))),
-        float(completion.mean()),
-        float(np.percentile(completion, 99)),
-        float((completion / num_output_tokens).mean()),
-        float(num_output_tokens.sum() / result.seconds),
-        int(result.num_preemptions[chosen].sum()),
-        float(is_good.mean()),
+        priority=priority,
+        requests=int(chosen.sum()),
+        ttft_mean=float(ttft.mean()),
+        ttft_p50=float(np.percentile(ttft, 50)),
+        ttft_p99=float(np.percentile(ttft, 99)),
+        completion_mean=float(completion.mean()),
+        completion_p99=float(np.percentile(completion, 99)),
+        normalized_latency_mean=float((completion / num_output_tokens).mean()),
+        tokens_per_second=float(num_output_tokens.sum() / result.seconds),
+        preemptions=int(result.num_preemptions[chosen].sum()),
+        within_objective=float(is_good.mean()),
     )
 
 
@@ -104,7 +106,7 @@ def goodput(runs: Sequence[RunFigures]) -> float | None:
     """Of one policy's runs: the highest load, between those simulated, at which enough requests are served as
     the objective says. None if that is not so at the lowest one, or still so at the highest."""
     points = sorted((run.load, run.classes[-1].within_objective) for run in runs)
-    for (load, share), (next_load, next_share) in zip(points, points[1:], strict=False):
+    for (load, share), (next_load, next_share) in itertools.pairwise(points):
         if share >= GOODPUT_SHARE > next_share:
             return load + (share - GOODPUT_SHARE) / (share - next_share) * (next_load - load)
     return None

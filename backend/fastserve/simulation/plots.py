@@ -60,7 +60,7 @@ def _distribution(axes: Any, policy: str, seconds: np.ndarray) -> None:
 
 
 def _queue(axes: Any, policy: str, result: SimulationResult) -> None:
-    time, waiting, _, _ = result.queue[:: max(1, len(result.queue) // MAX_POINTS)].T
+    time, waiting, _ = result.queue[:: max(1, len(result.queue) // MAX_POINTS)].T
     axes.plot(time, waiting, label=policy)
 
 

@@ -17,8 +17,8 @@ class Records:
         self.first_token = [0.0] * count
         self.completion = [0.0] * count
         self.num_preemptions = [0] * count
-        self.queue: list[tuple[float, int, int, int]] = []
-        """(time, requests that wait, that run, KV blocks in use), now and then"""
+        self.queue: list[tuple[float, int, int]] = []
+        """(time, requests that wait, that run), now and then"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Totals:
     """Of prompts, that the prefix cache had."""
     num_preemptions: int
     busy_seconds: float
+    block_seconds: float
+    """KV blocks in use, over time."""
 
 
 class SimulationResult:
@@ -47,8 +49,8 @@ class SimulationResult:
         self.completion = np.array(records.completion) - self.arrival
         """From arrival."""
         self.num_preemptions = np.array(records.num_preemptions)
-        self.queue = np.array(records.queue, dtype=float).reshape(-1, 4)
-        """[samples, 4]: see `Records.queue`"""
+        self.queue = np.array(records.queue, dtype=float).reshape(-1, 3)
+        """[samples, 3]: see `Records.queue`"""
         self.totals = totals
         self.seconds = float(max(records.completion) - self.arrival[0])
         """From the first arrival to the last end."""

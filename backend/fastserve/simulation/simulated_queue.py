@@ -31,7 +31,7 @@ class RoundRobinQueue(SimulatedQueue):
 
     def choose(self, waiting: Waiting, with_room: Mapping[int, Demand]) -> int:
         """The next one; a preempted sequence goes back where its blocks are, if it can."""
-        if waiting.replica in with_room:
+        if waiting.replica is not None and waiting.replica in with_room:
             return waiting.replica
         self._last = next((number for number in with_room if number > self._last), min(with_room))
         return self._last

@@ -48,6 +48,8 @@ class SimulatedReplica:
         )
         self.num_computed_tokens = 0
         self.busy_seconds = 0.0
+        self.block_seconds = 0.0
+        """KV blocks in use, over time."""
         self.tenant_tokens: Counter[str] = Counter()
         """Tokens of answers that were computed for each since the queue was told; none for a second time."""
         self._settings = settings
@@ -100,7 +102,7 @@ class SimulatedReplica:
         return left
 
     def _take_in(self, now: float) -> int:
-        """Adds what had come by then; returns how many. A run that is cut short starts the next in the past."""
+        """Adds what had come by then; returns how many. After a run cut short, `now` is past."""
         num_new = 0
         while self._inbox and self._inbox[0][0] <= now:
             self.scheduler.add(self._inbox.popleft()[1], now)
@@ -127,7 +129,9 @@ class SimulatedReplica:
         if num_steps > 1:
             for sequence in sampled:
                 sequence.append(num_steps - 1)
+        pool, num_used = self.scheduler.pool, self.scheduler.pool.num_used
         self.scheduler.mark_computed(run.plan, now, num_steps)
+        self.block_seconds += (num_used + pool.num_used) / 2 * (now - run.start)
         for sequence, before in served:
             view = sequence.view
             self.tenant_tokens[view.tenant] += view.num_served_tokens - max(before, view.num_prompt_tokens)

@@ -1,4 +1,4 @@
-"""Sequences without tokens: what the scheduling code asks of one is how long it is and what its blocks hold."""
+"""Sequences without tokens: scheduling asks of one how long it is, and what its blocks hold."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class SimulatedSequence(Sequence):
         "num_tokens",
         "number",
         "prompt_names",
+        "replica",
     )
 
     num_tokens: int
@@ -43,6 +44,8 @@ class SimulatedSequence(Sequence):
     number: int
     """Of its arrival in the workload."""
     prompt_names: list[bytes]
+    replica: int
+    """Where it was preempted last."""
 
     def __init__(self, request: Request, number: int, num_output_tokens: int, names: list[bytes]) -> None:
         """`names`: as `prompt_block_names` gives them; empty where blocks of others are not looked for."""

@@ -2,8 +2,8 @@
 
     arrival -> queue -> (message_delay) -> replica: [step -> step -> ...] -> (message_delay) -> queue
 
-Everything that decides is the server's own code. A replica that only decodes takes many steps at once, as long
-as neither its own scheduler nor the queue would do anything in them; the times are those of step after step.
+Everything that decides is the server's own code. A replica that only decodes takes many steps at once, as
+long as neither its scheduler nor the queue would do anything in them; times are those of step after step.
 """
 
 from __future__ import annotations
@@ -85,14 +85,14 @@ class Simulation:
         self._counts_tenants = type(policy).on_tenant_service is not Policy.on_tenant_service
         queue_type = RoundRobinQueue if settings.routing == "round_robin" else SimulatedQueue
         self._queue: SimulatedQueue = queue_type(policy, self._names)
-        self._replicas = [
+        self.replicas = [
             SimulatedReplica(number, settings, make_policy(), max_request_tokens)
             for number in range(settings.num_replicas)
         ]
         self._ahead: set[SimulatedReplica] = set()
         """Those that take several steps at once."""
         self._events: list[tuple[float, int, Callable[[Any, float], None], Any]] = []
-        self._num_events = 0
+        self.num_events = 0
         self._num_arrived = 0
         self._serial = 0
         self._num_batches = 0
@@ -106,7 +106,7 @@ class Simulation:
         self._num_ended = 0
         self._sample_seconds = max(arrivals[-1].time, 1e-3) / NUM_QUEUE_SAMPLES
         self._next_sample = 0.0
-        self._capacities: list[ReplicaCapacity] = [each.capacity() for each in self._replicas]
+        self._capacities: list[ReplicaCapacity] = [each.capacity() for each in self.replicas]
         self._with_free_slots = set(range(settings.num_replicas))
 
     def run(self) -> SimulationResult:
@@ -125,13 +125,14 @@ class Simulation:
         return SimulationResult(self._arrivals, self._records, self._totals())
 
     def _totals(self) -> Totals:
-        schedulers = [replica.scheduler for replica in self._replicas]
+        schedulers = [replica.scheduler for replica in self.replicas]
         return Totals(
-            num_computed_tokens=sum(replica.num_computed_tokens for replica in self._replicas),
+            num_computed_tokens=sum(replica.num_computed_tokens for replica in self.replicas),
             num_recomputed_tokens=sum(each.num_recomputed_tokens for each in schedulers),
             num_cached_tokens=sum(each.num_prefix_cache_hit_tokens for each in schedulers),
             num_preemptions=sum(each.num_preemptions for each in schedulers),
-            busy_seconds=sum(replica.busy_seconds for replica in self._replicas),
+            busy_seconds=sum(replica.busy_seconds for replica in self.replicas),
+            block_seconds=sum(replica.block_seconds for replica in self.replicas),
         )
 
     # --- what happens
@@ -169,7 +170,7 @@ class Simulation:
     def _receive(self, released: list[tuple[int, SimulatedSequence]], now: float) -> None:
         """Releases come to replicas: each takes them in after the step under way."""
         for number in dict.fromkeys(number for number, _ in released):
-            replica = self._replicas[number]
+            replica = self.replicas[number]
             for other, sequence in released:
                 if other == number:
                     replica.receive(sequence, now)
@@ -210,6 +211,7 @@ class Simulation:
         left = replica.start(now, somebody_waits, somebody_waits and self._queue.has_free_slot)
         for sequence in left:
             self._parked[sequence.request.uid] = sequence
+            sequence.replica = replica.number
             self._records.num_preemptions[sequence.number] += 1
         replica.left = left
         run = replica.run
@@ -311,7 +313,11 @@ class Simulation:
             return []
         self._resumes_seen = answer.number
         self._tell_queue([], now, now)
-        return [(each.replica, self._parked.pop(each.uid)) for each in answer.resumes]
+        resumed = [(each.replica, self._parked.pop(each.uid)) for each in answer.resumes]
+        for number, sequence in resumed:
+            if sequence.replica != number:  # what it left behind elsewhere is of no use
+                self.replicas[sequence.replica].scheduler.forget(sequence.request.uid, sequence.index)
+        return resumed
 
     def _sequence(self, request: Request) -> SimulatedSequence:
         number = int(request.uid)
@@ -344,12 +350,11 @@ class Simulation:
                 self._push(time, self._wake, None)
 
     def _push(self, time: float, handle: Callable[[Any, float], None], argument: Any) -> None:
-        self._num_events += 1
-        heapq.heappush(self._events, (time, self._num_events, handle, argument))
+        self.num_events += 1
+        heapq.heappush(self._events, (time, self.num_events, handle, argument))
 
     def _sample(self, now: float) -> None:
         if now >= self._next_sample:
-            running = sum(each.scheduler.num_running for each in self._replicas)
-            used = sum(each.scheduler.pool.num_used for each in self._replicas)
-            self._records.queue.append((now, self._queue.num_waiting, running, used))
+            running = sum(each.scheduler.num_running for each in self.replicas)
+            self._records.queue.append((now, self._queue.num_waiting, running))
             self._next_sample = now + self._sample_seconds

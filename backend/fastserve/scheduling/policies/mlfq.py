@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fastserve.scheduling.policies.policy import Policy, Rank
 from fastserve.types import RequestView
@@ -13,21 +14,25 @@ from fastserve.types import RequestView
 class MLFQ(Policy):
     """The policy of the FastServe paper (Wu et al., arXiv 2305.05920), within classes of equal priority.
 
-    Service is counted in tokens: one of the answer is 1, one of the prompt `prompt_token_cost`, as its share
-    of a step's time is smaller. Level i grants `quantum * growth**i`. A request joins at the first level
+    Service is counted in tokens: one of the answer is 1, one of the prompt `prompt_token_cost`. Level i grants `quantum * growth**i`. A request joins at the first level
     whose quantum covers its prompt, skipping those that it would only fall through. When its quantum is used
     up it goes down a level. The lowest level runs first, in order of arrival; a running request is preempted
     by one of a lower level, never by its like. State: (level, service had at that level).
+
+    The numbers are what `fastserve simulate` found best (`docs/scheduling.md`). A prompt costs little, so that
+    few skip a level: one that does waits long for its first token.
 
     Starvation: a request that has waited `starvation_seconds` since it last ran goes before all that have
     not, whatever their priority. It then has one turn that nobody takes from it, of the quantum with which it
     joined, and starts again at level 0. A turn's level is below 0: -1 - i with the quantum of level i.
     """
 
-    quantum: float = 32.0
-    growth: float = 2.0
-    num_levels: int = 8
-    prompt_token_cost: float = 0.25
+    preempts_at_a_loss: ClassVar[bool] = False
+
+    quantum: float = 64.0
+    growth: float = 4.0
+    num_levels: int = 6
+    prompt_token_cost: float = 0.05
     starvation_seconds: float = 600.0
 
     def rank(self, view: RequestView, now: float) -> Rank:

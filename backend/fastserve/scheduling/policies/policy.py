@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import ClassVar
 
 from fastserve.types import RequestView
 
@@ -15,6 +16,10 @@ class Policy:
 
     Each process has a policy object of its own: `scheduler` ranks what waits, a worker what runs.
     """
+
+    preempts_at_a_loss: ClassVar[bool] = True
+    """Whether it preempts a sequence even where its KV blocks cannot all be kept, in the cache or in host
+    memory, so that some of it is computed again. A policy that preempts often does better not to."""
 
     def rank(self, view: RequestView, now: float) -> Rank:
         """The rank of a request that waits or runs. Ties go to the earlier arrival.

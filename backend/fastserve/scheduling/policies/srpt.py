@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from fastserve.scheduling.policies.policy import Policy, Rank
 from fastserve.types import RequestView
 
@@ -11,6 +13,8 @@ class SRPT(Policy):
 
     It has the least mean completion time on one machine (Schrage, 1968), and starves long requests.
     """
+
+    preempts_at_a_loss: ClassVar[bool] = False
 
     def rank(self, view: RequestView, now: float) -> Rank:
         """(tokens still to be computed,)"""
