@@ -108,9 +108,9 @@ def test_a_block_that_is_taken_can_be_written_to() -> None:
     pool.check([[block]])
 
 
-def test_what_is_evicted_goes_to_the_host_and_comes_back() -> None:
+def test_of_preempted_sequences_what_is_evicted_goes_to_the_host_and_comes_back() -> None:
     pool = BlockPool(1, 4, True, num_host_blocks=1)
-    pool.free(cached(pool, A))
+    pool.free(cached(pool, A), retain=True)
     [block] = pool.allocate(1)
     [(_, here)] = pool.host.copies_out
     assert pool.fetch(B) is None
@@ -125,12 +125,24 @@ def test_what_is_evicted_goes_to_the_host_and_comes_back() -> None:
 
 def test_room_for_what_comes_back_does_not_push_it_out() -> None:
     pool = BlockPool(1, 4, True, num_host_blocks=1)
-    pool.free(cached(pool, A))
-    pool.free(cached(pool, B))
+    pool.free(cached(pool, A), retain=True)
+    pool.free(cached(pool, B), retain=True)
     assert A in pool.host
     pool.host.begin_step()
     assert pool.fetch(A) == 0
     assert (len(pool.host.copies_in), pool.host.copies_out) == (1, [])
+
+
+def test_blocks_of_preempted_sequences_are_evicted_last_and_the_others_for_good() -> None:
+    pool = BlockPool(2, 4, True, num_host_blocks=2)
+    [a], [b] = cached(pool, A), cached(pool, B)
+    pool.free([a], retain=True)
+    pool.free([b])
+    assert (pool.num_free, pool.num_unretained) == (2, 1)
+    assert pool.allocate(1) == [b]
+    assert pool.host.num_used == 0
+    assert pool.allocate(1) == [a]
+    assert A in pool.host
 
 
 def test_a_double_free_is_noticed() -> None:
@@ -183,11 +195,11 @@ class PoolMachine(RuleBasedStateMachine):
                 self.pool.cache(block, hashes[index])
         self.used.append((tuple(tokens), table))
 
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), retain=st.booleans())
+    def release(self, data: st.DataObject, retain: bool) -> None:
         if self.used:
             _, table = self.used.pop(data.draw(st.integers(0, len(self.used) - 1)))
-            self.pool.free(table)
+            self.pool.free(table, retain)
 
     @invariant()
     def books_balance(self) -> None:

@@ -9,9 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.scheduling.conftest import POLICIES, a_request, sequences_of
 
 from fastserve.scheduling.block_pool import BlockPool
+from fastserve.scheduling.block_tables import RESERVED_TOKENS, CacheTooSmallError
 from fastserve.scheduling.iteration_scheduler import (
-    RESERVED_TOKENS,
-    CacheTooSmallError,
     IterationScheduler,
     SchedulerError,
 )
@@ -437,10 +436,11 @@ def test_siblings_go_with_the_first_that_is_taken_out() -> None:
 
 
 def test_room_is_kept_for_the_next_tokens_of_those_that_run() -> None:
-    scheduler = a_scheduler(num_blocks=12, block_size=4, max_num_batched_tokens=64)
-    runs = add(scheduler, sequences_of(a_request("runs", [1] * 8, max_tokens=100)))
+    num_blocks = (9 + RESERVED_TOKENS + 3) // 4 + 1
+    scheduler = a_scheduler(num_blocks=num_blocks, block_size=4, max_num_batched_tokens=64)
+    runs = add(scheduler, sequences_of(a_request("runs", [1] * 8, max_tokens=2 * RESERVED_TOKENS)))
     step(scheduler)
-    assert scheduler.free_blocks == 12 - (9 + RESERVED_TOKENS + 3) // 4
+    assert scheduler.free_blocks == 1
     add(scheduler, some("waits", [2] * 9))
     assert step(scheduler).preempted == []
     assert scheduler.num_waiting == 1
@@ -709,6 +709,12 @@ class BatchMachine(RuleBasedStateMachine):
         """Whether some of the last of the batch may be preempted, so that it has slot, blocks and budget."""
         may_leave = [self.scheduler.policy.preempts(rank, each.rank) for each in running]
         needed = -(-first.num_tokens // self.block_size)
+        is_tight = self.scheduler.pool.num_free < needed + len(running) * (
+            RESERVED_TOKENS // self.block_size + 2
+        )
+        num_new = 0 if first.view.num_served_tokens else needed
+        if (is_tight or len(running) >= self.max_num_seqs) and not self.scheduler._may_preempt_for(num_new):
+            return False
         needed += sum(
             self.reserve(each) for each, leaves in zip(running, may_leave, strict=True) if not leaves
         )

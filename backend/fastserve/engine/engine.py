@@ -24,7 +24,8 @@ from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import SampledToken, Sampler, SamplingState
 from fastserve.errors import ErrorCode, RequestError, invalid, prompt_too_long
 from fastserve.models.kv_cache import KVCaches
-from fastserve.scheduling.iteration_scheduler import CacheTooSmallError, IterationScheduler
+from fastserve.scheduling.block_tables import CacheTooSmallError
+from fastserve.scheduling.iteration_scheduler import IterationScheduler
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
 from fastserve.text.stop_conditions import check_stop, external_stop, has_expired
 from fastserve.text.validation import Vocabulary

@@ -19,28 +19,13 @@ from __future__ import annotations
 from collections import Counter
 
 from fastserve.scheduling.block_pool import BlockPool, private_root_hash
+from fastserve.scheduling.block_tables import RESERVED_TOKENS, BlockTables
 from fastserve.scheduling.policies.policy import Policy, Rank
 from fastserve.scheduling.preemption import PreemptionKind, preemption_kind
-from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan, Tail
+from fastserve.scheduling.sequence import Sequence, StepPlan
+from fastserve.scheduling.service_counter import ServiceCounter
+from fastserve.scheduling.token_budget import order_of, reaches_budget, share_budget
 from fastserve.scheduling.waiting_queue import WaitingQueue
-from fastserve.types import RequestView
-
-RESERVED_TOKENS = 128
-"""Room for so many more tokens of each running sequence is left free when another is admitted.
-
-Without it admission fills the cache to its last block, and the next decode preempts the newcomer.
-"""
-
-
-class CacheTooSmallError(Exception):
-    """A sequence needs more blocks than the cache has: it must be removed, for it can never run (again)."""
-
-    def __init__(self, sequence: Sequence, num_blocks_needed: int, num_blocks: int) -> None:
-        super().__init__(
-            f"sequence {sequence.index} of request {sequence.request.uid} has {sequence.num_tokens} tokens "
-            f"and needs {num_blocks_needed} KV blocks; the cache has {num_blocks}"
-        )
-        self.sequence = sequence
 
 
 class SchedulerError(Exception):
@@ -67,7 +52,8 @@ class IterationScheduler:
             )
         self.pool = pool
         self.policy = policy
-        self._policy_counts = type(policy).on_service is not Policy.on_service
+        self._tables = BlockTables(pool)
+        self._service = ServiceCounter(policy)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_preemptions = 0
@@ -77,8 +63,6 @@ class IterationScheduler:
         """Blocks that came back from host memory."""
         self.num_resumed: Counter[PreemptionKind] = Counter()
         """Preempted sequences that went on, by what that took."""
-        self.num_recomputed_tokens = 0
-        """Tokens that were computed again after a preemption."""
         self._sequences: dict[str, dict[int, Sequence]] = {}
         """All that have not been removed, by request and index."""
         self._running: list[Sequence] = []
@@ -88,6 +72,16 @@ class IterationScheduler:
         """Blocks that preempted sequences left behind and will want, by request and index."""
         self._waiting_siblings: dict[str, list[Sequence]] = {}
         """Sequences that wait for their request's sequence 0, by request."""
+
+    @property
+    def num_recomputed_tokens(self) -> int:
+        """Tokens that were computed again after a preemption."""
+        return self._service.num_recomputed_tokens
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The batch, not to be changed."""
+        return self._running
 
     @property
     def num_running(self) -> int:
@@ -112,7 +106,7 @@ class IterationScheduler:
     @property
     def free_blocks(self) -> int:
         """KV blocks beyond those in use and those that are kept for running sequences."""
-        return self.pool.num_free - sum(map(self._reserved_blocks, self._running))
+        return self.pool.num_free - sum(map(self._tables.reserved_blocks, self._running))
 
     @property
     def free_tokens(self) -> int:
@@ -127,7 +121,7 @@ class IterationScheduler:
         """
         if not self._may_preempt_for(self.pool.blocks_for(self.max_num_batched_tokens)):
             return []
-        self._running.sort(key=_order)
+        self._running.sort(key=order_of)
         return [sequence.rank for sequence in self._running[: -count - 1 : -1]]
 
     def _may_preempt_for(self, num_blocks: int) -> bool:
@@ -137,7 +131,7 @@ class IterationScheduler:
             return True
         pool = self.pool
         wanted = pool.num_used + sum(self._num_away_blocks.values()) + num_blocks
-        wanted += sum(map(self._reserved_blocks, self._running))
+        wanted += sum(map(self._tables.reserved_blocks, self._running))
         return wanted <= pool.num_blocks + pool.host.num_blocks
 
     def forget(self, uid: str, index: int) -> None:
@@ -150,7 +144,7 @@ class IterationScheduler:
         A request's sequence 0 is added before its others. Raises CacheTooSmallError, and ValueError for a
         sequence that is there already.
         """
-        self._require_capacity(sequence)
+        self._tables.require_capacity(sequence)
         siblings = self._sequences.setdefault(sequence.request.uid, {})
         if sequence.index in siblings:
             raise ValueError(f"sequence {sequence.index} of request {sequence.request.uid} was added already")
@@ -158,7 +152,12 @@ class IterationScheduler:
         if not self.pool.enable_prefix_caching:
             sequence.root_hash = private_root_hash(sequence.request.uid, sequence.index)
         leader = siblings.get(0)
-        if sequence.index > 0 and leader and leader.num_generated_tokens == 0 and self._uses_cache(sequence):
+        if (
+            sequence.index > 0
+            and leader
+            and leader.num_generated_tokens == 0
+            and self._tables.uses_cache(sequence)
+        ):
             self._waiting_siblings.setdefault(sequence.request.uid, []).append(sequence)
         else:
             self._waiting.push(sequence, sequence.view, now)
@@ -214,46 +213,21 @@ class IterationScheduler:
         rank, max_tokens = self.policy.rank, self.pool.num_blocks * self.pool.block_size
         for sequence in self._running:
             if sequence.num_tokens > max_tokens:
-                self._require_capacity(sequence)
+                self._tables.require_capacity(sequence)
             sequence.rank = rank(sequence.view, now)
-        self._running.sort(key=_order)
+        self._running.sort(key=order_of)
         preempted = self._extend_tables(now)
         self._admit(now, preempted)
         host = self.pool.host
         self.num_swapped_blocks += len(host.copies_in)
-        return StepPlan(self._share_budget(), preempted, host.copies_out, host.copies_in)
-
-    def steps_ahead(self, plan: StepPlan, limit: int) -> int:
-        """How many steps, up to `limit`, go as `plan` does if nobody is added and nobody ends.
-
-        More than one only if all do nothing but decode, and while blocks are free for them. Where a host
-        cache takes what is evicted, a step that evicts goes alone: it has something to copy.
-        """
-        if plan.num_tokens != self.num_running or len(plan.scheduled) != self.num_running:
-            return 1
-        pool = self.pool
-        available = pool.num_unretained if pool.host.num_blocks else pool.num_free
-        if self._blocks_lacking_for(limit) <= available:
-            return limit
-        low, high = 1, limit
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._blocks_lacking_for(middle) <= available else (low, middle)
-        return low
-
-    def _blocks_lacking_for(self, num_steps: int) -> int:
-        """Blocks to be allocated for the steps after the one that is planned."""
-        size, ahead = self.pool.block_size, num_steps - 1
-        lacking = 0
-        for sequence in self._running:
-            lacking += max(0, -(-(sequence.num_tokens + ahead) // size) - len(sequence.block_table))
-        return lacking
+        scheduled = share_budget(self._running, self.max_num_batched_tokens)
+        return StepPlan(scheduled, preempted, host.copies_out, host.copies_in)
 
     def mark_computed(self, plan: StepPlan, now: float, num_steps: int = 1) -> None:
         """Counts what was computed, and lets other sequences find the blocks that it filled.
 
-        With `num_steps`, not more than `steps_ahead` allows, as many steps like `plan` were computed, and all
-        their tokens but those of the last one are appended already.
+        With `num_steps`, which go alike (see the simulator's `steps_ahead`), as many steps like `plan` were
+        computed, and all their tokens but those of the last one are appended already.
         """
         pool, block_size = self.pool, self.pool.block_size
         for item in plan.scheduled:
@@ -261,7 +235,7 @@ class IterationScheduler:
             first = sequence.num_computed_tokens // block_size
             num_tokens = item.num_tokens * num_steps
             sequence.num_computed_tokens += num_tokens
-            self._count_service(sequence, num_tokens, now)
+            self._service.count(sequence, num_tokens, now)
             last = sequence.num_computed_tokens // block_size
             if last > first:
                 missing = pool.blocks_for(sequence.num_computed_tokens) - len(sequence.block_table)
@@ -274,35 +248,6 @@ class IterationScheduler:
             is_leader = sequence.index == 0 and sequence.request.uid in self._waiting_siblings
             if is_leader and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
                 self._release_waiting_siblings(sequence.request.uid, now)
-
-    def _count_service(self, sequence: Sequence, num_tokens: int, now: float) -> None:
-        """Tells the policy of the tokens that were computed for the first time."""
-        view = sequence.view
-        before = view.num_served_tokens
-        new = sequence.num_computed_tokens - before
-        if new <= 0:
-            self.num_recomputed_tokens += num_tokens
-            return
-        self.num_recomputed_tokens += num_tokens - new
-        view.num_served_tokens += new
-        if self._policy_counts:
-            num_prompt_tokens = min(new, max(0, view.num_prompt_tokens - before))
-            if self._told_policy(view, num_prompt_tokens, new - num_prompt_tokens, now):
-                sequence.rank = self.policy.rank(view, now)
-
-    def _told_policy(
-        self, view: RequestView, num_prompt_tokens: int, num_output_tokens: int, now: float
-    ) -> bool:
-        """Whether its rank has changed. Many tokens of an answer are told as if they came one by one."""
-        policy = self.policy
-        if num_prompt_tokens or num_output_tokens == 1:
-            return policy.on_service(view, num_prompt_tokens, num_output_tokens, now)
-        has_changed = False
-        while num_output_tokens:
-            at_once = min(num_output_tokens, policy.tokens_at_once(view) or num_output_tokens)
-            has_changed |= policy.on_service(view, 0, at_once, now)
-            num_output_tokens -= at_once
-        return has_changed
 
     def check(self) -> None:
         """Raises SchedulerError unless each sequence is in one queue or in the batch, and BlockPoolError
@@ -344,23 +289,13 @@ class IterationScheduler:
         """
         while (sequence := self._waiting.peek(now)) is not None and sequence not in preempted:
             sequence.rank = self.policy.rank(sequence.view, now)
-            if not self._reaches_budget(sequence):
+            staying = self._running[: self.max_num_seqs - 1]  # in a full batch, the last would make way
+            if not reaches_budget(sequence, staying, self.max_num_batched_tokens):
                 break
             candidates = self._take_blocks(sequence, now)
             if candidates is None:
                 break
             preempted += candidates
-
-    def _reaches_budget(self, newcomer: Sequence) -> bool:
-        """Whether the token budget would reach a newcomer: decodes and prompts of higher rank come first."""
-        order = _order(newcomer)
-        claimed = 0
-        staying = self._running[: self.max_num_seqs - 1]  # in a full batch, the last would make way
-        for sequence in staying:
-            missing = sequence.num_tokens - sequence.num_computed_tokens
-            if missing == 1 or _order(sequence) <= order:
-                claimed += missing
-        return claimed < self.max_num_batched_tokens
 
     def _take_blocks(self, sequence: Sequence, now: float) -> list[Sequence] | None:
         """Admits the first of the queue, with cached blocks as far as there are any.
@@ -372,7 +307,7 @@ class IterationScheduler:
         # Its last token is always computed, in a block of its own.
         if self._preemption_candidates(sequence, 1) is None:
             return None
-        cached = self._match_prefix(sequence)
+        cached = self._tables.match_prefix(sequence)
         missing = self.pool.blocks_for(sequence.num_tokens) - len(cached)
         candidates = self._preemption_candidates(sequence, missing)
         if candidates is None:
@@ -383,7 +318,7 @@ class IterationScheduler:
         for candidate in candidates:
             self._preempt(candidate, now)
         num_copies = len(self.pool.host.copies_in)
-        self._fill_table(sequence, cached)
+        self._tables.fill(sequence, cached)
         view = sequence.view
         if view.num_served_tokens:
             num_copies = len(self.pool.host.copies_in) - num_copies
@@ -395,32 +330,8 @@ class IterationScheduler:
         view.waiting_since = None
         sequence.rank = self.policy.rank(view, now)  # admission may have changed it
         self._running.append(sequence)
-        self._running.sort(key=_order)
+        self._running.sort(key=order_of)
         return candidates
-
-    def _fill_table(self, sequence: Sequence, cached: list[int]) -> None:
-        """Gives a sequence its blocks: the cached ones, those that the host has, then empty ones."""
-        pool, size = self.pool, self.pool.block_size
-        table = list(cached)
-        tail, sequence.tail = sequence.tail, None
-        hashes = self._findable_hashes(sequence)[len(cached) :]
-        for digest in [*hashes, tail.digest] if tail else hashes:
-            pool.host.hold(digest)  # what makes room for one must not push out the next
-        for digest in hashes:
-            if (block := pool.fetch(digest)) is None:
-                break
-            pool.cache(block, digest)
-            table.append(block)
-        num_computed_tokens = len(table) * size
-        if tail is not None and tail.number == len(table):
-            block = pool.take(tail.digest)
-            if block is None:
-                block = pool.fetch(tail.digest)
-            if block is not None:
-                table.append(block)
-                num_computed_tokens += tail.num_tokens
-        sequence.block_table = table + pool.allocate(pool.blocks_for(sequence.num_tokens) - len(table))
-        sequence.num_computed_tokens = num_computed_tokens
 
     def _preemption_candidates(self, sequence: Sequence, num_blocks: int) -> list[Sequence] | None:
         """The lowest running sequences that must leave before `sequence` has a slot and so many blocks.
@@ -439,7 +350,7 @@ class IterationScheduler:
         may_preempt = [self.policy.preempts(sequence.rank, each.rank) for each in self._running]
         needed = num_blocks
         for each, leaves in zip(self._running, may_preempt, strict=True):
-            needed += 0 if leaves else self._reserved_blocks(each)
+            needed += 0 if leaves else self._tables.reserved_blocks(each)
         dropped: Counter[int] = Counter()
         while free < needed or num_staying >= self.max_num_seqs:
             num_staying -= 1
@@ -451,47 +362,8 @@ class IterationScheduler:
             free += sum(dropped[block] == self.pool.ref_count(block) for block in candidate.block_table)
         return candidates
 
-    def _reserved_blocks(self, sequence: Sequence) -> int:
-        """Blocks to be kept free for the next tokens of a running sequence."""
-        num_tokens, view = sequence.num_tokens, sequence.view
-        left = view.num_prompt_tokens + view.expected_output_tokens - num_tokens
-        if left > 0:
-            num_tokens += left if left < RESERVED_TOKENS else RESERVED_TOKENS
-        missing = -(-num_tokens // self.pool.block_size) - len(sequence.block_table)
-        return missing if missing > 0 else 0
-
-    def _match_prefix(self, sequence: Sequence) -> list[int]:
-        """The cached blocks of its prefix, which it uses now; never that of its last token."""
-        return self.pool.match_prefix(self._findable_hashes(sequence))
-
-    def _findable_hashes(self, sequence: Sequence) -> list[bytes]:
-        """Hashes of the full blocks of its prefix, as far as it may take them from a cache."""
-        if not sequence.view.num_served_tokens and not self._uses_cache(sequence):
-            return []
-        sequence.hash_full_blocks(self.pool.block_size)
-        limit = sequence.num_tokens - 1
-        if sequence.request.sampling.prompt_logprobs is not None:
-            limit = min(limit, sequence.view.num_served_tokens)
-        return sequence.block_hashes[: limit // self.pool.block_size]
-
-    def _uses_cache(self, sequence: Sequence) -> bool:
-        """Whether it may use blocks of others. Prompt logprobs come from computing the whole prompt, once."""
-        return self.pool.enable_prefix_caching and sequence.request.sampling.prompt_logprobs is None
-
-    def _retain(self, sequence: Sequence) -> None:
-        """Lets a sequence that is preempted find what was computed for it."""
-        pool, size = self.pool, self.pool.block_size
-        sequence.hash_full_blocks(size)
-        num_full, num_left = divmod(sequence.num_computed_tokens, size)
-        for number in range(num_full):
-            pool.cache(sequence.block_table[number], sequence.block_hashes[number])
-        if num_left:
-            digest = sequence.hash_tokens(num_full, size, num_left)
-            pool.cache(sequence.block_table[num_full], digest)
-            sequence.tail = Tail(digest, num_full, num_left)
-
     def _preempt(self, sequence: Sequence, now: float) -> Sequence:
-        self._retain(sequence)
+        self._tables.retain(sequence)
         self._num_away_blocks[sequence.request.uid, sequence.index] = len(sequence.block_table)
         self._leave_batch(sequence, retain=True)
         sequence.view.waiting_since = now
@@ -509,32 +381,3 @@ class IterationScheduler:
     def _release_waiting_siblings(self, uid: str, now: float) -> None:
         for sequence in self._waiting_siblings.pop(uid, ()):
             self._waiting.push(sequence, sequence.view, now)
-
-    def _require_capacity(self, sequence: Sequence) -> None:
-        needed = self.pool.blocks_for(sequence.num_tokens)
-        if needed > self.pool.num_blocks:
-            raise CacheTooSmallError(sequence, needed, self.pool.num_blocks)
-
-    # --- token budget
-
-    def _share_budget(self) -> list[ScheduledSequence]:
-        """Decodes, then chunks of prompts; both by rank."""
-        scheduled, prompts = [], []
-        for sequence in self._running:
-            if sequence.num_tokens - sequence.num_computed_tokens == 1:
-                scheduled.append(ScheduledSequence(sequence, 1))
-            else:
-                prompts.append(sequence)
-        budget = self.max_num_batched_tokens - len(scheduled)
-        for sequence in prompts:
-            if budget == 0:
-                break
-            chunk = min(budget, sequence.num_tokens - sequence.num_computed_tokens)
-            scheduled.append(ScheduledSequence(sequence, chunk))
-            budget -= chunk
-        return scheduled
-
-
-def _order(sequence: Sequence) -> tuple[Rank, float, int]:
-    """The lowest goes first."""
-    return (sequence.rank, sequence.request.arrival, sequence.index)

@@ -15,6 +15,7 @@ from fastserve.simulation.settings import SimulationSettings
 from fastserve.simulation.simulated_sequence import SimulatedSequence
 from fastserve.simulation.step_run import StepRun
 from fastserve.simulation.step_time import StepWork, prompt_pairs
+from fastserve.simulation.steps_ahead import steps_ahead
 
 
 class SimulatedReplica:
@@ -162,7 +163,7 @@ class SimulatedReplica:
                 elif until_rank_changes is not None:
                     num_steps = min(num_steps, until_rank_changes)
             if num_steps > 1:
-                num_steps = scheduler.steps_ahead(plan, num_steps)
+                num_steps = steps_ahead(scheduler, plan, num_steps)
         ignores_ranks = until_rank_changes is None or num_steps <= until_rank_changes
         return StepRun(
             plan,
