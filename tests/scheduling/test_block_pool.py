@@ -110,7 +110,7 @@ def test_a_block_that_is_taken_can_be_written_to() -> None:
 
 def test_what_is_evicted_goes_to_the_host_and_comes_back() -> None:
     pool = BlockPool(1, 4, True, num_host_blocks=1)
-    pool.free(cached(pool, A))
+    pool.free(cached(pool, A), retain=True)
     [block] = pool.allocate(1)
     [(_, here)] = pool.host.copies_out
     assert pool.fetch(B) is None
@@ -123,10 +123,23 @@ def test_what_is_evicted_goes_to_the_host_and_comes_back() -> None:
     pool.check([[block]])
 
 
+def test_blocks_of_preempted_sequences_are_evicted_last_and_alone_go_to_the_host() -> None:
+    pool = BlockPool(2, 4, True, num_host_blocks=2)
+    [preempted], [ended] = cached(pool, A), cached(pool, B)
+    pool.free([preempted], retain=True)
+    pool.free([ended])
+    assert pool.num_unretained == 1
+    assert pool.allocate(1) == [ended]
+    assert B not in pool.host
+    assert pool.allocate(1) == [preempted]
+    assert A in pool.host
+    pool.check([[preempted, ended]])
+
+
 def test_room_for_what_comes_back_does_not_push_it_out() -> None:
     pool = BlockPool(1, 4, True, num_host_blocks=1)
-    pool.free(cached(pool, A))
-    pool.free(cached(pool, B))
+    pool.free(cached(pool, A), retain=True)
+    pool.free(cached(pool, B), retain=True)
     assert A in pool.host
     pool.host.begin_step()
     assert pool.fetch(A) == 0

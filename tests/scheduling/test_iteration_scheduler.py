@@ -437,10 +437,11 @@ def test_siblings_go_with_the_first_that_is_taken_out() -> None:
 
 
 def test_room_is_kept_for_the_next_tokens_of_those_that_run() -> None:
-    scheduler = a_scheduler(num_blocks=12, block_size=4, max_num_batched_tokens=64)
-    runs = add(scheduler, sequences_of(a_request("runs", [1] * 8, max_tokens=100)))
+    num_kept = (9 + RESERVED_TOKENS + 3) // 4
+    scheduler = a_scheduler(num_blocks=num_kept + 1, block_size=4, max_num_batched_tokens=64)
+    runs = add(scheduler, sequences_of(a_request("runs", [1] * 8, max_tokens=1000)))
     step(scheduler)
-    assert scheduler.free_blocks == 12 - (9 + RESERVED_TOKENS + 3) // 4
+    assert scheduler.free_blocks == 1
     add(scheduler, some("waits", [2] * 9))
     assert step(scheduler).preempted == []
     assert scheduler.num_waiting == 1
@@ -707,7 +708,7 @@ class BatchMachine(RuleBasedStateMachine):
 
     def could_run(self, first: Sequence, rank: tuple[float, ...], running: list[Sequence]) -> bool:
         """Whether some of the last of the batch may be preempted, so that it has slot, blocks and budget."""
-        may_leave = [self.scheduler.policy.preempts(rank, each.rank) for each in running]
+        may_leave = [self.may_preempt(first, rank, each) for each in running]
         needed = -(-first.num_tokens // self.block_size)
         needed += sum(
             self.reserve(each) for each, leaves in zip(running, may_leave, strict=True) if not leaves
@@ -720,6 +721,15 @@ class BatchMachine(RuleBasedStateMachine):
             if num_staying < self.max_num_seqs and free >= needed:
                 return self.has_budget(rank, first, running)
         return False
+
+    def may_preempt(self, first: Sequence, rank: tuple[float, ...], other: Sequence) -> bool:
+        """As the policy says, which may want all blocks to be kept."""
+        policy, pool = self.scheduler.policy, self.scheduler.pool
+        wanted = pool.num_used + sum(self.scheduler._num_away_blocks.values())
+        wanted += 0 if first.view.num_served_tokens else -(-first.num_tokens // self.block_size)
+        wanted += sum(map(self.reserve, self.scheduler._running))
+        has_room = wanted <= pool.num_blocks + pool.host.num_blocks
+        return (policy.preempts_at_a_loss or has_room) and policy.preempts(rank, other.rank)
 
     def reserve(self, sequence: Sequence) -> int:
         """Blocks that are kept for its next tokens."""
