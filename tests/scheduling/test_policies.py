@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -178,7 +179,7 @@ def test_hrrn_lets_the_short_go_first_and_the_long_pass_them_in_time() -> None:
 
 # --- skip-join multi-level feedback queue
 
-HALVES = {"quantum": 32.0, "growth": 2.0, "num_levels": 8, "prompt_token_cost": 0.25}
+HALVES: dict[str, Any] = {"quantum": 32.0, "growth": 2.0, "num_levels": 8, "prompt_token_cost": 0.25}
 """Numbers with which prompts of ordinary lengths skip levels."""
 
 

@@ -16,11 +16,12 @@ class MLFQ(Policy):
 
     Service is counted in tokens: one of the answer is 1, one of the prompt `prompt_token_cost`. Level i
     grants `quantum * growth**i`. A request joins at the first level whose quantum covers its prompt, skipping
-    those that it would only fall through. When its quantum is used up it goes down a level. The lowest level runs first, in order of arrival; a running request is preempted
-    by one of a lower level, never by its like. State: (level, service had at that level).
+    those that it would only fall through. When its quantum is used up it goes down a level. The lowest level
+    runs first, in order of arrival; a running request is preempted by one of a lower level, never by its
+    like. State: (level, service had at that level).
 
-    The numbers are what `fastserve simulate` found best (`docs/scheduling.md`). A prompt costs little, so that
-    few skip a level: one that does waits long for its first token.
+    The numbers are what `fastserve simulate` found best (`docs/scheduling.md`). A prompt costs little, so
+    that few skip a level: one that does waits long for its first token.
 
     Starvation: a request that has waited `starvation_seconds` since it last ran goes before all that have
     not, whatever their priority. It then has one turn that nobody takes from it, of the quantum with which it
