@@ -123,6 +123,19 @@ def test_of_preempted_sequences_what_is_evicted_goes_to_the_host_and_comes_back(
     pool.check([[block]])
 
 
+def test_blocks_of_preempted_sequences_are_evicted_last_and_alone_go_to_the_host() -> None:
+    pool = BlockPool(2, 4, True, num_host_blocks=2)
+    [preempted], [ended] = cached(pool, A), cached(pool, B)
+    pool.free([preempted], retain=True)
+    pool.free([ended])
+    assert pool.num_unretained == 1
+    assert pool.allocate(1) == [ended]
+    assert B not in pool.host
+    assert pool.allocate(1) == [preempted]
+    assert A in pool.host
+    pool.check([[preempted, ended]])
+
+
 def test_room_for_what_comes_back_does_not_push_it_out() -> None:
     pool = BlockPool(1, 4, True, num_host_blocks=1)
     pool.free(cached(pool, A), retain=True)

@@ -436,9 +436,9 @@ def test_siblings_go_with_the_first_that_is_taken_out() -> None:
 
 
 def test_room_is_kept_for_the_next_tokens_of_those_that_run() -> None:
-    num_blocks = (9 + RESERVED_TOKENS + 3) // 4 + 1
-    scheduler = a_scheduler(num_blocks=num_blocks, block_size=4, max_num_batched_tokens=64)
-    runs = add(scheduler, sequences_of(a_request("runs", [1] * 8, max_tokens=2 * RESERVED_TOKENS)))
+    num_kept = (9 + RESERVED_TOKENS + 3) // 4
+    scheduler = a_scheduler(num_blocks=num_kept + 1, block_size=4, max_num_batched_tokens=64)
+    runs = add(scheduler, sequences_of(a_request("runs", [1] * 8, max_tokens=1000)))
     step(scheduler)
     assert scheduler.free_blocks == 1
     add(scheduler, some("waits", [2] * 9))
@@ -707,14 +707,8 @@ class BatchMachine(RuleBasedStateMachine):
 
     def could_run(self, first: Sequence, rank: tuple[float, ...], running: list[Sequence]) -> bool:
         """Whether some of the last of the batch may be preempted, so that it has slot, blocks and budget."""
-        may_leave = [self.scheduler.policy.preempts(rank, each.rank) for each in running]
+        may_leave = [self.may_preempt(first, rank, each) for each in running]
         needed = -(-first.num_tokens // self.block_size)
-        is_tight = self.scheduler.pool.num_free < needed + len(running) * (
-            RESERVED_TOKENS // self.block_size + 2
-        )
-        num_new = 0 if first.view.num_served_tokens else needed
-        if (is_tight or len(running) >= self.max_num_seqs) and not self.scheduler._may_preempt_for(num_new):
-            return False
         needed += sum(
             self.reserve(each) for each, leaves in zip(running, may_leave, strict=True) if not leaves
         )
@@ -726,6 +720,15 @@ class BatchMachine(RuleBasedStateMachine):
             if num_staying < self.max_num_seqs and free >= needed:
                 return self.has_budget(rank, first, running)
         return False
+
+    def may_preempt(self, first: Sequence, rank: tuple[float, ...], other: Sequence) -> bool:
+        """As the policy says, which may want all blocks to be kept."""
+        policy, pool = self.scheduler.policy, self.scheduler.pool
+        wanted = pool.num_used + sum(self.scheduler._num_away_blocks.values())
+        wanted += 0 if first.view.num_served_tokens else -(-first.num_tokens // self.block_size)
+        wanted += sum(map(self.reserve, self.scheduler._running))
+        has_room = wanted <= pool.num_blocks + pool.host.num_blocks
+        return (policy.preempts_at_a_loss or has_room) and policy.preempts(rank, other.rank)
 
     def reserve(self, sequence: Sequence) -> int:
         """Blocks that are kept for its next tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -179,16 +180,15 @@ def test_hrrn_lets_the_short_go_first_and_the_long_pass_them_in_time() -> None:
 
 # --- skip-join multi-level feedback queue
 
-
-def a_mlfq(starvation_seconds: float = 600.0) -> MLFQ:
-    return MLFQ(32.0, 2.0, 8, 0.25, starvation_seconds)
+HALVES: dict[str, Any] = {"quantum": 32.0, "growth": 2.0, "num_levels": 8, "prompt_token_cost": 0.25}
+"""Numbers with which prompts of ordinary lengths skip levels."""
 
 
 @pytest.mark.parametrize(
     ("num_prompt_tokens", "level"), [(1, 0), (128, 0), (129, 1), (256, 1), (257, 2), (1024, 3), (10**6, 7)]
 )
 def test_mlfq_joins_where_the_quantum_covers_the_prompt(num_prompt_tokens: int, level: int) -> None:
-    policy, view = a_mlfq(), a_view(num_prompt_tokens=num_prompt_tokens)
+    policy, view = MLFQ(**HALVES), a_view(num_prompt_tokens=num_prompt_tokens)
     policy.on_enqueue(view, 0.0)
     assert policy.rank(view, 0.0)[-1] == level
     needed = num_prompt_tokens * policy.prompt_token_cost
@@ -203,12 +203,12 @@ def test_mlfq_joins_where_the_quantum_covers_the_prompt(num_prompt_tokens: int, 
 def test_mlfq_goes_down_when_the_quantum_is_used_up(
     num_prompt_tokens: int, services: list[tuple[int, int]]
 ) -> None:
-    policy, view = a_mlfq(), a_view(num_prompt_tokens=num_prompt_tokens)
+    policy, view = MLFQ(**HALVES), a_view(num_prompt_tokens=num_prompt_tokens)
     policy.on_enqueue(view, 0.0)
     view.waiting_since = None
     level, used = policy.rank(view, 0.0)[-1], 0.0
     for prompt, output in services:
-        used += 0.25 * prompt + output
+        used += policy.prompt_token_cost * prompt + output
         changed = policy.on_service(view, prompt, output, 0.0)
         expected = level < 7 and used >= 32 * 2**level
         assert changed == expected
@@ -218,7 +218,7 @@ def test_mlfq_goes_down_when_the_quantum_is_used_up(
 
 
 def test_mlfq_orders_classes_then_levels_then_arrivals() -> None:
-    policy = a_mlfq()
+    policy = MLFQ(**HALVES)
     short, long = a_view(arrival=2.0), a_view(arrival=1.0, num_prompt_tokens=1000)
     urgent = a_view(arrival=3.0, priority=1, num_prompt_tokens=1000)
     assert policy.rank(urgent, 3.0) < policy.rank(short, 3.0) < policy.rank(long, 3.0)
@@ -227,7 +227,7 @@ def test_mlfq_orders_classes_then_levels_then_arrivals() -> None:
 
 
 def test_mlfq_the_starved_go_first_and_nobody_takes_their_turn() -> None:
-    policy = a_mlfq(60.0)
+    policy = MLFQ(**HALVES, starvation_seconds=60.0)
     starved = a_view("starved", priority=-5, num_prompt_tokens=200)
     policy.on_enqueue(starved, 0.0)
     later = a_view("later", priority=-9, arrival=1.0)

@@ -344,10 +344,8 @@ class IterationScheduler:
         most_reserved = num_staying * (RESERVED_TOKENS // self.pool.block_size + 2)
         if num_staying < self.max_num_seqs and free >= num_blocks + most_reserved:
             return candidates
-        num_new = 0 if sequence.view.num_served_tokens else num_blocks
-        if not self._may_preempt_for(num_new):
-            return None
-        may_preempt = [self.policy.preempts(sequence.rank, each.rank) for each in self._running]
+        may = self._may_preempt_for(0 if sequence.view.num_served_tokens else num_blocks)
+        may_preempt = [may and self.policy.preempts(sequence.rank, each.rank) for each in self._running]
         needed = num_blocks
         for each, leaves in zip(self._running, may_preempt, strict=True):
             needed += 0 if leaves else self._tables.reserved_blocks(each)

@@ -58,8 +58,7 @@ class MLFQ(Policy):
         """Goes down a level when the quantum is used up."""
         level, service = self._state(view)
         service += num_prompt_tokens * self.prompt_token_cost + num_output_tokens
-        quantum = self.quantum * self.growth ** max(level, -1.0 - level)
-        if service < quantum or level == self.num_levels - 1:
+        if service < self._quantum(level) or level == self.num_levels - 1:
             view.state = (level, service)
             return False
         view.state = (max(0.0, level + 1), 0.0)
@@ -70,7 +69,7 @@ class MLFQ(Policy):
         level, service = self._state(view)
         if level == self.num_levels - 1:
             return None
-        return max(1, math.ceil(self.quantum * self.growth**level - service))
+        return max(1, math.ceil(self._quantum(level) - service))
 
     def next_change(self, view: RequestView, now: float) -> float | None:
         """When it will have starved."""
@@ -80,6 +79,9 @@ class MLFQ(Policy):
 
     def _is_starved(self, view: RequestView, now: float) -> bool:
         return view.waiting_since is not None and now - view.waiting_since >= self.starvation_seconds
+
+    def _quantum(self, level: float) -> float:
+        return self.quantum * self.growth ** max(level, -1.0 - level)
 
     def _state(self, view: RequestView) -> tuple[float, ...]:
         return view.state or (self._first_level(view), 0.0)
