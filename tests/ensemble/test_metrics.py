@@ -15,7 +15,7 @@ STATS = EngineStats(0, 2, 1, 4, 100, 512, [], 100, 7, 0, 0, {}, 0, 0, 0)
 
 @pytest.mark.parametrize("kind", ["Counter", "Gauge", "Histogram"])
 def test_one_thread_at_a_time_changes_a_metric(pb_utils: Any, kind: str) -> None:
-    """Two at the same moment end Triton server 2.51."""
+    """`server_lock` says why."""
     from fastserve.ensemble import metrics
 
     family = getattr(metrics, kind)("name", "description")

@@ -41,8 +41,7 @@ _MODEL = "fastserve"
 class _Family:
     """A metric family; its members by label values are made when they are first used. Threads may share one.
 
-    See `SERVER_LOCK`: of two that change one metric at the same moment, the second takes from shared memory
-    what the server is about to read of the first.
+    One at a time changes it: `server_lock` says why.
     """
 
     kind: Any

@@ -1,7 +1,7 @@
 """Tells `engine` which preempted sequences run again, and whether anybody waits: from `scheduler`.
 
-Not as the answer to a message of `engine`: what Triton server 2.51 gives a model as the outputs of its own
-request it makes without holding the interpreter's lock, and a stub was seen to end of it.
+Not as the answer to a message of `engine`: a stub of Triton server 2.51 was seen to end while it took in the
+outputs of a request of its own.
 """
 
 from __future__ import annotations

@@ -7,6 +7,5 @@ import threading
 SERVER_LOCK = threading.RLock()
 """Held for a call into the server's library, which waits for the server's own process and nobody of ours.
 
-Two threads that send, or change one metric, at the same moment were seen to end the server, or this process,
-whose memory was overwritten (2.51).
+Triton server 2.51, and this process, were seen to end where several threads did so at once.
 """
