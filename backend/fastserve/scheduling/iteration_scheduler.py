@@ -30,6 +30,8 @@ RESERVED_TOKENS = 128
 
 Without it admission fills the cache to its last block, and the next decode preempts the newcomer.
 """
+STEPS_UNDER_WAY = 2
+"""From the report of what is free to the plan with what was released for it."""
 
 
 class CacheTooSmallError(Exception):
@@ -86,6 +88,7 @@ class IterationScheduler:
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(policy)
         self._num_away_blocks: dict[tuple[str, int], int] = {}
         """Blocks that preempted sequences left behind and will want, by request and index."""
+        self._num_away_in_all = 0
         self._waiting_siblings: dict[str, list[Sequence]] = {}
         """Sequences that wait for their request's sequence 0, by request."""
 
@@ -111,8 +114,10 @@ class IterationScheduler:
 
     @property
     def free_blocks(self) -> int:
-        """KV blocks beyond those in use and those that are kept for running sequences."""
-        return self.pool.num_free - sum(map(self._reserved_blocks, self._running))
+        """KV blocks beyond those in use and those that are kept for running sequences, which will have grown
+        when what is released now comes."""
+        reserved = (self._reserved_blocks(each, RESERVED_TOKENS + STEPS_UNDER_WAY) for each in self._running)
+        return self.pool.num_free - sum(reserved)
 
     @property
     def free_tokens(self) -> int:
@@ -136,13 +141,17 @@ class IterationScheduler:
         if self.policy.preempts_at_a_loss:
             return True
         pool = self.pool
-        wanted = pool.num_used + sum(self._num_away_blocks.values()) + num_blocks
-        wanted += sum(map(self._reserved_blocks, self._running))
-        return wanted <= pool.num_blocks + pool.host.num_blocks
+        free = pool.num_blocks + pool.host.num_blocks - pool.num_used - self._num_away_in_all - num_blocks
+        return free >= self._most_reserved or free >= sum(map(self._reserved_blocks, self._running))
+
+    @property
+    def _most_reserved(self) -> int:
+        """Not less than the blocks that are reserved for all running sequences."""
+        return self.num_running * (RESERVED_TOKENS // self.pool.block_size + 2)
 
     def forget(self, uid: str, index: int) -> None:
         """A sequence that was handed back by `take_waiting` will not be added again."""
-        self._num_away_blocks.pop((uid, index), None)
+        self._num_away_in_all -= self._num_away_blocks.pop((uid, index), 0)
 
     def add(self, sequence: Sequence, now: float) -> None:
         """Takes a sequence in, new or taken out by `take_waiting`, to run when its turn comes.
@@ -430,8 +439,7 @@ class IterationScheduler:
         """
         candidates: list[Sequence] = []
         num_staying, free = self.num_running, self.pool.num_free
-        most_reserved = num_staying * (RESERVED_TOKENS // self.pool.block_size + 2)
-        if num_staying < self.max_num_seqs and free >= num_blocks + most_reserved:
+        if num_staying < self.max_num_seqs and free >= num_blocks + self._most_reserved:
             return candidates
         may = self._may_preempt_for(0 if sequence.view.num_served_tokens else num_blocks)
         may_preempt = [may and self.policy.preempts(sequence.rank, each.rank) for each in self._running]
@@ -449,12 +457,12 @@ class IterationScheduler:
             free += sum(dropped[block] == self.pool.ref_count(block) for block in candidate.block_table)
         return candidates
 
-    def _reserved_blocks(self, sequence: Sequence) -> int:
+    def _reserved_blocks(self, sequence: Sequence, tokens_ahead: int = RESERVED_TOKENS) -> int:
         """Blocks to be kept free for the next tokens of a running sequence."""
         num_tokens, view = sequence.num_tokens, sequence.view
         left = view.num_prompt_tokens + view.expected_output_tokens - num_tokens
         if left > 0:
-            num_tokens += left if left < RESERVED_TOKENS else RESERVED_TOKENS
+            num_tokens += left if left < tokens_ahead else tokens_ahead
         missing = -(-num_tokens // self.pool.block_size) - len(sequence.block_table)
         return missing if missing > 0 else 0
 
@@ -491,6 +499,7 @@ class IterationScheduler:
     def _preempt(self, sequence: Sequence, now: float) -> Sequence:
         self._retain(sequence)
         self._num_away_blocks[sequence.request.uid, sequence.index] = len(sequence.block_table)
+        self._num_away_in_all += len(sequence.block_table)
         self._leave_batch(sequence, retain=True)
         sequence.view.waiting_since = now
         sequence.view.num_tokens = sequence.num_tokens
