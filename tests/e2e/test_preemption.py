@@ -42,18 +42,21 @@ def test_preempted_streams_have_the_text_of_those_that_were_left_alone(small: tu
 
     def read(index: int) -> None:
         with Client(server.grpc_url, retries=0) as client:
-            chunks = []
+            chunks: list[Any] = []
+            pauses = [5, 25] if index < 2 else []
             for chunk in client.stream(PROMPTS[index], return_token_ids=True, **GREEDY):
                 chunks.append(chunk)
-                if index < 2 and len(chunks) in (5, 25):
+                if pauses and sum(len(each.token_ids) for each in chunks) >= pauses[0]:
+                    pauses.pop(0)
                     under_way.wait(60)
             answers[index] = chunks
 
     threads = [threading.Thread(target=read, args=(index,)) for index in range(len(PROMPTS))]
-    for thread in threads:
+    for thread in threads[:2]:
         thread.start()
     for time in range(2):
         under_way.wait(60)  # the first two have the places
+        threads[2 + time].start()
         urgent = [
             threading.Thread(target=generate, args=(server, f"{time} {number} {LONG}")) for number in range(2)
         ]

@@ -403,6 +403,19 @@ def test_the_load_is_balanced(make_system: Any) -> None:
     assert max(counts) <= 1.1 * 30
 
 
+def test_one_that_has_nothing_to_do_while_another_works_is_not_taken_for_stalled(
+    make_system: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fastserve.ensemble import worker_watch
+
+    monkeypatch.setattr(worker_watch, "STALL_SECONDS", 0.3)
+    ThreadWorker.step_seconds = 0.01
+    system = make_system(replicas=2)
+    system.submit(a_request("a", [1, 2], temperature=0.0, max_tokens=80))
+    system.wait("a")
+    assert not caplog.records
+
+
 def test_one_replica_that_dies_leaves_the_server_ready(make_system: Any, pb_utils: Any) -> None:
     system = make_system(replicas=2)
     system.submit(a_request("a", [1], temperature=0.0))

@@ -272,12 +272,13 @@ class EngineModel:
     def _look_after(self) -> None:
         """Every two seconds or so: what nothing else would bring about."""
         with self._lock:
+            busy = {stream.replica for stream in self._streams}
             waiting = [stream.request for stream in self._streams if stream.replica is None]
         for request in waiting:
             if has_expired(request, time.monotonic()):
                 self._stop(Cancel(request.uid, Outcome.TIMEOUT))
-        for replica in self._replicas:
-            replica.worker.look(bool(self._streams))
+        for number, replica in enumerate(self._replicas):
+            replica.worker.look(has_requests=number in busy)
         self._metrics.repeat()
 
     def finalize(self) -> None:

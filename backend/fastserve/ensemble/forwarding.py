@@ -16,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 
 from fastserve.ensemble.control_messages import Queued, Rejected
 from fastserve.ensemble.message_signature import authentication_code
-from fastserve.ensemble.messaging import message_response, send_error, send_final, strings
+from fastserve.ensemble.messaging import message_response, send, send_error, send_final, strings
 from fastserve.ensemble.response_stream import ResponseStream
 from fastserve.errors import RequestError, with_code
 from fastserve.types import Failure, Outcome, Request, RequestOutput
@@ -48,7 +48,7 @@ def _code(name: str) -> str:
 def answer_queued(request: Request, sender: Any) -> None:
     """From `scheduler`: says that a forwarded request waits; its release will follow. Never raises."""
     try:
-        sender.send(message_response("released", Queued(request.uid)))
+        send(sender, message_response("released", Queued(request.uid)))
     except Exception as error:
         logger.error("request %s: the response that it waits could not be sent: %s", request.uid, error)
 

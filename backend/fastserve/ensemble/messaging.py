@@ -15,6 +15,7 @@ import triton_python_backend_utils as pb_utils
 
 from fastserve.ensemble.api_tensors import API_INPUTS
 from fastserve.ensemble.message_signature import sign, verify
+from fastserve.ensemble.server_lock import SERVER_LOCK
 from fastserve.ensemble.shared_memory import is_shared_memory_short
 from fastserve.errors import ErrorCode, RequestError, invalid, with_code
 from fastserve.types import decode, encode
@@ -145,13 +146,20 @@ def send_final(sender: Any, response: Any = None) -> None:
     after the response (`shared_memory` says why). An error, which is small, always carries it: without it
     gRPC answers with no error and no output, and the server waited, at its exit, for a request (2.51).
     """
-    if response is not None and not response.has_error() and is_shared_memory_short():
+    with SERVER_LOCK:
+        if response is not None and not response.has_error() and is_shared_memory_short():
+            sender.send(response)
+            response = None
+        if response is None:
+            sender.send(flags=FINAL)
+        else:
+            sender.send(response, flags=FINAL)
+
+
+def send(sender: Any, response: Any) -> None:
+    """Sends a response that others follow. Raises as the sender does where there is no memory for it."""
+    with SERVER_LOCK:
         sender.send(response)
-        response = None
-    if response is None:
-        sender.send(flags=FINAL)
-    else:
-        sender.send(response, flags=FINAL)
 
 
 def send_error(sender: Any, error: Exception) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from fastserve.ensemble.server_lock import SERVER_LOCK
 from fastserve.types import EngineStats, Outcome, Request
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,8 @@ _MODEL = "fastserve"
 class _Family:
     """A metric family; its members by label values are made when they are first used. Threads may share one.
 
-    Two threads that change one metric at the same moment end the server (2.51): the second takes from shared
-    memory what the server is about to read of the first. So one at a time does.
+    See `SERVER_LOCK`: of two that change one metric at the same moment, the second takes from shared memory
+    what the server is about to read of the first.
     """
 
     kind: Any
@@ -55,12 +56,11 @@ class _Family:
         self._labels = labels
         self._options = options
         self._members: dict[tuple[object, ...], Any] = {}
-        self._lock = threading.RLock()
 
     def _report(self, method: str, value: float, labels: tuple[object, ...]) -> bool:
         """Calls a method of the member with these labels; False where that failed."""
         try:
-            with self._lock:
+            with SERVER_LOCK:
                 member = self._members.get(labels)
                 if member is None:
                     texts = dict(zip(self._labels, map(str, labels), strict=True))
@@ -89,7 +89,7 @@ class Counter(_Family):
         """Adds `amount`, if it is positive, and what could not be added before."""
         if amount <= 0:
             return
-        with self._lock:
+        with SERVER_LOCK:
             amount += self._unreported.pop(labels, 0.0)
             if not self._report("increment", amount, labels):
                 self._unreported[labels] = amount

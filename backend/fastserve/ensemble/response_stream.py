@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastserve.ensemble.messaging import message_response, send_end, send_error, send_final
+from fastserve.ensemble.messaging import message_response, send, send_end, send_error, send_final
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.types import Failure, Outcome, Request, RequestOutput, RequestView, SequenceOutput
 
@@ -112,7 +112,7 @@ class ResponseStream:
         if final:
             send_final(self.sender, response)
         else:
-            self.sender.send(response)
+            send(self.sender, response)
         self.last_sent = now
 
     def fail(self, outcome: Outcome, failure: Failure | None) -> None:
