@@ -32,7 +32,7 @@ class MLFQ(Policy):
     quantum: float = 64.0
     growth: float = 4.0
     num_levels: int = 6
-    prompt_token_cost: float = 0.25
+    prompt_token_cost: float = 0.12
     starvation_seconds: float = 600.0
 
     def rank(self, view: RequestView, now: float) -> Rank:
