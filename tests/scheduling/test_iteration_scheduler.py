@@ -576,6 +576,8 @@ class BatchMachine(RuleBasedStateMachine):
         removed = self.scheduler.remove(uid, None if whole_request else candidate.index, now=self.clock)
         expected = [each for each in self.live if each.request.uid == uid] if whole_request else [candidate]
         assert set(removed) == set(expected) - set(self.taken)
+        for each in set(expected) & set(self.taken):
+            self.scheduler.forget(uid, each.index)
         self.live = [each for each in self.live if each not in expected]
         self.taken = [each for each in self.taken if each not in expected]
 

@@ -83,12 +83,12 @@ class BlockTables:
             pool.cache(sequence.block_table[num_full], digest)
             sequence.tail = Tail(digest, num_full, num_left)
 
-    def reserved_blocks(self, sequence: Sequence) -> int:
+    def reserved_blocks(self, sequence: Sequence, tokens_ahead: int = RESERVED_TOKENS) -> int:
         """Blocks to be kept free for the next tokens of a running sequence."""
         num_tokens, view = sequence.num_tokens, sequence.view
         left = view.num_prompt_tokens + view.expected_output_tokens - num_tokens
         if left > 0:
-            num_tokens += left if left < RESERVED_TOKENS else RESERVED_TOKENS
+            num_tokens += left if left < tokens_ahead else tokens_ahead
         missing = -(-num_tokens // self._pool.block_size) - len(sequence.block_table)
         return missing if missing > 0 else 0
 

@@ -27,6 +27,9 @@ from fastserve.scheduling.service_counter import ServiceCounter
 from fastserve.scheduling.token_budget import order_of, reaches_budget, share_budget
 from fastserve.scheduling.waiting_queue import WaitingQueue
 
+STEPS_UNDER_WAY = 2
+"""From the report of what is free to the plan with what was released for it."""
+
 
 class SchedulerError(Exception):
     """The scheduler's books do not balance: there is a bug in it or in its caller."""
@@ -70,6 +73,7 @@ class IterationScheduler:
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(policy)
         self._num_away_blocks: dict[tuple[str, int], int] = {}
         """Blocks that preempted sequences left behind and will want, by request and index."""
+        self._num_away_in_all = 0
         self._waiting_siblings: dict[str, list[Sequence]] = {}
         """Sequences that wait for their request's sequence 0, by request."""
 
@@ -105,8 +109,11 @@ class IterationScheduler:
 
     @property
     def free_blocks(self) -> int:
-        """KV blocks beyond those in use and those that are kept for running sequences."""
-        return self.pool.num_free - sum(map(self._tables.reserved_blocks, self._running))
+        """KV blocks beyond those in use and those that are kept for running sequences, which will have grown
+        when what is released now comes."""
+        tokens_ahead = RESERVED_TOKENS + STEPS_UNDER_WAY
+        reserved = (self._tables.reserved_blocks(each, tokens_ahead) for each in self._running)
+        return self.pool.num_free - sum(reserved)
 
     @property
     def free_tokens(self) -> int:
@@ -130,13 +137,17 @@ class IterationScheduler:
         if self.policy.preempts_at_a_loss:
             return True
         pool = self.pool
-        wanted = pool.num_used + sum(self._num_away_blocks.values()) + num_blocks
-        wanted += sum(map(self._tables.reserved_blocks, self._running))
-        return wanted <= pool.num_blocks + pool.host.num_blocks
+        free = pool.num_blocks + pool.host.num_blocks - pool.num_used - self._num_away_in_all - num_blocks
+        return free >= self._most_reserved or free >= sum(map(self._tables.reserved_blocks, self._running))
+
+    @property
+    def _most_reserved(self) -> int:
+        """Not less than the blocks that are reserved for all running sequences."""
+        return self.num_running * (RESERVED_TOKENS // self.pool.block_size + 2)
 
     def forget(self, uid: str, index: int) -> None:
         """A sequence that was handed back by `take_waiting` will not be added again."""
-        self._num_away_blocks.pop((uid, index), None)
+        self._num_away_in_all -= self._num_away_blocks.pop((uid, index), 0)
 
     def add(self, sequence: Sequence, now: float) -> None:
         """Takes a sequence in, new or taken out by `take_waiting`, to run when its turn comes.
@@ -341,8 +352,7 @@ class IterationScheduler:
         """
         candidates: list[Sequence] = []
         num_staying, free = self.num_running, self.pool.num_free
-        most_reserved = num_staying * (RESERVED_TOKENS // self.pool.block_size + 2)
-        if num_staying < self.max_num_seqs and free >= num_blocks + most_reserved:
+        if num_staying < self.max_num_seqs and free >= num_blocks + self._most_reserved:
             return candidates
         may = self._may_preempt_for(0 if sequence.view.num_served_tokens else num_blocks)
         may_preempt = [may and self.policy.preempts(sequence.rank, each.rank) for each in self._running]
@@ -363,6 +373,7 @@ class IterationScheduler:
     def _preempt(self, sequence: Sequence, now: float) -> Sequence:
         self._tables.retain(sequence)
         self._num_away_blocks[sequence.request.uid, sequence.index] = len(sequence.block_table)
+        self._num_away_in_all += len(sequence.block_table)
         self._leave_batch(sequence, retain=True)
         sequence.view.waiting_since = now
         sequence.view.num_tokens = sequence.num_tokens

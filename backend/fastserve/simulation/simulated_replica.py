@@ -33,7 +33,9 @@ class SimulatedReplica:
         self.run: StepRun | None = None
         """What is being computed."""
         self.left: list[SimulatedSequence] = []
-        """What lost its place when that began, which is said when it ends."""
+        """What has no place in it, which is said when it ends."""
+        self.preempted: list[SimulatedSequence] = []
+        """What lost its place when it began."""
         self.version = 0
         """Of the run's end: earlier ones are void."""
         self.scheduler = IterationScheduler(
@@ -95,6 +97,7 @@ class SimulatedReplica:
         queue knows, some replica has."""
         num_new = self._take_in(now)
         plan = self.scheduler.plan(now)
+        self.preempted = cast("list[SimulatedSequence]", plan.preempted)
         left = cast("list[SimulatedSequence]", self.scheduler.take_waiting())
         if plan.scheduled:
             # A step goes alone if there is news for the queue after it, or if somebody comes.

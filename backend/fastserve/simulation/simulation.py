@@ -212,6 +212,7 @@ class Simulation:
         for sequence in left:
             self._parked[sequence.request.uid] = sequence
             sequence.replica = replica.number
+        for sequence in replica.preempted:
             self._records.num_preemptions[sequence.number] += 1
         replica.left = left
         run = replica.run

@@ -20,8 +20,7 @@ class MLFQ(Policy):
     runs first, in order of arrival; a running request is preempted by one of a lower level, never by its
     like. State: (level, service had at that level).
 
-    The numbers are what `fastserve simulate` found best (`docs/scheduling.md`). A prompt costs little, so
-    that few skip a level: one that does waits long for its first token.
+    The numbers are what `fastserve simulate` found best (`docs/scheduling.md`).
 
     Starvation: a request that has waited `starvation_seconds` since it last ran goes before all that have
     not, whatever their priority. It then has one turn that nobody takes from it, of the quantum with which it
@@ -33,7 +32,7 @@ class MLFQ(Policy):
     quantum: float = 64.0
     growth: float = 4.0
     num_levels: int = 6
-    prompt_token_cost: float = 0.05
+    prompt_token_cost: float = 0.12
     starvation_seconds: float = 600.0
 
     def rank(self, view: RequestView, now: float) -> Rank:
