@@ -14,6 +14,7 @@ from fastserve.scheduling.iteration_scheduler import (
     IterationScheduler,
     SchedulerError,
 )
+from fastserve.scheduling.policies.mlfq import MLFQ
 from fastserve.scheduling.policies.policy import Policy
 from fastserve.scheduling.policies.priority_age import PriorityAge
 from fastserve.scheduling.sequence import Sequence, StepPlan
@@ -395,6 +396,24 @@ def test_what_host_memory_keeps_is_copied_back() -> None:
     assert scheduler.num_recomputed_tokens == 0
 
 
+def test_blocks_that_come_back_with_a_sequence_are_not_counted_as_blocks_of_others() -> None:
+    """A policy that preempts only where all blocks find room lets it take its place again."""
+    scheduler = a_scheduler(
+        num_blocks=11, block_size=1, max_num_seqs=1, prefix_caching=False, num_host_blocks=1, policy=MLFQ()
+    )
+    [middle] = add(scheduler, sequences_of(a_request("middle", [1] * 5, max_tokens=6, priority=1)))
+    step(scheduler)
+    add(scheduler, some("high", [2], priority=2))
+    assert step(scheduler).preempted == [middle]
+    assert scheduler.take_waiting() == [middle]
+    scheduler.remove("high", now=0.0)
+    [low] = add(scheduler, sequences_of(a_request("low", [3] * 3, max_tokens=2)))
+    step(scheduler)
+    add(scheduler, [middle])
+    plan = step(scheduler)
+    assert (plan.preempted, chunks(plan)) == ([low], [("middle", 1)])
+
+
 def test_prompt_logprobs_of_a_preempted_prompt_come_from_its_own_tokens() -> None:
     scheduler = a_scheduler(max_num_seqs=1, max_num_batched_tokens=10)
     [low] = add(scheduler, some("low", list(range(20)), prompt_logprobs=0))
@@ -726,8 +745,9 @@ class BatchMachine(RuleBasedStateMachine):
     def may_preempt(self, first: Sequence, rank: tuple[float, ...], other: Sequence) -> bool:
         """As the policy says, which may want all blocks to be kept."""
         policy, pool = self.scheduler.policy, self.scheduler.pool
-        wanted = pool.num_used + sum(self.scheduler._num_away_blocks.values())
-        wanted += 0 if first.view.num_served_tokens else -(-first.num_tokens // self.block_size)
+        away = self.scheduler._num_away_blocks
+        wanted = pool.num_used + sum(away.values()) - away.get((first.request.uid, first.index), 0)
+        wanted += -(-first.num_tokens // self.block_size)
         wanted += sum(map(self.reserve, self.scheduler._running))
         has_room = wanted <= pool.num_blocks + pool.host.num_blocks
         return (policy.preempts_at_a_loss or has_room) and policy.preempts(rank, other.rank)

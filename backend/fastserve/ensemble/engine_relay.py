@@ -44,6 +44,8 @@ from fastserve.ensemble.shared_secret import server_secret
 from fastserve.ensemble.tenant_tokens import TenantTokenCounter
 from fastserve.errors import ErrorCode, invalid
 from fastserve.scheduling.capacity import Ended, EngineCapacity, Finished, Preempted, ResumeList
+from fastserve.scheduling.policies.policy import Policy
+from fastserve.scheduling.policies.registry import make_policy
 from fastserve.text.stop_conditions import external_stop, has_expired
 from fastserve.types import Add, Cancel, Failure, Outcome, Ready, RequestView, Resume, StepOutput, view_of
 
@@ -66,6 +68,8 @@ class EngineModel:
         interval = config.stream_interval_ms / 1000
         self._streams = ResponseStreams(self._lock, interval, rate, self._give_up, self._tell_finished)
         self._cancelled = RecentCancellations(config.max_request_seconds)
+        self._counts_tenants = make_policy(config).overrides(Policy.on_tenant_service)
+        """Whether the queue goes by what was computed for each tenant."""
         self._tenant_tokens = TenantTokenCounter()
         self._metrics = EngineMetrics()
         self._max_model_len: int | None = None
@@ -199,7 +203,8 @@ class EngineModel:
         with self._lock:
             for output in step.outputs:
                 if (stream := self._stream_on(replica, output.uid)) is not None:
-                    self._tenant_tokens.count(stream, output)
+                    if self._counts_tenants:
+                        self._tenant_tokens.count(stream, output)
                     stream.add(output)
             for view in step.preempted:
                 if (stream := self._stream_on(replica, view.uid)) is not None:

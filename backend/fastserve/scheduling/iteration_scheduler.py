@@ -131,13 +131,17 @@ class IterationScheduler:
         self._running.sort(key=order_of)
         return [sequence.rank for sequence in self._running[: -count - 1 : -1]]
 
-    def _may_preempt_for(self, num_blocks: int) -> bool:
-        """Whether a running sequence may make way for one of so many new blocks: unless the policy does it at
-        any cost, only while the blocks of all that run or were preempted find room, in host memory too."""
+    def _may_preempt_for(self, num_blocks: int, num_own_away: int = 0) -> bool:
+        """Whether a running sequence may make way for one of so many blocks: unless the policy does it at any
+        cost, only while the blocks of all that run or were preempted find room, in host memory too.
+
+        `num_own_away`: of the blocks that were left behind, those that are its own, and come back with it.
+        """
         if self.policy.preempts_at_a_loss:
             return True
         pool = self.pool
-        free = pool.num_blocks + pool.host.num_blocks - pool.num_used - self._num_away_in_all - num_blocks
+        num_away = self._num_away_in_all - num_own_away
+        free = pool.num_blocks + pool.host.num_blocks - pool.num_used - num_away - num_blocks
         return free >= self._most_reserved or free >= sum(map(self._tables.reserved_blocks, self._running))
 
     @property
@@ -354,7 +358,8 @@ class IterationScheduler:
         num_staying, free = self.num_running, self.pool.num_free
         if num_staying < self.max_num_seqs and free >= num_blocks + self._most_reserved:
             return candidates
-        may = self._may_preempt_for(0 if sequence.view.num_served_tokens else num_blocks)
+        num_own_away = self._num_away_blocks.get((sequence.request.uid, sequence.index), 0)
+        may = self._may_preempt_for(num_blocks, num_own_away)
         may_preempt = [may and self.policy.preempts(sequence.rank, each.rank) for each in self._running]
         needed = num_blocks
         for each, leaves in zip(self._running, may_preempt, strict=True):

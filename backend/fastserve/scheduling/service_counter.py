@@ -12,7 +12,7 @@ class ServiceCounter:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._policy_counts = type(policy).on_service is not Policy.on_service
+        self._policy_counts = policy.overrides(Policy.on_service)
         self.num_recomputed_tokens = 0
         """Tokens that were computed again after a preemption."""
 

@@ -57,8 +57,8 @@ class SimulatedReplica:
         """Tokens of answers that were computed for each since the queue was told; none for a second time."""
         self._settings = settings
         self._policy = policy
-        self._changes_rank = type(policy).on_service is not Policy.on_service
-        self._counts_tenants = type(policy).on_tenant_service is not Policy.on_tenant_service
+        self._changes_rank = policy.overrides(Policy.on_service)
+        self._counts_tenants = policy.overrides(Policy.on_tenant_service)
         self._max_request_blocks = -(-max_request_tokens // settings.block_size)
         self._inbox: deque[tuple[float, SimulatedSequence]] = deque()
         self._num_arrived = 0

@@ -81,8 +81,8 @@ class Simulation:
         self._delay = settings.message_delay
         self._names: dict[str, list[bytes]] = {}
         policy = make_policy()
-        self._ranks_by_time = type(policy).next_change is not Policy.next_change
-        self._counts_tenants = type(policy).on_tenant_service is not Policy.on_tenant_service
+        self._ranks_by_time = policy.overrides(Policy.next_change)
+        self._counts_tenants = policy.overrides(Policy.on_tenant_service)
         queue_type = RoundRobinQueue if settings.routing == "round_robin" else SimulatedQueue
         self._queue: SimulatedQueue = queue_type(policy, self._names)
         self.replicas = [
@@ -157,9 +157,8 @@ class Simulation:
         if replica.version == version:
             assert replica.run is not None
             num_steps = replica.run.num_steps
-            if (
-                self._delay and not replica.run.is_quiet
-            ):  # what is still on its way from before the end is sent
+            if self._delay and not replica.run.is_quiet:
+                # What is still on its way from before the end is sent.
                 num_steps = min(num_steps, replica.run.num_ended(now - self._delay) + 1)
             report = self._advance(replica, num_steps)
             if self._delay:

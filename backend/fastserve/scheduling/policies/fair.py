@@ -49,7 +49,7 @@ class Fair(Policy):
 
     def rank(self, view: RequestView, now: float) -> Rank:
         """(-class, counter of its tenant)"""
-        starved = now - view.arrival >= self._starvation_seconds
+        starved = now >= view.arrival + self._starvation_seconds
         priority = self._highest_priority if starved else view.priority
         return (-priority, self._counters.get(view.tenant, 0.0))
 

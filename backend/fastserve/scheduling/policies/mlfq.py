@@ -77,7 +77,7 @@ class MLFQ(Policy):
         return view.waiting_since + self.starvation_seconds
 
     def _is_starved(self, view: RequestView, now: float) -> bool:
-        return view.waiting_since is not None and now - view.waiting_since >= self.starvation_seconds
+        return view.waiting_since is not None and now >= view.waiting_since + self.starvation_seconds
 
     def _quantum(self, level: float) -> float:
         return self.quantum * self.growth ** max(level, -1.0 - level)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import ClassVar
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar
 
 from fastserve.types import RequestView
 
@@ -20,6 +20,10 @@ class Policy:
     preempts_at_a_loss: ClassVar[bool] = True
     """Whether it preempts a sequence even where its KV blocks cannot all be kept, in the cache or in host
     memory, so that some of it is computed again. A policy that preempts often does better not to."""
+
+    def overrides(self, method: Callable[..., Any]) -> bool:
+        """Whether the policy has a method of its own in place of this class's: where not, nobody calls it."""
+        return getattr(type(self), method.__name__) is not method
 
     def rank(self, view: RequestView, now: float) -> Rank:
         """The rank of a request that waits or runs. Ties go to the earlier arrival.
