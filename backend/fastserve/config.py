@@ -77,6 +77,14 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_num_batched_tokens: Annotated[
         int, Meta(ge=1, description="tokens computed in a step: longer prompts are computed in chunks")
     ] = 512
+    target_itl_ms: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            description="between two tokens of a stream: while others decode, a step computes no more of "
+            "prompts than keeps to it; 0: as much as `max_num_batched_tokens` lets it",
+        ),
+    ] = 0.0
     block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens in a KV block")] = 16
     kv_cache_bytes: Annotated[
         int, Meta(ge=0, description="of the KV cache; 0: 1 GiB on a CPU, what is free on a GPU")

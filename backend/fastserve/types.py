@@ -123,7 +123,7 @@ class RequestView(Struct, array_like=True):
     tenant: str
     num_prompt_tokens: int
     expected_output_tokens: int
-    """The client's hint, or else `max_tokens`: an upper bound, not a forecast."""
+    """The client's hint, or else `max_tokens`."""
     waiting_since: float | None
     """Since when it has waited without a place in the batch; None while it has one."""
     num_tokens: int
@@ -132,6 +132,8 @@ class RequestView(Struct, array_like=True):
     """Tokens that were computed for it or that the prefix cache had, each counted once."""
     state: tuple[float, ...] = ()
     """The policy's own."""
+    has_length_hint: bool = False
+    """Whether `expected_output_tokens` is the client's forecast, and not only the most that it may be."""
 
 
 def view_of(request: Request, index: int = 0) -> RequestView:
@@ -147,6 +149,7 @@ def view_of(request: Request, index: int = 0) -> RequestView:
         expected_output_tokens=min(request.expected_output_tokens or max_tokens, max_tokens),
         waiting_since=request.arrival,
         num_tokens=num_prompt_tokens,
+        has_length_hint=request.expected_output_tokens is not None,
     )
 
 
@@ -236,7 +239,8 @@ class EngineStats(Struct, frozen=True):
     free_blocks: int
     free_tokens: int
     running_ranks: list[tuple[float, ...]]
-    """See `ReplicaCapacity`."""
+    """See `ReplicaCapacity`, as of `running_blocks`."""
+    running_blocks: list[int]
     kv_blocks_total: int
     kv_blocks_used: int
     step_tokens: int

@@ -211,6 +211,7 @@ class Cluster:
 
     def capacity_of(self, worker: Worker) -> ReplicaCapacity:
         scheduler = worker.scheduler
+        lowest = scheduler.lowest_running(16)
         return ReplicaCapacity(
             incarnation="a",
             received=worker.received,
@@ -220,7 +221,8 @@ class Cluster:
             free_tokens=scheduler.free_tokens,
             num_running=scheduler.num_running,
             num_blocks=scheduler.pool.num_blocks,
-            running_ranks=scheduler.lowest_ranks(16),
+            running_ranks=[sequence.rank for sequence in lowest],
+            running_blocks=[scheduler.blocks_left_by(sequence) for sequence in lowest],
         )
 
     def release(self) -> None:

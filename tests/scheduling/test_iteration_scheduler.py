@@ -109,7 +109,7 @@ def test_a_higher_key_takes_a_slot_from_the_lowest_at_the_next_step() -> None:
     assert plan.preempted == [low]
     assert chunks(plan) == [("high", 1), ("middle", 1)]
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions) == (2, 1, 1)
-    assert (scheduler.free_slots, scheduler.lowest_ranks(1)) == (-1, [middle.rank])
+    assert (scheduler.free_slots, scheduler.lowest_running(1)) == (-1, [middle])
     assert (low.token_ids, low.num_computed_tokens, low.block_table) == ([1, 7], 0, [])
     scheduler.remove("high", now=0.0)
     assert chunks(step(scheduler)) == [("middle", 1), ("low", 1)]
@@ -348,7 +348,7 @@ def test_a_removed_request_leaves_nothing_behind(steps: int) -> None:
     assert scheduler.remove("r", now=0.0) == siblings
     assert scheduler.remove("r", now=0.0) == []
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.free_slots) == (0, 0, 4)
-    assert scheduler.lowest_ranks(4) == []
+    assert scheduler.lowest_running(4) == []
     scheduler.pool.check([])
 
 
@@ -739,13 +739,13 @@ class BatchMachine(RuleBasedStateMachine):
             free = self.scheduler.pool.num_free
             free += sum(len(each.block_table) for each in running[num_staying:])
             if num_staying < self.max_num_seqs and free >= needed:
-                return self.has_budget(rank, first, running)
+                return True
         return False
 
     def may_preempt(self, first: Sequence, rank: tuple[float, ...], other: Sequence) -> bool:
         """As the policy says, which may want all blocks to be kept."""
         policy, pool = self.scheduler.policy, self.scheduler.pool
-        away = self.scheduler._num_away_blocks
+        away = self.scheduler._preemption._num_left
         wanted = pool.num_used + sum(away.values()) - away.get((first.request.uid, first.index), 0)
         wanted += -(-first.num_tokens // self.block_size)
         wanted += sum(map(self.reserve, self.scheduler._running))
@@ -757,15 +757,6 @@ class BatchMachine(RuleBasedStateMachine):
         end = sequence.num_prompt_tokens + sequence.request.sampling.max_tokens
         tokens = min(end, sequence.num_tokens + RESERVED_TOKENS)
         return -(-tokens // self.block_size) - len(sequence.block_table)
-
-    def has_budget(self, rank: tuple[float, ...], first: Sequence, running: list[Sequence]) -> bool:
-        order = (rank, first.request.arrival, first.index)
-        claims = 0
-        for each in running[: self.max_num_seqs - 1]:
-            missing = each.num_tokens - each.num_computed_tokens
-            if missing == 1 or (each.rank, each.request.arrival, each.index) <= order:
-                claims += missing
-        return claims < self.scheduler.max_num_batched_tokens
 
     @invariant()
     def books_balance(self) -> None:

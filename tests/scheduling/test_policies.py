@@ -258,6 +258,59 @@ def test_mlfq_starvation_is_counted_from_when_it_last_ran() -> None:
     assert policy.next_change(view, 200.0) is None
 
 
+def hinted(policy: MLFQ, expected: int, served: int = 0, **fields: Any) -> float:
+    """The level of a request whose prompt is one token and whose hint is `expected`."""
+    view = a_view(expected_output_tokens=expected, has_length_hint=True, **fields)
+    policy.on_enqueue(view, 0.0)
+    view.num_served_tokens = served
+    return policy.rank(view, 0.0)[-1]
+
+
+def test_mlfq_goes_by_what_a_hint_says_is_left() -> None:
+    policy = MLFQ(quantum=32.0, growth=2.0, num_levels=8)
+    assert hinted(policy, 256, served=1) == pytest.approx(3.0)
+    assert hinted(policy, 256, served=1 + 128) == pytest.approx(2.0)
+    assert hinted(policy, 256, served=1 + 240) == pytest.approx(-1.0)
+    order = [hinted(policy, 20), hinted(policy, 40), hinted(policy, 300, served=100), hinted(policy, 300)]
+    assert order == sorted(order)
+    assert hinted(policy, 10) < policy.rank(a_view(), 0.0)[-1] < hinted(policy, 40)
+
+
+def test_mlfq_one_that_outlives_its_hint_goes_on_as_if_it_had_had_none() -> None:
+    policy = MLFQ(**HALVES)
+    views = [a_view(has_length_hint=hint, expected_output_tokens=10) for hint in (True, False)]
+    for view in views:
+        policy.on_enqueue(view, 0.0)
+        for served in range(1, 200):
+            view.num_served_tokens = served
+            policy.on_service(view, int(served == 1), int(served > 1), 0.0)
+    assert policy.rank(views[0], 0.0) == policy.rank(views[1], 0.0)
+    assert policy.rank(views[0], 0.0)[-1] > 0.0
+
+
+@given(
+    expected=st.integers(1, 300),
+    num_prompt_tokens=st.integers(1, 300),
+    num_output_tokens=st.integers(0, 600),
+)
+def test_mlfq_the_rank_becomes_no_worse_within_the_tokens_at_once(
+    expected: int, num_prompt_tokens: int, num_output_tokens: int
+) -> None:
+    policy = MLFQ(**HALVES)
+    view = a_view(num_prompt_tokens=num_prompt_tokens, expected_output_tokens=expected, has_length_hint=True)
+    policy.on_enqueue(view, 0.0)
+    view.waiting_since, view.num_served_tokens = None, num_prompt_tokens
+    policy.on_service(view, num_prompt_tokens, 0, 0.0)
+    at_once, best = policy.tokens_at_once(view), policy.rank(view, 0.0)
+    for _ in range(num_output_tokens):
+        if at_once == 0:
+            at_once, best = policy.tokens_at_once(view), policy.rank(view, 0.0)
+        view.num_served_tokens += 1
+        policy.on_service(view, 0, 1, 0.0)
+        at_once = None if at_once is None else at_once - 1
+        assert at_once == 0 or policy.rank(view, 0.0) <= best
+
+
 # --- fairness over tenants
 
 

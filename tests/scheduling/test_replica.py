@@ -103,7 +103,7 @@ def test_what_never_came_is_given_up_but_not_what_waits_for_a_long_step() -> Non
 
 
 def test_the_last_by_rank_makes_way_where_the_policy_allows_it() -> None:
-    replica = a_replica(free_slots=0, running_ranks=[(3.0,), (1.0,)])
+    replica = a_replica(free_slots=0, running_blocks=[2, 2], running_ranks=[(3.0,), (1.0,)])
     assert replica.victim(ONE, (2.0,), FCFS()) == ((3.0,), 1)
     assert replica.victim(ONE, (3.0,), FCFS()) is None
     assert replica.victim(ONE, (0.0,), StrictPriority()) is None
@@ -117,10 +117,42 @@ def test_several_slots_are_taken_from_several() -> None:
 
 
 def test_a_victim_is_taken_once() -> None:
-    replica = a_replica(free_slots=0, running_ranks=[(3.0,), (2.0,)])
+    replica = a_replica(free_slots=0, running_blocks=[2, 2], running_ranks=[(3.0,), (2.0,)])
     replica.release(0.0, ONE, 1)
     assert replica.victim(ONE, (1.0,), FCFS()) == ((2.0,), 1)
     replica.release(0.0, ONE, 1)
     assert replica.victim(ONE, (1.0,), FCFS()) is None
     replica.update(a_capacity(free_slots=0, received=2, running_ranks=[(1.0,), (1.0,)]))
     assert replica.victim(ONE, (0.5,), FCFS()) == ((1.0,), 1)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "num_preempted"), [(4, 1), (7, 1), (8, 2), (12, 3), (13, None), (100, None)]
+)
+def test_as_many_make_way_as_leave_the_blocks(num_blocks: int, num_preempted: int | None) -> None:
+    """Four blocks are free; those that run would leave 3, 4 and 1."""
+    ranks, blocks = [(3.0,), (2.0,), (1.0,)], [3, 4, 1]
+    replica = a_replica(free_blocks=4, num_running=3, running_ranks=ranks, running_blocks=blocks)
+    found = replica.victim(Demand(1, num_blocks, 1), (0.0,), FCFS())
+    assert found == (None if num_preempted is None else (ranks[num_preempted - 1], num_preempted))
+
+
+def test_blocks_of_those_that_may_not_be_preempted_are_not_counted_on() -> None:
+    replica = a_replica(free_blocks=0, num_running=2, running_ranks=[(3.0,), (1.0,)], running_blocks=[2, 8])
+    assert replica.victim(Demand(1, 2, 1), (2.0,), FCFS()) == ((3.0,), 1)
+    assert replica.victim(Demand(1, 3, 1), (2.0,), FCFS()) is None
+
+
+def test_blocks_that_others_on_the_way_take_are_theirs() -> None:
+    ranks = [(3.0,), (2.0,), (1.0,)]
+    replica = a_replica(free_blocks=1, num_running=3, running_ranks=ranks, running_blocks=[4, 4, 4])
+    replica.release(0.0, Demand(1, 5, 1), 1)
+    assert replica.victim(Demand(1, 4, 1), (0.0,), FCFS()) == ((2.0,), 1)
+    assert replica.victim(Demand(1, 5, 1), (0.0,), FCFS()) == ((1.0,), 2)
+    assert replica.victim(Demand(1, 9, 1), (0.0,), FCFS()) is None
+
+
+def test_where_more_run_than_are_known_the_replica_is_asked() -> None:
+    replica = a_replica(free_blocks=0, num_running=9, running_ranks=[(3.0,), (2.0,)], running_blocks=[1, 1])
+    assert replica.victim(Demand(1, 20, 1), (1.0,), FCFS()) == ((2.0,), 2)
+    assert replica.victim(Demand(1, 20, 1), (2.5,), FCFS()) is None

@@ -36,7 +36,7 @@ from fastserve.simulation.simulation import Simulation
 from fastserve.simulation.step_time import StepTimeError, StepTimeModel
 from fastserve.workload.arrival import Arrival
 from fastserve.workload.trace import TraceError
-from fastserve.workload.transformations import at_rate, mean_rate
+from fastserve.workload.transformations import at_rate, draw_length_hints, mean_rate
 
 ERRORS = (StepTimeError, TraceError, WriteError)
 DEFAULT_CACHE_BYTES = 1 << 30
@@ -44,6 +44,7 @@ SETTINGS = (
     "replicas",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "target_itl_ms",
     "block_size",
     "kv_cache_bytes",
     "swap_space_bytes",
@@ -107,6 +108,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="that every request asks for (default: the workload's longest answer)",
     )
+    parser.add_argument(
+        "--hint-sigma",
+        type=float,
+        metavar="SIGMA",
+        help="requests say how long their answers will be, off by a log-normal factor of this sigma; 0: the "
+        "truth (default: they say nothing)",
+    )
     for name, what in (("kv-blocks", "the KV cache"), ("host-blocks", "host memory")):
         parser.add_argument(
             f"--{name}",
@@ -152,6 +160,7 @@ def run(arguments: argparse.Namespace) -> int:
                         settings,
                         is_clairvoyant=name in CLAIRVOYANT,
                         max_tokens=arguments.max_tokens,
+                        length_hints=_length_hints(arguments, scaled),
                         on_end=advance,
                     ).run()
                 figures = [
@@ -171,6 +180,13 @@ def run(arguments: argparse.Namespace) -> int:
         report = {"workload": described(arguments), "capacity": capacity, "runs": runs}
         write_bytes(arguments.json, msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     return 0
+
+
+def _length_hints(arguments: argparse.Namespace, arrivals: Sequence[Arrival]) -> list[int] | None:
+    if arguments.hint_sigma is None:
+        return None
+    max_tokens = arguments.max_tokens or max(arrival.num_output_tokens for arrival in arrivals)
+    return draw_length_hints(arrivals, arguments.hint_sigma, max_tokens, arguments.seed)
 
 
 def _advance(progress: Progress, task: int, count: int) -> None:
@@ -215,6 +231,7 @@ def _settings(arguments: argparse.Namespace, config: Config) -> SimulationSettin
         num_replicas=config.replicas,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        target_itl_seconds=config.target_itl_ms / 1e3,
         block_size=config.block_size,
         num_blocks=(config.kv_cache_bytes or DEFAULT_CACHE_BYTES) // block_bytes,
         num_host_blocks=config.swap_space_bytes // block_bytes,

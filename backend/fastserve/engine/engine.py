@@ -228,7 +228,9 @@ class Engine:
         preempted = self._hand_back() if self._has_common_queue else []
         self._runner.copy_blocks(plan)
         if plan.scheduled:
+            started = time.perf_counter()
             tokens = compute_isolated(plan.scheduled, self._forward, self._runner.probe)
+            self._scheduler.observe(plan, time.perf_counter() - started)
             self._take_tokens(plan.scheduled, tokens)
         outputs, self._outputs = self._outputs, []
         ended, self._ended = self._ended, []
@@ -353,6 +355,7 @@ class Engine:
         Requests whose guide is being compiled have their slots already.
         """
         scheduler = self._scheduler
+        lowest = scheduler.lowest_running(MAX_RANKS)
         waiting_for_guide = sum(message.request.sampling.n for message in self._guide_queue)
         return EngineStats(
             received=self._received,
@@ -361,7 +364,8 @@ class Engine:
             free_slots=scheduler.free_slots - waiting_for_guide,
             free_blocks=scheduler.free_blocks,
             free_tokens=scheduler.free_tokens,
-            running_ranks=scheduler.lowest_ranks(MAX_RANKS),
+            running_ranks=[sequence.rank for sequence in lowest],
+            running_blocks=[scheduler.blocks_left_by(sequence) for sequence in lowest],
             kv_blocks_total=scheduler.pool.num_blocks,
             kv_blocks_used=scheduler.pool.num_used,
             step_tokens=step_tokens,

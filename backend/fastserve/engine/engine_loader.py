@@ -47,8 +47,14 @@ def load_engine(
     pool = BlockPool(
         runner.num_blocks, config.block_size, config.enable_prefix_caching, runner.num_host_blocks
     )
-    policy = make_policy(config)
-    scheduler = IterationScheduler(pool, policy, config.max_num_seqs, config.max_num_batched_tokens)
+    pool.host.copy_seconds = runner.measure_copy_seconds()
+    scheduler = IterationScheduler(
+        pool,
+        make_policy(config),
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        config.target_itl_ms / 1e3,
+    )
     eos = eos_token_ids(files.checkpoint)
     guides = GuideCompiler(files.tokenizer, eos, model.vocab_size)
     max_model_len = min(model.max_position, runner.num_blocks * config.block_size)

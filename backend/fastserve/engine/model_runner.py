@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from fastserve.checkpoints.kv_cache_scheme import KVScales
@@ -12,6 +14,8 @@ from fastserve.scheduling.sequence import StepPlan
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 DEFAULT_CPU_CACHE_BYTES = 1 << 30
+COPIED_BLOCKS = 32
+"""By which the time of a copy is measured."""
 GPU_MEMORY_SHARE = 0.9
 """The share of a GPU's memory that model and cache may fill; the rest is for activations."""
 
@@ -60,6 +64,20 @@ class ModelRunner:
         blocks = list(range(-(-3 // self.block_size)))
         for num_tokens, context_len in ((2, 2), (1, 3)):
             self._compute_zeros(num_tokens, context_len, blocks, self.kv_caches)
+
+    def measure_copy_seconds(self) -> float:
+        """Of one KV block to host memory or back, where no block holds anything yet; 0 without such memory."""
+        pairs = [
+            (number, number) for number in range(min(COPIED_BLOCKS, self.num_blocks, self.num_host_blocks))
+        ]
+        if not pairs:
+            return 0.0
+        self._host.copy(pairs, pairs)  # the first time, pages are taken from the system
+        start = time.perf_counter()
+        self._host.copy(pairs, pairs)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return (time.perf_counter() - start) / (2 * len(pairs))
 
     @torch.inference_mode()
     def probe(self) -> None:

@@ -98,4 +98,5 @@ class EngineReplica:
             num_running=stats.running,
             num_blocks=stats.kv_blocks_total,
             running_ranks=stats.running_ranks,
+            running_blocks=stats.running_blocks,
         )

@@ -63,9 +63,9 @@ class AdmissionQueue:
     released out of turn, however well it would fit.
 
     A request goes to a replica that has room: a slot for each of its `n` sequences, KV blocks for its prompt,
-    and tokens left in its next step. Among those it goes where the fewest tokens have to be computed before
-    its first one (what waits there to be computed, and what the prefix cache there does not hold), then where
-    the fewest run. If none has room, it takes the place of the sequence of the last rank that the policy
+    and tokens left in its next step. Among those, and others that lack such tokens but hold some of its
+    prompt, it goes where the fewest tokens have to be computed before its first one (what waits there to be
+    computed, and what the prefix cache there does not hold), then where the fewest run. If none has room, it takes the place of the sequence of the last rank that the policy
     allows it to preempt.
     """
 
@@ -256,7 +256,7 @@ class AdmissionQueue:
             number: demand for number, demand in demands.items() if self._replicas[number].has_room(demand)
         }
         if with_room:
-            best = self.choose(waiting, with_room)
+            best = self.choose(waiting, {**with_room, **self._with_prefix(demands)})
             return _Placement(best, demands[best])
         rank = self._policy.rank(waiting.view, now)
         worst: tuple[Rank, int, int] | None = None
@@ -266,6 +266,16 @@ class AdmissionQueue:
                 worst = (victim[0], number, victim[1])
         return None if worst is None else _Placement(worst[1], demands[worst[1]], worst[2])
 
+    def _with_prefix(self, demands: Mapping[int, Demand]) -> dict[int, Demand]:
+        """The replicas that have a place and some of the prompt: where others' prompts are computed first, it
+        may be cheaper to wait for that than to compute everything elsewhere."""
+        replicas = self._replicas
+        return {
+            number: demand
+            for number, demand in demands.items()
+            if demand.num_cached_tokens and replicas[number].has_place(demand)
+        }
+
     def choose(self, waiting: Waiting, with_room: Mapping[int, Demand]) -> int:
         """Of the replicas that have room, by number, the one that it runs on: that of the least cost."""
         return min(with_room, key=lambda number: self._cost(waiting, number, with_room[number]))
@@ -273,21 +283,22 @@ class AdmissionQueue:
     def _cost(self, waiting: Waiting, number: int, demand: Demand) -> tuple[int, int, int]:
         """Tokens to be computed before its first one, then the load; a preempted one goes where it was."""
         replica = self._replicas[number]
-        capacity = replica.capacity
-        before = max(0, -capacity.free_tokens) if capacity else 0
-        return (demand.num_tokens + before, int(number != waiting.replica), replica.load)
+        tokens_ahead = max(0, -replica.free_tokens)
+        return (demand.num_tokens + tokens_ahead, int(number != waiting.replica), replica.load)
 
     def _demand(self, waiting: Waiting, number: int) -> Demand:
         """What it takes of that replica."""
         block_size = self._capacity.block_size if self._capacity else 0
         num_tokens = waiting.view.num_tokens
         if waiting.replica is not None and waiting.replica == number:
-            return Demand(1, -(-num_tokens // block_size) if block_size else 0, num_tokens)
+            # Its blocks are there, as far as they have not been evicted: it lacks its last token.
+            return Demand(1, -(-num_tokens // block_size) if block_size else 0, 1)
         replica = self._replicas[number]
         num_cached = replica.prefixes.match(waiting.hashes)
         num_blocks = -(-num_tokens // block_size) - num_cached if block_size else 0
+        num_cached_tokens = num_cached * block_size
         return replica.clip(
-            Demand(waiting.num_slots, num_blocks, max(1, num_tokens - num_cached * block_size))
+            Demand(waiting.num_slots, num_blocks, max(1, num_tokens - num_cached_tokens), num_cached_tokens)
         )
 
     def hash_prompt(self, waiting: Waiting) -> None:

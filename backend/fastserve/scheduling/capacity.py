@@ -37,6 +37,8 @@ class ReplicaCapacity(Struct, frozen=True):
     """KV blocks in all."""
     running_ranks: list[tuple[float, ...]] = []
     """Of the running sequences that would be preempted first, in that order."""
+    running_blocks: list[int] = []
+    """What each of them would leave: KV blocks that nobody else uses, and those that are kept for it."""
 
 
 class Preempted(Struct, frozen=True, tag=True):

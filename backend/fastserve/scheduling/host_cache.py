@@ -17,6 +17,10 @@ class HostCache:
     def __init__(self, num_blocks: int) -> None:
         """0: nothing is kept."""
         self.num_blocks = num_blocks
+        self.copy_seconds = 0.0
+        """Measured, of one block in one direction; 0: not known."""
+        self.recompute_seconds = 0.0
+        """Measured, of computing the tokens of one block; 0: not known."""
         self._out: dict[int, int] = {}
         """Block here, block of the pool."""
         self._in: dict[int, int] = {}
@@ -51,9 +55,14 @@ class HostCache:
         self._out, self._in, self._held = {}, {}, set()
 
     def put(self, digest: bytes, block: int) -> None:
-        """Keeps the content of a block of the pool, which is about to be used for something else."""
+        """Keeps the content of a block of the pool, which is about to be used for something else.
+
+        Not if the tokens are computed again in less time than it takes to copy them out and back.
+        """
         if digest in self._blocks:
             self._blocks.move_to_end(digest)
+            return
+        if 0.0 < self.recompute_seconds < 2 * self.copy_seconds:
             return
         if not self._free and not self._evict():
             return

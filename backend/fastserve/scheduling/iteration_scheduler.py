@@ -7,9 +7,8 @@ A plan is made in three moves:
 
 1. Every running sequence gets the block that its next token needs. Where none is free, the sequence of the
    lowest rank is preempted: it waits again and its blocks are freed.
-2. Waiting sequences are admitted by rank and none out of turn, while there are a slot, blocks and a share of
-   the token budget for them. Where slots or blocks lack, running sequences are preempted for them, as far as
-   the policy allows.
+2. Waiting sequences are admitted by rank and none out of turn, while there are a slot and blocks for them.
+   Where those lack, running sequences are preempted for them, as far as the policy allows.
 3. The token budget is shared out: to each decode its one token, so that none stalls behind a long prompt,
    then to prompts in chunks, by rank.
 """
@@ -20,11 +19,11 @@ from collections import Counter
 
 from fastserve.scheduling.block_pool import BlockPool, private_root_hash
 from fastserve.scheduling.block_tables import RESERVED_TOKENS, BlockTables
-from fastserve.scheduling.policies.policy import Policy, Rank
-from fastserve.scheduling.preemption import PreemptionKind, preemption_kind
+from fastserve.scheduling.policies.policy import Policy
+from fastserve.scheduling.preemption import Preemption, PreemptionKind, preemption_kind
 from fastserve.scheduling.sequence import Sequence, StepPlan
 from fastserve.scheduling.service_counter import ServiceCounter
-from fastserve.scheduling.token_budget import order_of, reaches_budget, share_budget
+from fastserve.scheduling.token_budget import TokenBudget, order_of, share_budget
 from fastserve.scheduling.waiting_queue import WaitingQueue
 
 STEPS_UNDER_WAY = 2
@@ -45,9 +44,17 @@ class IterationScheduler:
     """
 
     def __init__(
-        self, pool: BlockPool, policy: Policy, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        pool: BlockPool,
+        policy: Policy,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        target_itl_seconds: float = 0.0,
     ) -> None:
-        """Raises ValueError for a token budget in which a full batch could not decode."""
+        """`target_itl_seconds`: see `TokenBudget`.
+
+        Raises ValueError for a token budget in which a full batch could not decode.
+        """
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"`max_num_batched_tokens`: got {max_num_batched_tokens}; allowed: at least `max_num_seqs`, "
@@ -59,6 +66,7 @@ class IterationScheduler:
         self._service = ServiceCounter(policy)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self._budget = TokenBudget(max_num_batched_tokens, target_itl_seconds)
         self.num_preemptions = 0
         self.num_prefix_cache_hit_tokens = 0
         """Prompt tokens that were not computed because the cache had them; resumes are not counted."""
@@ -71,9 +79,7 @@ class IterationScheduler:
         self._running: list[Sequence] = []
         """By rank, the lowest, which runs first, in front."""
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(policy)
-        self._num_away_blocks: dict[tuple[str, int], int] = {}
-        """Blocks that preempted sequences left behind and will want, by request and index."""
-        self._num_away_in_all = 0
+        self._preemption = Preemption(pool, self._tables, policy, max_num_seqs)
         self._waiting_siblings: dict[str, list[Sequence]] = {}
         """Sequences that wait for their request's sequence 0, by request."""
 
@@ -118,40 +124,26 @@ class IterationScheduler:
     @property
     def free_tokens(self) -> int:
         """What is left of the next step's token budget; below zero when prompts take more steps than one."""
-        claimed = sum(each.num_tokens - each.num_computed_tokens for each in self._running)
-        return self.max_num_batched_tokens - claimed
+        missing = [each.num_tokens - each.num_computed_tokens for each in self._running]
+        return self._budget.tokens(missing.count(1)) - sum(missing)
 
-    def lowest_ranks(self, count: int) -> list[Rank]:
-        """The ranks of the running sequences that would be preempted first, as far as service changes them.
+    def lowest_running(self, count: int) -> list[Sequence]:
+        """The running sequences that would be preempted first, by their ranks after the last step.
 
-        None are named while the policy would not preempt for the prompt of one step.
+        None while the policy would not preempt for the prompt of one step.
         """
-        if not self._may_preempt_for(self.pool.blocks_for(self.max_num_batched_tokens)):
+        if not self._preemption.is_allowed(self._running, self.pool.blocks_for(self.max_num_batched_tokens)):
             return []
         self._running.sort(key=order_of)
-        return [sequence.rank for sequence in self._running[: -count - 1 : -1]]
+        return self._running[: -count - 1 : -1]
 
-    def _may_preempt_for(self, num_blocks: int, num_own_away: int = 0) -> bool:
-        """Whether a running sequence may make way for one of so many blocks: unless the policy does it at any
-        cost, only while the blocks of all that run or were preempted find room, in host memory too.
-
-        `num_own_away`: of the blocks that were left behind, those that are its own, and come back with it.
-        """
-        if self.policy.preempts_at_a_loss:
-            return True
-        pool = self.pool
-        num_away = self._num_away_in_all - num_own_away
-        free = pool.num_blocks + pool.host.num_blocks - pool.num_used - num_away - num_blocks
-        return free >= self._most_reserved or free >= sum(map(self._tables.reserved_blocks, self._running))
-
-    @property
-    def _most_reserved(self) -> int:
-        """Not less than the blocks that are reserved for all running sequences."""
-        return self.num_running * (RESERVED_TOKENS // self.pool.block_size + 2)
+    def blocks_left_by(self, sequence: Sequence) -> int:
+        """KV blocks that are free, and reserved for nobody, once a running sequence is preempted."""
+        return self._preemption.blocks_left_by(sequence, RESERVED_TOKENS + STEPS_UNDER_WAY)
 
     def forget(self, uid: str, index: int) -> None:
         """A sequence that was handed back by `take_waiting` will not be added again."""
-        self._num_away_in_all -= self._num_away_blocks.pop((uid, index), 0)
+        self._preemption.forget(uid, index)
 
     def add(self, sequence: Sequence, now: float) -> None:
         """Takes a sequence in, new or taken out by `take_waiting`, to run when its turn comes.
@@ -235,7 +227,7 @@ class IterationScheduler:
         self._admit(now, preempted)
         host = self.pool.host
         self.num_swapped_blocks += len(host.copies_in)
-        scheduled = share_budget(self._running, self.max_num_batched_tokens)
+        scheduled = share_budget(self._running, self._budget)
         return StepPlan(scheduled, preempted, host.copies_out, host.copies_in)
 
     def mark_computed(self, plan: StepPlan, now: float, num_steps: int = 1) -> None:
@@ -263,6 +255,11 @@ class IterationScheduler:
             is_leader = sequence.index == 0 and sequence.request.uid in self._waiting_siblings
             if is_leader and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
                 self._release_waiting_siblings(sequence.request.uid, now)
+
+    def observe(self, plan: StepPlan, seconds: float, num_steps: int = 1) -> None:
+        """Learns how long a plan took to compute, or each of so many like it. Before `mark_computed`."""
+        self._budget.observe(plan.num_prompt_tokens, seconds, num_steps)
+        self.pool.host.recompute_seconds = self.pool.block_size * self._budget.prompt_token_seconds
 
     def check(self) -> None:
         """Raises SchedulerError unless each sequence is in one queue or in the batch, and BlockPoolError
@@ -304,9 +301,6 @@ class IterationScheduler:
         """
         while (sequence := self._waiting.peek(now)) is not None and sequence not in preempted:
             sequence.rank = self.policy.rank(sequence.view, now)
-            staying = self._running[: self.max_num_seqs - 1]  # in a full batch, the last would make way
-            if not reaches_budget(sequence, staying, self.max_num_batched_tokens):
-                break
             candidates = self._take_blocks(sequence, now)
             if candidates is None:
                 break
@@ -320,11 +314,11 @@ class IterationScheduler:
         other half-way.
         """
         # Its last token is always computed, in a block of its own.
-        if self._preemption_candidates(sequence, 1) is None:
+        if self._preemption.candidates(self._running, sequence, 1) is None:
             return None
         cached = self._tables.match_prefix(sequence)
         missing = self.pool.blocks_for(sequence.num_tokens) - len(cached)
-        candidates = self._preemption_candidates(sequence, missing)
+        candidates = self._preemption.candidates(self._running, sequence, missing)
         if candidates is None:
             self.pool.free(cached)
             return None
@@ -348,37 +342,9 @@ class IterationScheduler:
         self._running.sort(key=order_of)
         return candidates
 
-    def _preemption_candidates(self, sequence: Sequence, num_blocks: int) -> list[Sequence] | None:
-        """The lowest running sequences that must leave before `sequence` has a slot and so many blocks.
-
-        None if those that it may preempt do not suffice: then none of them should leave. Blocks are kept for
-        the next tokens of the others alone: those that it may preempt leave when they lack a block.
-        """
-        candidates: list[Sequence] = []
-        num_staying, free = self.num_running, self.pool.num_free
-        if num_staying < self.max_num_seqs and free >= num_blocks + self._most_reserved:
-            return candidates
-        num_own_away = self._num_away_blocks.get((sequence.request.uid, sequence.index), 0)
-        may = self._may_preempt_for(num_blocks, num_own_away)
-        may_preempt = [may and self.policy.preempts(sequence.rank, each.rank) for each in self._running]
-        needed = num_blocks
-        for each, leaves in zip(self._running, may_preempt, strict=True):
-            needed += 0 if leaves else self._tables.reserved_blocks(each)
-        dropped: Counter[int] = Counter()
-        while free < needed or num_staying >= self.max_num_seqs:
-            num_staying -= 1
-            if num_staying < 0 or not may_preempt[num_staying]:
-                return None
-            candidate = self._running[num_staying]
-            candidates.append(candidate)
-            dropped.update(candidate.block_table)
-            free += sum(dropped[block] == self.pool.ref_count(block) for block in candidate.block_table)
-        return candidates
-
     def _preempt(self, sequence: Sequence, now: float) -> Sequence:
         self._tables.retain(sequence)
-        self._num_away_blocks[sequence.request.uid, sequence.index] = len(sequence.block_table)
-        self._num_away_in_all += len(sequence.block_table)
+        self._preemption.leave(sequence)
         self._leave_batch(sequence, retain=True)
         sequence.view.waiting_since = now
         sequence.view.num_tokens = sequence.num_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastserve.scheduling.capacity import ReplicaCapacity
 from fastserve.scheduling.policies.policy import Policy, Rank
@@ -21,6 +21,8 @@ class Demand:
     num_blocks: int
     num_tokens: int
     """To be computed before its first token."""
+    num_cached_tokens: int = 0
+    """Found in the replica's prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +92,21 @@ class Replica:
     def clip(self, demand: Demand) -> Demand:
         """A request with more sequences than the replica has slots takes all of them."""
         num_slots = min(demand.num_slots, max(1, self._max_slots))
-        return Demand(num_slots, demand.num_blocks, demand.num_tokens)
+        return replace(demand, num_slots=num_slots)
+
+    @property
+    def free_tokens(self) -> int:
+        """What nobody has claimed of the next step's token budget; below zero when prompts wait for later
+        steps."""
+        claimed = sum(each.demand.num_tokens for each in self._in_flight)
+        return (self.capacity.free_tokens if self.capacity else 0) - claimed
 
     def has_room(self, demand: Demand) -> bool:
-        """Whether slots, blocks and tokens are free that nobody on the way will take.
+        """Whether slots, blocks and tokens are free that nobody on the way will take."""
+        return self.has_place(demand) and (self.load == 0 or self.free_tokens > 0)
+
+    def has_place(self, demand: Demand) -> bool:
+        """Whether slots and blocks are free that nobody on the way will take.
 
         An empty replica has room for everything: what is too long for its cache was refused before.
         """
@@ -103,19 +116,28 @@ class Replica:
         if self.load == 0:
             return True
         free_blocks = capacity.free_blocks - sum(each.demand.num_blocks for each in self._in_flight)
-        free_tokens = capacity.free_tokens - sum(each.demand.num_tokens for each in self._in_flight)
-        return free_blocks >= demand.num_blocks and free_tokens > 0
+        return free_blocks >= demand.num_blocks
 
     def victim(self, demand: Demand, rank: Rank, policy: Policy) -> tuple[Rank, int] | None:
-        """The best rank that a request of `rank` would preempt here, and how many slots it would take.
+        """The best rank that a request of `rank` would preempt here, and how many sequences make way for it.
 
-        None if that is not allowed, or not known: those that others on the way preempt are theirs.
+        None if that is not allowed, or not known: those that others on the way preempt are theirs. Where more
+        run than are known, and all of those make way, the replica may find blocks with the others.
         """
-        if self.capacity is None:
+        capacity = self.capacity
+        if capacity is None:
             return None
+        ranks, blocks = capacity.running_ranks, capacity.running_blocks
+        first = sum(each.num_preempted for each in self._in_flight)
         num_preempted = max(1, demand.num_slots - max(0, self.free_slots))
-        last = sum(each.num_preempted for each in self._in_flight) + num_preempted - 1
-        if last >= len(self.capacity.running_ranks):
+        taken = demand.num_blocks + sum(each.demand.num_blocks for each in self._in_flight)
+        while sum(blocks[: first + num_preempted]) + capacity.free_blocks < taken:
+            if first + num_preempted >= len(ranks):
+                if len(ranks) == capacity.num_running:
+                    return None
+                break
+            num_preempted += 1
+        last = first + num_preempted - 1
+        if last >= len(ranks):
             return None
-        running = self.capacity.running_ranks[last]
-        return (running, num_preempted) if policy.preempts(rank, running) else None
+        return (ranks[last], num_preempted) if policy.preempts(rank, ranks[last]) else None

@@ -104,3 +104,12 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens that the step computes, over all sequences."""
         return sum(item.num_tokens for item in self.scheduled)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Those that are no decodes: of prompts, and of sequences that are computed again."""
+        return sum(
+            item.num_tokens
+            for item in self.scheduled
+            if item.sequence.num_tokens - item.sequence.num_computed_tokens > 1
+        )

@@ -19,6 +19,8 @@ class SimulationSettings:
     num_replicas: int = 1
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
+    target_itl_seconds: float = 0.0
+    """See `TokenBudget`; 0: no target."""
     block_size: int = 16
     """Tokens in a KV block."""
     num_blocks: int = 1 << 14

@@ -48,7 +48,9 @@ class SimulatedReplica:
             policy,
             settings.max_num_seqs,
             settings.max_num_batched_tokens,
+            settings.target_itl_seconds,
         )
+        self.scheduler.pool.host.copy_seconds = settings.block_copy_seconds
         self.num_computed_tokens = 0
         self.busy_seconds = 0.0
         self.block_seconds = 0.0
@@ -78,6 +80,7 @@ class SimulatedReplica:
     def capacity(self) -> ReplicaCapacity:
         """What it could take, between two steps."""
         scheduler = self.scheduler
+        lowest = scheduler.lowest_running(self._settings.max_num_seqs)
         self._reported_slots = scheduler.free_slots
         return ReplicaCapacity(
             incarnation="simulated",
@@ -88,7 +91,8 @@ class SimulatedReplica:
             free_tokens=scheduler.free_tokens,
             num_running=scheduler.num_running,
             num_blocks=self._settings.num_blocks,
-            running_ranks=scheduler.lowest_ranks(self._settings.max_num_seqs),
+            running_ranks=[sequence.rank for sequence in lowest],
+            running_blocks=[scheduler.blocks_left_by(sequence) for sequence in lowest],
         )
 
     def start(self, now: float, somebody_waits: bool, has_free_slot: bool) -> list[SimulatedSequence]:
@@ -125,6 +129,7 @@ class SimulatedReplica:
         self.run = None
         self.version += 1
         self.busy_seconds += now - run.start
+        self.scheduler.observe(run.plan, (now - run.start) / num_steps, num_steps)
         sampled = [
             cast("SimulatedSequence", item.sequence) for item in run.plan.scheduled if item.is_last_chunk
         ]

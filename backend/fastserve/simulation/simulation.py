@@ -53,13 +53,15 @@ class Simulation:
         *,
         is_clairvoyant: bool = False,
         max_tokens: int | None = None,
+        length_hints: Sequence[int] | None = None,
         jumps: bool = True,
         on_end: Callable[[int], None] = lambda count: None,
     ) -> None:
         """`make_policy`: called for the queue and for each replica.
 
         `is_clairvoyant`: the policy is told the true lengths of answers; else `max_tokens` (None: the longest
-        answer of the workload), as a client would ask for. `jumps`: take many steps at once where nothing
+        answer of the workload), as a client would ask for. `length_hints`: what each request says of its
+        answer's length; None: nothing. `jumps`: take many steps at once where nothing
         changes. `on_end`: called with the number of requests that have ended, every now and then.
 
         Raises ValueError for a request that a replica's cache cannot hold, or an empty workload.
@@ -70,6 +72,7 @@ class Simulation:
         self._settings = settings
         self._is_clairvoyant = is_clairvoyant
         self._max_tokens = max_tokens or max(each.num_output_tokens for each in arrivals)
+        self._length_hints = length_hints
         self._jumps = jumps
         self._on_end = on_end
         max_request_tokens = max(each.num_prompt_tokens + each.num_output_tokens for each in arrivals)
@@ -340,6 +343,7 @@ class Simulation:
             tenant=arrival.tenant,
             arrival=arrival.time,
             deadline=None,
+            expected_output_tokens=self._length_hints[number] if self._length_hints else None,
         )
 
     def _arm_timer(self) -> None:

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from fastserve.workload.arrival import Arrival
 
 T = TypeVar("T")
-PRIORITY_STREAM, TENANT_STREAM = 1, 2
-"""Priorities and tenants of one seed are drawn independently of one another."""
+PRIORITY_STREAM, TENANT_STREAM, HINT_STREAM = 1, 2, 3
+"""Priorities, tenants and hints of one seed are drawn independently of one another."""
 
 
 def mean_rate(arrivals: Sequence[Arrival]) -> float:
@@ -102,6 +102,16 @@ def draw_tenants(arrivals: Sequence[Arrival], shares: Mapping[str, float], seed:
     """Tenants drawn as `draw_priorities` draws."""
     drawn = _draw(len(arrivals), shares, [seed, TENANT_STREAM])
     return [replace(arrival, tenant=each) for arrival, each in zip(arrivals, drawn, strict=True)]
+
+
+def draw_length_hints(arrivals: Sequence[Arrival], sigma: float, max_tokens: int, seed: int) -> list[int]:
+    """Forecasts of the answers' lengths, from 1 to `max_tokens`: the true ones times log-normal factors of
+    median 1, whose logarithm has the standard deviation `sigma`. Raises ValueError for one below 0."""
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"`sigma`: got {sigma}; allowed: 0 or more")
+    factors = np.random.default_rng([seed, HINT_STREAM]).lognormal(0.0, sigma, len(arrivals))
+    hints = [each.num_output_tokens * factor for each, factor in zip(arrivals, factors, strict=True)]
+    return [min(max_tokens, max(1, round(hint))) for hint in hints]
 
 
 def _draw(count: int, shares: Mapping[T, float], seed: list[int]) -> list[T]:
