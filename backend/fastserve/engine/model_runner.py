@@ -66,10 +66,9 @@ class ModelRunner:
             self._compute_zeros(num_tokens, context_len, blocks, self.kv_caches)
 
     def measure_copy_seconds(self) -> float:
-        """Of one KV block to host memory or back, where no block holds anything yet; 0 without such memory."""
-        pairs = [
-            (number, number) for number in range(min(COPIED_BLOCKS, self.num_blocks, self.num_host_blocks))
-        ]
+        """Of one KV block to host memory or back; 0 without such memory. Blocks must hold nothing yet."""
+        num_blocks = min(COPIED_BLOCKS, self.num_blocks, self.num_host_blocks)
+        pairs = [(number, number) for number in range(num_blocks)]
         if not pairs:
             return 0.0
         self._host.copy(pairs, pairs)  # the first time, pages are taken from the system

@@ -65,8 +65,8 @@ class AdmissionQueue:
     A request goes to a replica that has room: a slot for each of its `n` sequences, KV blocks for its prompt,
     and tokens left in its next step. Among those, and others that lack such tokens but hold some of its
     prompt, it goes where the fewest tokens have to be computed before its first one (what waits there to be
-    computed, and what the prefix cache there does not hold), then where the fewest run. If none has room, it takes the place of the sequence of the last rank that the policy
-    allows it to preempt.
+    computed, and what the prefix cache there does not hold), then where the fewest run. If none has room, it
+    takes the place of the sequence of the last rank that the policy allows it to preempt.
     """
 
     def __init__(

@@ -82,8 +82,8 @@ class Preemption:
         return candidates
 
     def is_allowed(self, running: list[Sequence], num_blocks: int, num_own: int = 0) -> bool:
-        """Whether any of `running` may make way for so many blocks: unless the policy does it at any cost, only
-        while the blocks of all that run or were preempted find room, in host memory too.
+        """Whether any of `running` may make way for so many blocks: unless the policy does it at any cost,
+        only while the blocks of all that run or were preempted find room, in host memory too.
 
         `num_own`: of the blocks that were left behind, the newcomer's, which come back with it.
         """
