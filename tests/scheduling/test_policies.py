@@ -258,6 +258,19 @@ def test_mlfq_starvation_is_counted_from_when_it_last_ran() -> None:
     assert policy.next_change(view, 200.0) is None
 
 
+def test_mlfq_one_that_lost_its_blocks_comes_back_before_newcomers() -> None:
+    policy, view = MLFQ(**HALVES), a_view(num_prompt_tokens=300)
+    policy.on_enqueue(view, 0.0)
+    policy.on_service(view, 300, 200, 1.0)
+    newcomer = a_view(arrival=1.0)
+    assert policy.rank(newcomer, 1.0) < policy.rank(view, 1.0)
+    policy.on_evict(view, 1.0)
+    assert policy.rank(view, 1.0) < policy.rank(newcomer, 1.0)
+    assert policy.rank(a_view(priority=1), 1.0) < policy.rank(view, 1.0)
+    policy.on_service(view, 0, 1, 2.0)
+    assert policy.rank(view, 2.0) == policy.rank(newcomer, 2.0)
+
+
 def hinted(policy: MLFQ, expected: int, served: int = 0, **fields: Any) -> float:
     """The level of a request whose prompt is one token and whose hint is `expected`."""
     view = a_view(expected_output_tokens=expected, has_length_hint=True, **fields)
@@ -366,11 +379,15 @@ def test_fair_when_nobody_waits_the_last_counter_is_what_counts() -> None:
     assert counter(policy, "idle") == 1000 * OUTPUT_TOKEN_COST
 
 
-def test_fair_of_the_starved_all_count_as_of_the_highest_class() -> None:
+def test_fair_the_starved_go_first_and_take_nobodys_place() -> None:
     policy = Fair(starvation_seconds=60.0)
-    view = a_view(priority=-10, tenant="a")
-    assert policy.rank(view, 59.9)[0] == 10
-    assert policy.rank(view, 60.0)[0] == -10
+    starved, urgent = a_view(priority=-10, tenant="a"), a_view(arrival=50.0, priority=10, tenant="b")
+    assert policy.rank(urgent, 59.9) < policy.rank(starved, 59.9)
+    assert policy.preempts(policy.rank(urgent, 59.9), policy.rank(starved, 59.9))
+    assert policy.rank(starved, 60.0) < policy.rank(urgent, 60.0)
+    for one, other in ((starved, urgent), (urgent, starved)):
+        assert not policy.preempts(policy.rank(one, 60.0), policy.rank(other, 60.0))
+    assert policy.next_change(starved, 59.9) == 60.0
 
 
 def test_fair_forgets_the_idle_but_neither_who_joins_nor_who_waits() -> None:
@@ -498,12 +515,6 @@ class make(Policy):
         ConfigError, match=r"make gives no tuple of finite numbers as the rank of .* 2147483647: "
     ):
         make_policy(msgspec.structs.replace(own_policy(tmp_path, source), priority_range=(0, 2**31 - 1)))
-
-
-def test_under_fair_a_starved_request_is_of_the_highest_class_of_the_operators_range() -> None:
-    fair = make_policy(Config(policy="fair", priority_range=(0, 99), starvation_seconds=5.0))
-    starved, urgent = a_view("starved", priority=0), a_view("urgent", priority=99)
-    assert fair.rank(starved, 5.0)[0] == fair.rank(urgent, 0.0)[0]
 
 
 def test_a_policy_that_does_not_rank_is_refused(tmp_path: Path) -> None:

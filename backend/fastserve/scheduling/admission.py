@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from fastserve.config import Config
 from fastserve.errors import ErrorCode, RequestError, prompt_too_long
+from fastserve.scheduling.block_tables import tokens_to_reserve
 from fastserve.scheduling.capacity import (
     EngineCapacity,
     Event,
@@ -289,16 +290,24 @@ class AdmissionQueue:
     def _demand(self, waiting: Waiting, number: int) -> Demand:
         """What it takes of that replica."""
         block_size = self._capacity.block_size if self._capacity else 0
-        num_tokens = waiting.view.num_tokens
+        num_tokens, num_blocks, num_reserved = waiting.view.num_tokens, 0, 0
+        if block_size:
+            num_blocks = -(-num_tokens // block_size)
+            end = num_tokens + tokens_to_reserve(waiting.view, num_tokens)
+            num_reserved = (-(-end // block_size) - num_blocks) * waiting.num_slots
         if waiting.replica is not None and waiting.replica == number:
             # Its blocks are there, as far as they have not been evicted: it lacks its last token.
-            return Demand(1, -(-num_tokens // block_size) if block_size else 0, 1)
+            return Demand(1, num_blocks, 1, num_reserved_blocks=num_reserved)
         replica = self._replicas[number]
         num_cached = replica.prefixes.match(waiting.hashes)
-        num_blocks = -(-num_tokens // block_size) - num_cached if block_size else 0
-        num_cached_tokens = num_cached * block_size
         return replica.clip(
-            Demand(waiting.num_slots, num_blocks, max(1, num_tokens - num_cached_tokens), num_cached_tokens)
+            Demand(
+                waiting.num_slots,
+                num_blocks - num_cached,
+                max(1, num_tokens - num_cached * block_size),
+                num_cached * block_size,
+                num_reserved,
+            )
         )
 
     def hash_prompt(self, waiting: Waiting) -> None:

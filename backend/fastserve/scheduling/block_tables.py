@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.sequence import Sequence, Tail
+from fastserve.types import RequestView
 
-RESERVED_TOKENS = 128
+RESERVED_TOKENS = 160
 """Room for so many more tokens of each running sequence is left free when another is admitted.
 
 Without it admission fills the cache to its last block, and the next decode preempts the newcomer.
 """
+
+
+def tokens_to_reserve(view: RequestView, num_tokens: int, tokens_ahead: int = RESERVED_TOKENS) -> int:
+    """Of the next tokens of a sequence that has so many, those for which room is left while it runs."""
+    left = view.num_prompt_tokens + view.expected_output_tokens - num_tokens
+    return max(0, min(left, tokens_ahead))
 
 
 class CacheTooSmallError(Exception):
@@ -85,10 +92,8 @@ class BlockTables:
 
     def reserved_blocks(self, sequence: Sequence, tokens_ahead: int = RESERVED_TOKENS) -> int:
         """Blocks to be kept free for the next tokens of a running sequence."""
-        num_tokens, view = sequence.num_tokens, sequence.view
-        left = view.num_prompt_tokens + view.expected_output_tokens - num_tokens
-        if left > 0:
-            num_tokens += left if left < tokens_ahead else tokens_ahead
+        num_tokens = sequence.num_tokens
+        num_tokens += tokens_to_reserve(sequence.view, num_tokens, tokens_ahead)
         missing = -(-num_tokens // self._pool.block_size) - len(sequence.block_table)
         return missing if missing > 0 else 0
 

@@ -5,8 +5,8 @@
 
 A plan is made in three moves:
 
-1. Every running sequence gets the block that its next token needs. Where none is free, the sequence of the
-   lowest rank is preempted: it waits again and its blocks are freed.
+1. Every running sequence gets the block that its next token needs. Where none is free, the last by rank is
+   preempted, or a shorter one that the policy does not spare: it waits again, and its blocks are freed.
 2. Waiting sequences are admitted by rank and none out of turn, while there are a slot and blocks for them.
    Where those lack, running sequences are preempted for them, as far as the policy allows.
 3. The token budget is shared out: to each decode its one token, so that none stalls behind a long prompt,
@@ -290,7 +290,10 @@ class IterationScheduler:
                 sequence.block_table += pool.allocate(missing)
                 index += 1
             else:
-                preempted.append(self._preempt(self._running[-1], now))
+                victim = self._preemption.victim_for_blocks(self._running)
+                index -= self._running.index(victim) < index
+                self.policy.on_evict(victim.view, now)
+                preempted.append(self._preempt(victim, now))
         return preempted
 
     def _admit(self, now: float, preempted: list[Sequence]) -> None:

@@ -81,6 +81,13 @@ class Preemption:
             free += sum(dropped[block] == self._pool.ref_count(block) for block in candidate.block_table)
         return candidates
 
+    def victim_for_blocks(self, running: list[Sequence]) -> Sequence:
+        """The one of `running`, which is by rank, that makes way where a block lacks: of the last and those
+        that the policy does not spare, the one of which the least would be computed again."""
+        last = running[-1].rank
+        candidates = [each for each in reversed(running) if not self._policy.spares(each.rank, last)]
+        return min(candidates, key=lambda each: each.num_computed_tokens)
+
     def is_allowed(self, running: list[Sequence], num_blocks: int, num_own: int = 0) -> bool:
         """Whether any of `running` may make way for so many blocks: unless the policy does it at any cost,
         only while the blocks of all that run or were preempted find room, in host memory too.

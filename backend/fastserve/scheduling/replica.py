@@ -23,6 +23,8 @@ class Demand:
     """To be computed before its first token."""
     num_cached_tokens: int = 0
     """Found in the replica's prefix cache."""
+    num_reserved_blocks: int = 0
+    """Kept for its next tokens once it runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,11 @@ class Replica:
         claimed = sum(each.demand.num_tokens for each in self._in_flight)
         return (self.capacity.free_tokens if self.capacity else 0) - claimed
 
+    @property
+    def _claimed_blocks(self) -> int:
+        demands = [each.demand for each in self._in_flight]
+        return sum(each.num_blocks + each.num_reserved_blocks for each in demands)
+
     def has_room(self, demand: Demand) -> bool:
         """Whether slots, blocks and tokens are free that nobody on the way will take."""
         return self.has_place(demand) and (self.load == 0 or self.free_tokens > 0)
@@ -115,8 +122,7 @@ class Replica:
             return False
         if self.load == 0:
             return True
-        free_blocks = capacity.free_blocks - sum(each.demand.num_blocks for each in self._in_flight)
-        return free_blocks >= demand.num_blocks
+        return capacity.free_blocks - self._claimed_blocks >= demand.num_blocks
 
     def victim(self, demand: Demand, rank: Rank, policy: Policy) -> tuple[Rank, int] | None:
         """The best rank that a request of `rank` would preempt here, and how many sequences make way for it.
@@ -130,7 +136,7 @@ class Replica:
         ranks, blocks = capacity.running_ranks, capacity.running_blocks
         first = sum(each.num_preempted for each in self._in_flight)
         num_preempted = max(1, demand.num_slots - max(0, self.free_slots))
-        taken = demand.num_blocks + sum(each.demand.num_blocks for each in self._in_flight)
+        taken = demand.num_blocks + self._claimed_blocks
         while sum(blocks[: first + num_preempted]) + capacity.free_blocks < taken:
             if first + num_preempted >= len(ranks):
                 if len(ranks) == capacity.num_running:

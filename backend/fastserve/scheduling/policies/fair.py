@@ -28,34 +28,34 @@ class Fair(Policy):
     the longest prompt and M the tokens that the batch can hold: their service differs by at most
     2 * max(PROMPT_TOKEN_COST * L, OUTPUT_TOKEN_COST * M).
 
-    Starvation: `starvation_seconds` after its arrival a request counts as of the highest class, where the
-    counters share out again: age does not help a tenant against another of its class.
+    Starvation: `starvation_seconds` after its arrival a request goes before all that have not starved,
+    whatever their class. Among the starved the counters share out again: age does not help a tenant against
+    another. It takes the next place that is free, nobody's: where all have starved, they would trade places.
     """
 
     def __init__(
         self,
         weights: Mapping[str, float] | None = None,
         starvation_seconds: float = 600.0,
-        highest_priority: int = 10,
     ) -> None:
         """`weights`: by tenant, above 0; 1 where none is given."""
         self._weights = dict(weights or {})
         self._starvation_seconds = starvation_seconds
-        self._highest_priority = highest_priority
         self._counters: dict[str, float] = {}
         self._num_waiting: Counter[str] = Counter()
         self._last_tenant = ""
         """The one that was the last to wait: when nobody does, its counter is what others are lifted to."""
 
     def rank(self, view: RequestView, now: float) -> Rank:
-        """(-class, counter of its tenant)"""
-        starved = now >= view.arrival + self._starvation_seconds
-        priority = self._highest_priority if starved else view.priority
-        return (-priority, self._counters.get(view.tenant, 0.0))
+        """(1, -class, counter of its tenant); of the starved (0, 0, counter)."""
+        counter = self._counters.get(view.tenant, 0.0)
+        if now >= view.arrival + self._starvation_seconds:
+            return (0.0, 0.0, counter)
+        return (1.0, -view.priority, counter)
 
     def preempts(self, rank: Rank, running: Rank) -> bool:
-        """Only a higher class."""
-        return rank[0] < running[0]
+        """Only a higher class, none of the two having starved."""
+        return rank[0] == running[0] and rank[1] < running[1]
 
     def group(self, view: RequestView) -> Hashable:
         """Its class and tenant."""
@@ -98,7 +98,7 @@ class Fair(Policy):
         return None
 
     def next_change(self, view: RequestView, now: float) -> float | None:
-        """When it will have starved, and may preempt."""
+        """When it will have starved."""
         starving = view.arrival + self._starvation_seconds
         return starving if starving > now else None
 

@@ -9,6 +9,9 @@ from typing import ClassVar
 from fastserve.scheduling.policies.policy import Policy, Rank
 from fastserve.types import RequestView
 
+EVICTED_LEVEL = -99.0
+"""Before all levels, hinted ones too, until it runs again."""
+
 
 @dataclass(frozen=True)
 class MLFQ(Policy):
@@ -18,10 +21,12 @@ class MLFQ(Policy):
     grants `quantum * growth**i`. A request joins at the first level whose quantum covers its prompt, skipping
     those that it would only fall through. When its quantum is used up it goes down a level. The lowest level
     runs first, in order of arrival; a running request is preempted by one of a lower level, never by its
-    like. State: (level, service had at that level).
+    like. State: (level, service had at that level), with a third element after an eviction.
 
     A request with a length hint ranks by what it is expected to need yet: at the level, fractions included,
     whose quantum is just that. One that outlives its hint goes on as if it had had none.
+
+    One that is preempted because KV blocks lack comes back first, and starts again at level 0.
 
     The numbers are what `fastserve simulate` found best (`docs/scheduling.md`).
 
@@ -42,11 +47,17 @@ class MLFQ(Policy):
         """(1, -priority, level); of the starved (0, since when they wait), before them whoever has a turn."""
         if self._is_starved(view, now):
             return (0.0, view.waiting_since or 0.0, 0.0)
-        level = self._state(view)[0]
+        level, _, *is_evicted = self._state(view)
         if level < 0.0:
             return (-1.0, 0.0, 0.0)
+        if is_evicted:
+            return (1.0, -view.priority, EVICTED_LEVEL)
         expected = self._expected_service(view)
         return (1.0, -view.priority, level if expected is None else self._level_of(expected))
+
+    def spares(self, rank: Rank, last: Rank) -> bool:
+        """Only a higher class, or one that has its turn: a level is not worth what a long request loses."""
+        return rank[:2] < last[:2]
 
     def on_enqueue(self, view: RequestView, now: float) -> None:
         """A new request gets its level."""
@@ -57,11 +68,16 @@ class MLFQ(Policy):
         if self._is_starved(view, now):
             view.state = (-1.0 - self._first_level(view), 0.0)
 
+    def on_evict(self, view: RequestView, now: float) -> None:
+        """Comes back before all newcomers of its class, for behind them it would lose its blocks for certain,
+        and starts again at level 0."""
+        view.state = (0.0, 0.0, 1.0)
+
     def on_service(
         self, view: RequestView, num_prompt_tokens: int, num_output_tokens: int, now: float
     ) -> bool:
         """Goes down a level when the quantum is used up."""
-        level, service = self._state(view)
+        level, service = self._state(view)[:2]
         service += num_prompt_tokens * self.prompt_token_cost + num_output_tokens
         if service < self._quantum(level) or level == self.num_levels - 1:
             view.state = (level, service)
@@ -74,7 +90,7 @@ class MLFQ(Policy):
         expected = self._expected_service(view)
         until_hint = math.inf if expected is None else view.num_prompt_tokens + view.expected_output_tokens
         until_hint -= view.num_served_tokens
-        level, service = self._state(view)
+        level, service = self._state(view)[:2]
         until_level = math.inf if level == self.num_levels - 1 else self._quantum(level) - service
         least = min(until_hint, until_level)
         return None if least == math.inf else max(1, math.ceil(least))

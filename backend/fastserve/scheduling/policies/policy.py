@@ -41,6 +41,14 @@ class Policy:
         """
         return rank < running
 
+    def spares(self, rank: Rank, last: Rank) -> bool:
+        """Whether, where KV blocks lack, the last of the batch makes way and not a running request of `rank`
+        even if less of that one would have to be computed again.
+
+        By default if the one of `rank` could preempt the last.
+        """
+        return self.preempts(rank, last)
+
     def on_enqueue(self, view: RequestView, now: float) -> None:
         """The request joins the queue: it has come, or was preempted."""
 
@@ -49,6 +57,12 @@ class Policy:
 
     def on_abandon(self, view: RequestView) -> None:
         """The request leaves the queue and will not run: it was cancelled, or its time is over."""
+
+    def on_evict(self, view: RequestView, now: float) -> None:
+        """A running request is preempted because KV blocks ran out, not for the sake of another.
+
+        What was computed of it is lost unless it runs again soon. It joins the queue then.
+        """
 
     def on_service(
         self, view: RequestView, num_prompt_tokens: int, num_output_tokens: int, now: float

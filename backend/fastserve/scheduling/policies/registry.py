@@ -27,9 +27,7 @@ POLICIES: dict[str, Callable[[Config], Policy]] = {
     "fcfs": lambda config: FCFS(),
     "mlfq": lambda config: MLFQ(starvation_seconds=config.starvation_seconds),
     "hrrn": lambda config: HRRN(),
-    "fair": lambda config: Fair(
-        config.tenant_weights, config.starvation_seconds, highest_priority=config.priority_range[1]
-    ),
+    "fair": lambda config: Fair(config.tenant_weights, config.starvation_seconds),
 }
 """The policies that have a name of their own: what makes each from the settings."""
 
