@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
+import numpy as np
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
+
 from fastserve.benchmark.job import Job
 from fastserve_client import Client
-
-TargetName = Literal["in-process", "grpc", "http"]
+from fastserve_client.errors import server_error
 
 
 class Target(Protocol):
@@ -40,6 +44,40 @@ class ServerTarget:
         )
         for chunk in chunks:
             yield chunk.num_output_tokens
+
+    def close(self) -> None:
+        """Closes the client."""
+        self._client.close()
+
+
+class InferTarget:
+    """A running server's `fastserve_infer`, through Triton server's own client: one response a request.
+
+    A first token is seen with the last one: times to first token are on the server's metrics page.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._client = grpcclient.InferenceServerClient(url)
+
+    def stream(self, job: Job) -> Iterator[int]:
+        """Yields the number of all tokens, once. Raises FastServeError."""
+        sampling = {"temperature": 0, "max_tokens": job.max_tokens, "ignore_eos": True}
+        values: list[tuple[str, str, Any]] = [
+            ("prompt_token_ids", "INT64", np.array(job.prompt_token_ids, dtype=np.int64)),
+            ("priority", "INT32", np.array([job.priority], dtype=np.int32)),
+            ("tenant", "BYTES", np.array([job.tenant], dtype=np.object_)),
+            ("sampling_parameters", "BYTES", np.array([json.dumps(sampling)], dtype=np.object_)),
+            ("return_num_output_tokens", "BOOL", np.array([True])),
+        ]
+        inputs = []
+        for name, datatype, value in values:
+            inputs.append(grpcclient.InferInput(name, list(value.shape), datatype))
+            inputs[-1].set_data_from_numpy(value)
+        try:
+            result = self._client.infer("fastserve_infer", inputs)
+        except InferenceServerException as error:
+            raise server_error(error.message()) from error
+        yield int(result.as_numpy("num_output_tokens")[0])
 
     def close(self) -> None:
         """Closes the client."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastserve.atomic_write import WriteError
-from fastserve.benchmark.targets import InProcessTarget, ServerTarget, Target
+from fastserve.benchmark.targets import InferTarget, InProcessTarget, ServerTarget, Target
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.commands import closed_loop, open_loop
 from fastserve.commands.workload_options import (
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         nargs="+",
-        choices=("grpc", "http", "in-process"),
-        help="measured in turn (default: grpc)",
+        choices=("grpc", "http", "infer", "in-process"),
+        help="measured in turn (default: grpc); infer: `fastserve_infer` over gRPC, with one response",
     )
     for name, url in DEFAULT_URLS.items():
         parser.add_argument(f"--{name}-url", help=f"(default: {url})")
@@ -93,6 +93,7 @@ def _targets(arguments: argparse.Namespace, stack: ExitStack, **client: int) -> 
     make: dict[str, Callable[[], Target]] = {
         "grpc": lambda: ServerTarget(arguments.grpc_url or DEFAULT_URLS["grpc"], "grpc", **client),
         "http": lambda: ServerTarget(arguments.http_url or DEFAULT_URLS["http"], "http", **client),
+        "infer": lambda: InferTarget(arguments.grpc_url or DEFAULT_URLS["grpc"]),
         "in-process": lambda: InProcessTarget(arguments.model),
     }
     return {name: stack.enter_context(closing(make[name]())) for name in arguments.target or ["grpc"]}
