@@ -260,6 +260,30 @@ def test_prompts_that_wait_to_be_computed_there_come_first() -> None:
     assert [each.replica for each in admission.release(0.0)] == [1]
 
 
+@pytest.mark.parametrize(("num_waiting_tokens", "replica"), [(8, 1), (31, 1), (33, 0)])
+def test_a_replica_with_the_prefix_is_waited_for_where_that_is_cheaper(
+    num_waiting_tokens: int, replica: int
+) -> None:
+    """Of 40 tokens it holds 32, and computes others first; the other replica has nothing to do."""
+    prompt = list(range(40))
+    admission = an_admission(a_request("first", prompt))
+    admission.update(report(1, a_replica(0), a_replica(1)), 0.0)
+    assert [each.replica for each in admission.release(0.0)] == [1]
+    admission.submit(a_request("second", [*prompt[:32], *range(100, 108)]), 0.0)
+    busy = a_replica(1, received=1, free_tokens=-num_waiting_tokens)
+    admission.update(report(2, a_replica(1), busy), 0.0)
+    assert [each.replica for each in admission.release(0.0)] == [replica]
+
+
+def test_where_no_replica_has_room_nobody_goes_for_the_sake_of_a_prefix() -> None:
+    prompt = list(range(40))
+    admission = an_admission(a_request("first", prompt))
+    assert told(admission, 1, a_replica(1)) == ["first"]
+    admission.submit(a_request("second", prompt), 0.0)
+    assert told(admission, 2, a_replica(1, received=1, free_tokens=-1)) == []
+    assert told(admission, 3, a_replica(1, received=1, free_tokens=1)) == ["second"]
+
+
 def test_a_restarted_worker_has_lost_its_prefixes() -> None:
     admission = an_admission(a_request("0", [7] * 40))
     admission.update(report(1, a_replica(4, num_running=2), a_replica(4)), 0.0)
