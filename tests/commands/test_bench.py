@@ -109,7 +109,10 @@ def test_a_closed_loop_is_what_runs_without_a_source_of_arrivals(
         (["--load-of", 1], "--load-of: not in a closed loop"),
         (["--calibrate", "x", "--requests", 1], "--requests: not with --calibrate"),
         (["--calibrate", "x", "--trace", "x"], "--trace: not with --calibrate"),
-        (["--calibrate", "x", "--target", "grpc"], "--target: not with --calibrate"),
+        (["--calibrate", "x", "--target", "http"], "--target: got http; allowed with --calibrate: grpc"),
+        (["--calibrate", "x", "--target", "grpc"], "x: [Errno 2] No such file or directory"),
+        (["--calibrate", "x", "--metrics-url", "a:1"], "--metrics-url: not without --target"),
+        (["--metrics-url", "a:1"], "--metrics-url: not without --calibrate"),
         (["--calibrate", "nowhere/x"], "--calibrate: nowhere is no directory"),
         (["--poisson", 1, "--json", "nowhere/x"], "--json: nowhere is no directory"),
         (["--requests", 0], "--requests: got 0"),
@@ -130,6 +133,8 @@ def test_every_option_belongs_to_one_kind_of_run() -> None:
     """Else one would be accepted where nobody reads it."""
     parser = argparse.ArgumentParser(add_help=False)
     bench.add_arguments(parser)
-    lists = [bench.LOAD_OPTIONS, bench.closed_loop.OPTIONS, bench.open_loop.OPTIONS]
-    known = [name for each in lists for name in each]
-    assert sorted([*known, "model", "seed", "calibrate"]) == sorted(vars(parser.parse_args([])))
+    lists = [bench.CALIBRATED, bench.closed_loop.OPTIONS, bench.open_loop.OPTIONS]
+    known = [name for each in lists for name in each] + ["target", "grpc_url", "http_url"]
+    assert sorted([*known, "model", "seed", "calibrate", "metrics_url"]) == sorted(
+        vars(parser.parse_args([]))
+    )

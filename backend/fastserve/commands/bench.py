@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastserve.atomic_write import WriteError
+from fastserve.benchmark.server_calibration import CalibrationError, calibrate_server, read_step_totals
 from fastserve.benchmark.targets import InferTarget, InProcessTarget, ServerTarget, Target
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.commands import closed_loop, open_loop
@@ -26,13 +27,23 @@ from fastserve.commands.workload_options import (
 from fastserve.config import ConfigError
 from fastserve.config_flags import flag
 from fastserve.errors import RequestError
+from fastserve.simulation.step_time import StepTimeError, StepTimeModel
 from fastserve.workload.trace import TraceError
 from fastserve_client import FastServeError
 
-ERRORS = (FastServeError, ModelError, RequestError, TraceError, WriteError)
+ERRORS = (
+    CalibrationError,
+    FastServeError,
+    ModelError,
+    RequestError,
+    StepTimeError,
+    TraceError,
+    WriteError,
+)
+DEFAULT_METRICS_URL = "127.0.0.1:8002"
 DEFAULT_URLS = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
-LOAD_OPTIONS = ("target", "grpc_url", "http_url", "requests", *LENGTH_OPTIONS)
-"""Those that a closed loop and an open one have in common."""
+CALIBRATED = ("requests", *LENGTH_OPTIONS)
+"""Those of load that a calibration has numbers of its own for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,15 +64,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="in place of load: measure the engine's steps inside this process, and write how long they take",
+        help="in place of load: measure the engine's steps inside this process, and write how long they "
+        "take; with --target grpc: read FILE, and replace them by those of a server that nobody else uses",
     )
+    parser.add_argument("--metrics-url", help=f"to calibrate a server (default: {DEFAULT_METRICS_URL})")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Loads the targets in turn and prints a table. Raises ConfigError, and what is in ERRORS."""
     _check_directories(arguments)
-    if arguments.calibrate is not None:
-        _refuse(arguments, (*LOAD_OPTIONS, *closed_loop.OPTIONS, *open_loop.OPTIONS), "with --calibrate")
+    if arguments.calibrate is None:
+        _refuse(arguments, ("metrics_url",), "without --calibrate")
+    else:
+        _refuse(arguments, (*closed_loop.OPTIONS, *open_loop.OPTIONS, *CALIBRATED), "with --calibrate")
+        if arguments.target:
+            return _calibrate_server(arguments)
+        _refuse(arguments, ("grpc_url", "http_url", "metrics_url"), "without --target")
         return _calibrate(arguments)
     with ExitStack() as stack:
         if has_arrivals(arguments):
@@ -97,6 +115,28 @@ def _targets(arguments: argparse.Namespace, stack: ExitStack, **client: int) -> 
         "in-process": lambda: InProcessTarget(arguments.model),
     }
     return {name: stack.enter_context(closing(make[name]())) for name in arguments.target or ["grpc"]}
+
+
+def _calibrate_server(arguments: argparse.Namespace) -> int:
+    if arguments.target != ["grpc"]:
+        raise ConfigError(
+            f"--target: got {' '.join(arguments.target)}; allowed with --calibrate: grpc, or none"
+        )
+    url = arguments.metrics_url or DEFAULT_METRICS_URL
+    with ExitStack() as stack:
+        [target] = _targets(arguments, stack).values()
+        model = StepTimeModel.load(arguments.calibrate)
+        try:
+            model = calibrate_server(target, lambda: read_step_totals(url), model, arguments.seed)
+        except OSError as error:
+            raise CalibrationError(f"--metrics-url: {url}: {error}") from error
+    model.save(arguments.calibrate)
+    Console().print(
+        f"{arguments.calibrate}: {model.num_steps} points, R^2 {model.r_squared:.4f}, median relative error "
+        f"{model.median_relative_error:.1%}",
+        soft_wrap=True,
+    )
+    return 0
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
