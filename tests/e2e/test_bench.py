@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tests.e2e.conftest import RunningServer
 
 from fastserve import cli
+from fastserve.benchmark.server_calibration import (
+    CalibrationError,
+    LoadPoint,
+    calibrate_server,
+    read_step_totals,
+)
+from fastserve.benchmark.targets import ServerTarget
+from fastserve.simulation.default_step_time import DEFAULT_STEP_TIME
+from fastserve.simulation.step_time import StepTimeModel
 
 HITS = "fastserve_prefix_cache_hit_tokens_total"
 
@@ -43,3 +54,24 @@ def test_a_trace_is_replayed_to_the_server(server: RunningServer, tmp_path: Path
     assert server.metrics()[HITS] - hits >= 3 * (128 + 112)
     generated = 'fastserve_generation_tokens_total{tenant="bench"}'
     server.wait_for_metrics(lambda metrics: metrics.get(generated) == 3 * (8 + 5 + 8 + 8), 10)
+
+
+def test_a_running_server_is_calibrated_and_says_when_somebody_else_uses_it(server: RunningServer) -> None:
+    lengths = [(1, 20, 8), (1, 40, 2), (2, 20, 8), (2, 60, 4), (4, 20, 8), (4, 30, 4), (4, 60, 2), (3, 25, 5)]
+    points = [LoadPoint(*each, num_requests=2 * each[0]) for each in lengths]
+
+    def calibrated() -> StepTimeModel:
+        totals = partial(read_step_totals, server.metrics_url)
+        return calibrate_server(target, totals, DEFAULT_STEP_TIME, 77, points)
+
+    with closing(ServerTarget(server.grpc_url, "grpc")) as target:
+        model = calibrated()
+        assert (model.num_steps, model.kv_bytes_per_token) == (8, DEFAULT_STEP_TIME.kv_bytes_per_token)
+        assert 1e-3 < model.seconds(1, 0, 1, 20, 0) < 1.0
+        with pytest.raises(CalibrationError, match=r"asked for, and \d+ computed: somebody else"):
+            calibrated()
+
+
+def test_a_page_without_our_metrics_is_no_server_of_ours(server: RunningServer) -> None:
+    with pytest.raises(OSError, match="404"):
+        read_step_totals(server.http_url)
