@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastserve.config import Config
 from fastserve.errors import ErrorCode, RequestError, prompt_too_long
@@ -261,8 +261,12 @@ class AdmissionQueue:
             return _Placement(best, demands[best])
         rank = self._policy.rank(waiting.view, now)
         worst: tuple[Rank, int, int] | None = None
+        has_bounced = waiting.request is None and not waiting.view.num_served_tokens
         for number in numbers:
-            victim = self._replicas[number].victim(demands[number], rank, self._policy)
+            demand = demands[number]
+            if has_bounced:  # what it could share with those that run there is not known here
+                demand = replace(demand, num_blocks=0)
+            victim = self._replicas[number].victim(demand, rank, self._policy)
             if victim is not None and (worst is None or victim[0] > worst[0]):
                 worst = (victim[0], number, victim[1])
         return None if worst is None else _Placement(worst[1], demands[worst[1]], worst[2])
