@@ -18,6 +18,7 @@ from fastserve.scheduling.policies.mlfq import MLFQ
 from fastserve.scheduling.policies.policy import Policy
 from fastserve.scheduling.policies.priority_age import PriorityAge
 from fastserve.scheduling.sequence import Sequence, StepPlan
+from fastserve.scheduling.token_budget import order_of
 from fastserve.types import RequestView
 
 POLICY = PriorityAge(alpha=10.0, beta=1.0)
@@ -705,7 +706,8 @@ class BatchMachine(RuleBasedStateMachine):
         here = [sequence for sequence in self.live if sequence not in self.taken]
         scheduled = {item.sequence for item in plan.scheduled}
         assert bool(running) == bool(here), "somebody always runs"
-        assert not running or running[0] in scheduled, "whoever ranks first always gets on"
+        first = [each for each in running if order_of(each) == order_of(running[0])]
+        assert not running or scheduled.intersection(first), "whoever ranks first always gets on"
         for sequence in running:
             assert sequence in scheduled or sequence.num_tokens - sequence.num_computed_tokens > 1
         for sequence in plan.preempted:

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fastserve.benchmark.engine_driver import EngineDriver, StepSample
-from fastserve.benchmark.kv_copy import kv_bytes_per_token, kv_copy_rate
 from fastserve.benchmark.machine import machine
 from fastserve.checkpoints.model_files import locate
 from fastserve.config import Config
 from fastserve.engine.engine import Engine
 from fastserve.engine.engine_loader import load_engine
+from fastserve.models.kv_cache import KVCaches
 from fastserve.simulation.step_time import StepTimeModel, fit_step_time
 
 GRID_SECONDS = 100.0
@@ -52,11 +52,12 @@ def calibrate_engine(engine: Engine, config: Config, model: str, seed: int) -> S
         if time.monotonic() > end:
             break
     driver.clear()
+    bytes_per_token = kv_bytes_per_token(engine.kv_caches)
     fit = fit_step_time([sample.work for sample in samples], [sample.seconds for sample in samples])
     return StepTimeModel(
         **dict(zip(StepTimeModel.TERMS, fit.coefficients, strict=True)),
-        copy_bytes_per_second=kv_copy_rate(engine.kv_caches),
-        kv_bytes_per_token=kv_bytes_per_token(engine.kv_caches),
+        copy_bytes_per_second=engine.block_size * bytes_per_token / engine.block_copy_seconds,
+        kv_bytes_per_token=bytes_per_token,
         model=model,
         machine=machine(),
         num_threads=torch.get_num_threads(),
@@ -64,6 +65,11 @@ def calibrate_engine(engine: Engine, config: Config, model: str, seed: int) -> S
         r_squared=fit.r_squared,
         median_relative_error=fit.median_relative_error,
     )
+
+
+def kv_bytes_per_token(kv_caches: KVCaches) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    return sum(tensor[0, 0].nbytes for cache in kv_caches for tensor in (cache.keys, cache.values))
 
 
 def measure_grid(driver: EngineDriver) -> Iterator[StepSample]:

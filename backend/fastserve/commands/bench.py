@@ -77,9 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         _refuse(arguments, ("metrics_url",), "without --calibrate")
     else:
         _refuse(arguments, (*closed_loop.OPTIONS, *open_loop.OPTIONS, *CALIBRATED), "with --calibrate")
-        if arguments.target:
-            return _calibrate_server(arguments)
-        _refuse(arguments, ("grpc_url", "http_url", "metrics_url"), "without --target")
+        if not arguments.target:
+            _refuse(arguments, ("grpc_url", "http_url", "metrics_url"), "without --target")
         return _calibrate(arguments)
     with ExitStack() as stack:
         if has_arrivals(arguments):
@@ -117,7 +116,7 @@ def _targets(arguments: argparse.Namespace, stack: ExitStack, **client: int) -> 
     return {name: stack.enter_context(closing(make[name]())) for name in arguments.target or ["grpc"]}
 
 
-def _calibrate_server(arguments: argparse.Namespace) -> int:
+def _calibrated_server(arguments: argparse.Namespace) -> StepTimeModel:
     if arguments.target != ["grpc"]:
         raise ConfigError(
             f"--target: got {' '.join(arguments.target)}; allowed with --calibrate: grpc, or none"
@@ -130,19 +129,18 @@ def _calibrate_server(arguments: argparse.Namespace) -> int:
             model = calibrate_server(target, lambda: read_step_totals(url), model, arguments.seed)
         except OSError as error:
             raise CalibrationError(f"--metrics-url: {url}: {error}") from error
-    model.save(arguments.calibrate)
-    Console().print(
-        f"{arguments.calibrate}: {model.num_steps} points, R^2 {model.r_squared:.4f}, median relative error "
-        f"{model.median_relative_error:.1%}",
-        soft_wrap=True,
-    )
-    return 0
+    return model
+
+
+def _calibrated_engine(arguments: argparse.Namespace) -> StepTimeModel:
+    from fastserve.benchmark.calibration import calibrate  # which loads torch
+
+    return calibrate(arguments.model, arguments.seed)
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    from fastserve.benchmark.calibration import calibrate  # which loads torch
-
-    model = calibrate(arguments.model, arguments.seed)
+    """Raises WriteError, and what measuring raises."""
+    model = _calibrated_server(arguments) if arguments.target else _calibrated_engine(arguments)
     model.save(arguments.calibrate)
     Console().print(
         f"{arguments.calibrate}: {model.num_steps} points, R^2 {model.r_squared:.4f}, median relative error "

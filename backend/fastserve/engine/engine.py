@@ -115,6 +115,11 @@ class Engine:
         """Tokens in a KV block."""
         return self._scheduler.pool.block_size
 
+    @property
+    def block_copy_seconds(self) -> float:
+        """Measured, of one KV block to host memory or back; 0 without such memory."""
+        return self._scheduler.pool.host.copy_seconds
+
     def add(self, message: Add) -> None:
         """Takes a request in. One that cannot be served ends with a failure at the next step.
 

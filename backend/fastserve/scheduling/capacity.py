@@ -38,7 +38,8 @@ class ReplicaCapacity(Struct, frozen=True):
     running_ranks: list[tuple[float, ...]] = []
     """Of the running sequences that would be preempted first, in that order."""
     running_blocks: list[int] = []
-    """What each of them would leave: KV blocks that nobody else uses, and those that are kept for it."""
+    """KV blocks that each of them would leave at most: its own, those that it shares, and those that are kept
+    for it."""
 
 
 class Preempted(Struct, frozen=True, tag=True):

@@ -138,7 +138,7 @@ class IterationScheduler:
         return self._running[: -count - 1 : -1]
 
     def blocks_left_by(self, sequence: Sequence) -> int:
-        """KV blocks that are free, and reserved for nobody, once a running sequence is preempted."""
+        """See `Preemption`: for a report, whose releases come to be planned `STEPS_UNDER_WAY` later."""
         return self._preemption.blocks_left_by(sequence, RESERVED_TOKENS + STEPS_UNDER_WAY)
 
     def forget(self, uid: str, index: int) -> None:
