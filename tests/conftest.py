@@ -14,13 +14,16 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastserve.checkpoints.model_files import ModelFiles, locate
 
-# A machine that is busy makes no example a wrong one.
-settings.register_profile("fastserve", deadline=None)
-settings.load_profile("fastserve")
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="the full samples: an hour, not minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Every run draws the same examples, so that a change is judged by what it changed; with `--soak` others
+    each time. None has a deadline: a machine that is busy makes no example a wrong one."""
+    settings.register_profile("fastserve", deadline=None, derandomize=not config.getoption("--soak"))
+    settings.load_profile("fastserve")
 
 
 @pytest.fixture(scope="session")

@@ -717,16 +717,21 @@ class BatchMachine(RuleBasedStateMachine):
                 rank = self.scheduler.policy.rank(sequence.view, self.clock)
                 assert all(each.rank <= rank for each in running)
         if not self.prefix_caching:
-            self.check_that_the_first_in_line_could_not_run(running)
+            self.check_that_the_first_in_line_could_not_run(running, plan.preempted)
 
-    def check_that_the_first_in_line_could_not_run(self, running: list[Sequence]) -> None:
-        """Without shared blocks and siblings that wait, it can be said exactly."""
+    def check_that_the_first_in_line_could_not_run(
+        self, running: list[Sequence], preempted: list[Sequence]
+    ) -> None:
+        """Without shared blocks and siblings that wait, it can be said exactly. One that was preempted for
+        this plan does not come back in it, wherever it ranks now."""
         policy = self.scheduler.policy
         waiting = [each for each in self.live if not each.block_table and each not in self.taken]
         if waiting:
             order = {each: (policy.rank(each.view, self.clock), each.request.arrival) for each in waiting}
             tied = [each for each in waiting if order[each] == min(order.values())]
-            assert not all(self.could_run(each, order[each][0], running) for each in tied)
+            assert not all(
+                each not in preempted and self.could_run(each, order[each][0], running) for each in tied
+            )
 
     def could_run(self, first: Sequence, rank: tuple[float, ...], running: list[Sequence]) -> bool:
         """Whether some of the last of the batch may be preempted, so that it has slot, blocks and budget."""

@@ -121,16 +121,16 @@ def one_by_one(tokenizer: Tokenizer, kind: str, data: bytes) -> list[int]:
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "byte_fallback_strip"])
 def test_any_text_comes_back_without_a_broken_character(kind: str, tokenizers: dict[str, Tokenizer]) -> None:
     tokenizer = tokenizers[kind]
+    # A vocabulary with byte fallback writes a space as U+2581, and cannot tell the two apart.
+    excluded = REPLACEMENT + " " + ("" if kind == "byte_level" else "\u2581")
 
     @settings(max_examples=200, deadline=None)
-    @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT + " ")))
+    @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters=excluded)))
     def check(text: str) -> None:
         detokenizer = tokenizer.new_detokenizer()
         pieces = [detokenizer.push([token]) for token in tokenizer.encode(text, special_tokens=False)]
         assert not any(REPLACEMENT in piece for piece in pieces)
-        assert "".join(pieces) + detokenizer.flush() == text.replace(
-            "▁", " " if kind != "byte_level" else "▁"
-        )
+        assert "".join(pieces) + detokenizer.flush() == text
 
     check()
 
