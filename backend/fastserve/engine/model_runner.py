@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastserve.checkpoints.kv_cache_scheme import KVScales
 from fastserve.engine.host_kv_cache import HostKVCache
-from fastserve.models.captured_decode import CapturedDecode, capture_decode
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.kv_cache import KVCaches, make_kv_caches, num_elements
 from fastserve.scheduling.sequence import StepPlan
 from fastserve_kernels.attention_metadata import AttentionMetadata
+
+if TYPE_CHECKING:
+    from fastserve.models.captured_decode import CapturedDecode
 
 DEFAULT_CPU_CACHE_BYTES = 1 << 30
 COPIED_BLOCKS, COPIES = 32, 3
@@ -68,6 +71,10 @@ class ModelRunner:
         blocks = list(range(-(-3 // self.block_size)))
         for num_tokens, context_len in ((2, 2), (1, 3)):
             self._compute_zeros(num_tokens, context_len, blocks, self.kv_caches)
+        if self.model.device.type != "cpu":
+            return
+        from fastserve.models.captured_decode import capture_decode  # here: a GPU needs no numba
+
         max_blocks = min(self.num_blocks, -(-self.model.max_position // self.block_size))
         self._captured_decode = capture_decode(
             self.model, self.kv_caches, max_num_seqs, max_blocks, self.block_size

@@ -31,7 +31,10 @@ class CapturedDecode:
     def __init__(
         self, decoder: Decoder, kv_caches: KVCaches, max_num_seqs: int, max_blocks: int, block_size: int
     ) -> None:
-        """`max_blocks`: of a sequence. Raises NotRecordableError if a weight's format has no kernel of ours."""
+        """`max_blocks`: of a sequence. The decoder has run before: what its kernels keep is there.
+
+        Raises NotRecordableError if the format of a weight has no kernel of ours.
+        """
         self._decoder = decoder
         self._kv_caches = kv_caches
         self._block_size = block_size
@@ -81,8 +84,8 @@ class CapturedDecode:
 def capture_decode(
     model: CausalLM, kv_caches: KVCaches, max_num_seqs: int, max_blocks: int, block_size: int
 ) -> CapturedDecode | None:
-    """None for a model whose decode steps cannot be recorded."""
-    if not isinstance(model, Decoder) or model.device.type != "cpu":
+    """Of a model on a CPU; None if its decode steps cannot be recorded."""
+    if not isinstance(model, Decoder):
         return None
     try:
         return CapturedDecode(model, kv_caches, max_num_seqs, max_blocks, block_size)

@@ -92,7 +92,7 @@ class Decoder:
 
     @torch.inference_mode()
     def embed(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The embeddings [T, hidden] of token_ids [T], and cosine and sine [T, head_dim] of their positions."""
+        """The embeddings [T, hidden] of token_ids [T]; cosine and sine [T, head_dim] of their positions."""
         return self.weights.embedding[token_ids], self._cos[positions], self._sin[positions]
 
     @torch.inference_mode()

@@ -53,6 +53,13 @@ class Arena:
         self._used.append((StorageWeakRef(tensor.untyped_storage()), block))
         return tensor
 
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor, or the one that it is a view of, lies in it."""
+        if tensor.is_mkldnn:
+            return False
+        storage = StorageWeakRef(tensor.untyped_storage())
+        return any(storage == used for used, _ in self._used)
+
     def _collect(self) -> None:
         self._free += [block for storage, block in self._used if storage.expired()]
         self._used = [pair for pair in self._used if not pair[0].expired()]
@@ -71,6 +78,8 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._arena = arena
         self._implementations = implementations
+        self.found: list[torch.Tensor] = []
+        """The operators' operands, those excepted that lie in the arena."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -83,6 +92,9 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         implementation = self._implementations.get(function)
         if implementation is not None:
+            self.found += [
+                each for each in args if isinstance(each, torch.Tensor) and each not in self._arena
+            ]
             with self:  # what it asks torch for is to come here too
                 return implementation(*args, **kwargs)
         if function in NEW_TENSORS:
@@ -91,7 +103,12 @@ class _Recorder(TorchDispatchMode):
             dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
             return self._arena.empty(tuple(shape), dtype)
         if function.is_view:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            views = [result] if isinstance(result, torch.Tensor) else result
+            if all(
+                each.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr() for each in views
+            ):
+                return result  # some of them, as `contiguous`, copy where they must
         raise NotRecordableError(f"{function} is no kernel that can be recorded")
 
 
@@ -100,15 +117,17 @@ def record(
 ) -> tuple[Result, Program]:
     """Calls a function, whose kernels are not run; returns what it returns, and the program of its kernels.
 
-    The result is filled when the program runs. Tensors that the function made lie in `arena`; those that it
-    found must stay. `implementations`: of the operators that it may call (see `ops.cpu_implementations`).
-    Raises NotRecordableError if it calls another, and what the function raises.
+    The result is filled when the program runs. Tensors that the function made lie in `arena`, and may hold
+    others' numbers once they are gone; the others are kept by the program. `implementations`: of the
+    operators that it may call (`ops.CPU_IMPLEMENTATIONS`). Raises NotRecordableError if it calls another, and
+    what the function raises.
     """
     calls: list[tuple[int, Any]] = []
     token = record_call.set(lambda address, arguments: calls.append((address, arguments)))
+    recorder = _Recorder(arena, implementations)
     try:
-        with _Recorder(arena, implementations):
+        with recorder:
             result = function()
     finally:
         record_call.reset(token)
-    return result, Program(calls)
+    return result, Program(calls, (arena, recorder.found))

@@ -128,7 +128,7 @@ def _compile(
 
 
 def compile_entry(entry: FunctionType, name: str) -> Any:
-    """A function of a pointer to int64, compiled for callers in C, under a name that says all it depends on."""
+    """A function of a pointer to int64, compiled for callers in C; numba keeps it by the name."""
     entry.__qualname__ = f"{name}_{_source_digest()}"
     return cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")(entry)
 

@@ -128,7 +128,7 @@ def _clear(typing: Any, address: Any) -> Any:
 
 
 def _run(program: Any) -> None:
-    """What each thread does; `program`: the number of calls, then, from the next line on, the words of each."""
+    """What each thread does. `program`: the number of calls; a line further on, the words of each."""
     for i in range(program[0]):
         call = at(program, (i + 1) * CALL_WORDS)
         if _atomic_load(at(call, DONE)) == 0:
@@ -161,9 +161,10 @@ def _compiled(function: FunctionType) -> Any:
 class Program:
     """Kernel calls in the order in which they run."""
 
-    def __init__(self, calls: Sequence[tuple[int, Any]]) -> None:
-        """`calls`: the address of each kernel, and the array of its arguments (see `kernel.record_call`)."""
-        self._arguments = [arguments for _, arguments in calls]
+    def __init__(self, calls: Sequence[tuple[int, Any]], memory: object) -> None:
+        """`calls`: the address of each kernel, and the array of its arguments (see `kernel.record_call`).
+        `memory`: what keeps the memory that the arguments point to."""
+        self._kept = memory, [arguments for _, arguments in calls]
         words = np.zeros((len(calls) + 2, CALL_WORDS), dtype=np.int64)
         first = -words.ctypes.data // words.itemsize % CALL_WORDS  # to where a line of the cache begins
         words = words.reshape(-1)[first : first + (len(calls) + 1) * CALL_WORDS]
