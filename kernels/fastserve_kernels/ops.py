@@ -28,6 +28,9 @@ Function = Callable[..., Any]
 
 _library = torch.library.Library("fastserve", "DEF")
 
+CPU_IMPLEMENTATIONS: dict[Function, Function] = {}
+"""What each operator calls on a CPU, where that is a kernel of ours: for `cpu.recording`."""
+
 
 def _as_it_is(function: Function) -> Function:
     return function
@@ -60,6 +63,8 @@ def _define(
     if gpu:
         _library.impl(name, flat(_triton_implementation(function)), "CUDA")
     overload: Function = getattr(torch.ops.fastserve, name).default
+    if cpu is not None:
+        CPU_IMPLEMENTATIONS[overload] = flat(cpu)
     return overload
 
 

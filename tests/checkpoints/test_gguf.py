@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from fastserve.checkpoints.decoder_config import DecoderConfig
+from fastserve.checkpoints.gguf_config import gguf_config
 from fastserve.checkpoints.gguf_file import GgufFile
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.models.decoder import Decoder
@@ -40,8 +42,10 @@ def test_round_trip(
     equals_transformers: Callable,
 ) -> None:
     _, reference = save_model(model_type, **SIZES, **config)
-    model = load_model(str(write_gguf(reference, model_type, tensor_type)), "float32")
+    path = write_gguf(reference, model_type, tensor_type)
+    model = load_model(str(path), "float32")
     assert isinstance(model, Decoder)
+    assert model.config == DecoderConfig.from_transformers(gguf_config(GgufFile(path)))
     equals_transformers(model, reference)
 
 

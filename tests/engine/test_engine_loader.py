@@ -1,11 +1,15 @@
-"""Where a replica runs."""
+"""Where a replica runs, and what loading one does not wait for."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from fastserve import Model
+from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import ConfigError
 from fastserve.engine.engine_loader import choose_device
 
@@ -26,3 +30,18 @@ def test_without_a_gpu_all_are_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_embedded_model_has_no_replicas() -> None:
     with pytest.raises(ConfigError, match="replicas: got 2; allowed: 1"):
         Model.load("none", replicas=2)
+
+
+def test_a_gguf_file_that_our_decoder_computes_is_loaded_without_transformers(
+    default_model: ModelFiles,
+) -> None:
+    """Its configs take a second and a half of a start."""
+    lines = (
+        "import sys",
+        "from fastserve.checkpoints.model_files import locate",
+        "from fastserve.config import Config",
+        "from fastserve.engine.engine_loader import load_engine",
+        "load_engine(Config(kv_cache_bytes=1 << 24), locate(''))",
+        "assert 'transformers' not in sys.modules",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)

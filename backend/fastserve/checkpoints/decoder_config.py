@@ -7,13 +7,19 @@ Llama, Mistral, Qwen2 and Qwen3 differ only in biases, in a norm of queries and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastserve.checkpoints.model_error import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    AnyConfig = PretrainedConfig | SimpleNamespace
+    """One of transformers, or another object with its attributes, as far as they are asked for here."""
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -53,7 +59,7 @@ class DecoderConfig:
         return len(self.sliding_windows)
 
     @classmethod
-    def from_transformers(cls, config: PretrainedConfig) -> DecoderConfig:
+    def from_transformers(cls, config: AnyConfig) -> DecoderConfig:
         """The shape that a config of transformers describes. Raises ModelError, with `unsupported_reason`."""
         reason = unsupported_reason(config)
         if reason is not None:
@@ -87,7 +93,7 @@ class DecoderConfig:
         return cos.to(dtype), sin.to(dtype)
 
 
-def unsupported_reason(config: PretrainedConfig) -> str | None:
+def unsupported_reason(config: AnyConfig) -> str | None:
     """Why our decoder cannot compute this model, or None if it can, as far as its config tells."""
     if config.model_type not in MODEL_TYPES:
         return f"its model_type is {config.model_type!r}, not one of {', '.join(MODEL_TYPES)}"
@@ -107,17 +113,17 @@ def unsupported_reason(config: PretrainedConfig) -> str | None:
     return None
 
 
-def quant_method(config: PretrainedConfig) -> str | None:
+def quant_method(config: AnyConfig) -> str | None:
     """The `quant_method` of the config's `quantization_config`; None if the weights are not quantized."""
     quantization = getattr(config, "quantization_config", None)
     return None if quantization is None else str(quantization.get("quant_method"))
 
 
-def _head_dim(config: PretrainedConfig) -> int:
+def _head_dim(config: AnyConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _sliding_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
+def _sliding_windows(config: AnyConfig) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
@@ -125,10 +131,12 @@ def _sliding_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
     return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
 
 
-def _rotary_parameters(config: PretrainedConfig) -> tuple[Tensor, float]:
+def _rotary_parameters(config: AnyConfig) -> tuple[Tensor, float]:
     """Inverse frequencies [head_dim / 2] float32, and the factor of cosine and sine."""
     rope_type = config.rope_parameters["rope_type"]
     if rope_type != "default":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         return ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
     dim = _head_dim(config)
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim

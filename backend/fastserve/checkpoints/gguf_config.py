@@ -1,11 +1,13 @@
-"""The config of the model in a GGUF file: transformers' own, and that of our decoder."""
+"""The config of the model in a GGUF file: transformers' own, and that of our decoder.
+
+transformers is imported only where its own config is asked for, which takes a second and a half.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-from transformers import AutoConfig, PretrainedConfig
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from fastserve.checkpoints.decoder_config import DecoderConfig
 from fastserve.checkpoints.gguf_architectures import ARCHITECTURES, DECODERS
@@ -14,19 +16,31 @@ from fastserve.checkpoints.gguf_rope import ROPE_FREQS, rope_parameters
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_metadata import eos_token_ids
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 def gguf_config(file: GgufFile) -> PretrainedConfig:
     """The config that the metadata describes, as a Hugging Face directory would have it.
 
     Raises ModelError for an architecture or a scaling of positions that is unknown, and for missing metadata.
     """
+    from transformers import AutoConfig
+
+    fields = _fields(file)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _fields(file: GgufFile) -> dict[str, Any]:
+    """What `config.json` would have. Raises ModelError as `gguf_config` does."""
     architecture = ARCHITECTURES.get(file.architecture)
     if architecture is None:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(f"{file.path}: GGUF architecture {file.architecture!r} is not one of {known}")
     norm_key = f"attention.layer_norm_{'rms_' if 'rms' in architecture.norm_field else ''}epsilon"
     heads = file.required_value("attention.head_count")
-    fields: dict[str, Any] = {
+    return {
+        "model_type": architecture.model_type,
         "vocab_size": file.vocab_size,
         "hidden_size": file.required_value("embedding_length"),
         "intermediate_size": file.required_value("feed_forward_length"),
@@ -41,9 +55,7 @@ def gguf_config(file: GgufFile) -> PretrainedConfig:
         "bos_token_id": file.value("tokenizer.ggml.bos_token_id"),
         "eos_token_id": eos_token_ids(file.path),
         "pad_token_id": None,
-    }
-    fields |= architecture.fields(file)
-    return AutoConfig.for_model(fields.pop("model_type", architecture.model_type), **fields)
+    } | architecture.fields(file)
 
 
 def exportable_gguf_config(file: GgufFile) -> PretrainedConfig:
@@ -67,7 +79,10 @@ def gguf_decoder_config(file: GgufFile) -> DecoderConfig:
 
     Raises ModelError for an architecture or a rotary embedding that our decoder has not.
     """
-    config = DecoderConfig.from_transformers(gguf_config(file))
+    fields = _fields(file)
+    is_scaled = fields["rope_parameters"]["rope_type"] != "default"  # by transformers' own functions
+    described = gguf_config(file) if is_scaled else SimpleNamespace(**fields, hidden_act="silu")
+    config = DecoderConfig.from_transformers(described)
     if ROPE_FREQS not in file.tensors:
         return config
     # Llama 3's scaling of the frequencies comes as divisors, computed when the file was made.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from fastserve.checkpoints.awq_layout import AwqLayout
 from fastserve.checkpoints.checkpoint import Checkpoint
@@ -17,6 +15,9 @@ from fastserve.checkpoints.fastserve_layout import FastServeLayout
 from fastserve.checkpoints.gptq_layout import GptqLayout
 from fastserve.checkpoints.safetensors_checkpoint import SafetensorsCheckpoint
 from fastserve.checkpoints.sparse_24_layout import CONFIG_KEY, Sparse24Layout
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
     "compressed-tensors": CompressedTensorsLayout,

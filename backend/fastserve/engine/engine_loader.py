@@ -43,7 +43,7 @@ def load_engine(
         swap_space_bytes=config.swap_space_bytes,
         num_sharing=sum(choose_device(config.device, each) == device for each in range(config.replicas)),
     )
-    runner.warm_up()
+    runner.warm_up(config.max_num_seqs)
     pool = BlockPool(
         runner.num_blocks, config.block_size, config.enable_prefix_caching, runner.num_host_blocks
     )

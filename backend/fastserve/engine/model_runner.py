@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,9 @@ from fastserve.models.causal_lm import CausalLM
 from fastserve.models.kv_cache import KVCaches, make_kv_caches, num_elements
 from fastserve.scheduling.sequence import StepPlan
 from fastserve_kernels.attention_metadata import AttentionMetadata
+
+if TYPE_CHECKING:
+    from fastserve.models.captured_decode import CapturedDecode
 
 DEFAULT_CPU_CACHE_BYTES = 1 << 30
 COPIED_BLOCKS, COPIES = 32, 3
@@ -48,6 +52,7 @@ class ModelRunner:
         self._host = HostKVCache(self.kv_caches, self.num_host_blocks)
         one_block = model.kv_cache_shapes(1, block_size)
         self._probe_caches = make_kv_caches(one_block, kv_dtype, model.device, kv_scales)
+        self._captured_decode: CapturedDecode | None = None
 
     def _default_cache_bytes(self, num_sharing: int) -> int:
         if self.model.device.type != "cuda":
@@ -60,11 +65,20 @@ class ModelRunner:
         return max(0, left)
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Runs a prompt and a decode in blocks that nobody has yet: no request shall wait for first uses."""
+    def warm_up(self, max_num_seqs: int) -> None:
+        """Runs a prompt and a decode in blocks that nobody has yet: no request shall wait for first uses.
+        Then captures decode steps of up to `max_num_seqs` sequences, if the model's can be."""
         blocks = list(range(-(-3 // self.block_size)))
         for num_tokens, context_len in ((2, 2), (1, 3)):
             self._compute_zeros(num_tokens, context_len, blocks, self.kv_caches)
+        if self.model.device.type != "cpu":
+            return
+        from fastserve.models.captured_decode import capture_decode  # here: a GPU needs no numba
+
+        max_blocks = min(self.num_blocks, -(-self.model.max_position // self.block_size))
+        self._captured_decode = capture_decode(
+            self.model, self.kv_caches, max_num_seqs, max_blocks, self.block_size
+        )
 
     def measure_copy_seconds(self) -> float:
         """Of one KV block to host memory or back; 0 without such memory. Blocks hold what they held."""
@@ -104,8 +118,8 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> tuple[torch.Tensor, AttentionMetadata]:
         """Computes the plan's tokens and writes their keys and values.
 
-        Returns the hidden states [plan.num_tokens, hidden size], in the plan's order, and the metadata that
-        says which rows are whose.
+        Returns the hidden states [plan.num_tokens, hidden size], in the plan's order, good until the next
+        run, and the metadata that says which rows are whose.
         """
         token_ids: list[int] = []
         context_lens: list[int] = []
@@ -121,4 +135,6 @@ class ModelRunner:
             self.model.device,
         )
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self.model.device)
+        if self._captured_decode is not None and len(token_ids) == len(context_lens):  # one token of each
+            return self._captured_decode.forward(ids, metadata), metadata
         return self.model.forward(ids, metadata, self.kv_caches), metadata

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import queue
 import signal
 import threading
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 DEADLINE_SECONDS = 1.0
 """How often deadlines are looked at while all requests wait elsewhere."""
+OPENMP_SPINS = 1000
+"""How often a thread of torch's OpenMP looks for work before it sleeps: 20 to 50 us. By default it looks for
+some 5 ms, and beside another program keeps from running the very thread that it waits for."""
 EXIT_SECONDS = 5.0
 """For a worker that has closed its pipe, or was told to leave; then it is killed."""
 
@@ -78,6 +82,7 @@ def _receive(
 
 
 def _load_engine(config: Config, files: ModelFiles, replica: int) -> Engine:
+    os.environ.setdefault("GOMP_SPINCOUNT", str(OPENMP_SPINS))  # before torch is imported, and OpenMP with it
     from fastserve.engine.engine_loader import load_engine  # here: the parent loads no torch
 
     return load_engine(config, files, replica, has_common_queue=True)

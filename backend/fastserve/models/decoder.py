@@ -88,7 +88,19 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, meta: AttentionMetadata, kv_caches: KVCaches) -> Tensor:
         """The normed hidden states [T, hidden] of token_ids [T] int64; keys and values go into the caches."""
-        batch = self._embed(self.weights.embedding[token_ids], meta)
+        return self.forward_embedded(*self.embed(token_ids, meta.positions), meta, kv_caches)
+
+    @torch.inference_mode()
+    def embed(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The embeddings [T, hidden] of token_ids [T]; cosine and sine [T, head_dim] of their positions."""
+        return self.weights.embedding[token_ids], self._cos[positions], self._sin[positions]
+
+    @torch.inference_mode()
+    def forward_embedded(
+        self, embedded: Tensor, cos: Tensor, sin: Tensor, meta: AttentionMetadata, kv_caches: KVCaches
+    ) -> Tensor:
+        """`forward`, of what `embed` returns."""
+        batch = _Batch(embedded, None, (cos, sin), meta)
         for layer, kv_cache in zip(self.weights.layers, kv_caches, strict=True):
             batch = self._layer_forward(layer, batch, kv_cache)
         return self._norm(batch, self.weights.final_norm)[0]

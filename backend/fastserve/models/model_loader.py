@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PretrainedConfig
 
 from fastserve.checkpoints.checkpoint import Checkpoint
 from fastserve.checkpoints.decoder_config import DecoderConfig, quant_method, unsupported_reason
@@ -22,6 +22,9 @@ from fastserve.checkpoints.quant_methods import open_checkpoint
 from fastserve.checkpoints.transformers_config import read_transformers_config
 from fastserve.models.causal_lm import CausalLM, resolve_max_model_len
 from fastserve.models.decoder_loader import load_decoder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -85,9 +88,9 @@ class _ModelLoader:
 
     def load_gguf(self) -> CausalLM:
         file = GgufFile(self.path)
-        config = gguf_config(file)
         if file.architecture in DECODERS:
             return self._load_decoder(gguf_decoder_config(file), GgufCheckpoint(file))
+        config = gguf_config(file)
         self._check_not_quantized(f"its architecture is {file.architecture!r}")
         return self._load_transformers_model(config, file)
 

@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import struct
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -53,6 +54,10 @@ ELEMENTS = {
     torch.float16: elements.float16,
     torch.bfloat16: elements.bfloat16,
 }
+record_call: ContextVar[Callable[[int, Any], None] | None] = ContextVar("record_call", default=None)
+"""Takes, while calls are recorded and not run, the address of each kernel and the array of its arguments, the
+first of which is the counter of its work items, 0."""
+
 STORED = {**ELEMENTS, torch.int8: elements.int8, torch.float8_e4m3fn: elements.float8}
 
 
@@ -81,11 +86,13 @@ class Kernel:
         """Runs on the calling thread, and in parallel on all that torch's operators run on."""
         buffer = self._buffer()
         self._arguments.pack_into(buffer, 0, 0, *arguments)
-        parallel = _parallel() if in_parallel else None
-        if parallel is None:
-            self._run(buffer)
+        record = record_call.get()
+        if record is not None:
+            record(self._compiled.address, buffer)
+        elif in_parallel:
+            run_in_parallel(self._run, buffer)
         else:
-            parallel(self._run, buffer, AS_MANY_THREADS_AS_TORCH, 0)
+            self._run(buffer)
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., Kernel]:
@@ -117,12 +124,26 @@ def _compile(
         },
     )
     entry.__module__ = __name__
-    entry.__qualname__ = f"{name}_{element}_{stored}_{_digest()}"
+    return compile_entry(entry, f"{name}_{element}_{stored}")
+
+
+def compile_entry(entry: FunctionType, name: str) -> Any:
+    """A function of a pointer to int64, compiled for callers in C; numba keeps it by the name."""
+    entry.__qualname__ = f"{name}_{_source_digest()}"
     return cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")(entry)
 
 
+def run_in_parallel(function: Any, data: Any) -> None:
+    """Has each thread that torch's operators run on call a compiled function with `data`."""
+    parallel = _parallel()
+    if parallel is None:
+        function(data)
+    else:
+        parallel(function, data, AS_MANY_THREADS_AS_TORCH, 0)
+
+
 @functools.cache
-def _digest() -> str:
+def _source_digest() -> str:
     """A digest of the sources of all kernels."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]

@@ -1,0 +1,182 @@
+"""A list of kernel calls that a team of threads runs from end to end, with no Python in between.
+
+Every thread of the team goes through all calls in order. A kernel hands out work items until none is left, so
+a thread that comes late finds none and goes on; whoever leaves a call last says that it is done. Nobody waits
+for a thread that another program keeps from running, unless that holds a work item.
+
+A thread that waits looks again and again for some microseconds, then sleeps: beside a busy neighbour the one
+that is waited for may need its core.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import sys
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+
+from fastserve_kernels.cpu.kernels.elements import I64
+from fastserve_kernels.cpu.kernels.kernel import compile_entry, run_in_parallel
+from fastserve_kernels.cpu.kernels.vectors import at, intrinsic
+
+CALL_WORDS = 8
+"""Of a call: a line of the cache, which threads write to."""
+FUNCTION, ARGUMENTS, ACTIVE, DONE, SLEEPERS = range(5)
+"""The words of a call: the addresses of the kernel and of its arguments, whose first word is the counter of
+its work items; threads that are in it; whether all its work items are done; threads that sleep until then."""
+SPINS = 2000
+"""How often a thread looks before it sleeps: 30 to 90 microseconds."""
+
+FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0
+"""The number of the system call by which threads sleep and wake one another; 0: they only yield."""
+FUTEX_WAIT, FUTEX_WAKE = 128, 129
+"""Among threads of one process."""
+ALL = 1 << 30
+
+_syscall: Any = types.ExternalFunction(
+    "syscall", types.int64(types.int64, types.CPointer(types.int64), *[types.int64] * 3)
+)
+_sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
+
+
+@intrinsic
+def _invoke(typing: Any, function: Any, arguments: Any) -> Any:
+    """Calls the kernel at an address with the arguments at another."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        kind = ir.FunctionType(ir.VoidType(), [I64.as_pointer()])
+        builder.call(
+            builder.inttoptr(args[0], kind.as_pointer()), [builder.inttoptr(args[1], I64.as_pointer())]
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), lower
+
+
+@intrinsic
+def _atomic_add(typing: Any, pointer: Any, number: Any) -> Any:
+    """Adds to the word there; gives what it was."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.atomic_rmw("add", args[0], args[1], "seq_cst")
+
+    return types.int64(pointer, types.int64), lower
+
+
+@intrinsic
+def _atomic_load(typing: Any, pointer: Any) -> Any:
+    """The word there: what was written before it was set is seen after this."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.load_atomic(args[0], "seq_cst", 8)
+
+    return types.int64(pointer), lower
+
+
+@intrinsic
+def _pause(typing: Any) -> Any:
+    """Leaves the core to its other hyperthread for a moment."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        if platform.machine() == "x86_64":
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), lower
+
+
+@njit(error_model="numpy")
+def _wait(call: Any) -> None:
+    done = at(call, DONE)
+    for _ in range(SPINS):
+        if _atomic_load(done) != 0:
+            return
+        _pause()
+    _atomic_add(at(call, SLEEPERS), 1)
+    while _atomic_load(done) == 0:
+        if FUTEX > 0:
+            _syscall(FUTEX, done, FUTEX_WAIT, 0, 0)
+        else:
+            _sched_yield()
+
+
+@njit(error_model="numpy")
+def _finish(call: Any) -> None:
+    _atomic_add(at(call, DONE), 1)
+    if FUTEX > 0 and _atomic_load(at(call, SLEEPERS)) > 0:
+        _syscall(FUTEX, at(call, DONE), FUTEX_WAKE, ALL, 0)
+
+
+@intrinsic
+def _clear(typing: Any, address: Any) -> Any:
+    """Sets the word at an address to 0."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        builder.store(I64(0), builder.inttoptr(args[0], I64.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), lower
+
+
+def _run(program: Any) -> None:
+    """What each thread does. `program`: the number of calls; a line further on, the words of each."""
+    for i in range(program[0]):
+        call = at(program, (i + 1) * CALL_WORDS)
+        if _atomic_load(at(call, DONE)) == 0:
+            _atomic_add(at(call, ACTIVE), 1)
+            _invoke(call[FUNCTION], call[ARGUMENTS])
+            if _atomic_add(at(call, ACTIVE), -1) == 1:
+                _finish(call)
+            else:
+                _wait(call)
+
+
+def _reset(program: Any) -> None:
+    """Has all calls begin anew; no thread may be in the program."""
+    for i in range(program[0]):
+        call = at(program, (i + 1) * CALL_WORDS)
+        call[ACTIVE] = 0
+        call[DONE] = 0
+        call[SLEEPERS] = 0
+        _clear(call[ARGUMENTS])
+
+
+@functools.cache
+def _compiled(function: FunctionType) -> Any:
+    entry = FunctionType(function.__code__, function.__globals__)
+    entry.__module__ = __name__
+    compiled = compile_entry(entry, function.__name__)
+    return compiled, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+
+
+class Program:
+    """Kernel calls in the order in which they run."""
+
+    def __init__(self, calls: Sequence[tuple[int, Any]], memory: object) -> None:
+        """`calls`: the address of each kernel, and the array of its arguments (see `kernel.record_call`).
+        `memory`: what keeps the memory that the arguments point to."""
+        self._kept = memory, [arguments for _, arguments in calls]
+        words = np.zeros((len(calls) + 2, CALL_WORDS), dtype=np.int64)
+        first = -words.ctypes.data // words.itemsize % CALL_WORDS  # to where a line of the cache begins
+        words = words.reshape(-1)[first : first + (len(calls) + 1) * CALL_WORDS]
+        words[0] = len(calls)
+        for number, (address, arguments) in enumerate(calls, 1):
+            start = number * CALL_WORDS
+            words[start + FUNCTION], words[start + ARGUMENTS] = address, ctypes.addressof(arguments)
+        self._words = words
+        self._address = words.ctypes.data
+        self._run, self._reset = _compiled(_run)[1], _compiled(_reset)[1]
+
+    def run(self) -> None:
+        """Runs all calls, on the threads that torch's operators run on. One thread may be in it at a time."""
+        self._reset(self._address)
+        run_in_parallel(self._run, self._address)

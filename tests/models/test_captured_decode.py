@@ -1,0 +1,101 @@
+"""A captured step computes what the decoder computes, to the last bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from fastserve.checkpoints.kv_cache_scheme import KVScales
+from fastserve.models.captured_decode import CapturedDecode, capture_decode
+from fastserve.models.decoder import Decoder
+from fastserve.models.kv_cache import make_kv_caches
+from fastserve.models.model_loader import load_model
+from fastserve_kernels.attention_metadata import AttentionMetadata
+from fastserve_kernels.cpu.kernels.cpu_features import host_features, supported
+
+NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS, MAX_BLOCKS = 64, 4, 9, 12
+HAS_KERNELS = supported(host_features())
+"""Whether this processor has the instructions of our kernels; on others weights become dense."""
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest, _one_thread: None) -> Iterator[None]:
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(1)
+
+
+def caches_of(model: Decoder, dtype: torch.dtype) -> list:
+    scale = torch.full((model.config.num_kv_heads,), 0.05)
+    scales = [KVScales(scale, scale)] * model.config.num_layers if dtype == torch.int8 else None
+    caches = make_kv_caches(model.kv_cache_shapes(NUM_BLOCKS, BLOCK_SIZE), dtype, "cpu", scales)
+    generator = torch.Generator().manual_seed(0)
+    for cache in caches:
+        for part in (cache.keys, cache.values):
+            part.copy_(torch.randn(part.shape, generator=generator) * (20 if dtype == torch.int8 else 1))
+    return caches
+
+
+@pytest.mark.parametrize(
+    ("model_type", "quantization", "dtype", "kv_dtype"),
+    [
+        ("llama", "int4", "bfloat16", torch.bfloat16),
+        ("qwen2", "int8", "bfloat16", torch.int8),
+        ("qwen3", "w8a8", "bfloat16", torch.bfloat16),
+        ("llama", "nf4", "float16", torch.float16),
+        ("mistral", "fp8", "float32", torch.float32),
+    ],
+)
+def test_every_number_of_sequences(
+    model_type: str,
+    quantization: str,
+    dtype: str,
+    kv_dtype: torch.dtype,
+    threads: None,
+    save_model: Callable,
+) -> None:
+    directory, _ = save_model(model_type, hidden_size=64, intermediate_size=96)
+    model = load_model(str(directory), dtype, quantization=quantization)
+    assert isinstance(model, Decoder)
+    ours, theirs = caches_of(model, kv_dtype), caches_of(model, kv_dtype)
+    warm_up(model, ours)
+    warm_up(model, theirs)
+    captured = capture_decode(model, ours, MAX_NUM_SEQS, MAX_BLOCKS, BLOCK_SIZE)
+    if not HAS_KERNELS:
+        assert captured is None
+        return
+    assert isinstance(captured, CapturedDecode)
+    numbers = random.Random(0)
+    for count in [*range(1, MAX_NUM_SEQS + 1), 5, 1, 9]:  # twice too, of other blocks
+        lens = [numbers.randint(1, MAX_BLOCKS * BLOCK_SIZE) for _ in range(count)]
+        blocks = [numbers.sample(range(NUM_BLOCKS), NUM_BLOCKS)[:MAX_BLOCKS] for _ in lens]
+        written = numbers.sample(range(NUM_BLOCKS), count)  # of two sequences never the same
+        tables = [
+            [*each[: (n - 1) // BLOCK_SIZE], last]
+            for each, n, last in zip(blocks, lens, written, strict=True)
+        ]
+        meta = AttentionMetadata.build([1] * count, lens, tables, BLOCK_SIZE, "cpu")
+        token_ids = torch.tensor([numbers.randrange(model.vocab_size) for _ in range(count)])
+        hidden = captured.forward(token_ids, meta)
+        assert torch.equal(hidden, model.forward(token_ids, meta, theirs))
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one.keys, other.keys)
+            assert torch.equal(one.values, other.values)
+
+
+def warm_up(model: Decoder, caches: list) -> None:
+    meta = AttentionMetadata.build([1], [1], [[0]], BLOCK_SIZE, "cpu")
+    model.forward(torch.zeros(1, dtype=torch.int64), meta, caches)
+
+
+def test_a_dense_model_is_not_captured(save_model: Callable) -> None:
+    """Its products are oneDNN's."""
+    directory, _ = save_model("llama")
+    model = load_model(str(directory), "bfloat16")
+    assert isinstance(model, Decoder)
+    caches = caches_of(model, torch.bfloat16)
+    warm_up(model, caches)
+    assert capture_decode(model, caches, MAX_NUM_SEQS, MAX_BLOCKS, BLOCK_SIZE) is None
