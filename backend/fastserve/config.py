@@ -64,6 +64,13 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             "rounded when loaded"
         ),
     ] = "auto"
+    activation_quantization: Annotated[
+        Literal["auto", "none", "int8"],
+        Meta(
+            description="of what meets weights of 4 and 8 bits on a CPU: int8: rounded to 8 bits, in groups; "
+            "auto: so where it is faster, which is measured at the start, and `dtype` is bfloat16"
+        ),
+    ] = "auto"
     device: Annotated[
         str,
         Meta(

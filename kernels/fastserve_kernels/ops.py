@@ -175,7 +175,7 @@ def _define_linear(function: Function, weight: str, cpu: Function | None) -> Fun
     """`weight`: its arguments, as a schema has them (`formats.prepared`). torch's own product is what a GPU
     has for a dense one."""
     schema = f"(Tensor x, {weight}, Tensor? bias, Tensor? residual) -> Tensor"
-    gpu = function is not reference.linear
+    gpu = function not in (reference.linear, reference.linear_int4_a8, reference.linear_int8_a8)
     return _define(function, _fake_linear, cpu, gpu, flat=_of_weight, schema=schema)
 
 
@@ -188,6 +188,14 @@ _WEIGHTS: Mapping[Function, tuple[str, Function | None]] = {
     reference.linear_int8: (
         "Tensor values, Tensor scales, Tensor? zeros, int out_features, int group_size",
         linears.linear_int8,
+    ),
+    reference.linear_int4_a8: (
+        "Tensor codes, Tensor scales, Tensor? zeros, int out_features, int group_size",
+        linears.linear_int4_a8,
+    ),
+    reference.linear_int8_a8: (
+        "Tensor values, Tensor scales, Tensor? zeros, int out_features, int group_size",
+        linears.linear_int8_a8,
     ),
     reference.linear_int_rows: (
         "Tensor? narrow, Tensor? narrow_scales, Tensor? narrow_zeros, Tensor? wide, Tensor? wide_scales, "

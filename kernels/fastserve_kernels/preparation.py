@@ -17,12 +17,20 @@ REGISTERED: dict[type[Weight], Callable[[Any, torch.dtype], Prepared]] = {}
 """What prepares weights of the formats that `registration` was told of, by their type."""
 
 
-def prepare(weight: Weight, device: torch.device | str, dtype: torch.dtype) -> Prepared:
+def prepare(
+    weight: Weight,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    quantize_activations: bool = False,
+) -> Prepared:
     """Packs a weight for activations of this dtype on this device; the weight itself stays as it is.
 
     On a CPU (`cpu.linear_preparation`) and on a GPU of NVIDIA (`gpu.registry`) each format is packed in its
     own way, or as another which holds the same numbers; any other device multiplies by the plain tensors,
     dequantized at each call. Weights that are floats are rounded to the dtype.
+
+    `quantize_activations`: an `Int4` or `Int8` on a CPU multiplies activations that are rounded to 8 bits, in
+    groups of its own group size, 128 at most; other weights and devices take them as they are.
 
     Raises ValueError if the dtype is not float32, float16 or bfloat16, or the device cannot multiply by this
     weight, with the reason; ImportError if the device is a GPU and the package triton is not installed.
@@ -33,6 +41,8 @@ def prepare(weight: Weight, device: torch.device | str, dtype: torch.dtype) -> P
     kind = type(weight)
     if kind in REGISTERED:
         return REGISTERED[kind](weight.to(device), dtype)
+    if device.type == "cpu" and quantize_activations and kind in linear_preparation.PREPARE_A8:
+        return linear_preparation.PREPARE_A8[kind](weight.to(device), dtype)
     if device.type == "cpu":
         return linear_preparation.PREPARE[kind](weight.to(device), dtype)
     if isinstance(weight, Dense):  # torch's own product takes one dtype

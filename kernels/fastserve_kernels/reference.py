@@ -38,6 +38,8 @@ from fastserve_kernels.formats.prepared import (
 )
 from fastserve_kernels.kv_cache import KVCache
 
+ACTIVATION_GROUP = 128
+"""Columns of a token that share a scale, at most, where activations are rounded to 8 bits by groups."""
 MIN_TEMPERATURE = 1e-5
 """Lower ones, which might overflow, count as this."""
 
@@ -75,6 +77,28 @@ def linear_int8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: 
     """x [T, K] by an `Int8` (int8 values [N, K]), bias [N], residual [T, N]: [T, N] of x's dtype."""
     values, scales, zeros, _, group_size = weight
     return _product(x, Int8(values, scales, zeros, group_size), bias, residual)
+
+
+def linear_int4_a8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """`linear_int4` of `quantized_activations`."""
+    return linear_int4(quantized_activations(x, weight[4]), weight, bias, residual)
+
+
+def linear_int8_a8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """`linear_int8` of `quantized_activations`."""
+    return linear_int8(quantized_activations(x, weight[4]), weight, bias, residual)
+
+
+def quantized_activations(x: Tensor, group_size: int) -> Tensor:
+    """x [T, K] rounded to int8, float32: each group of columns of a token to multiples of its max|x| / 127.
+
+    A group of activations is one of the weight's, of ACTIVATION_GROUP columns at most.
+    """
+    size = min(group_size, ACTIVATION_GROUP)
+    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % size)).unflatten(1, (-1, size))
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    rounded = (groups / step).round().masked_fill(step == 0, 0.0) * step
+    return rounded.flatten(1)[:, : x.shape[1]]
 
 
 def linear_int_rows(

@@ -53,3 +53,5 @@ _METHODS: dict[str, Callable[[str, Tensor], Weight]] = {
 
 QUANTIZATIONS = ("auto", *_METHODS)
 """What `--quantization` may be; "auto" is the checkpoint's own."""
+ACTIVATION_QUANTIZATIONS = ("auto", "none", "int8")
+"""What `--activation-quantization` may be; "auto" is what is faster."""

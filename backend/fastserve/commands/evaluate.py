@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import ModelFiles, locate
-from fastserve.checkpoints.online_quantization import QUANTIZATIONS
+from fastserve.checkpoints.online_quantization import ACTIVATION_QUANTIZATIONS, QUANTIZATIONS
 from fastserve.config import ConfigError
 from fastserve.corpus.windows import TextError, evaluation_text, read_text, token_windows
 from fastserve.embedded import Model
@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantization", choices=QUANTIZATIONS, default="auto", help="of the weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--activation-quantization",
+        choices=ACTIVATION_QUANTIZATIONS,
+        default="none",
+        help="of what meets weights of 4 and 8 bits on a CPU (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
@@ -67,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     ERRORS."""
     _check(arguments)
     files = locate(arguments.model)
-    model = _load(files, arguments.quantization, arguments)
+    model = _load(files, arguments, arguments.quantization, arguments.activation_quantization)
     if arguments.tasks:
         figures = _run_tasks(model, files, arguments)
         _print(figures, _tasks_table(figures), arguments.json)
@@ -89,12 +95,15 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--limit, --include-path: only together with --tasks")
 
 
-def _load(files: ModelFiles, quantization: str, arguments: argparse.Namespace) -> CausalLM:
+def _load(
+    files: ModelFiles, arguments: argparse.Namespace, quantization: str, activation_quantization: str
+) -> CausalLM:
     return load_model(
         str(files.checkpoint),
         arguments.dtype,
         choose_device(arguments.device),
         quantization=quantization,
+        activation_quantization=activation_quantization,
         one_layer_at_a_time=not arguments.tasks,  # whose requests come one by one
     )
 
@@ -106,7 +115,7 @@ def _evaluate(model: CausalLM, files: ModelFiles, arguments: argparse.Namespace)
     windows = token_windows(files.tokenizer, text, arguments.length, samples)
     reference = None
     if arguments.reference is not None:
-        reference = _load(locate(arguments.reference), "auto", arguments)
+        reference = _load(locate(arguments.reference), arguments, "auto", "none")
     kv_cache: KVCacheFormat = choose_kv_cache(arguments.kv_cache_dtype, files, model)
     try:
         with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -129,6 +138,7 @@ def _run_tasks(
             arguments.model,
             dtype=arguments.dtype,
             quantization=arguments.quantization,
+            activation_quantization=arguments.activation_quantization,
             kv_cache_dtype=arguments.kv_cache_dtype,
             device=arguments.device,
         )

@@ -32,7 +32,9 @@ def load_engine(
         share = len(os.sched_getaffinity(0)) // config.replicas
         torch.set_num_threads(config.num_threads or max(1, share))
     checkpoint, length = str(files.checkpoint), config.max_model_len
-    model = load_model(checkpoint, config.dtype, device, length, config.quantization)
+    model = load_model(
+        checkpoint, config.dtype, device, length, config.quantization, config.activation_quantization
+    )
     kv_dtype, kv_scales = choose_kv_cache(config.kv_cache_dtype, files, model)
     runner = ModelRunner(
         model,

@@ -32,17 +32,18 @@ def load_decoder(
     device: torch.device,
     max_position: int,
     quantization: str,
+    quantize_activations: bool = False,
     one_layer_at_a_time: bool = False,
 ) -> Decoder:
     """A decoder in `dtype` on `device`, for sequences of up to `max_position` tokens.
 
-    `quantization` and `one_layer_at_a_time` are those of `load_model`. Raises ModelError if tensors are
-    missing, misshapen or unexpected; it names them.
+    `quantize_activations`: see `prepare`. `quantization` and `one_layer_at_a_time` are those of `load_model`.
+    Raises ModelError if tensors are missing, misshapen or unexpected; it names them.
     """
     if config.tie_word_embeddings and has_own_head(checkpoint, dtype):
         config = replace(config, tie_word_embeddings=False)
     check_tensors(config, checkpoint)
-    loader = _WeightLoader(config, checkpoint, dtype, device, quantization)
+    loader = _WeightLoader(config, checkpoint, dtype, device, quantization, quantize_activations)
     return Decoder(config, loader.load(one_layer_at_a_time), max_position)
 
 
@@ -56,12 +57,14 @@ class _WeightLoader:
         dtype: torch.dtype,
         device: torch.device,
         quantization: str,
+        quantize_activations: bool,
     ) -> None:
         self._config = config
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
         self._quantization = quantization
+        self._quantize_activations = quantize_activations
         # A tool that stores tied tensors once may keep either of them.
         self._embedding_name = EMBEDDING if EMBEDDING in checkpoint.shapes else HEAD
 
@@ -101,7 +104,7 @@ class _WeightLoader:
             bias = self._fused(*(f"{name}.bias" for name in names))
             biases = bias.split([weight.out_features for weight in weights])
         parts = [
-            Linear(prepare(weight, self._device, self._dtype), part)
+            Linear(prepare(weight, self._device, self._dtype, self._quantize_activations), part)
             for weight, part in zip(weights, biases, strict=True)
         ]
         return parts[0] if len(parts) == 1 else MixedFormatLinear(tuple(parts))

@@ -17,11 +17,12 @@ from fastserve.checkpoints.gguf_file import GgufFile
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_metadata import context_length
 from fastserve.checkpoints.model_path import resolve_model_path
-from fastserve.checkpoints.online_quantization import QUANTIZATIONS
+from fastserve.checkpoints.online_quantization import ACTIVATION_QUANTIZATIONS, QUANTIZATIONS
 from fastserve.checkpoints.quant_methods import open_checkpoint
 from fastserve.checkpoints.transformers_config import read_transformers_config
 from fastserve.models.causal_lm import CausalLM, resolve_max_model_len
 from fastserve.models.decoder_loader import load_decoder
+from fastserve_kernels.cpu.kernels.cpu_features import host_features, supported
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -35,6 +36,7 @@ def load_model(
     device: torch.device | str = "cpu",
     max_model_len: int = 0,
     quantization: str = "auto",
+    activation_quantization: str = "none",
     one_layer_at_a_time: bool = False,
 ) -> CausalLM:
     """Loads a Hugging Face directory (safetensors), a GGUF file or a model of the hub.
@@ -43,6 +45,9 @@ def load_model(
     `max_model_len`: tokens of the longest sequence; 0: the model's own limit.
     `quantization`: "auto": weights as the checkpoint holds them; else for weights that are not quantized yet,
     and for those of GGUF: "none": all in `dtype`; "int4", "int8", "nf4", "fp8" or "w8a8": rounded to that.
+    `activation_quantization`: "int8": activations that meet weights of 4 or 8 bits (int4, int8) are rounded
+    to 8 bits, in groups, by our decoder on a CPU that has the instructions; "none": they are not; "auto":
+    they are where that is measured to be faster, in bfloat16.
     `one_layer_at_a_time`: our decoder's layers are read from the file in each forward pass, for passes over
     many tokens; what transformers' own code runs is loaded whole.
 
@@ -53,8 +58,19 @@ def load_model(
         raise ModelError(f"dtype: got {dtype!r}; allowed: auto, {', '.join(DTYPES)}")
     if quantization not in QUANTIZATIONS:
         raise ModelError(f"quantization: got {quantization!r}; allowed: {', '.join(QUANTIZATIONS)}")
+    if activation_quantization not in ACTIVATION_QUANTIZATIONS:
+        raise ModelError(
+            f"activation_quantization: got {activation_quantization!r}; "
+            f"allowed: {', '.join(ACTIVATION_QUANTIZATIONS)}"
+        )
     loader = _ModelLoader(
-        path, DTYPES.get(dtype), torch.device(device), max_model_len, quantization, one_layer_at_a_time
+        path,
+        DTYPES.get(dtype),
+        torch.device(device),
+        max_model_len,
+        quantization,
+        activation_quantization,
+        one_layer_at_a_time,
     )
     return loader.load_gguf() if path.is_file() else loader.load_directory()
 
@@ -69,6 +85,7 @@ class _ModelLoader:
     device: torch.device
     max_model_len: int
     quantization: str
+    activation_quantization: str
     one_layer_at_a_time: bool
 
     def load_directory(self) -> CausalLM:
@@ -95,15 +112,33 @@ class _ModelLoader:
         return self._load_transformers_model(config, file)
 
     def _load_decoder(self, config: DecoderConfig, checkpoint: Checkpoint) -> CausalLM:
+        dtype = self.dtype or checkpoint.dtype
         return load_decoder(
             config,
             checkpoint,
-            self.dtype or checkpoint.dtype,
+            dtype,
             self.device,
             resolve_max_model_len(self.path, context_length(self.path), self.max_model_len),
             self.quantization,
+            self._quantize_activations(dtype),
             self.one_layer_at_a_time,
         )
+
+    def _quantize_activations(self, dtype: torch.dtype) -> bool:
+        """Raises ModelError where it is asked for and cannot be done."""
+        has_kernels = self.device.type == "cpu" and supported(host_features())
+        if self.activation_quantization == "int8" and not has_kernels:
+            raise ModelError(
+                f"activation_quantization: got 'int8'; allowed: auto, none on {self.device.type}"
+                f"{' without AVX-512 and its extensions' if self.device.type == 'cpu' else ''}"
+            )
+        if self.activation_quantization != "auto":
+            return self.activation_quantization == "int8"
+        if not has_kernels or dtype != torch.bfloat16:
+            return False
+        from fastserve_kernels.cpu.integer_products import integer_products_pay  # here: a GPU needs no numba
+
+        return integer_products_pay(dtype)
 
     def _load_transformers_model(self, config: PretrainedConfig, gguf: GgufFile | None = None) -> CausalLM:
         # Imported here: they bring all of transformers' modelling code, which our decoder does not need.
@@ -117,7 +152,13 @@ class _ModelLoader:
         return load_transformers_model(self.path, config, dtype, self.device, self.max_model_len, state)
 
     def _check_not_quantized(self, reason: str) -> None:
-        """Raises ModelError if the weights of a model that transformers' code runs are to be rounded."""
+        """Raises ModelError if weights or activations of a model that transformers' code runs are to be
+        rounded."""
+        if self.activation_quantization == "int8":
+            raise ModelError(
+                f"activation_quantization: got 'int8'; allowed for {self.path}: auto, none, because "
+                f"transformers' own code runs it ({reason})"
+            )
         if self.quantization not in ("auto", "none"):
             raise ModelError(
                 f"quantization: got {self.quantization!r}; allowed for {self.path}: auto, none, because "

@@ -7,7 +7,7 @@ a format dequantizes the weight to a dense one, and warns of it; oneDNN multipli
 |---|---|---|
 | `Dense`, `Bitmap`, `Sparse24` | oneDNN's blocks | 16 |
 | `Int4`, `NF4`, `Sparse24Int4` | nibbles | 4, and the scales |
-| `Int8`, `FP8` | codes of 8 bits | 8, and the scales |
+| `Int8`, `FP8` | codes of 8 bits; `Int8` for activations of 8 bits: quads | 8, and the scales |
 | `IntRows` | nibbles of some rows, codes of 8 bits of the others | 4 or 8, and the scales |
 | `W8A8` | quads | 8 |
 | `BlockSparse` | words of the blocks there are | 16 times the density |
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -185,6 +186,25 @@ def prepare_low_rank(weight: LowRank, dtype: torch.dtype, given: Features | None
     return Prepared("linear_low_rank", arguments, weight.out_features, weight.in_features)
 
 
+def prepare_int4_a8(weight: Int4, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+    """As `prepare_int4`, for activations of 8 bits."""
+    return _with_quantized_activations(prepare_int4(weight, dtype, given))
+
+
+def prepare_int8_a8(weight: Int8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+    """Quads, and scales and zeros by panel, for activations of 8 bits."""
+    if not _supported(given):
+        return _dequantized(weight, dtype)
+    prepared = _grouped(weight, packing.quads(weight.values, 32), _group_rows(weight.zeros))
+    return _with_quantized_activations(prepared)
+
+
+def _with_quantized_activations(prepared: Prepared) -> Prepared:
+    """Unless it has become a dense weight."""
+    operator = {"linear_int4": "linear_int4_a8", "linear_int8": "linear_int8_a8"}.get(prepared.operator)
+    return prepared if operator is None else replace(prepared, operator=operator)
+
+
 PREPARE: Mapping[type[Weight], Callable[..., Prepared]] = {
     Dense: prepare_dense,
     Int4: prepare_int4,
@@ -200,3 +220,5 @@ PREPARE: Mapping[type[Weight], Callable[..., Prepared]] = {
     LowRank: prepare_low_rank,
 }
 """What packs a weight that lies on the CPU for activations of a dtype, by the weight's type."""
+PREPARE_A8: Mapping[type[Weight], Callable[..., Prepared]] = {Int4: prepare_int4_a8, Int8: prepare_int8_a8}
+"""For activations that are rounded to 8 bits, in groups."""

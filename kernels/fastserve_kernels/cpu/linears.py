@@ -70,6 +70,20 @@ def _blocks_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
 
 
 @functools.cache
+def _integer_nibbles_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
+    from fastserve_kernels.cpu.kernels.linear import linear_integers
+
+    return linear_integers(dtype, stored, "Nibbles")
+
+
+@functools.cache
+def _integer_quads_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
+    from fastserve_kernels.cpu.kernels.linear import linear_integers
+
+    return linear_integers(dtype, stored, "Quads")
+
+
+@functools.cache
 def _quads_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
     from fastserve_kernels.cpu.kernels.linear import linear_quads
 
@@ -187,6 +201,31 @@ def linear_int8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: 
     values, scales, zeros, out_features, group_size = weight
     operands, numbers = (values, _int8_table(), scales, zeros), (group_size, 0.5, zeros is not None)
     return _run(_codes_kernel, x, operands, out_features, bias, residual, numbers, scales.dtype)
+
+
+def linear_int4_a8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """`reference.linear_int4_a8` on a CPU: exact sums of products of integers, in groups."""
+    codes, scales, zeros, out_features, group_size = weight
+    numbers = (group_size, 8.0 if zeros is None else 0.0, zeros is not None)
+    return _run(
+        _integer_nibbles_kernel,
+        x,
+        (codes, scales, zeros),
+        out_features,
+        bias,
+        residual,
+        numbers,
+        scales.dtype,
+    )
+
+
+def linear_int8_a8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """`reference.linear_int8_a8` on a CPU. Codes have no sign: they are 128 more than the values."""
+    values, scales, zeros, out_features, group_size = weight
+    numbers = (group_size, 128.0, zeros is not None)
+    return _run(
+        _integer_quads_kernel, x, (values, scales, zeros), out_features, bias, residual, numbers, scales.dtype
+    )
 
 
 def linear_int_rows(

@@ -38,6 +38,7 @@ from fastserve_kernels.cpu.kernels.vnni import (
     columns_of,
     invoke,
     load,
+    nibbles,
     of_elements,
     quad,
     single,
@@ -46,6 +47,10 @@ from fastserve_kernels.cpu.kernels.vnni import (
 
 Words = Any
 """A pointer to words."""
+SMALLEST_SCALE = 1e-30
+"""A smaller one, whose inverse might overflow, counts as 0."""
+QUAD_COLUMNS = 4 * VECTOR_ROWS
+"""Columns of a vector of quads."""
 
 
 @intrinsic
@@ -114,6 +119,52 @@ def quantize(
         _pack_words(x, start + i, stride, dim - i, tokens, at(words, i // 4 * width), x_scales, sums)
 
 
+@njit(error_model="numpy")
+def quantize_groups(
+    x: Elements,
+    start: int,
+    stride: int,
+    dim: int,
+    padded: int,
+    block: int,
+    weights: Words,
+    tokens: int,
+    words: Words,
+    x_scales: Floats,
+    sums: Floats,
+    sum_stride: int,
+) -> None:
+    """A group of tokens as quads, in the order in which those of `weights` come. `padded` is a multiple of
+    32, and words are written up to a multiple of 64.
+
+    Each `block` columns of a token, 32 or a multiple of 64, have a scale of their own, max|x| / 127: x_scales
+    [padded / block, MAX_TOKENS]. What each block adds up to as it is rounded goes into sums [groups,
+    MAX_TOKENS], `sum_stride` further on for the next block: MAX_TOKENS, or 0 where all are one group."""
+    width = width_for(tokens)
+    zero = splat(float32(0), LANES)
+    for t in range(tokens):
+        sums[t] = 0
+        for b in range((padded + block - 1) // block):
+            absmax, nonfinite = zero, zero
+            for i in range(b * block, min(dim, (b + 1) * block), LANES):
+                part = load_masked(x, start + t * stride + i, dim - i)
+                absmax = _larger(absmax, part)
+                nonfinite = multiply_add(part, zero, nonfinite)
+            x_scales[b * MAX_TOKENS + t] = reduce_max(absmax) / float32(127) + reduce_add(nonfinite)
+            sums[b * sum_stride + t] = 0
+    second = 1 if block < QUAD_COLUMNS else 0
+    for i in range(0, padded, QUAD_COLUMNS):
+        b = i // block
+        if i + 32 >= padded:
+            second = 0
+        of_scales, of_sums = at(x_scales, b * MAX_TOKENS), at(sums, b * sum_stride)
+        next_scales, next_sums = at(of_scales, second * MAX_TOKENS), at(of_sums, second * sum_stride)
+        to = at(words, i // 4 * width)
+        _pack_grouped(
+            x, start + i, stride, dim - i, weights, tokens, to, of_scales, next_scales, of_sums, next_sums
+        )
+
+
 @intrinsic
 def _larger(typing: Any, a: Any, b: Any) -> Any:
     """The larger magnitude in each lane."""
@@ -155,23 +206,105 @@ def _pack_words(
                     _add_bytes(builder, rows[t], sums_, t)
                 else:
                     rows.append(_load_words(builder, x.dtype, word, place, left_))
-            rows += rows[-1:] * (width_of(tokens_) - tokens_)
-            low = [lane for i in range(VECTOR_ROWS // 2) for lane in (i, VECTOR_ROWS + i)]
-            halves = [ir.Constant(WORDS, [lane + first for lane in low]) for first in (0, VECTOR_ROWS // 2)]
-            half = len(rows) // 2
-            for _ in range(half.bit_length()):
-                rows = [
-                    builder.shuffle_vector(rows[i], rows[i + half], lanes)
-                    for i in range(half)
-                    for lanes in halves
-                ]
-            for i, row in enumerate(rows):
-                store(builder, row, to, I64(i))
+            _store_interleaved(builder, rows, to)
 
         for_each_count(builder, token_count, body)
         return context.get_dummy_value()
 
     return types.void(x, integer, integer, integer, integer, target, x_scales, sums), lower
+
+
+def _store_interleaved(builder: ir.IRBuilder, rows: list[ir.Value], to: ir.Value) -> None:
+    """The words of each token side by side with those of the others."""
+    rows = rows + rows[-1:] * (width_of(len(rows)) - len(rows))
+    low = [lane for i in range(VECTOR_ROWS // 2) for lane in (i, VECTOR_ROWS + i)]
+    halves = [ir.Constant(WORDS, [lane + first for lane in low]) for first in (0, VECTOR_ROWS // 2)]
+    half = len(rows) // 2
+    for _ in range(half.bit_length()):
+        rows = [
+            builder.shuffle_vector(rows[i], rows[i + half], lanes) for i in range(half) for lanes in halves
+        ]
+    for i, row in enumerate(rows):
+        store(builder, row, to, I64(i))
+
+
+@intrinsic
+def _pack_grouped(
+    typing: Any,
+    x: Any,
+    start: Any,
+    stride: Any,
+    left: Any,
+    weights: Any,
+    tokens: Any,
+    target: Any,
+    low_scales: Any,
+    high_scales: Any,
+    low_sums: Any,
+    high_sums: Any,
+) -> Any:
+    """The next VECTOR_ROWS words of each token, of which each half has a scale and a sum by token."""
+    integer, is_permuted = types.int64, weights.dtype == nibbles
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        source, start_, stride_, left_, _, token_count, to, *of_halves = args
+
+        def body(tokens_: int) -> None:
+            rows = []
+            for t in range(tokens_):
+                place = builder.gep(source, [builder.add(start_, builder.mul(stride_, I64(t)))])
+                scales, sums = (
+                    [builder.gep(pointer, [I64(t)]) for pointer in of_halves[i : i + 2]] for i in (0, 2)
+                )
+                found = [builder.load(scale) for scale in scales]
+                quads = _round_halves(builder, x.dtype, place, left_, found)
+                _add_halves(builder, quads, found, sums)
+                rows.append(builder.bitcast(_permuted(builder, quads) if is_permuted else quads, WORDS))
+            _store_interleaved(builder, rows, to)
+
+        for_each_count(builder, token_count, body)
+        return context.get_dummy_value()
+
+    arguments = (low_scales, high_scales, low_sums, high_sums)
+    return types.void(x, integer, integer, integer, weights, integer, target, *arguments), lower
+
+
+def _round_halves(
+    builder: ir.IRBuilder, element: types.Type, place: ir.Value, left: ir.Value, scales: list[ir.Value]
+) -> ir.Value:
+    """The next QUAD_COLUMNS of a row of which there are `left` elements, each half over its scale, as bytes;
+    0 where the scale is 0 or no number."""
+    floats, integers = ir.VectorType(FLOAT, QUAD_COLUMNS), ir.VectorType(I32, QUAD_COLUMNS)
+    kind = ir.VectorType(FLOAT if element == float32 else I16, QUAD_COLUMNS)
+    values = widen(builder, element, _masked_load(builder, place, kind, left))
+    inverses = []
+    for scale in scales:
+        is_normal = builder.fcmp_ordered(">", scale, FLOAT(SMALLEST_SCALE))
+        inverse = builder.select(is_normal, builder.fdiv(FLOAT(1.0), scale), FLOAT(0.0))
+        inverses.append(broadcast(builder, inverse, QUAD_COLUMNS // 2))
+    lanes = ir.Constant(integers, list(range(QUAD_COLUMNS)))
+    by = builder.shuffle_vector(*inverses, lanes)
+    rounded = invoke(builder, f"rint.v{QUAD_COLUMNS}f32", floats, builder.fmul(values, by))
+    return builder.trunc(builder.fptosi(rounded, integers), BYTES)
+
+
+def _add_halves(builder: ir.IRBuilder, quads: ir.Value, scales: list[ir.Value], sums: list[ir.Value]) -> None:
+    """Adds what each half of the bytes adds up to, times its scale, to its sum."""
+    ones = builder.bitcast(same(BYTES, 1), WORDS)
+    words = builder.bitcast(quads, WORDS)
+    added = invoke(builder, "x86.avx512.vpdpbusd.512", WORDS, same(WORDS, 0), ones, words)
+    half = VECTOR_ROWS // 2
+    for number, (scale, total) in enumerate(zip(scales, sums, strict=True)):
+        lanes = ir.Constant(ir.VectorType(I32, half), [number * half + i for i in range(half)])
+        part = builder.shuffle_vector(added, added, lanes)
+        of_half = builder.sitofp(invoke(builder, f"vector.reduce.add.v{half}i32", I32, part), FLOAT)
+        builder.store(builder.fadd(builder.load(total), builder.fmul(of_half, scale)), total)
+
+
+def _permuted(builder: ir.IRBuilder, quads: ir.Value) -> ir.Value:
+    """The bytes in the order in which nibbles are split: of each eight columns 0, 4, 1, 5, 2, 6, 3, 7."""
+    lanes = [8 * i + column for i in range(QUAD_COLUMNS // 8) for column in (0, 4, 1, 5, 2, 6, 3, 7)]
+    return builder.shuffle_vector(quads, quads, ir.Constant(ir.VectorType(I32, QUAD_COLUMNS), lanes))
 
 
 def _masked_load(builder: ir.IRBuilder, place: ir.Value, kind: ir.VectorType, count: ir.Value) -> ir.Value:

@@ -48,9 +48,10 @@ def codes(values: Tensor) -> Tensor:
     return four.unflatten(4, (2, 2)).unflatten(3, (4, 4)).transpose(4, 5).contiguous()
 
 
-def quads(values: Tensor) -> Tensor:
-    """int8 [N, K] as [panels, K / 4, 2, 16, 4] uint8: each value + 128."""
-    return _in_vectors(_padded(values.view(torch.uint8) ^ 0x80, PANEL_ROWS, 64), 4)
+def quads(values: Tensor, columns: int = 64) -> Tensor:
+    """int8 [N, K], with K filled up to a multiple of `columns`, as [panels, K / 4, 2, 16, 4] uint8: each
+    value + 128."""
+    return _in_vectors(_padded(values.view(torch.uint8) ^ 0x80, PANEL_ROWS, columns), 4)
 
 
 def group_rows(per_group: Tensor) -> Tensor:

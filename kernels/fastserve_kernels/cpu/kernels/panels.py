@@ -77,6 +77,8 @@ class Workspace(NamedTuple):
     """[tokens / 8, padded, W] activations."""
     sums: Floats
     """[tokens / 8, groups, 8] of the activations."""
+    x_scales: Floats
+    """[tokens / 8, blocks, 8] of activations that are quantized by blocks."""
     acc: Floats
     """[tokens, PANEL_ROWS]."""
     scales: Floats
@@ -121,16 +123,24 @@ def allocate_workspace(shape: LinearShape, x: Elements) -> Workspace:
     tokens = round_up(min(shape.tokens, TOKENS), MAX_TOKENS)
     words = (tokens if shape.tokens > MAX_TOKENS else width_for(shape.tokens)) * shape.padded
     sums = tokens * max(shape.groups, VECTOR_ROWS)
+    x_scales = tokens * blocks_of(shape)
     acc = tokens * PANEL_ROWS
     scales = shape.groups * PANEL_ROWS
-    size = words + sums + acc + 2 * scales + SLICE * PANEL_ROWS
+    size = words + sums + x_scales + acc + 2 * scales + SLICE * PANEL_ROWS
     workspace = allocate_floats(size)
     to_sums = at(workspace, words)
-    to_acc = at(to_sums, sums)
+    to_x_scales = at(to_sums, sums)
+    to_acc = at(to_x_scales, x_scales)
     to_scales = at(to_acc, acc)
     to_zeros = at(to_scales, scales)
     expanded = as_words(x, at(to_zeros, scales))
-    return Workspace(as_words(x, workspace), to_sums, to_acc, to_scales, to_zeros, expanded)
+    return Workspace(as_words(x, workspace), to_sums, to_x_scales, to_acc, to_scales, to_zeros, expanded)
+
+
+@njit(error_model="numpy")
+def blocks_of(shape: LinearShape) -> int:
+    """The blocks of a row."""
+    return (shape.padded + shape.block - 1) // shape.block
 
 
 @njit(error_model="numpy")

@@ -154,15 +154,7 @@ def multiply(
                 sums = _add_products(builder, unpack, x.dtype, weights, words, count_, nothing)
                 _add_scaled(builder, sums, totals_, scales_, step_)
 
-            span = span_of(tokens_, stored.dtype.columns)
-            if span == 1:
-                add(1)
-                return
-            with builder.if_else(builder.icmp_signed("==", blocks_, I64(1))) as (one, several):
-                with one:
-                    add(1)
-                with several:
-                    add(span)
+            _for_each_span(builder, span_of(tokens_, stored.dtype.columns), blocks_, add)
 
         for_each_count(builder, token_count, body)
         return context.get_dummy_value()
@@ -171,10 +163,27 @@ def multiply(
     return types.void(stored, table, x, integer, integer, integer, totals, floats, integer), lower
 
 
+def _for_each_span(builder: ir.IRBuilder, span: int, blocks: ir.Value, body: Callable[[int], None]) -> None:
+    """The body for one block, or for `span` of them."""
+    if span == 1:
+        body(1)
+        return
+    with builder.if_else(builder.icmp_signed("==", blocks, I64(1))) as (one, several):
+        with one:
+            body(1)
+        with several:
+            body(span)
+
+
 def _add_scaled(
-    builder: ir.IRBuilder, sums: Sums, totals: ir.Value, scales: ir.Value, step: ir.Value
+    builder: ir.IRBuilder,
+    sums: Sums,
+    totals: ir.Value,
+    scales: ir.Value,
+    step: ir.Value,
+    x_scales: ir.Value | None = None,
 ) -> None:
-    """Adds the sums of the blocks to the totals."""
+    """Adds the sums of the blocks to the totals; those of integers are multiplied by `x_scales` too."""
     factors = []
     for s in range(len(sums)):
         of_block = builder.gep(scales, [builder.mul(step, I64(s))])
@@ -184,8 +193,49 @@ def _add_scaled(
             place = I64(t * PANEL_VECTORS + p)
             total = load(builder, totals, place, SUMS)
             for s, of_vectors in enumerate(sums):
-                total = invoke(builder, "fma.v16f32", SUMS, factors[s][p], of_vectors[p][t], total)
+                found = of_vectors[p][t]
+                if x_scales is not None:
+                    of_token = builder.load(builder.gep(x_scales, [I64(s * MAX_TOKENS + t)]))
+                    found = builder.fmul(builder.sitofp(found, SUMS), broadcast(builder, of_token))
+                total = invoke(builder, "fma.v16f32", SUMS, factors[s][p], found, total)
             store(builder, total, totals, place)
+
+
+@intrinsic
+def multiply_grouped_integers(
+    typing: Any,
+    stored: Any,
+    x: Any,
+    tokens: Any,
+    blocks: Any,
+    count: Any,
+    totals: Any,
+    scales: Any,
+    step: Any,
+    x_scales: Any,
+) -> Any:
+    """`multiply` of bytes: totals[token, row] += scales[row] * x_scales[token] * sum of weights * x.
+
+    The sums of a block are int32, and exact. x_scales [blocks, MAX_TOKENS] float32."""
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        weights, words, token_count, blocks_, count_, totals_, scales_, step_, x_scales_ = args
+
+        def body(tokens_: int) -> None:
+            unpack = unpacker(builder, stored.dtype, x.dtype, weights)
+
+            def add(blocks: int) -> None:
+                nothing = [[[ir.Constant(WORDS, None)] * tokens_] * PANEL_VECTORS for _ in range(blocks)]
+                sums = _add_products(builder, unpack, x.dtype, weights, words, count_, nothing)
+                _add_scaled(builder, sums, totals_, scales_, step_, x_scales_)
+
+            _for_each_span(builder, span_of(tokens_, stored.dtype.columns), blocks_, add)
+
+        for_each_count(builder, token_count, body)
+        return context.get_dummy_value()
+
+    integer, floats = types.int64, types.CPointer(types.float32)
+    return types.void(stored, x, integer, integer, integer, totals, floats, integer, floats), lower
 
 
 @intrinsic

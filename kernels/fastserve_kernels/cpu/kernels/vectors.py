@@ -138,6 +138,7 @@ def pointer_cast(element: types.Type) -> Any:
 
 as_int64 = pointer_cast(types.int64)
 as_float32 = pointer_cast(types.float32)
+as_bytes = pointer_cast(types.uint8)
 
 
 @intrinsic

@@ -10,7 +10,7 @@ these words as their types, by which the functions here are chosen:
 | `single` | 16 rows x 1 float32 | itself |
 | `pair` | 16 rows x 2 bfloat16 | itself |
 | `quad` | 16 rows x 4 int8 | itself |
-| `nibbles` | 16 rows x 8 codes of 4 bits | 8 `single` or 4 `pair`, looked up in a table of 16 |
+| `nibbles` | 16 rows x 8 codes of 4 bits | 8 `single` or 4 `pair`, looked up in a table of 16; 2 `quad` |
 | `codes` | 16 rows x 4 codes of 8 bits | 4 `single` or 2 `pair`, looked up in a table of 128, and a sign |
 
 The instructions are those of AVX-512 with its extensions BF16, VBMI and VNNI. LLVM has changed some of
@@ -129,6 +129,8 @@ def unpacker(builder: ir.IRBuilder, stored: Word, word: Word, table: ir.Value) -
     """What makes words of what is stored; loads the table."""
     if stored == word:
         return lambda vector: [vector]
+    if stored == nibbles and word == quad:
+        return _split_nibbles(builder)
     if stored == nibbles:
         values = load(builder, table, I64(0), SUMS if word == single else SHORTS)
         return lambda vector: _look_up_nibbles(builder, word, values, vector)
@@ -151,6 +153,16 @@ def _look_up_nibbles(builder: ir.IRBuilder, word: Word, table: ir.Value, vector:
             value = invoke(builder, "x86.avx512.permvar.hi.512", SHORTS, table, index)
             found.append(builder.bitcast(value, WORDS))
     return found
+
+
+def _split_nibbles(builder: ir.IRBuilder) -> Unpack:
+    """The low halves of the bytes, then the high ones: columns 0, 4, 1, 5, then 2, 6, 3, 7."""
+    mask = builder.bitcast(same(BYTES, 15), WORDS)
+
+    def unpack(vector: ir.Value) -> list[ir.Value]:
+        return [builder.and_(half, mask) for half in (vector, builder.lshr(vector, same(WORDS, 4)))]
+
+    return unpack
 
 
 def _look_up_codes(

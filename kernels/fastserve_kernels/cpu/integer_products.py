@@ -1,0 +1,39 @@
+"""Whether this processor multiplies bytes faster than the floats that codes stand for: measured."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+from fastserve_kernels import ops
+from fastserve_kernels.cpu.kernels import cpu_features
+from fastserve_kernels.formats import Int4
+from fastserve_kernels.preparation import prepare
+
+ROWS, COLUMNS, TOKENS, GROUP = 1024, 1024, 16, 32
+"""Of the weight that is tried, in some milliseconds."""
+TRIES = 7
+WORTHWHILE = 1.1
+"""Times as fast, at least: the activations' rounding is no gain in itself."""
+
+
+@functools.cache
+def integer_products_pay(dtype: torch.dtype) -> bool:
+    """Whether weights of 4 and 8 bits are to meet activations of 8 bits rather than of `dtype`.
+
+    The best of a few tries of each kernel counts, taken by turns, so that what else runs disturbs both alike.
+    """
+    if not cpu_features.supported(cpu_features.host_features()):
+        return False
+    weight = Int4.pack(torch.linspace(-1, 1, ROWS * COLUMNS).view(ROWS, COLUMNS), GROUP, symmetric=False)
+    x = torch.ones(TOKENS, COLUMNS, dtype=dtype)
+    candidates = [prepare(weight, "cpu", dtype, quantize_activations=each) for each in (False, True)]
+    best = [float("inf")] * len(candidates)
+    for _ in range(TRIES):
+        for number, candidate in enumerate(candidates):
+            start = time.perf_counter()
+            ops.linear(x, candidate)
+            best[number] = min(best[number], time.perf_counter() - start)
+    return best[0] >= WORTHWHILE * best[1]
