@@ -92,13 +92,14 @@ def linear_int8_a8(x: Tensor, weight: IntArguments, bias: Tensor | None, residua
 def quantized_activations(x: Tensor, group_size: int) -> Tensor:
     """x [T, K] rounded to int8, float32: each group of columns of a token to multiples of its max|x| / 127.
 
-    A group of activations is one of the weight's, of ACTIVATION_GROUP columns at most.
+    A group of activations is one of the weight's, of ACTIVATION_GROUP columns at most. Halves are rounded to
+    even, after multiplication by the inverse of the step.
     """
     size = min(group_size, ACTIVATION_GROUP)
     groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % size)).unflatten(1, (-1, size))
     step = groups.abs().amax(-1, keepdim=True) / 127
-    rounded = (groups / step).round().masked_fill(step == 0, 0.0) * step
-    return rounded.flatten(1)[:, : x.shape[1]]
+    rounded = (groups * (1 / step)).round().masked_fill(step == 0, 0.0)
+    return (rounded * step).flatten(1)[:, : x.shape[1]]
 
 
 def linear_int_rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from fastserve.checkpoints.model_error import ModelError
@@ -12,6 +13,9 @@ from fastserve.checkpoints.online_quantization import quantize, quantize_head
 from fastserve.models.decoder import Decoder
 from fastserve.models.linear import Linear
 from fastserve.models.model_loader import load_model
+from fastserve_kernels.cpu import integer_products
+from fastserve_kernels.cpu.kernels.cpu_features import host_features, supported
+from fastserve_kernels.formats.prepared import Prepared
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 OPERATORS = {
@@ -70,3 +74,67 @@ def test_models_of_transformers_own_code_are_not_quantized(save_model: Callable)
     directory, _ = save_model("gpt_neox")
     with pytest.raises(ModelError, match=r"got .int8.; allowed for .*: auto, none"):
         load_model(str(directory), quantization="int8")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "operators"),
+    [
+        ("none", "bfloat16", ("linear_int4", "linear_int8")),
+        ("int8", "float32", ("linear_int4_a8", "linear_int8_a8")),
+        ("auto", "float32", ("linear_int4", "linear_int8")),
+        ("auto", "bfloat16", ("linear_int4_a8", "linear_int8_a8")),
+    ],
+)
+def test_activations_are_quantized_where_that_is_asked_for_or_faster(
+    wanted: str,
+    dtype: str,
+    operators: tuple[str, str],
+    save_model: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not supported(host_features()):
+        pytest.skip("this processor lacks extensions of AVX-512")
+    monkeypatch.setattr(integer_products, "integer_products_pay", lambda dtype: True)
+    directory, _ = save_model("llama", **SIZES)
+    model = load_model(str(directory), dtype, quantization="int4", activation_quantization=wanted)
+    assert isinstance(model, Decoder)
+    found = (model.weights.layers[0].down_proj, model.weights.lm_head)
+    assert tuple(each.weight.operator for each in found if isinstance(each, Linear)) == operators
+
+
+@pytest.mark.parametrize(("slow", "pays"), [("linear_int4", True), ("linear_int4_a8", False)])
+def test_whether_integer_products_pay_is_measured(
+    slow: str, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the clock alone, of which one of the two operators takes twice as much."""
+    clock = [0.0]
+
+    def linear(x: torch.Tensor, weight: Prepared) -> None:
+        clock[0] += 2.0 if weight.operator == slow else 1.0
+
+    monkeypatch.setattr(integer_products.ops, "linear", linear)
+    monkeypatch.setattr(integer_products.time, "perf_counter", lambda: clock[0])
+    integer_products.integer_products_pay.cache_clear()
+    has_kernels = supported(host_features())
+    assert integer_products.integer_products_pay(torch.bfloat16) is (pays and has_kernels)
+    integer_products.integer_products_pay.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "given", "message"),
+    [
+        ("llama", {"activation_quantization": "int4"}, "got 'int4'; allowed: auto, none, int8"),
+        (
+            "llama",
+            {"activation_quantization": "int8", "device": "meta"},
+            "got 'int8'; allowed: auto, none on meta",
+        ),
+        ("gpt_neox", {"activation_quantization": "int8"}, "got 'int8'; allowed for .*: auto, none, because"),
+    ],
+)
+def test_activation_quantization_that_cannot_be_done_is_refused(
+    model_type: str, given: dict[str, str], message: str, save_model: Callable
+) -> None:
+    directory, _ = save_model(model_type)
+    with pytest.raises(ModelError, match=f"activation_quantization: {message}"):
+        load_model(str(directory), **given)  # type: ignore[arg-type]

@@ -72,6 +72,49 @@ def test_a_row_does_not_depend_on_the_others(
     assert torch.equal(ops.linear(x, weight), together)
 
 
+QUANTIZED_ACTIVATIONS = ("int4", "int4 with zeros", "int8", "int8 with zeros")
+
+
+@native
+@pytest.mark.parametrize("name", QUANTIZED_ACTIVATIONS)
+def test_a_row_of_quantized_activations_does_not_depend_on_the_others(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their scales are its own: it is the same beside any number of rows, and on any number of threads."""
+    weight = FORMATS[name](torch.randn(192, 672).bfloat16())
+    prepared = prepare(weight, "cpu", torch.bfloat16, quantize_activations=True)
+    x = torch.randn(267, 672).bfloat16() * torch.logspace(-3, 3, 267)[:, None].bfloat16()
+    together = ops.linear(x, prepared)
+    assert together.isfinite().all()
+    for rows in (*range(1, 10), 16, 17, 31, 33, 64, 66, 256, 258):
+        assert torch.equal(ops.linear(x[:rows], prepared), together[:rows]), rows
+        assert torch.equal(ops.linear(x[-rows:], prepared), together[-rows:]), rows
+    for least in (1, 1 << 60):
+        monkeypatch.setattr(linears, "MIN_PARALLEL", least)
+        assert torch.equal(ops.linear(x, prepared), together)
+
+
+@native
+@pytest.mark.parametrize("name", QUANTIZED_ACTIVATIONS)
+def test_a_row_that_is_not_finite_spoils_no_other(name: str) -> None:
+    weight = FORMATS[name](torch.randn(64, 672))
+    prepared = prepare(weight, "cpu", torch.float32, quantize_activations=True)
+    x = torch.randn(7, 672)
+    wanted = ops.linear(x, prepared)
+    x[2, 100], x[4, 3], x[5] = float("nan"), float("inf"), 1e-40
+    came = ops.linear(x, prepared)
+    assert not came[[2, 4]].isfinite().any()
+    assert torch.equal(came[[0, 1, 3, 6]], wanted[[0, 1, 3, 6]])
+    assert came[5].abs().max() < 1e-30
+
+
+def test_other_processors_quantize_no_activations() -> None:
+    for weight in (formats.Int4.pack(torch.randn(64, 96), 32), formats.Int8.pack(torch.randn(64, 96), 32)):
+        with pytest.warns(UserWarning, match="dequantized as they are loaded"):
+            prepared = linear_preparation.PREPARE_A8[type(weight)](weight, torch.float32, {"avx2": True})
+        assert prepared.operator == "linear"
+
+
 @native
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(1, 2), (33, 70), (47, 130), (100, 1030)])

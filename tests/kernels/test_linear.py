@@ -102,6 +102,36 @@ def test_w8a8_rounds_activations_as_the_reference_does(
         assert rel_rms(ops.linear(x, prepared, bias, residual), wanted) < TOLERANCE[dtype], rows
 
 
+WITH_QUANTIZED_ACTIVATIONS: dict[str, Callable[[Tensor], formats.Int4 | formats.Int8]] = {
+    "int4 g32": lambda weight: formats.Int4.pack(weight, 32),
+    "int4 g64 with zeros": lambda weight: formats.Int4.pack(weight, 64, symmetric=False),
+    "int4 per row with zeros": lambda weight: formats.Int4.pack(weight, None, symmetric=False),
+    "int8 g32 with zeros": lambda weight: formats.Int8.pack(weight, 32, symmetric=False),
+    "int8 g128": lambda weight: formats.Int8.pack(weight, 128),
+    "int8 per row": lambda weight: formats.Int8.pack(weight, None),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", WITH_QUANTIZED_ACTIVATIONS)
+def test_activations_are_quantized_in_groups_as_the_reference_does(
+    name: str, dtype: torch.dtype, rel_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    weight = WITH_QUANTIZED_ACTIVATIONS[name](torch.randn(83, 384) / 20)
+    prepared = prepare(weight, "cpu", dtype, quantize_activations=True)
+    if prepared.operator == "linear":
+        return  # a processor without our kernels: nothing is rounded
+    oracle = getattr(reference, prepared.operator)
+    for rows in ROWS:
+        x = torch.randn(384, 2 * rows).to(dtype).T[::2]
+        x[1:2] = 0
+        x[:, 32:64] *= 1e-3
+        bias, residual = torch.randn(83).to(dtype), torch.randn(rows, 83).to(dtype)
+        for extras in ((None, None), (bias, residual)):
+            wanted = oracle(x.float(), weight.arguments, *extras)
+            assert rel_rms(ops.linear(x, prepared, *extras), wanted) < TOLERANCE[dtype], rows
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     ("out_features", "in_features"), [(960, 576), (576, 1536), (1, 1), (33, 7), (100, 72)]

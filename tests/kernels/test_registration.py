@@ -28,6 +28,8 @@ FORMATS: dict[str, Callable[[Tensor], Weight]] = {
     "linear": formats.Dense,
     "linear_int4": lambda weight: formats.Int4.pack(weight, 32, symmetric=False),
     "linear_int8": formats.Int8.pack,
+    "linear_int4_a8": lambda weight: formats.Int4.pack(weight, 32),
+    "linear_int8_a8": lambda weight: formats.Int8.pack(weight, 32),
     "linear_int_rows": lambda weight: formats.IntRows.pack(weight, torch.tensor([3, 5] * 24).byte(), 32),
     "linear_nf4": lambda weight: formats.NF4.pack(weight, 32),
     "linear_fp8": formats.FP8.pack,
@@ -55,7 +57,7 @@ def arguments(name: str, make_batch: Any) -> tuple[Any, ...]:
     """Arguments of the operator, on a CPU."""
     if name in FORMATS:
         weight = FORMATS[name](torch.randn(48, 64))
-        prepared = prepare(weight, "cpu", torch.float32)
+        prepared = prepare(weight, "cpu", torch.float32, quantize_activations=name.endswith("_a8"))
         # Plain is the dense weight, as torch's checks read addresses, which one in oneDNN's blocks has not;
         # and what a CPU multiplies by another format's operator.
         plain = name == "linear" or prepared.operator != name
@@ -120,9 +122,9 @@ def test_the_implementations_have_one_signature(name: str) -> None:
 
     function = getattr(reference, name)
     wanted = inspect.signature(function)
-    by_torch_alone = {"linear"}
-    assert has_implementation(name, "CUDA") == (name not in by_torch_alone)
-    assert (function in IMPLEMENTATIONS) == (name not in by_torch_alone)
+    on_no_gpu = {"linear", "linear_int4_a8", "linear_int8_a8"}  # torch's own; what a CPU alone gains by
+    assert has_implementation(name, "CUDA") == (name not in on_no_gpu)
+    assert (function in IMPLEMENTATIONS) == (name not in on_no_gpu)
     cpu = next((m for m in (linears, operators, sampling) if hasattr(m, name)), None)
     assert has_implementation(name, "CPU") == (cpu is not None)
     assert inspect.signature(getattr(cpu, name, function)) == wanted

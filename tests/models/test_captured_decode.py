@@ -58,7 +58,8 @@ def test_every_number_of_sequences(
     save_model: Callable,
 ) -> None:
     directory, _ = save_model(model_type, hidden_size=64, intermediate_size=96)
-    model = load_model(str(directory), dtype, quantization=quantization)
+    activations = "int8" if quantization == "int8" and HAS_KERNELS else "none"
+    model = load_model(str(directory), dtype, quantization=quantization, activation_quantization=activations)
     assert isinstance(model, Decoder)
     ours, theirs = caches_of(model, kv_dtype), caches_of(model, kv_dtype)
     warm_up(model, ours)
