@@ -9,13 +9,17 @@ from position 0; a row's score is a sum over dimensions, its result one over key
 adds an exact zero. So a token's result is the same to the last bit whatever else is in the batch, wherever
 its prompt was cut, and whether it was decoded or part of a prompt.
 
-Bound: a decode by the bytes of the cache, a prompt by 2 (D + Dv) floating-point operations per row and key.
-With 9 heads of 64, 3 of keys, bfloat16, on two cores of an EPYC 9005: 16 decodes of 512 keys take 187 us
-with the cache at hand and 290 us from memory, of an int8 cache 154 and 207 us; a prompt of 512 takes 0.95 ms,
-which is 320 GFLOP/s.
+With bfloat16 queries and a processor that multiplies pairs of them, both products are of pairs
+(`bfloat16_pairs`): adjacent dimensions of query and key, then adjacent keys of a dimension of the values. The
+exponentials are rounded to bfloat16 for that, and so is what their sum is made of.
 
-A quantized cache costs nothing in the products: a query is multiplied by its keys' scale before, a result by
-its values' scale after.
+Bound: a decode by the bytes of the cache, a prompt by 2 (D + Dv) floating-point operations per row and key.
+With 9 heads of 64, 3 of keys, bfloat16, on two cores of an EPYC 9005: 16 decodes of 512 keys take 113 us
+with the cache at hand and 254 us from memory, where each core waits for as many lines as it can at once; a
+prompt of 512 takes 0.72 ms.
+
+A quantized cache costs nothing in the products: a score is multiplied by its keys' scale, a result by its
+values'.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from typing import Any, NamedTuple
 
 from numba import float32, njit
 
+from fastserve_kernels.cpu.kernels.activations import as_elements
 from fastserve_kernels.cpu.kernels.aligned_memory import LINE, allocate_floats, free_floats, round_up
 from fastserve_kernels.cpu.kernels.attention_tiles import (
     BLOCK_N,
@@ -33,6 +38,14 @@ from fastserve_kernels.cpu.kernels.attention_tiles import (
     first_kv_tile,
     kv_tile_len,
     tile_of,
+)
+from fastserve_kernels.cpu.kernels.bfloat16_pairs import (
+    PAIR_COLUMNS,
+    as_int32,
+    dot_pairs,
+    store_pairs,
+    store_transposed_pairs,
+    uses_pairs,
 )
 from fastserve_kernels.cpu.kernels.kernel import (
     Elements,
@@ -56,6 +69,7 @@ from fastserve_kernels.cpu.kernels.vectors import (
     prefetch,
     reduce_add,
     reduce_max,
+    round_to,
     select_range,
     size_of,
     splat,
@@ -164,14 +178,14 @@ def paged_attention(
 def _scratch_size(shape: AttentionShape, tile_len: int) -> int:
     rows = round_up(tile_len * shape.group, ROWS)
     of_row = shape.wide_dim + BLOCK_N + shape.wide_dim_v + 2
-    return BLOCK_N * (4 + shape.dim + shape.wide_dim_v) + rows * of_row
+    return BLOCK_N * (4 + shape.wide_dim + shape.wide_dim_v) + rows * of_row
 
 
 @njit(error_model="numpy")
 def _scratch(memory: Floats, shape: AttentionShape, tile_len: int) -> Scratch:
     rows = round_up(tile_len * shape.group, ROWS)
     keys = at(memory, 4 * BLOCK_N)
-    values = at(keys, BLOCK_N * shape.dim)
+    values = at(keys, BLOCK_N * shape.wide_dim)
     queries = at(values, BLOCK_N * shape.wide_dim_v)
     p = at(queries, rows * shape.wide_dim)
     acc = at(p, rows * BLOCK_N)
@@ -201,17 +215,27 @@ def _attend(
             _locate_kv_tile(tile, shape, scratch, base + BLOCK_N)
         else:
             _locate_kv_tile(following, shape, scratch, first_kv_tile(following, shape))
-        _load_kv_tile(tile, shape, scratch, cache, base)
+        if uses_pairs(q):
+            _load_kv_pairs(tile, shape, scratch, cache, base)
+        else:
+            _load_kv_tile(tile, shape, scratch, cache, base)
         for row in range(0, rows, ROWS):
             # Query i sees the keys up to its own position, and down to as many as the window has.
             last = tile.position + min((row + ROWS - 1) // shape.group, tile.queries - 1)
             if base <= last and base + BLOCK_N > tile.position + row // shape.group - shape.window + 1:
-                _multiply_keys(shape, scratch, cache, row)
+                if uses_pairs(q):
+                    _multiply_key_pairs(shape, scratch, cache, row)
+                else:
+                    _multiply_keys(shape, scratch, cache, row)
                 for r in range(row, row + ROWS):
                     position = tile.position + min(r // shape.group, tile.queries - 1)
                     first = max(0, position - shape.window + 1 - base)
-                    _softmax_step(shape, scratch, r, first, position + 1 - base)
-                _multiply_values(shape, scratch, cache, row, min(BLOCK_N, last + 1 - base))
+                    _softmax_step(tile, shape, scratch, q, cache, r, first, position + 1 - base)
+                count = min(BLOCK_N, last + 1 - base)
+                if uses_pairs(q):
+                    _multiply_value_pairs(shape, scratch, cache, row, count)
+                else:
+                    _multiply_values(shape, scratch, cache, row, count)
     _finish(tile, shape, scratch, cache, out)
 
 
@@ -219,13 +243,11 @@ def _attend(
 def _init_tile(
     tile: Tile, shape: AttentionShape, scratch: Scratch, q: Elements, cache: Cache, rows: int
 ) -> None:
-    """Scales the queries of a tile, also by the keys' scale, and clears what is added up; rows that only fill
-    up are zeros."""
-    factor = float32(shape.scale)
-    if is_quantized(cache.keys):
-        factor *= cache.key_scales[tile.kv_head]
-    scale = splat(factor, LANES)
+    """Scales the queries of a tile, also by the keys' scale, unless they meet these as pairs, and clears what
+    is added up; rows that only fill up are zeros."""
+    scale = splat(float32(1) if uses_pairs(q) else _score_scale(tile, shape, cache), LANES)
     zero = splat(float32(0), LANES)
+    pairs = as_elements(q, scratch.queries)
     for row in range(rows):
         query, head = row // shape.group, tile.kv_head * shape.group + row % shape.group
         start = (tile.token + query) * shape.q_stride + head * shape.dim
@@ -233,7 +255,10 @@ def _init_tile(
             part = zero
             if query < tile.queries:
                 part = load_masked(q, start + i, shape.dim - i) * scale
-            store(scratch.queries, row * shape.wide_dim + i, part)
+            if uses_pairs(q):
+                store(pairs, row * 2 * shape.wide_dim + i, part)
+            else:
+                store(scratch.queries, row * shape.wide_dim + i, part)
         for i in range(0, shape.wide_dim_v, LANES):
             store(scratch.acc, row * shape.wide_dim_v + i, zero)
         scratch.m_i[row] = MASKED
@@ -292,6 +317,93 @@ def _load_kv_tile(tile: Tile, shape: AttentionShape, scratch: Scratch, cache: Ca
 
 
 @njit(error_model="numpy")
+def _score_scale(tile: Tile, shape: AttentionShape, cache: Cache) -> Any:
+    """What the product of a query and a key is multiplied by."""
+    scale = float32(shape.scale)
+    if is_quantized(cache.keys):
+        scale *= cache.key_scales[tile.kv_head]
+    return scale
+
+
+@njit(error_model="numpy")
+def _load_kv_pairs(tile: Tile, shape: AttentionShape, scratch: Scratch, cache: Cache, base: int) -> None:
+    """`_load_kv_tile` for products of pairs: adjacent dimensions of a key, and a dimension of the values of
+    adjacent keys; 0 for a last key that has no neighbour."""
+    count = kv_tile_len(tile, base)
+    keys, values = as_int32(scratch.keys), as_int32(scratch.values)
+    zero = splat(float32(0), LANES)
+    for j in range(0, count, 2):
+        start, next_start = scratch.starts[j] * shape.dim_v, scratch.starts[j + 1] * shape.dim_v
+        for i in range(0, shape.wide_dim_v, LANES):
+            value, next_value = load_masked(cache.values, start + i, shape.dim_v - i), zero
+            if j + 1 < count:
+                next_value = load_masked(cache.values, next_start + i, shape.dim_v - i)
+            store_pairs(value, next_value, values, j // 2 * shape.wide_dim_v + i)
+    for first in range(0, count, LANES):
+        starts = at(scratch.starts, first)
+        for i in range(0, shape.dim, PAIR_COLUMNS):
+            to = i // 2 * BLOCK_N + first
+            store_transposed_pairs(at(cache.keys, i), starts, shape.dim, shape.dim - i, keys, to, BLOCK_N)
+
+
+@njit(error_model="numpy")
+def _multiply_key_pairs(shape: AttentionShape, scratch: Scratch, cache: Cache, row: int) -> None:
+    """`_multiply_keys` by pairs of dimensions; scores are not scaled yet."""
+    queries, keys = as_int32(scratch.queries), as_int32(scratch.keys)
+    first = row * shape.wide_dim
+    second, third, fourth = first + shape.wide_dim, first + 2 * shape.wide_dim, first + 3 * shape.wide_dim
+    for lane in range(0, BLOCK_N, WIDE):
+        a = b = c = d = splat(float32(0), WIDE)
+        for i in range((shape.dim + 1) // 2):
+            if row + lane == 0:
+                _prefetch_head(cache.keys, scratch.next_starts[2 * i % BLOCK_N] * shape.dim, shape.dim)
+                _prefetch_head(cache.keys, scratch.next_starts[(2 * i + 1) % BLOCK_N] * shape.dim, shape.dim)
+            place = i * BLOCK_N + lane
+            a = dot_pairs(a, keys, place, queries[first + i])
+            b = dot_pairs(b, keys, place, queries[second + i])
+            c = dot_pairs(c, keys, place, queries[third + i])
+            d = dot_pairs(d, keys, place, queries[fourth + i])
+        to = row * BLOCK_N + lane
+        store(scratch.p, to, a)
+        store(scratch.p, to + BLOCK_N, b)
+        store(scratch.p, to + 2 * BLOCK_N, c)
+        store(scratch.p, to + 3 * BLOCK_N, d)
+
+
+@njit(error_model="numpy")
+def _multiply_value_pairs(
+    shape: AttentionShape, scratch: Scratch, cache: Cache, row: int, count: int
+) -> None:
+    """`_multiply_values` by pairs of keys."""
+    p, values = as_int32(scratch.p), as_int32(scratch.values)
+    if row == 0:
+        for j in range((count + 1) // 2 * 2, BLOCK_N):
+            _prefetch_head(cache.values, scratch.next_starts[j] * shape.dim_v, shape.dim_v)
+    for i in range(0, shape.wide_dim_v, WIDE):
+        first = row * shape.wide_dim_v + i
+        second, third, fourth = (
+            first + shape.wide_dim_v,
+            first + 2 * shape.wide_dim_v,
+            first + 3 * shape.wide_dim_v,
+        )
+        a, b = load(scratch.acc, first, WIDE), load(scratch.acc, second, WIDE)
+        c, d = load(scratch.acc, third, WIDE), load(scratch.acc, fourth, WIDE)
+        for j in range((count + 1) // 2):
+            if row + i == 0:
+                _prefetch_head(cache.values, scratch.next_starts[2 * j] * shape.dim_v, shape.dim_v)
+                _prefetch_head(cache.values, scratch.next_starts[2 * j + 1] * shape.dim_v, shape.dim_v)
+            place, weight = j * shape.wide_dim_v + i, row * BLOCK_N + j
+            a = dot_pairs(a, values, place, p[weight])
+            b = dot_pairs(b, values, place, p[weight + BLOCK_N])
+            c = dot_pairs(c, values, place, p[weight + 2 * BLOCK_N])
+            d = dot_pairs(d, values, place, p[weight + 3 * BLOCK_N])
+        store(scratch.acc, first, a)
+        store(scratch.acc, second, b)
+        store(scratch.acc, third, c)
+        store(scratch.acc, fourth, d)
+
+
+@njit(error_model="numpy")
 def _multiply_keys(shape: AttentionShape, scratch: Scratch, cache: Cache, row: int) -> None:
     """The scores of ROWS rows with all keys of the kv tile. The first rows bring the keys of the next, those
     of fewer dimensions than the kv tile has keys a part of them."""
@@ -315,20 +427,37 @@ def _multiply_keys(shape: AttentionShape, scratch: Scratch, cache: Cache, row: i
 
 
 @njit(error_model="numpy")
-def _softmax_step(shape: AttentionShape, scratch: Scratch, row: int, first: int, end: int) -> None:
-    """Turns the scores of a row into exponentials; it sees the keys first to end of the kv tile."""
+def _softmax_step(
+    tile: Tile,
+    shape: AttentionShape,
+    scratch: Scratch,
+    q: Elements,
+    cache: Cache,
+    row: int,
+    first: int,
+    end: int,
+) -> None:
+    """Turns the scores of a row into exponentials; it sees the keys first to end of the kv tile. Those that
+    meet values as pairs are rounded, and their sum is that of the rounded ones."""
     zero = float32(0)
+    pairs = as_elements(q, at(scratch.p, row * BLOCK_N))
     if end <= 0 or first >= BLOCK_N:
         store(scratch.p, row * BLOCK_N, splat(zero, BLOCK_N))
         return
     scores = load(scratch.p, row * BLOCK_N, BLOCK_N)
+    if uses_pairs(q):
+        scores = scores * splat(_score_scale(tile, shape, cache), BLOCK_N)
     if shape.softcap > 0:
         scores = _cap(scores, float32(shape.softcap))
     scores = select_range(scores, first, end, float32(MASKED))
     m_old = scratch.m_i[row]
     m_new = max(m_old, reduce_max(scores))
     p = select_range(exp(scores - splat(m_new, BLOCK_N)), first, end, zero)
-    store(scratch.p, row * BLOCK_N, p)
+    if uses_pairs(q):
+        p = round_to(q, p)
+        store(pairs, 0, p)
+    else:
+        store(scratch.p, row * BLOCK_N, p)
     added = reduce_add(p)
     if m_new > m_old:
         alpha = exp(splat(m_old - m_new, LANES))
