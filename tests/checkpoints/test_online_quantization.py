@@ -13,7 +13,7 @@ from fastserve.checkpoints.online_quantization import quantize, quantize_head
 from fastserve.models.decoder import Decoder
 from fastserve.models.linear import Linear
 from fastserve.models.model_loader import load_model
-from fastserve_kernels.cpu import integer_products
+from fastserve_kernels import integer_products
 from fastserve_kernels.cpu.kernels.cpu_features import host_features, supported
 from fastserve_kernels.formats.prepared import Prepared
 

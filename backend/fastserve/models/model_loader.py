@@ -136,7 +136,7 @@ class _ModelLoader:
             return self.activation_quantization == "int8"
         if not has_kernels or dtype != torch.bfloat16:
             return False
-        from fastserve_kernels.cpu.integer_products import integer_products_pay  # here: a GPU needs no numba
+        from fastserve_kernels.integer_products import integer_products_pay  # here: a GPU needs no numba
 
         return integer_products_pay(dtype)
 
