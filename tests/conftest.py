@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from hypothesis import settings
 
 # Here, before anything imports triton, which reads it once: its kernels then run interpreted, on CPU tensors.
@@ -13,6 +15,9 @@ from hypothesis import settings
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastserve.checkpoints.model_files import ModelFiles, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,6 +46,19 @@ def default_model() -> ModelFiles:
 @pytest.fixture(scope="session")
 def default_model_path(default_model: ModelFiles) -> Path:
     return default_model.checkpoint
+
+
+@pytest.fixture(scope="session")
+def transformers_model(default_model_path: Path) -> PreTrainedModel:
+    """The default model as transformers computes it, in float32. Nobody may change it."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        default_model_path.parent,
+        gguf_file=default_model_path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
 
 
 @pytest.fixture(scope="session")

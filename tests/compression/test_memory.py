@@ -63,7 +63,7 @@ def test_a_compression_holds_two_layers_beside_the_model(
         "--device",
         "cpu",
     ]
-    less = ["--evaluate", "full"] if soak else ["--samples", "8", "--evaluate", "none"]
+    less = ["--evaluate", "full"] if soak else ["--samples", "3", "--evaluate", "none"]
     assert peak_bytes(*words, *less) <= allowed_bytes(SourceState(default_model.checkpoint))
 
 

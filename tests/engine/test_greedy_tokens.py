@@ -11,8 +11,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-NEW_TOKENS = 64
-SMALL, FULL = 10, 50
+NEW_TOKENS = 32
+SMALL, FULL = 8, 50
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +28,11 @@ def prompts(tokenizer_directory: Path, soak: bool) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(prompts: list[list[int]], default_model_path: Path) -> list[list[int]]:
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        default_model_path.parent,
-        gguf_file=default_model_path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
+def expected(prompts: list[list[int]], transformers_model: Any) -> list[list[int]]:
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        output = model.generate(
+        output = transformers_model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -72,7 +64,7 @@ def test_batching(make_engine: Any, helpers: Any, prompts: Any, expected: Any, t
 
 def test_preemption(make_engine: Any, helpers: Any, prompts: Any, expected: Any) -> None:
     bytes_per_token = 30 * 2 * 3 * 64 * 4
-    engine = make_engine(kv_cache_bytes=1000 * bytes_per_token)
+    engine = make_engine(kv_cache_bytes=800 * bytes_per_token)
     assert answers(engine, helpers, prompts) == expected
     stats = engine.stats()
     assert stats.preemptions_total > 0

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,16 +32,6 @@ LICENSE = Path(__file__).parents[2] / "LICENSE"
 
 
 @pytest.fixture(scope="module")
-def reference(default_model_path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
-        default_model_path.parent,
-        gguf_file=default_model_path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-
-
-@pytest.fixture(scope="module")
 def tokenizer(default_model_path: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(resolve_tokenizer_directory(default_model_path))
 
@@ -61,13 +50,13 @@ def greedy(model: CausalLM, token_ids: list[int]) -> list[int]:
 
 
 def test_greedy_tokens_in_float32_equal_those_of_transformers(
-    default_model_path: Path, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    default_model_path: Path, transformers_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = load_model(str(default_model_path), "float32")
     for prompt in PROMPTS:
         token_ids = tokenizer(prompt).input_ids
         # Without a mask `generate` takes end tokens in the prompt for padding; without -1 it stops at one.
-        expected = reference.generate(  # type: ignore[operator]
+        expected = transformers_model.generate(  # type: ignore[operator]
             torch.tensor([token_ids]),
             attention_mask=torch.ones(1, len(token_ids), dtype=torch.int64),
             max_new_tokens=NEW_TOKENS,
@@ -79,14 +68,14 @@ def test_greedy_tokens_in_float32_equal_those_of_transformers(
 
 def test_perplexity_in_bfloat16_is_that_of_transformers(
     default_model_path: Path,
-    reference: PreTrainedModel,
+    transformers_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     logits_over_paged_cache: Callable,
 ) -> None:
     token_ids = tokenizer(LICENSE.read_text()).input_ids
     windows = [token_ids[start : start + 256] for start in range(0, 1024, 256)]
-    rounded = AutoModelForCausalLM.from_config(reference.config, dtype=torch.bfloat16)
-    rounded.load_state_dict(reference.state_dict())
+    rounded = AutoModelForCausalLM.from_config(transformers_model.config, dtype=torch.bfloat16)
+    rounded.load_state_dict(transformers_model.state_dict())
     model = load_model(str(default_model_path))
     assert model.dtype == torch.bfloat16
 
