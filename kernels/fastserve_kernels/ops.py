@@ -179,24 +179,13 @@ def _define_linear(function: Function, weight: str, cpu: Function | None) -> Fun
     return _define(function, _fake_linear, cpu, gpu, flat=_of_weight, schema=schema)
 
 
+_INTEGERS = "Tensor codes, Tensor scales, Tensor? zeros, int out_features, int group_size"
 _WEIGHTS: Mapping[Function, tuple[str, Function | None]] = {
     reference.linear: ("Tensor weight", linears.linear),
-    reference.linear_int4: (
-        "Tensor codes, Tensor scales, Tensor? zeros, int out_features, int group_size",
-        linears.linear_int4,
-    ),
-    reference.linear_int8: (
-        "Tensor values, Tensor scales, Tensor? zeros, int out_features, int group_size",
-        linears.linear_int8,
-    ),
-    reference.linear_int4_a8: (
-        "Tensor codes, Tensor scales, Tensor? zeros, int out_features, int group_size",
-        linears.linear_int4_a8,
-    ),
-    reference.linear_int8_a8: (
-        "Tensor values, Tensor scales, Tensor? zeros, int out_features, int group_size",
-        linears.linear_int8_a8,
-    ),
+    reference.linear_int4: (_INTEGERS, linears.linear_int4),
+    reference.linear_int8: (_INTEGERS, linears.linear_int8),
+    reference.linear_int4_a8: (_INTEGERS, linears.linear_int4_a8),
+    reference.linear_int8_a8: (_INTEGERS, linears.linear_int8_a8),
     reference.linear_int_rows: (
         "Tensor? narrow, Tensor? narrow_scales, Tensor? narrow_zeros, Tensor? wide, Tensor? wide_scales, "
         "Tensor? wide_zeros, Tensor rows, int out_features, int narrow_rows, int group_size",

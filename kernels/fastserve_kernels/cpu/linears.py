@@ -71,21 +71,21 @@ def _blocks_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
 
 @functools.cache
 def _integer_nibbles_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
-    from fastserve_kernels.cpu.kernels.linear import linear_integers
+    from fastserve_kernels.cpu.kernels.integer_linear import linear_integers
 
     return linear_integers(dtype, stored, "Nibbles")
 
 
 @functools.cache
 def _integer_quads_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
-    from fastserve_kernels.cpu.kernels.linear import linear_integers
+    from fastserve_kernels.cpu.kernels.integer_linear import linear_integers
 
     return linear_integers(dtype, stored, "Quads")
 
 
 @functools.cache
 def _quads_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
-    from fastserve_kernels.cpu.kernels.linear import linear_quads
+    from fastserve_kernels.cpu.kernels.integer_linear import linear_quads
 
     return linear_quads(dtype, stored)
 

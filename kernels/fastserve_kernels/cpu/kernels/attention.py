@@ -24,12 +24,25 @@ values'.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import float32, njit
 
 from fastserve_kernels.cpu.kernels.activations import as_elements
-from fastserve_kernels.cpu.kernels.aligned_memory import LINE, allocate_floats, free_floats, round_up
+from fastserve_kernels.cpu.kernels.aligned_memory import allocate_floats, free_floats, round_up
+from fastserve_kernels.cpu.kernels.attention_floats import load_kv_tile, multiply_keys, multiply_values
+from fastserve_kernels.cpu.kernels.attention_pairs import (
+    load_kv_pairs,
+    multiply_key_pairs,
+    multiply_value_pairs,
+)
+from fastserve_kernels.cpu.kernels.attention_scratch import (
+    ROWS,
+    Cache,
+    Scratch,
+    scratch_for,
+    scratch_size,
+)
 from fastserve_kernels.cpu.kernels.attention_tiles import (
     BLOCK_N,
     AttentionShape,
@@ -39,14 +52,7 @@ from fastserve_kernels.cpu.kernels.attention_tiles import (
     kv_tile_len,
     tile_of,
 )
-from fastserve_kernels.cpu.kernels.bfloat16_pairs import (
-    PAIR_COLUMNS,
-    as_int32,
-    dot_pairs,
-    store_pairs,
-    store_transposed_pairs,
-    uses_pairs,
-)
+from fastserve_kernels.cpu.kernels.bfloat16_pairs import uses_pairs
 from fastserve_kernels.cpu.kernels.kernel import (
     Elements,
     Floats,
@@ -60,62 +66,23 @@ from fastserve_kernels.cpu.kernels.vector_math import exp
 from fastserve_kernels.cpu.kernels.vectors import (
     LANES,
     WIDE,
-    as_int64,
     at,
     is_quantized,
     load,
     load_masked,
-    multiply_add,
-    prefetch,
     reduce_add,
     reduce_max,
     round_to,
     select_range,
-    size_of,
     splat,
     store,
     store_masked,
-    store_transposed,
 )
 
-ROWS = 4
-"""Rows that are multiplied together: their sums of WIDE lanes fit the registers."""
 BLOCK_M = 48
 """Rows of a tile, unless one query has more: with the kv tile they fit the cache nearest to the processor."""
 MASKED = -1e30
 """Less than any score, and the difference of two such is a number."""
-
-
-class Cache(NamedTuple):
-    """Keys and values; if these are quantized they are multiples of their head's scale."""
-
-    keys: Stored
-    values: Stored
-    key_scales: Floats
-    value_scales: Floats
-
-
-class Scratch(NamedTuple):
-    """A thread's memory, in float32: one kv tile of keys and values, and the rows of a tile."""
-
-    keys: Floats
-    """[dim, BLOCK_N]."""
-    values: Floats
-    """[BLOCK_N, wide_dim_v]."""
-    queries: Floats
-    """[rows, wide_dim], scaled."""
-    p: Floats
-    """[rows, BLOCK_N]: scores, then their exponentials."""
-    acc: Floats
-    """[rows, wide_dim_v]: the sum of exponential times value so far."""
-    m_i: Floats
-    """[rows]: the largest score so far, which is subtracted before the exponential."""
-    l_i: Floats
-    """[rows]: the sum of exponentials so far."""
-    starts: Integers
-    """[BLOCK_N] int64: which of the cache's keys each is, counting heads and all."""
-    next_starts: Integers
-    """[BLOCK_N] int64: those of the kv tile that is next."""
 
 
 @kernel
@@ -161,8 +128,8 @@ def paged_attention(
         softcap,
     )
     tile_len = max(1, BLOCK_M // group)
-    memory = allocate_floats(_scratch_size(shape, tile_len))
-    scratch = _scratch(memory, shape, tile_len)
+    memory = allocate_floats(scratch_size(shape, tile_len))
+    scratch = scratch_for(memory, shape, tile_len)
     cache = Cache(k_cache, v_cache, k_scales, v_scales)
     batch = Batch(query_start, context_lens, block_tables, sequences, table_width, tile_len)
     tile = tile_of(batch, shape, fetch_add(counter))
@@ -172,27 +139,6 @@ def paged_attention(
         _attend(tile, following, shape, scratch, q, cache, out)
         tile = following
     free_floats(memory)
-
-
-@njit(error_model="numpy")
-def _scratch_size(shape: AttentionShape, tile_len: int) -> int:
-    rows = round_up(tile_len * shape.group, ROWS)
-    of_row = shape.wide_dim + BLOCK_N + shape.wide_dim_v + 2
-    return BLOCK_N * (4 + shape.wide_dim + shape.wide_dim_v) + rows * of_row
-
-
-@njit(error_model="numpy")
-def _scratch(memory: Floats, shape: AttentionShape, tile_len: int) -> Scratch:
-    rows = round_up(tile_len * shape.group, ROWS)
-    keys = at(memory, 4 * BLOCK_N)
-    values = at(keys, BLOCK_N * shape.wide_dim)
-    queries = at(values, BLOCK_N * shape.wide_dim_v)
-    p = at(queries, rows * shape.wide_dim)
-    acc = at(p, rows * BLOCK_N)
-    m_i = at(acc, rows * shape.wide_dim_v)
-    l_i = at(m_i, rows)
-    starts, next_starts = as_int64(memory), as_int64(at(memory, 2 * BLOCK_N))
-    return Scratch(keys, values, queries, p, acc, m_i, l_i, starts, next_starts)
 
 
 @njit(error_model="numpy")
@@ -216,26 +162,26 @@ def _attend(
         else:
             _locate_kv_tile(following, shape, scratch, first_kv_tile(following, shape))
         if uses_pairs(q):
-            _load_kv_pairs(tile, shape, scratch, cache, base)
+            load_kv_pairs(tile, shape, scratch, cache, base)
         else:
-            _load_kv_tile(tile, shape, scratch, cache, base)
+            load_kv_tile(tile, shape, scratch, cache, base)
         for row in range(0, rows, ROWS):
             # Query i sees the keys up to its own position, and down to as many as the window has.
             last = tile.position + min((row + ROWS - 1) // shape.group, tile.queries - 1)
             if base <= last and base + BLOCK_N > tile.position + row // shape.group - shape.window + 1:
                 if uses_pairs(q):
-                    _multiply_key_pairs(shape, scratch, cache, row)
+                    multiply_key_pairs(shape, scratch, cache, row)
                 else:
-                    _multiply_keys(shape, scratch, cache, row)
+                    multiply_keys(shape, scratch, cache, row)
                 for r in range(row, row + ROWS):
                     position = tile.position + min(r // shape.group, tile.queries - 1)
                     first = max(0, position - shape.window + 1 - base)
                     _softmax_step(tile, shape, scratch, q, cache, r, first, position + 1 - base)
                 count = min(BLOCK_N, last + 1 - base)
                 if uses_pairs(q):
-                    _multiply_value_pairs(shape, scratch, cache, row, count)
+                    multiply_value_pairs(shape, scratch, cache, row, count)
                 else:
-                    _multiply_values(shape, scratch, cache, row, count)
+                    multiply_values(shape, scratch, cache, row, count)
     _finish(tile, shape, scratch, cache, out)
 
 
@@ -286,144 +232,12 @@ def _locate_kv_tile(tile: Tile, shape: AttentionShape, scratch: Scratch, base: i
 
 
 @njit(error_model="numpy")
-def _prefetch_head(elements: Stored, start: int, count: int) -> None:
-    """Has the memory of a head brought into the cache: blocks lie too far apart for the processor to foresee
-    them. It can wait for few lines at once, so they are asked for between multiplications."""
-    for i in range(0, count, LINE // size_of(elements)):
-        prefetch(at(elements, start + i))
-
-
-@njit(error_model="numpy")
-def _load_kv_tile(tile: Tile, shape: AttentionShape, scratch: Scratch, cache: Cache, base: int) -> None:
-    """The keys of the kv tile that begins at base, transposed, and its values.
-
-    The lanes of keys that the tile does not see hold others or what was there before.
-    """
-    count = kv_tile_len(tile, base)
-    for j in range(count):
-        start = scratch.starts[j] * shape.dim_v
-        for i in range(0, shape.wide_dim_v, LANES):
-            value = load_masked(cache.values, start + i, shape.dim_v - i)
-            store(scratch.values, j * shape.wide_dim_v + i, value)
-    for first in range(0, count, LANES):
-        starts = at(scratch.starts, first)
-        for i in range(0, shape.dim - LANES + 1, LANES):
-            store_transposed(at(cache.keys, i), starts, shape.dim, scratch.keys, i * BLOCK_N + first, BLOCK_N)
-        for i in range(shape.dim // LANES * LANES, shape.dim):
-            for j in range(LANES):
-                scratch.keys[i * BLOCK_N + first + j] = reduce_add(
-                    load(cache.keys, starts[j] * shape.dim + i, 1)
-                )
-
-
-@njit(error_model="numpy")
 def _score_scale(tile: Tile, shape: AttentionShape, cache: Cache) -> Any:
     """What the product of a query and a key is multiplied by."""
     scale = float32(shape.scale)
     if is_quantized(cache.keys):
         scale *= cache.key_scales[tile.kv_head]
     return scale
-
-
-@njit(error_model="numpy")
-def _load_kv_pairs(tile: Tile, shape: AttentionShape, scratch: Scratch, cache: Cache, base: int) -> None:
-    """`_load_kv_tile` for products of pairs: adjacent dimensions of a key, and a dimension of the values of
-    adjacent keys; 0 for a last key that has no neighbour."""
-    count = kv_tile_len(tile, base)
-    keys, values = as_int32(scratch.keys), as_int32(scratch.values)
-    zero = splat(float32(0), LANES)
-    for j in range(0, count, 2):
-        start, next_start = scratch.starts[j] * shape.dim_v, scratch.starts[j + 1] * shape.dim_v
-        for i in range(0, shape.wide_dim_v, LANES):
-            value, next_value = load_masked(cache.values, start + i, shape.dim_v - i), zero
-            if j + 1 < count:
-                next_value = load_masked(cache.values, next_start + i, shape.dim_v - i)
-            store_pairs(value, next_value, values, j // 2 * shape.wide_dim_v + i)
-    for first in range(0, count, LANES):
-        starts = at(scratch.starts, first)
-        for i in range(0, shape.dim, PAIR_COLUMNS):
-            to = i // 2 * BLOCK_N + first
-            store_transposed_pairs(at(cache.keys, i), starts, shape.dim, shape.dim - i, keys, to, BLOCK_N)
-
-
-@njit(error_model="numpy")
-def _multiply_key_pairs(shape: AttentionShape, scratch: Scratch, cache: Cache, row: int) -> None:
-    """`_multiply_keys` by pairs of dimensions; scores are not scaled yet."""
-    queries, keys = as_int32(scratch.queries), as_int32(scratch.keys)
-    first = row * shape.wide_dim
-    second, third, fourth = first + shape.wide_dim, first + 2 * shape.wide_dim, first + 3 * shape.wide_dim
-    for lane in range(0, BLOCK_N, WIDE):
-        a = b = c = d = splat(float32(0), WIDE)
-        for i in range((shape.dim + 1) // 2):
-            if row + lane == 0:
-                _prefetch_head(cache.keys, scratch.next_starts[2 * i % BLOCK_N] * shape.dim, shape.dim)
-                _prefetch_head(cache.keys, scratch.next_starts[(2 * i + 1) % BLOCK_N] * shape.dim, shape.dim)
-            place = i * BLOCK_N + lane
-            a = dot_pairs(a, keys, place, queries[first + i])
-            b = dot_pairs(b, keys, place, queries[second + i])
-            c = dot_pairs(c, keys, place, queries[third + i])
-            d = dot_pairs(d, keys, place, queries[fourth + i])
-        to = row * BLOCK_N + lane
-        store(scratch.p, to, a)
-        store(scratch.p, to + BLOCK_N, b)
-        store(scratch.p, to + 2 * BLOCK_N, c)
-        store(scratch.p, to + 3 * BLOCK_N, d)
-
-
-@njit(error_model="numpy")
-def _multiply_value_pairs(
-    shape: AttentionShape, scratch: Scratch, cache: Cache, row: int, count: int
-) -> None:
-    """`_multiply_values` by pairs of keys."""
-    p, values = as_int32(scratch.p), as_int32(scratch.values)
-    if row == 0:
-        for j in range((count + 1) // 2 * 2, BLOCK_N):
-            _prefetch_head(cache.values, scratch.next_starts[j] * shape.dim_v, shape.dim_v)
-    for i in range(0, shape.wide_dim_v, WIDE):
-        first = row * shape.wide_dim_v + i
-        second, third, fourth = (
-            first + shape.wide_dim_v,
-            first + 2 * shape.wide_dim_v,
-            first + 3 * shape.wide_dim_v,
-        )
-        a, b = load(scratch.acc, first, WIDE), load(scratch.acc, second, WIDE)
-        c, d = load(scratch.acc, third, WIDE), load(scratch.acc, fourth, WIDE)
-        for j in range((count + 1) // 2):
-            if row + i == 0:
-                _prefetch_head(cache.values, scratch.next_starts[2 * j] * shape.dim_v, shape.dim_v)
-                _prefetch_head(cache.values, scratch.next_starts[2 * j + 1] * shape.dim_v, shape.dim_v)
-            place, weight = j * shape.wide_dim_v + i, row * BLOCK_N + j
-            a = dot_pairs(a, values, place, p[weight])
-            b = dot_pairs(b, values, place, p[weight + BLOCK_N])
-            c = dot_pairs(c, values, place, p[weight + 2 * BLOCK_N])
-            d = dot_pairs(d, values, place, p[weight + 3 * BLOCK_N])
-        store(scratch.acc, first, a)
-        store(scratch.acc, second, b)
-        store(scratch.acc, third, c)
-        store(scratch.acc, fourth, d)
-
-
-@njit(error_model="numpy")
-def _multiply_keys(shape: AttentionShape, scratch: Scratch, cache: Cache, row: int) -> None:
-    """The scores of ROWS rows with all keys of the kv tile. The first rows bring the keys of the next, those
-    of fewer dimensions than the kv tile has keys a part of them."""
-    first = row * shape.wide_dim
-    second, third, fourth = first + shape.wide_dim, first + 2 * shape.wide_dim, first + 3 * shape.wide_dim
-    for lane in range(0, BLOCK_N, WIDE):
-        a = b = c = d = splat(float32(0), WIDE)
-        for i in range(shape.dim):
-            if row + lane == 0:
-                _prefetch_head(cache.keys, scratch.next_starts[i % BLOCK_N] * shape.dim, shape.dim)
-            key = load(scratch.keys, i * BLOCK_N + lane, WIDE)
-            a = multiply_add(splat(scratch.queries[first + i], WIDE), key, a)
-            b = multiply_add(splat(scratch.queries[second + i], WIDE), key, b)
-            c = multiply_add(splat(scratch.queries[third + i], WIDE), key, c)
-            d = multiply_add(splat(scratch.queries[fourth + i], WIDE), key, d)
-        to = row * BLOCK_N + lane
-        store(scratch.p, to, a)
-        store(scratch.p, to + BLOCK_N, b)
-        store(scratch.p, to + 2 * BLOCK_N, c)
-        store(scratch.p, to + 3 * BLOCK_N, d)
 
 
 @njit(error_model="numpy")
@@ -475,37 +289,6 @@ def _cap(scores: Any, softcap: Any) -> Any:
     one = splat(float32(1), BLOCK_N)
     power = exp(scores * splat(float32(2) / softcap, BLOCK_N))
     return splat(softcap, BLOCK_N) * (one - (one + one) / (power + one))
-
-
-@njit(error_model="numpy")
-def _multiply_values(shape: AttentionShape, scratch: Scratch, cache: Cache, row: int, count: int) -> None:
-    """Adds the kv tile's first values, weighted, to the results of ROWS rows. The first rows bring the values
-    of the next."""
-    if row == 0:
-        for j in range(count, BLOCK_N):
-            _prefetch_head(cache.values, scratch.next_starts[j] * shape.dim_v, shape.dim_v)
-    for i in range(0, shape.wide_dim_v, WIDE):
-        first = row * shape.wide_dim_v + i
-        second, third, fourth = (
-            first + shape.wide_dim_v,
-            first + 2 * shape.wide_dim_v,
-            first + 3 * shape.wide_dim_v,
-        )
-        a, b = load(scratch.acc, first, WIDE), load(scratch.acc, second, WIDE)
-        c, d = load(scratch.acc, third, WIDE), load(scratch.acc, fourth, WIDE)
-        for j in range(count):
-            if row + i == 0:
-                _prefetch_head(cache.values, scratch.next_starts[j] * shape.dim_v, shape.dim_v)
-            value = load(scratch.values, j * shape.wide_dim_v + i, WIDE)
-            weight = row * BLOCK_N + j
-            a = multiply_add(splat(scratch.p[weight], WIDE), value, a)
-            b = multiply_add(splat(scratch.p[weight + BLOCK_N], WIDE), value, b)
-            c = multiply_add(splat(scratch.p[weight + 2 * BLOCK_N], WIDE), value, c)
-            d = multiply_add(splat(scratch.p[weight + 3 * BLOCK_N], WIDE), value, d)
-        store(scratch.acc, first, a)
-        store(scratch.acc, second, b)
-        store(scratch.acc, third, c)
-        store(scratch.acc, fourth, d)
 
 
 @njit(error_model="numpy")

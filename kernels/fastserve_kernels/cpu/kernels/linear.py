@@ -21,16 +21,14 @@ from typing import NamedTuple
 
 from numba import float32, njit
 
-from fastserve_kernels.cpu.kernels.activations import Words, as_quads, quantize, quantize_groups
+from fastserve_kernels.cpu.kernels.activations import Words
 from fastserve_kernels.cpu.kernels.kernel import (
     Bytes,
     Codes,
     Elements,
-    Floats,
     Integers,
     Nibbles,
     Packed,
-    Quads,
     RowWords,
     Stored,
     WorkCounter,
@@ -41,34 +39,25 @@ from fastserve_kernels.cpu.kernels.panels import (
     SLICE,
     LinearShape,
     Outputs,
-    WorkItem,
     Workspace,
     allocate_workspace,
-    blocks_of,
     free_workspace,
     init_acc_from_zeros,
-    next_work_item,
     scatter_panel,
     shape_for,
     store_panel,
-    store_vector,
     take_work_item,
     zero_acc,
 )
 from fastserve_kernels.cpu.kernels.products import (
     MAX_TOKENS,
     multiply,
-    multiply_grouped_integers,
-    multiply_integers,
     span_for,
     width_for,
 )
-from fastserve_kernels.cpu.kernels.vectors import LANES, as_bytes, as_float32, at, load, splat, store
+from fastserve_kernels.cpu.kernels.vectors import LANES, as_float32, at, load, splat, store
 from fastserve_kernels.cpu.kernels.vnni import (
-    VECTOR_ROWS,
     columns_of,
-    int32_to_float32_less,
-    reduce_add_int32,
     unpack,
 )
 
@@ -134,7 +123,8 @@ def _is_corrected(weight: QuantizedWeight) -> bool:
 
 
 @njit(error_model="numpy")
-def _load_scales(shape: LinearShape, workspace: Workspace, weight: QuantizedWeight, panel: int) -> None:
+def load_scales(shape: LinearShape, workspace: Workspace, weight: QuantizedWeight, panel: int) -> None:
+    """The scales of a panel, and what its zeros take off, into the workspace."""
     start = panel * shape.groups * PANEL_ROWS
     for i in range(0, shape.groups * PANEL_ROWS, LANES):
         scale, zero = load(weight.scales, start + i, LANES), splat(float32(weight.shift), LANES)
@@ -149,7 +139,7 @@ def _multiply_panel(
     shape: LinearShape, workspace: Workspace, weight: QuantizedWeight, panel: int, tokens: int
 ) -> None:
     """Computes the accumulators of a panel."""
-    _load_scales(shape, workspace, weight, panel)
+    load_scales(shape, workspace, weight, panel)
     if _is_corrected(weight):
         init_acc_from_zeros(shape, workspace, tokens)
     else:
@@ -202,119 +192,6 @@ def linear_quantized(
             _multiply_panel(shape, workspace, weight, panel, item.tokens)
             store_panel(shape, workspace, outputs, item, panel)
         item = take_work_item(counter, shape, workspace, x, item.token, _is_corrected(weight))
-    free_workspace(workspace)
-
-
-@njit(error_model="numpy")
-def _multiply_integer_slice(
-    shape: LinearShape,
-    workspace: Workspace,
-    weights: Words,
-    first: int,
-    columns: int,
-    tokens: int,
-) -> None:
-    """`_multiply_slice` of activations that are quantized by blocks."""
-    words = as_quads(workspace.words)
-    scale_stride = PANEL_ROWS if shape.groups > 1 else 0
-    size = shape.block // columns_of(weights)
-    scales = at(workspace.scales, first // shape.block * scale_stride)
-    for t in range(0, tokens, MAX_TOKENS):
-        count = min(MAX_TOKENS, tokens - t)
-        width, span = width_for(count), span_for(count, columns_of(weights))
-        x = at(words, t * (shape.padded // 4))
-        x_scales = at(workspace.x_scales, t * blocks_of(shape) + first // shape.block * MAX_TOKENS)
-        acc = at(workspace.acc, t * PANEL_ROWS)
-        done = 0
-        while done < columns:
-            blocks = span if done + span * shape.block <= columns else 1
-            multiply_grouped_integers(
-                at(weights, done // columns_of(weights) * PANEL_ROWS),
-                at(x, (first + done) // 4 * width),
-                count,
-                blocks,
-                min(size, (columns - done) // columns_of(weights)),
-                acc,
-                at(scales, done // shape.block * scale_stride),
-                scale_stride,
-                at(x_scales, done // shape.block * MAX_TOKENS),
-            )
-            done += blocks * shape.block
-
-
-@njit(error_model="numpy")
-def _quantize_item(
-    shape: LinearShape, workspace: Workspace, x: Elements, weights: Words, item: WorkItem
-) -> None:
-    """Puts a work item's tokens into the workspace as quads."""
-    sum_stride = MAX_TOKENS if shape.groups > 1 else 0
-    for t in range(0, item.tokens, MAX_TOKENS):
-        quantize_groups(
-            x,
-            (item.token + t) * shape.x_stride,
-            shape.x_stride,
-            shape.in_features,
-            shape.padded,
-            shape.block,
-            weights,
-            min(MAX_TOKENS, item.tokens - t),
-            at(as_quads(workspace.words), t * (shape.padded // 4)),
-            at(workspace.x_scales, t * blocks_of(shape)),
-            at(workspace.sums, t * shape.groups),
-            sum_stride,
-        )
-
-
-@kernel
-def linear_integers(
-    counter: WorkCounter,
-    x: Elements,
-    codes: Packed,
-    scales: Stored,
-    zeros: Stored,
-    bias: Elements,
-    residual: Elements,
-    out: Elements,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    x_stride: int,
-    run: int,
-    threads: int,
-    has_bias: int,
-    has_residual: int,
-    group: int,
-    shift: float,
-    has_zeros: int,
-) -> None:
-    """`linear_quantized` of activations of 8 bits: codes [panels, K / 8, PANEL_ROWS] words of nibbles, or
-    [panels, K / 4, PANEL_ROWS] quads."""
-    shape = shape_for(tokens, out_features, in_features, x_stride, 32, group, run, threads)
-    outputs = Outputs(bias, residual, out, has_bias, has_residual)
-    weight = QuantizedWeight(codes, as_bytes(codes), scales, zeros, shift, has_zeros)
-    workspace = allocate_workspace(shape, x)
-    expanded = as_quads(workspace.expanded)
-    packed = -1
-    item = next_work_item(counter, shape)
-    while item.tokens > 0:
-        if item.token != packed:
-            _quantize_item(shape, workspace, x, codes, item)
-            packed = item.token
-        for panel in range(item.first, item.end):
-            _load_scales(shape, workspace, weight, panel)
-            init_acc_from_zeros(shape, workspace, item.tokens)
-            of_panel = at(codes, panel * (shape.padded // columns_of(codes)) * PANEL_ROWS)
-            size = SLICE if item.tokens > MAX_TOKENS else shape.padded
-            for first in range(0, shape.padded, size):
-                columns = min(size, shape.padded - first)
-                of_slice = at(of_panel, first // columns_of(codes) * PANEL_ROWS)
-                if item.tokens > MAX_UNPACK_TOKENS and columns_of(codes) > 4:
-                    unpack(of_slice, weight.table, columns // columns_of(codes), expanded)
-                    _multiply_integer_slice(shape, workspace, expanded, first, columns, item.tokens)
-                else:
-                    _multiply_integer_slice(shape, workspace, of_slice, first, columns, item.tokens)
-            store_panel(shape, workspace, outputs, item, panel)
-        item = next_work_item(counter, shape)
     free_workspace(workspace)
 
 
@@ -441,70 +318,3 @@ def _multiply_block(
         x = at(workspace.words, t * (shape.padded // columns_of(workspace.words)))
         x = at(x, column // columns_of(workspace.words) * width_for(group))
         multiply(weights, unused, x, group, 1, count, at(workspace.acc, t * PANEL_ROWS), workspace.scales, 0)
-
-
-@kernel
-def linear_quads(
-    counter: WorkCounter,
-    x: Elements,
-    values: Quads,
-    scales: Floats,
-    bias: Elements,
-    residual: Elements,
-    out: Elements,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    x_stride: int,
-    run: int,
-    threads: int,
-    has_bias: int,
-    has_residual: int,
-) -> None:
-    """values [panels, K / 4, PANEL_ROWS] quads, each value + 128 as a byte without a sign; scales [panels,
-    PANEL_ROWS]."""
-    shape = shape_for(tokens, out_features, in_features, x_stride, 64, in_features, run, threads)
-    outputs = Outputs(bias, residual, out, has_bias, has_residual)
-    workspace = allocate_workspace(shape, x)
-    words = as_quads(workspace.words)
-    x_scales = as_float32(workspace.expanded)
-    packed = -1
-    item = next_work_item(counter, shape)
-    while item.tokens > 0:
-        if item.token != packed:
-            for t in range(0, item.tokens, MAX_TOKENS):
-                start, count = (item.token + t) * x_stride, min(MAX_TOKENS, item.tokens - t)
-                to, sums = at(words, t * (shape.padded // 4)), at(workspace.sums, t * VECTOR_ROWS)
-                quantize(x, start, x_stride, in_features, shape.padded, count, to, at(x_scales, t), sums)
-            packed = item.token
-        for panel in range(item.first, item.end):
-            zero_acc(workspace, item.tokens)
-            for first in range(0, shape.padded, 2 * SLICE):
-                count = min(2 * SLICE, shape.padded - first) // 4
-                weights = at(values, (panel * shape.padded + first) // 4 * PANEL_ROWS)
-                for t in range(0, item.tokens, MAX_TOKENS):
-                    group = min(MAX_TOKENS, item.tokens - t)
-                    of_x = at(words, t * (shape.padded // 4) + first // 4 * width_for(group))
-                    multiply_integers(weights, of_x, group, count, at(workspace.acc, t * PANEL_ROWS))
-            _write_integers(shape, workspace, outputs, item, panel, x_scales, scales)
-        item = next_work_item(counter, shape)
-    free_workspace(workspace)
-
-
-@njit(error_model="numpy")
-def _write_integers(
-    shape: LinearShape,
-    workspace: Workspace,
-    outputs: Outputs,
-    item: WorkItem,
-    panel: int,
-    x_scales: Floats,
-    scales: Floats,
-) -> None:
-    row = panel * PANEL_ROWS
-    for t in range(item.tokens):
-        place = (item.token + t) * shape.out_features + row
-        excess = 128 * reduce_add_int32(workspace.sums, t * VECTOR_ROWS)
-        for i in range(0, PANEL_ROWS, LANES):
-            y = int32_to_float32_less(workspace.acc, t * PANEL_ROWS + i, excess) * splat(x_scales[t], LANES)
-            store_vector(shape, outputs, y * load(scales, row + i, LANES), place + i, row + i)
