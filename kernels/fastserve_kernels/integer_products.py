@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 
 import torch
@@ -11,6 +12,8 @@ from fastserve_kernels import ops
 from fastserve_kernels.cpu.kernels import cpu_features
 from fastserve_kernels.formats import Int4
 from fastserve_kernels.preparation import prepare
+
+logger = logging.getLogger(__name__)
 
 ROWS, COLUMNS, TOKENS, GROUP = 1024, 1024, 16, 32
 """Of the weight that is tried, in some milliseconds."""
@@ -36,4 +39,6 @@ def integer_products_pay(dtype: torch.dtype) -> bool:
             start = time.perf_counter()
             ops.linear(x, candidate)
             best[number] = min(best[number], time.perf_counter() - start)
-    return best[0] >= WORTHWHILE * best[1]
+    pay = best[0] >= WORTHWHILE * best[1]
+    logger.info("products of bytes take %.2f of the time of %s: %s", best[1] / best[0], dtype, pay)
+    return pay

@@ -13,6 +13,8 @@ from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.formats.weight import FLOATS, Weight, name_of
 from fastserve_kernels.triton_requirement import require_triton
 
+QUANTIZES_ACTIVATIONS: tuple[type[Weight], ...] = tuple(linear_preparation.PREPARE_A8)
+"""The formats that can meet activations of 8 bits."""
 REGISTERED: dict[type[Weight], Callable[[Any, torch.dtype], Prepared]] = {}
 """What prepares weights of the formats that `registration` was told of, by their type."""
 

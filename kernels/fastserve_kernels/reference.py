@@ -40,6 +40,8 @@ from fastserve_kernels.kv_cache import KVCache
 
 ACTIVATION_GROUP = 128
 """Columns of a token that share a scale, at most, where activations are rounded to 8 bits by groups."""
+SMALLEST_STEP = 1e-30
+"""Of such activations: the inverse of a smaller one might overflow."""
 MIN_TEMPERATURE = 1e-5
 """Lower ones, which might overflow, count as this."""
 
@@ -93,12 +95,12 @@ def quantized_activations(x: Tensor, group_size: int) -> Tensor:
     """x [T, K] rounded to int8, float32: each group of columns of a token to multiples of its max|x| / 127.
 
     A group of activations is one of the weight's, of ACTIVATION_GROUP columns at most. Halves are rounded to
-    even, after multiplication by the inverse of the step.
+    even, after multiplication by the inverse of the step; a step of at most SMALLEST_STEP counts as 0.
     """
     size = min(group_size, ACTIVATION_GROUP)
     groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % size)).unflatten(1, (-1, size))
     step = groups.abs().amax(-1, keepdim=True) / 127
-    rounded = (groups * (1 / step)).round().masked_fill(step == 0, 0.0)
+    rounded = (groups * (1 / step)).round().masked_fill(step <= SMALLEST_STEP, 0.0)
     return (rounded * step).flatten(1)[:, : x.shape[1]]
 
 

@@ -129,6 +129,11 @@ def test_whether_integer_products_pay_is_measured(
             {"activation_quantization": "int8", "device": "meta"},
             "got 'int8'; allowed: auto, none on meta",
         ),
+        (
+            "llama",
+            {"activation_quantization": "int8", "quantization": "none"},
+            "got 'int8'; allowed for .* with quantization 'none': auto, none",
+        ),
         ("gpt_neox", {"activation_quantization": "int8"}, "got 'int8'; allowed for .*: auto, none, because"),
     ],
 )

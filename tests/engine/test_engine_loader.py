@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from fastserve import Model
 from fastserve.checkpoints.model_files import ModelFiles
-from fastserve.config import ConfigError
-from fastserve.engine.engine_loader import choose_device
+from fastserve.config import Config, ConfigError
+from fastserve.engine.engine_loader import choose_device, load_engine
+from fastserve_kernels.cpu.kernels.cpu_features import host_features, supported
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
@@ -45,3 +47,20 @@ def test_a_gguf_file_that_our_decoder_computes_is_loaded_without_transformers(
         "assert 'transformers' not in sys.modules",
     )
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+
+
+def test_decode_steps_of_the_default_model_are_captured_and_change_no_token(
+    default_model: ModelFiles, helpers: Any
+) -> None:
+    if not supported(host_features()):
+        pytest.skip("this processor lacks extensions of AVX-512")
+    engine = load_engine(Config(kv_cache_bytes=1 << 24, max_num_seqs=4), default_model)
+    assert engine._runner._captured_decode is not None
+    answers = []
+    for captured in (engine._runner._captured_decode, None):
+        engine._runner._captured_decode = captured
+        for uid in "ab":
+            engine.add(helpers.make_add(uid, [19, 100 + ord(uid)], temperature=0.0, max_tokens=12))
+        outputs = helpers.run_until_idle(engine)
+        answers.append([helpers.tokens_of(outputs[uid]) for uid in "ab"])
+    assert answers[0] == answers[1]

@@ -120,12 +120,13 @@ def test_activations_are_quantized_in_groups_as_the_reference_does(
     weight = WITH_QUANTIZED_ACTIVATIONS[name](torch.randn(83, 384) / 20)
     prepared = prepare(weight, "cpu", dtype, quantize_activations=True)
     if prepared.operator == "linear":
-        return  # a processor without our kernels: nothing is rounded
+        pytest.skip("a processor without our kernels: nothing is rounded")
     oracle = getattr(reference, prepared.operator)
     for rows in ROWS:
         x = torch.randn(384, 2 * rows).to(dtype).T[::2]
         x[1:2] = 0
         x[:, 32:64] *= 1e-3
+        x[2:3] = 1e-38
         bias, residual = torch.randn(83).to(dtype), torch.randn(rows, 83).to(dtype)
         for extras in ((None, None), (bias, residual)):
             wanted = oracle(x.float(), weight.arguments, *extras)

@@ -17,6 +17,7 @@ from fastserve_kernels.attention_metadata import AttentionMetadata
 from fastserve_kernels.cpu.kernels.cpu_features import host_features, supported
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS, MAX_BLOCKS = 64, 4, 9, 12
+WINDOW = {"mistral": {"sliding_window": 6}}
 HAS_KERNELS = supported(host_features())
 """Whether this processor has the instructions of our kernels; on others weights become dense."""
 
@@ -47,6 +48,7 @@ def caches_of(model: Decoder, dtype: torch.dtype) -> list:
         ("qwen3", "w8a8", "bfloat16", torch.bfloat16),
         ("llama", "nf4", "float16", torch.float16),
         ("mistral", "fp8", "float32", torch.float32),
+        ("mistral", "int4", "bfloat16", torch.bfloat16),
     ],
 )
 def test_every_number_of_sequences(
@@ -57,7 +59,7 @@ def test_every_number_of_sequences(
     threads: None,
     save_model: Callable,
 ) -> None:
-    directory, _ = save_model(model_type, hidden_size=64, intermediate_size=96)
+    directory, _ = save_model(model_type, hidden_size=64, intermediate_size=96, **WINDOW.get(model_type, {}))
     activations = "int8" if quantization == "int8" and HAS_KERNELS else "none"
     model = load_model(str(directory), dtype, quantization=quantization, activation_quantization=activations)
     assert isinstance(model, Decoder)
@@ -90,6 +92,24 @@ def test_every_number_of_sequences(
 def warm_up(model: Decoder, caches: list) -> None:
     meta = AttentionMetadata.build([1], [1], [[0]], BLOCK_SIZE, "cpu")
     model.forward(torch.zeros(1, dtype=torch.int64), meta, caches)
+
+
+def test_the_memory_of_the_largest_step_is_enough_for_all(save_model: Callable) -> None:
+    if not HAS_KERNELS:
+        pytest.skip("this processor lacks extensions of AVX-512")
+    directory, _ = save_model("llama", hidden_size=64, intermediate_size=96)
+    model = load_model(str(directory), "bfloat16", quantization="int4")
+    assert isinstance(model, Decoder)
+    caches = caches_of(model, torch.bfloat16)
+    warm_up(model, caches)
+    captured = CapturedDecode(model, caches, MAX_NUM_SEQS, MAX_BLOCKS, BLOCK_SIZE)
+    nbytes = captured._arena.nbytes
+    for count in range(1, MAX_NUM_SEQS):
+        meta = AttentionMetadata.build(
+            [1] * count, [1] * count, [[i] for i in range(count)], BLOCK_SIZE, "cpu"
+        )
+        captured.forward(torch.zeros(count, dtype=torch.int64), meta)
+    assert captured._arena.nbytes == nbytes
 
 
 def test_a_dense_model_is_not_captured(save_model: Callable) -> None:

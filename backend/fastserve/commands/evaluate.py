@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--activation-quantization",
         choices=ACTIVATION_QUANTIZATIONS,
         default="none",
-        help="of what meets weights of 4 and 8 bits on a CPU (default: %(default)s)",
+        help="of what meets weights of 4 and 8 bits on a CPU; what is served is auto (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",

@@ -67,7 +67,8 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self, max_num_seqs: int) -> None:
         """Runs a prompt and a decode in blocks that nobody has yet: no request shall wait for first uses.
-        Then captures decode steps of up to `max_num_seqs` sequences, if the model's can be."""
+        Then prepares to capture decode steps of up to `max_num_seqs` sequences, if the model's can be; each
+        number of sequences is recorded when it first comes, in some 10 ms."""
         blocks = list(range(-(-3 // self.block_size)))
         for num_tokens, context_len in ((2, 2), (1, 3)):
             self._compute_zeros(num_tokens, context_len, blocks, self.kv_caches)

@@ -67,7 +67,7 @@ class CapturedDecode:
             query_start=self._query_start[: count + 1],
             context_lens=self._context_lens[:count],
             block_tables=self._block_tables[:count],
-            positions=self._context_lens[:count],
+            positions=self._context_lens[:count] - 1,
             slot_mapping=self._slot_mapping[:count],
             last_token_index=self._query_start[:count],
             block_size=self._block_size,
@@ -78,6 +78,7 @@ class CapturedDecode:
             CPU_IMPLEMENTATIONS,
             self._arena,
         )
+        self._arena.release()  # results are good until the next call, and that may be of another count
         return self._recorded[count]
 
 

@@ -20,7 +20,8 @@ from fastserve.models.decoder_tensors import EMBEDDING, HEAD, check_tensors, has
 from fastserve.models.lazy_weights import LazyEmbedding, LazyLayers
 from fastserve.models.linear import AnyLinear, Linear, MixedFormatLinear
 from fastserve_kernels.formats import Dense, Weight
-from fastserve_kernels.preparation import prepare
+from fastserve_kernels.formats.prepared import Prepared
+from fastserve_kernels.preparation import QUANTIZES_ACTIVATIONS, prepare
 
 Quantize = Callable[[str, Tensor, str], Weight]
 
@@ -32,18 +33,19 @@ def load_decoder(
     device: torch.device,
     max_position: int,
     quantization: str,
-    quantize_activations: bool = False,
+    quantizes_activations: Callable[[], bool],
     one_layer_at_a_time: bool = False,
 ) -> Decoder:
     """A decoder in `dtype` on `device`, for sequences of up to `max_position` tokens.
 
-    `quantize_activations`: see `prepare`. `quantization` and `one_layer_at_a_time` are those of `load_model`.
-    Raises ModelError if tensors are missing, misshapen or unexpected; it names them.
+    `quantizes_activations`: see `prepare`; it is asked if a weight can have them so. `quantization` and
+    `one_layer_at_a_time` are those of `load_model`. Raises ModelError if tensors are missing, misshapen or
+    unexpected; it names them.
     """
     if config.tie_word_embeddings and has_own_head(checkpoint, dtype):
         config = replace(config, tie_word_embeddings=False)
     check_tensors(config, checkpoint)
-    loader = _WeightLoader(config, checkpoint, dtype, device, quantization, quantize_activations)
+    loader = _WeightLoader(config, checkpoint, dtype, device, quantization, quantizes_activations)
     return Decoder(config, loader.load(one_layer_at_a_time), max_position)
 
 
@@ -57,14 +59,14 @@ class _WeightLoader:
         dtype: torch.dtype,
         device: torch.device,
         quantization: str,
-        quantize_activations: bool,
+        quantizes_activations: Callable[[], bool],
     ) -> None:
         self._config = config
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
         self._quantization = quantization
-        self._quantize_activations = quantize_activations
+        self._quantizes_activations = quantizes_activations
         # A tool that stores tied tensors once may keep either of them.
         self._embedding_name = EMBEDDING if EMBEDDING in checkpoint.shapes else HEAD
 
@@ -103,11 +105,12 @@ class _WeightLoader:
         if has_bias:
             bias = self._fused(*(f"{name}.bias" for name in names))
             biases = bias.split([weight.out_features for weight in weights])
-        parts = [
-            Linear(prepare(weight, self._device, self._dtype, self._quantize_activations), part)
-            for weight, part in zip(weights, biases, strict=True)
-        ]
+        parts = [Linear(self._prepare(weight), part) for weight, part in zip(weights, biases, strict=True)]
         return parts[0] if len(parts) == 1 else MixedFormatLinear(tuple(parts))
+
+    def _prepare(self, weight: Weight) -> Prepared:
+        can_be = isinstance(weight, QUANTIZES_ACTIVATIONS)
+        return prepare(weight, self._device, self._dtype, can_be and self._quantizes_activations())
 
     def _weights(self, names: list[str], quantize: Quantize) -> list[Weight]:
         """The matrices of these names, from the first rows of the fused one to the last; fused already where

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,9 @@ from fastserve.checkpoints.online_quantization import ACTIVATION_QUANTIZATIONS, 
 from fastserve.checkpoints.quant_methods import open_checkpoint
 from fastserve.checkpoints.transformers_config import read_transformers_config
 from fastserve.models.causal_lm import CausalLM, resolve_max_model_len
+from fastserve.models.decoder import Decoder
 from fastserve.models.decoder_loader import load_decoder
+from fastserve.models.linear import AnyLinear, Linear
 from fastserve_kernels.cpu.kernels.cpu_features import host_features, supported
 
 if TYPE_CHECKING:
@@ -46,8 +49,8 @@ def load_model(
     `quantization`: "auto": weights as the checkpoint holds them; else for weights that are not quantized yet,
     and for those of GGUF: "none": all in `dtype`; "int4", "int8", "nf4", "fp8" or "w8a8": rounded to that.
     `activation_quantization`: "int8": activations that meet weights of 4 or 8 bits (int4, int8) are rounded
-    to 8 bits, in groups, by our decoder on a CPU that has the instructions; "none": they are not; "auto":
-    they are where that is measured to be faster, in bfloat16.
+    to 8 bits, in groups, by our decoder on a CPU that has the instructions; "none": they are not, but by
+    w8a8, which always does; "auto": they are where that is measured to be faster, in bfloat16.
     `one_layer_at_a_time`: our decoder's layers are read from the file in each forward pass, for passes over
     many tokens; what transformers' own code runs is loaded whole.
 
@@ -73,6 +76,21 @@ def load_model(
         one_layer_at_a_time,
     )
     return loader.load_gguf() if path.is_file() else loader.load_directory()
+
+
+def quantizes_activations(decoder: Decoder) -> bool:
+    """Whether any of its weights meets activations of 8 bits, in groups."""
+    return any(part.weight.operator.endswith("_a8") for each in _linears(decoder) for part in _parts(each))
+
+
+def _linears(decoder: Decoder) -> Iterator[AnyLinear]:
+    yield decoder.weights.lm_head
+    for layer in decoder.weights.layers:
+        yield from (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
+
+
+def _parts(linear: AnyLinear) -> tuple[Linear, ...]:
+    return (linear,) if isinstance(linear, Linear) else linear.parts
 
 
 @dataclass(frozen=True)
@@ -113,19 +131,25 @@ class _ModelLoader:
 
     def _load_decoder(self, config: DecoderConfig, checkpoint: Checkpoint) -> CausalLM:
         dtype = self.dtype or checkpoint.dtype
-        return load_decoder(
+        decoder = load_decoder(
             config,
             checkpoint,
             dtype,
             self.device,
             resolve_max_model_len(self.path, context_length(self.path), self.max_model_len),
             self.quantization,
-            self._quantize_activations(dtype),
+            self._choose_activations(dtype),
             self.one_layer_at_a_time,
         )
+        if self.activation_quantization == "int8" and not quantizes_activations(decoder):
+            raise ModelError(
+                f"activation_quantization: got 'int8'; allowed for {self.path} with quantization "
+                f"{self.quantization!r}: auto, none, because no weight has 4 or 8 bits as int4 and int8 have"
+            )
+        return decoder
 
-    def _quantize_activations(self, dtype: torch.dtype) -> bool:
-        """Raises ModelError where it is asked for and cannot be done."""
+    def _choose_activations(self, dtype: torch.dtype) -> Callable[[], bool]:
+        """Whether they are to be rounded. Raises ModelError where it is asked for and cannot be done."""
         has_kernels = self.device.type == "cpu" and supported(host_features())
         if self.activation_quantization == "int8" and not has_kernels:
             raise ModelError(
@@ -133,12 +157,12 @@ class _ModelLoader:
                 f"{' without AVX-512 and its extensions' if self.device.type == 'cpu' else ''}"
             )
         if self.activation_quantization != "auto":
-            return self.activation_quantization == "int8"
+            return lambda: self.activation_quantization == "int8"
         if not has_kernels or dtype != torch.bfloat16:
-            return False
+            return lambda: False
         from fastserve_kernels.integer_products import integer_products_pay  # here: a GPU needs no numba
 
-        return integer_products_pay(dtype)
+        return lambda: integer_products_pay(dtype)
 
     def _load_transformers_model(self, config: PretrainedConfig, gguf: GgufFile | None = None) -> CausalLM:
         # Imported here: they bring all of transformers' modelling code, which our decoder does not need.

@@ -27,7 +27,7 @@ class NotRecordableError(Exception):
 class Arena:
     """Memory of the tensors between recorded calls, used again when a tensor is gone.
 
-    Recordings that never run at the same time may share one.
+    Recordings that never run at the same time may share one, each after a `release`.
     """
 
     def __init__(self) -> None:
@@ -52,6 +52,11 @@ class Arena:
         tensor = torch.from_numpy(block[:size]).view(dtype).view(shape)
         self._used.append((StorageWeakRef(tensor.untyped_storage()), block))
         return tensor
+
+    def release(self) -> None:
+        """Has the next recording use the memory of all tensors, of which some may still be there."""
+        self._free += [block for _, block in self._used]
+        self._used = []
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor, or the one that it is a view of, lies in it."""

@@ -44,11 +44,10 @@ from fastserve_kernels.cpu.kernels.vnni import (
     single,
     store,
 )
+from fastserve_kernels.reference import SMALLEST_STEP
 
 Words = Any
 """A pointer to words."""
-SMALLEST_SCALE = 1e-30
-"""A smaller one, whose inverse might overflow, counts as 0."""
 QUAD_COLUMNS = 4 * VECTOR_ROWS
 """Columns of a vector of quads."""
 
@@ -279,7 +278,7 @@ def _round_halves(
     values = widen(builder, element, _masked_load(builder, place, kind, left))
     inverses = []
     for scale in scales:
-        is_normal = builder.fcmp_ordered(">", scale, FLOAT(SMALLEST_SCALE))
+        is_normal = builder.fcmp_ordered(">", scale, FLOAT(SMALLEST_STEP))
         inverse = builder.select(is_normal, builder.fdiv(FLOAT(1.0), scale), FLOAT(0.0))
         inverses.append(broadcast(builder, inverse, QUAD_COLUMNS // 2))
     lanes = ir.Constant(integers, list(range(QUAD_COLUMNS)))

@@ -1,8 +1,9 @@
 """A list of kernel calls that a team of threads runs from end to end, with no Python in between.
 
 Every thread of the team goes through all calls in order. A kernel hands out work items until none is left, so
-a thread that comes late finds none and goes on; whoever leaves a call last says that it is done. Nobody waits
-for a thread that another program keeps from running, unless that holds a work item.
+a thread that comes late finds none and goes on; whoever leaves a call last says that it is done. Between
+calls nobody waits for a thread that another program keeps from running, unless that holds a work item; at the
+end the team waits for all of its threads.
 
 A thread that waits looks again and again for some microseconds, then sleeps: beside a busy neighbour the one
 that is waited for may need its core.
