@@ -63,11 +63,11 @@ def test_a_compression_holds_two_layers_beside_the_model(
         "--device",
         "cpu",
     ]
-    less = ["--evaluate", "full"] if soak else ["--samples", "3", "--evaluate", "none"]
+    less = ["--evaluate", "full"] if soak else ["--samples", "2", "--evaluate", "none"]
     assert peak_bytes(*words, *less) <= allowed_bytes(SourceState(default_model.checkpoint))
 
 
 def test_an_evaluation_does_not_hold_two_models(default_model: ModelFiles) -> None:
     model = str(default_model.checkpoint)
-    words = ["--quantization", "none", "--reference", model, "--tokens", "1024", "--device", "cpu"]
+    words = ["--quantization", "none", "--reference", model, "--tokens", "512", "--device", "cpu"]
     assert peak_bytes("evaluate", model, *words) <= allowed_bytes(SourceState(default_model.checkpoint))

@@ -73,7 +73,7 @@ def test_perplexity_in_bfloat16_is_that_of_transformers(
     logits_over_paged_cache: Callable,
 ) -> None:
     token_ids = tokenizer(LICENSE.read_text()).input_ids
-    windows = [token_ids[start : start + 256] for start in range(0, 1024, 256)]
+    windows = [token_ids[start : start + 256] for start in range(0, 512, 256)]
     rounded = AutoModelForCausalLM.from_config(transformers_model.config, dtype=torch.bfloat16)
     rounded.load_state_dict(transformers_model.state_dict())
     model = load_model(str(default_model_path))
