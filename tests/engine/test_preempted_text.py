@@ -13,6 +13,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from tests.models.conftest import SIZES as TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastserve.checkpoints.model_files import ModelFiles
@@ -23,15 +24,7 @@ from fastserve.types import Add
 
 VOCAB, BLOCK, BLOCKS = 49152, 8, 20
 """The tokenizer is the default model's: with its text the scales of 8 bits are measured."""
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
+SIZES = {**TINY, "vocab_size": VOCAB}
 BYTES_PER_BLOCK = BLOCK * 3 * 2 * 2 * 12
 """Of 8 bits each element: 3 layers, keys and values, 2 heads of 12."""
 

@@ -6,7 +6,7 @@ Tensors are read one by one, fused and packed as they come: never is much more t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,30 +49,25 @@ def load_decoder(
     return Decoder(config, loader.load(one_layer_at_a_time), max_position)
 
 
+@dataclass(frozen=True)
 class _WeightLoader:
     """Loads the weights of a decoder, whose tensors are known to be there."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device,
-        quantization: str,
-        quantizes_activations: Callable[[], bool],
-    ) -> None:
-        self._config = config
-        self._checkpoint = checkpoint
-        self._dtype = dtype
-        self._device = device
-        self._quantization = quantization
-        self._quantizes_activations = quantizes_activations
-        # A tool that stores tied tensors once may keep either of them.
-        self._embedding_name = EMBEDDING if EMBEDDING in checkpoint.shapes else HEAD
+    config: DecoderConfig
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+    quantization: str
+    quantizes_activations: Callable[[], bool]
+
+    @property
+    def _embedding_name(self) -> str:
+        """A tool that stores tied tensors once may keep either of them."""
+        return EMBEDDING if EMBEDDING in self.checkpoint.shapes else HEAD
 
     def load(self, one_layer_at_a_time: bool) -> DecoderWeights:
-        layers = LazyLayers(self._layer, self._config.num_layers)
-        head = (self._embedding_name if self._config.tie_word_embeddings else HEAD).removesuffix(".weight")
+        layers = LazyLayers(self._layer, self.config.num_layers)
+        head = (self._embedding_name if self.config.tie_word_embeddings else HEAD).removesuffix(".weight")
         return DecoderWeights(
             embedding=LazyEmbedding(self._embedding) if one_layer_at_a_time else self._embedding(),
             layers=layers if one_layer_at_a_time else layers[:],
@@ -84,7 +79,7 @@ class _WeightLoader:
         return self._fused(self._embedding_name)
 
     def _layer(self, index: int) -> DecoderLayer:
-        config, prefix = self._config, f"model.layers.{index}."
+        config, prefix = self.config, f"model.layers.{index}."
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         return DecoderLayer(
             input_layernorm=self._fused(f"{prefix}input_layernorm.weight"),
@@ -110,15 +105,15 @@ class _WeightLoader:
 
     def _prepare(self, weight: Weight) -> Prepared:
         can_be = isinstance(weight, QUANTIZES_ACTIVATIONS)
-        return prepare(weight, self._device, self._dtype, can_be and self._quantizes_activations())
+        return prepare(weight, self.device, self.dtype, can_be and self.quantizes_activations())
 
     def _weights(self, names: list[str], quantize: Quantize) -> list[Weight]:
         """The matrices of these names, from the first rows of the fused one to the last; fused already where
         all are numbers."""
-        if self._quantization != "auto":
-            return [quantize(names[0], self._fused(*names), self._quantization)]
-        exact = self._dtype == torch.float32
-        packed = [self._checkpoint.read_packed(name, exact) for name in names]
+        if self.quantization != "auto":
+            return [quantize(names[0], self._fused(*names), self.quantization)]
+        exact = self.dtype == torch.float32
+        packed = [self.checkpoint.read_packed(name, exact) for name in names]
         if all(weight is None for weight in packed):
             return [Dense(self._fused(*names))]
         return [
@@ -128,9 +123,9 @@ class _WeightLoader:
 
     def _fused(self, *names: str) -> Tensor:
         """The tensors of these names, one below the other, read straight into the place where they stay."""
-        shapes = [self._checkpoint.shapes[name] for name in names]
+        shapes = [self.checkpoint.shapes[name] for name in names]
         rows = [shape[0] for shape in shapes]
-        fused = torch.empty(sum(rows), *shapes[0][1:], dtype=self._dtype, device=self._device)
+        fused = torch.empty(sum(rows), *shapes[0][1:], dtype=self.dtype, device=self.device)
         for name, part in zip(names, fused.split(rows), strict=True):
-            self._checkpoint.read(name, part)
+            self.checkpoint.read(name, part)
         return fused

@@ -146,21 +146,40 @@ def multiply(
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         weights, table_, words, token_count, blocks_, count_, totals_, scales_, step_ = args
 
-        def body(tokens_: int) -> None:
-            unpack = unpacker(builder, stored.dtype, x.dtype, table_)
+        def add(sums: Sums) -> None:
+            _add_scaled(builder, sums, totals_, scales_, step_)
 
-            def add(blocks: int) -> None:
-                nothing = [[[same(SUMS, 0.0)] * tokens_] * PANEL_VECTORS for _ in range(blocks)]
-                sums = _add_products(builder, unpack, x.dtype, weights, words, count_, nothing)
-                _add_scaled(builder, sums, totals_, scales_, step_)
-
-            _for_each_span(builder, span_of(tokens_, stored.dtype.columns), blocks_, add)
-
-        for_each_count(builder, token_count, body)
+        nothing = same(SUMS, 0.0)
+        operands = (weights, table_, words, token_count, blocks_, count_)
+        _multiply_blocks(builder, stored.dtype, x.dtype, operands, nothing, add)
         return context.get_dummy_value()
 
     integer, floats = types.int64, types.CPointer(types.float32)
     return types.void(stored, table, x, integer, integer, integer, totals, floats, integer), lower
+
+
+def _multiply_blocks(
+    builder: ir.IRBuilder,
+    stored: Word,
+    word: Word,
+    operands: tuple[ir.Value, ...],
+    nothing: ir.Value,
+    add: Callable[[Sums], None],
+) -> None:
+    """Has the sums of one block, or of a span, added. `operands`: weights, table, words; the numbers of
+    tokens, of blocks, and of words of a block. `nothing`: what a sum begins with."""
+    weights, table, words, token_count, blocks_, count = operands
+
+    def body(tokens: int) -> None:
+        unpack = unpacker(builder, stored, word, table)
+
+        def multiply_span(blocks: int) -> None:
+            first = [[[nothing] * tokens] * PANEL_VECTORS for _ in range(blocks)]
+            add(_add_products(builder, unpack, word, weights, words, count, first))
+
+        _for_each_span(builder, span_of(tokens, stored.columns), blocks_, multiply_span)
+
+    for_each_count(builder, token_count, body)
 
 
 def _for_each_span(builder: ir.IRBuilder, span: int, blocks: ir.Value, body: Callable[[int], None]) -> None:
@@ -221,17 +240,12 @@ def multiply_grouped_integers(
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         weights, words, token_count, blocks_, count_, totals_, scales_, step_, x_scales_ = args
 
-        def body(tokens_: int) -> None:
-            unpack = unpacker(builder, stored.dtype, x.dtype, weights)
+        def add(sums: Sums) -> None:
+            _add_scaled(builder, sums, totals_, scales_, step_, x_scales_)
 
-            def add(blocks: int) -> None:
-                nothing = [[[ir.Constant(WORDS, None)] * tokens_] * PANEL_VECTORS for _ in range(blocks)]
-                sums = _add_products(builder, unpack, x.dtype, weights, words, count_, nothing)
-                _add_scaled(builder, sums, totals_, scales_, step_, x_scales_)
-
-            _for_each_span(builder, span_of(tokens_, stored.dtype.columns), blocks_, add)
-
-        for_each_count(builder, token_count, body)
+        nothing = ir.Constant(WORDS, None)
+        operands = (weights, weights, words, token_count, blocks_, count_)  # no table is looked up in
+        _multiply_blocks(builder, stored.dtype, x.dtype, operands, nothing, add)
         return context.get_dummy_value()
 
     integer, floats = types.int64, types.CPointer(types.float32)
