@@ -61,6 +61,12 @@ def _product(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | 
     return _finish(x.float() @ weight.dequantize().T, x.dtype, bias, residual)
 
 
+def _product_a8(x: Tensor, weight: Int4 | Int8, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Of `quantized_activations`."""
+    total = quantized_activations(x, weight.group_size) @ weight.dequantize().T
+    return _finish(total, x.dtype, bias, residual)
+
+
 def _finish(y: Tensor, dtype: torch.dtype, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     if bias is not None:
         y = y + bias.float()
@@ -83,12 +89,14 @@ def linear_int8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: 
 
 def linear_int4_a8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """`linear_int4` of `quantized_activations`."""
-    return linear_int4(quantized_activations(x, weight[4]), weight, bias, residual)
+    codes, scales, zeros, _, group_size = weight
+    return _product_a8(x, Int4(codes, scales, zeros, group_size), bias, residual)
 
 
 def linear_int8_a8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """`linear_int8` of `quantized_activations`."""
-    return linear_int8(quantized_activations(x, weight[4]), weight, bias, residual)
+    values, scales, zeros, _, group_size = weight
+    return _product_a8(x, Int8(values, scales, zeros, group_size), bias, residual)
 
 
 def quantized_activations(x: Tensor, group_size: int) -> Tensor:

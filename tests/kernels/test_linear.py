@@ -129,6 +129,7 @@ def test_activations_are_quantized_in_groups_as_the_reference_does(
         x[2:3] = 1e-38
         bias, residual = torch.randn(83).to(dtype), torch.randn(rows, 83).to(dtype)
         for extras in ((None, None), (bias, residual)):
+            assert oracle(x, weight.arguments, *extras).dtype == dtype
             wanted = oracle(x.float(), weight.arguments, *extras)
             assert rel_rms(ops.linear(x, prepared, *extras), wanted) < TOLERANCE[dtype], rows
 

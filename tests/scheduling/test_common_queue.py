@@ -87,7 +87,7 @@ def test_every_request_ends_and_nothing_is_left(
         assert worker.scheduler.free_slots == max_num_seqs
 
 
-@pytest.mark.parametrize("num_replicas", [1, 3])
+@pytest.mark.parametrize("num_replicas", [1, 3, 8])
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_nobody_is_admitted_before_one_who_waits_and_ranks_before_him(
     name: str, num_replicas: int, soak: bool

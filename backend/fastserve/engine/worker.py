@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 DEADLINE_SECONDS = 1.0
 """How often deadlines are looked at while all requests wait elsewhere."""
 OPENMP_SPINS = 1000
-"""How often a thread of torch's OpenMP looks for work before it sleeps: 20 to 50 us. By default it looks for
-some 5 ms, and beside another program keeps from running the very thread that it waits for."""
+"""How often a thread of torch's OpenMP looks for work before it sleeps, 300 times less than by default: it
+would keep from running, beside another program, the very thread that it waits for."""
 EXIT_SECONDS = 5.0
 """For a worker that has closed its pipe, or was told to leave; then it is killed."""
 

@@ -42,17 +42,17 @@ CPU."""
 
 
 @functools.cache
-def _nibbles_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
+def _quantized_kernel(packed: str, dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
     from fastserve_kernels.cpu.kernels.linear import linear_quantized
 
-    return linear_quantized(dtype, stored, "Nibbles")
+    return linear_quantized(dtype, stored, packed)
 
 
 @functools.cache
-def _codes_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
-    from fastserve_kernels.cpu.kernels.linear import linear_quantized
+def _integer_kernel(packed: str, dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
+    from fastserve_kernels.cpu.kernels.integer_linear import linear_integers
 
-    return linear_quantized(dtype, stored, "Codes")
+    return linear_integers(dtype, stored, packed)
 
 
 @functools.cache
@@ -70,24 +70,16 @@ def _blocks_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
 
 
 @functools.cache
-def _integer_nibbles_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
-    from fastserve_kernels.cpu.kernels.integer_linear import linear_integers
-
-    return linear_integers(dtype, stored, "Nibbles")
-
-
-@functools.cache
-def _integer_quads_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
-    from fastserve_kernels.cpu.kernels.integer_linear import linear_integers
-
-    return linear_integers(dtype, stored, "Quads")
-
-
-@functools.cache
 def _quads_kernel(dtype: torch.dtype, stored: torch.dtype | None) -> Kernel:
     from fastserve_kernels.cpu.kernels.integer_linear import linear_quads
 
     return linear_quads(dtype, stored)
+
+
+_NIBBLES, _CODES = (functools.partial(_quantized_kernel, packed) for packed in ("Nibbles", "Codes"))
+_INTEGER_NIBBLES, _INTEGER_QUADS = (
+    functools.partial(_integer_kernel, packed) for packed in ("Nibbles", "Quads")
+)
 
 
 @functools.cache
@@ -185,7 +177,7 @@ def linear_int4(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: 
     codes, scales, zeros, out_features, group_size = weight
     operands = (codes, _int4_table(x.dtype), scales, zeros)
     numbers = (group_size, 0.0 if zeros is None else -8.0, zeros is not None)
-    return _run(_nibbles_kernel, x, operands, out_features, bias, residual, numbers, scales.dtype)
+    return _run(_NIBBLES, x, operands, out_features, bias, residual, numbers, scales.dtype)
 
 
 def linear_nf4(x: Tensor, weight: NF4Arguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -193,14 +185,14 @@ def linear_nf4(x: Tensor, weight: NF4Arguments, bias: Tensor | None, residual: T
     codes, scales, codebook, out_features, group_size = weight
     _check_words("codebook", codebook, x)
     operands, numbers = (codes, codebook, scales, None), (group_size, 0.0, False)
-    return _run(_nibbles_kernel, x, operands, out_features, bias, residual, numbers, scales.dtype)
+    return _run(_NIBBLES, x, operands, out_features, bias, residual, numbers, scales.dtype)
 
 
 def linear_int8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """`reference.linear_int8` on a CPU."""
     values, scales, zeros, out_features, group_size = weight
     operands, numbers = (values, _int8_table(), scales, zeros), (group_size, 0.5, zeros is not None)
-    return _run(_codes_kernel, x, operands, out_features, bias, residual, numbers, scales.dtype)
+    return _run(_CODES, x, operands, out_features, bias, residual, numbers, scales.dtype)
 
 
 def linear_int4_a8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -208,7 +200,7 @@ def linear_int4_a8(x: Tensor, weight: IntArguments, bias: Tensor | None, residua
     codes, scales, zeros, out_features, group_size = weight
     numbers = (group_size, 8.0 if zeros is None else 0.0, zeros is not None)
     return _run(
-        _integer_nibbles_kernel,
+        _INTEGER_NIBBLES,
         x,
         (codes, scales, zeros),
         out_features,
@@ -224,7 +216,7 @@ def linear_int8_a8(x: Tensor, weight: IntArguments, bias: Tensor | None, residua
     values, scales, zeros, out_features, group_size = weight
     numbers = (group_size, 128.0, zeros is not None)
     return _run(
-        _integer_quads_kernel, x, (values, scales, zeros), out_features, bias, residual, numbers, scales.dtype
+        _INTEGER_QUADS, x, (values, scales, zeros), out_features, bias, residual, numbers, scales.dtype
     )
 
 
@@ -247,7 +239,7 @@ def linear_fp8(x: Tensor, weight: FP8Arguments, bias: Tensor | None, residual: T
     """`reference.linear_fp8` on a CPU."""
     values, scales, out_features, group_size = weight
     operands, numbers = (values, _fp8_table(), scales, None), (group_size, 0.0, False)
-    return _run(_codes_kernel, x, operands, out_features, bias, residual, numbers, scales.dtype)
+    return _run(_CODES, x, operands, out_features, bias, residual, numbers, scales.dtype)
 
 
 def linear_w8a8(x: Tensor, weight: W8A8Arguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:

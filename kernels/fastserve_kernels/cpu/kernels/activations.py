@@ -20,8 +20,10 @@ from fastserve_kernels.cpu.kernels.vectors import (
     LANES,
     as_float32,
     at,
+    interleaved,
     intrinsic,
     load_masked,
+    masked_load,
     multiply_add,
     pointer_cast,
     reduce_add,
@@ -187,8 +189,7 @@ def _pack_words(
     x_scales: Any,
     sums: Any,
 ) -> Any:
-    """The next VECTOR_ROWS words of each token. Each round of interleaving takes the highest bit of a token's
-    number and puts it below the word's, which leaves them in order."""
+    """The next VECTOR_ROWS words of each token."""
     word, integer = target.dtype, types.int64
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -216,14 +217,7 @@ def _pack_words(
 def _store_interleaved(builder: ir.IRBuilder, rows: list[ir.Value], to: ir.Value) -> None:
     """The words of each token side by side with those of the others."""
     rows = rows + rows[-1:] * (width_of(len(rows)) - len(rows))
-    low = [lane for i in range(VECTOR_ROWS // 2) for lane in (i, VECTOR_ROWS + i)]
-    halves = [ir.Constant(WORDS, [lane + first for lane in low]) for first in (0, VECTOR_ROWS // 2)]
-    half = len(rows) // 2
-    for _ in range(half.bit_length()):
-        rows = [
-            builder.shuffle_vector(rows[i], rows[i + half], lanes) for i in range(half) for lanes in halves
-        ]
-    for i, row in enumerate(rows):
+    for i, row in enumerate(interleaved(builder, rows)):
         store(builder, row, to, I64(i))
 
 
@@ -275,7 +269,7 @@ def _round_halves(
     0 where the scale is 0 or no number."""
     floats, integers = ir.VectorType(FLOAT, QUAD_COLUMNS), ir.VectorType(I32, QUAD_COLUMNS)
     kind = ir.VectorType(FLOAT if element == float32 else I16, QUAD_COLUMNS)
-    values = widen(builder, element, _masked_load(builder, place, kind, left))
+    values = widen(builder, element, masked_load(builder, place, kind, left))
     inverses = []
     for scale in scales:
         is_normal = builder.fcmp_ordered(">", scale, FLOAT(SMALLEST_STEP))
@@ -306,24 +300,13 @@ def _permuted(builder: ir.IRBuilder, quads: ir.Value) -> ir.Value:
     return builder.shuffle_vector(quads, quads, ir.Constant(ir.VectorType(I32, QUAD_COLUMNS), lanes))
 
 
-def _masked_load(builder: ir.IRBuilder, place: ir.Value, kind: ir.VectorType, count: ir.Value) -> ir.Value:
-    """The first `count` elements of a vector, and zeros."""
-    lane = ir.Constant(ir.VectorType(I32, kind.count), list(range(kind.count)))
-    mask = builder.icmp_signed("<", lane, broadcast(builder, builder.trunc(count, I32), kind.count))
-    name = "f32" if kind.element == FLOAT else f"i{kind.element.width}"
-    place = builder.bitcast(place, kind.as_pointer())
-    return invoke(
-        builder, f"masked.load.v{kind.count}{name}.p0", kind, place, I32(1), mask, ir.Constant(kind, None)
-    )
-
-
 def _load_words(
     builder: ir.IRBuilder, element: types.Type, word: Word, place: ir.Value, left: ir.Value
 ) -> ir.Value:
     """VECTOR_ROWS words of a row of which there are `left` elements."""
     count = VECTOR_ROWS * word.columns
     kind = FLOAT if element == float32 else I16
-    raw = _masked_load(builder, place, ir.VectorType(kind, count), left)
+    raw = masked_load(builder, place, ir.VectorType(kind, count), left)
     return builder.bitcast(widen(builder, element, raw) if word == single else raw, WORDS)
 
 
@@ -333,7 +316,7 @@ def _round_words(
     """VECTOR_ROWS quads of a row of which there are `left` elements; 0 where the scale is 0."""
     count = 4 * VECTOR_ROWS
     floats, integers = ir.VectorType(FLOAT, count), ir.VectorType(I32, count)
-    raw = _masked_load(builder, place, ir.VectorType(FLOAT if element == float32 else I16, count), left)
+    raw = masked_load(builder, place, ir.VectorType(FLOAT if element == float32 else I16, count), left)
     by = builder.load(scale)
     by = builder.select(builder.fcmp_ordered(">", by, FLOAT(0.0)), by, FLOAT(float("inf")))
     rounded = invoke(

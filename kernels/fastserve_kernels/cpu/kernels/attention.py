@@ -14,9 +14,9 @@ With bfloat16 queries and a processor that multiplies pairs of them, both produc
 exponentials are rounded to bfloat16 for that, and so is what their sum is made of.
 
 Bound: a decode by the bytes of the cache, a prompt by 2 (D + Dv) floating-point operations per row and key.
-With 9 heads of 64, 3 of keys, bfloat16, on two cores of an EPYC 9005: 16 decodes of 512 keys take 113 us
-with the cache at hand and 254 us from memory, where each core waits for as many lines as it can at once; a
-prompt of 512 takes 0.72 ms.
+With 9 heads of 64, 3 of keys, bfloat16, on two cores of an EPYC 9005: 16 decodes of 512 keys take 113 to
+130 us with the cache at hand and 250 to 320 us from memory, where each core waits for as many lines as it can
+at once; a prompt of 512 takes 0.72 ms.
 
 A quantized cache costs nothing in the products: a score is multiplied by its keys' scale, a result by its
 values'.

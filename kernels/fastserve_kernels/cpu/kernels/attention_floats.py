@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from numba import float32, njit
 
-from fastserve_kernels.cpu.kernels.attention_scratch import Cache, Scratch, prefetch_head
+from fastserve_kernels.cpu.kernels.attention_scratch import (
+    Cache,
+    Scratch,
+    load_rows,
+    prefetch_head,
+    store_rows,
+)
 from fastserve_kernels.cpu.kernels.attention_tiles import BLOCK_N, AttentionShape, Tile, kv_tile_len
 from fastserve_kernels.cpu.kernels.vectors import (
     LANES,
@@ -59,11 +65,7 @@ def multiply_keys(shape: AttentionShape, scratch: Scratch, cache: Cache, row: in
             b = multiply_add(splat(scratch.queries[second + i], WIDE), key, b)
             c = multiply_add(splat(scratch.queries[third + i], WIDE), key, c)
             d = multiply_add(splat(scratch.queries[fourth + i], WIDE), key, d)
-        to = row * BLOCK_N + lane
-        store(scratch.p, to, a)
-        store(scratch.p, to + BLOCK_N, b)
-        store(scratch.p, to + 2 * BLOCK_N, c)
-        store(scratch.p, to + 3 * BLOCK_N, d)
+        store_rows(scratch.p, row * BLOCK_N + lane, BLOCK_N, a, b, c, d)
 
 
 @njit(error_model="numpy")
@@ -75,13 +77,7 @@ def multiply_values(shape: AttentionShape, scratch: Scratch, cache: Cache, row: 
             prefetch_head(cache.values, scratch.next_starts[j] * shape.dim_v, shape.dim_v)
     for i in range(0, shape.wide_dim_v, WIDE):
         first = row * shape.wide_dim_v + i
-        second, third, fourth = (
-            first + shape.wide_dim_v,
-            first + 2 * shape.wide_dim_v,
-            first + 3 * shape.wide_dim_v,
-        )
-        a, b = load(scratch.acc, first, WIDE), load(scratch.acc, second, WIDE)
-        c, d = load(scratch.acc, third, WIDE), load(scratch.acc, fourth, WIDE)
+        a, b, c, d = load_rows(scratch.acc, first, shape.wide_dim_v)
         for j in range(count):
             if row + i == 0:
                 prefetch_head(cache.values, scratch.next_starts[j] * shape.dim_v, shape.dim_v)
@@ -91,7 +87,4 @@ def multiply_values(shape: AttentionShape, scratch: Scratch, cache: Cache, row: 
             b = multiply_add(splat(scratch.p[weight + BLOCK_N], WIDE), value, b)
             c = multiply_add(splat(scratch.p[weight + 2 * BLOCK_N], WIDE), value, c)
             d = multiply_add(splat(scratch.p[weight + 3 * BLOCK_N], WIDE), value, d)
-        store(scratch.acc, first, a)
-        store(scratch.acc, second, b)
-        store(scratch.acc, third, c)
-        store(scratch.acc, fourth, d)
+        store_rows(scratch.acc, first, shape.wide_dim_v, a, b, c, d)

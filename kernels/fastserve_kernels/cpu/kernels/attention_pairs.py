@@ -5,7 +5,13 @@ from __future__ import annotations
 
 from numba import float32, njit
 
-from fastserve_kernels.cpu.kernels.attention_scratch import Cache, Scratch, prefetch_head
+from fastserve_kernels.cpu.kernels.attention_scratch import (
+    Cache,
+    Scratch,
+    load_rows,
+    prefetch_head,
+    store_rows,
+)
 from fastserve_kernels.cpu.kernels.attention_tiles import BLOCK_N, AttentionShape, Tile, kv_tile_len
 from fastserve_kernels.cpu.kernels.bfloat16_pairs import (
     PAIR_COLUMNS,
@@ -14,7 +20,7 @@ from fastserve_kernels.cpu.kernels.bfloat16_pairs import (
     store_pairs,
     store_transposed_pairs,
 )
-from fastserve_kernels.cpu.kernels.vectors import LANES, WIDE, at, load, load_masked, splat, store
+from fastserve_kernels.cpu.kernels.vectors import LANES, WIDE, at, load_masked, splat
 
 
 @njit(error_model="numpy")
@@ -55,11 +61,7 @@ def multiply_key_pairs(shape: AttentionShape, scratch: Scratch, cache: Cache, ro
             b = dot_pairs(b, keys, place, queries[second + i])
             c = dot_pairs(c, keys, place, queries[third + i])
             d = dot_pairs(d, keys, place, queries[fourth + i])
-        to = row * BLOCK_N + lane
-        store(scratch.p, to, a)
-        store(scratch.p, to + BLOCK_N, b)
-        store(scratch.p, to + 2 * BLOCK_N, c)
-        store(scratch.p, to + 3 * BLOCK_N, d)
+        store_rows(scratch.p, row * BLOCK_N + lane, BLOCK_N, a, b, c, d)
 
 
 @njit(error_model="numpy")
@@ -71,13 +73,7 @@ def multiply_value_pairs(shape: AttentionShape, scratch: Scratch, cache: Cache, 
             prefetch_head(cache.values, scratch.next_starts[j] * shape.dim_v, shape.dim_v)
     for i in range(0, shape.wide_dim_v, WIDE):
         first = row * shape.wide_dim_v + i
-        second, third, fourth = (
-            first + shape.wide_dim_v,
-            first + 2 * shape.wide_dim_v,
-            first + 3 * shape.wide_dim_v,
-        )
-        a, b = load(scratch.acc, first, WIDE), load(scratch.acc, second, WIDE)
-        c, d = load(scratch.acc, third, WIDE), load(scratch.acc, fourth, WIDE)
+        a, b, c, d = load_rows(scratch.acc, first, shape.wide_dim_v)
         for j in range((count + 1) // 2):
             if row + i == 0:
                 prefetch_head(cache.values, scratch.next_starts[2 * j] * shape.dim_v, shape.dim_v)
@@ -87,7 +83,4 @@ def multiply_value_pairs(shape: AttentionShape, scratch: Scratch, cache: Cache, 
             b = dot_pairs(b, values, place, p[weight + BLOCK_N])
             c = dot_pairs(c, values, place, p[weight + 2 * BLOCK_N])
             d = dot_pairs(d, values, place, p[weight + 3 * BLOCK_N])
-        store(scratch.acc, first, a)
-        store(scratch.acc, second, b)
-        store(scratch.acc, third, c)
-        store(scratch.acc, fourth, d)
+        store_rows(scratch.acc, first, shape.wide_dim_v, a, b, c, d)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from numba import njit
 
 from fastserve_kernels.cpu.kernels.aligned_memory import LINE, round_up
 from fastserve_kernels.cpu.kernels.attention_tiles import BLOCK_N, AttentionShape
 from fastserve_kernels.cpu.kernels.kernel import Floats, Integers, Stored
-from fastserve_kernels.cpu.kernels.vectors import as_int64, at, prefetch, size_of
+from fastserve_kernels.cpu.kernels.vectors import WIDE, as_int64, at, load, prefetch, size_of, store
 
 ROWS = 4
 """Rows that are multiplied together: their sums of WIDE lanes fit the registers."""
@@ -77,3 +77,23 @@ def prefetch_head(elements: Stored, start: int, count: int) -> None:
     them. It can wait for few lines at once, so they are asked for between multiplications."""
     for i in range(0, count, LINE // size_of(elements)):
         prefetch(at(elements, start + i))
+
+
+@njit(error_model="numpy")
+def load_rows(pointer: Floats, first: int, stride: int) -> Any:
+    """WIDE lanes of ROWS rows, `stride` apart, from pointer[first] on."""
+    return (
+        load(pointer, first, WIDE),
+        load(pointer, first + stride, WIDE),
+        load(pointer, first + 2 * stride, WIDE),
+        load(pointer, first + 3 * stride, WIDE),
+    )
+
+
+@njit(error_model="numpy")
+def store_rows(pointer: Floats, first: int, stride: int, a: Any, b: Any, c: Any, d: Any) -> None:
+    """What `load_rows` loads."""
+    store(pointer, first, a)
+    store(pointer, first + stride, b)
+    store(pointer, first + 2 * stride, c)
+    store(pointer, first + 3 * stride, d)

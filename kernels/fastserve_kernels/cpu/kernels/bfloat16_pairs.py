@@ -12,8 +12,8 @@ import llvmlite.binding
 from llvmlite import ir
 from numba import types
 
-from fastserve_kernels.cpu.kernels.elements import FLOAT, I32, I64, bfloat16, bytes_of, same, widen
-from fastserve_kernels.cpu.kernels.vectors import intrinsic, pointer_cast
+from fastserve_kernels.cpu.kernels.elements import I32, I64, bfloat16, bytes_of, same, widen
+from fastserve_kernels.cpu.kernels.vectors import interleaved, intrinsic, masked_load, pointer_cast
 from fastserve_kernels.cpu.kernels.vnni import SUMS, VECTOR_ROWS, WORDS, broadcast, invoke
 
 HAS_DOT_PRODUCTS = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
@@ -86,7 +86,7 @@ def store_transposed_pairs(
     """Pairs of the columns of 16 rows: target[index + j * step + i] = source[rows[i] * size + 2 j, and + 1].
 
     For j from 0 to 15; there are `left` columns, and zeros for those beyond them. target is a pointer to
-    words. Each of four rounds interleaves row i with row i + 8, which leaves the matrix transposed.
+    words.
     """
     element, integer = source.dtype, types.int64
 
@@ -100,15 +100,7 @@ def store_transposed_pairs(
 
         def store_all(load: Any) -> None:
             found = [_pairs(builder, element, load(start)) for start in starts]
-            low = [lane for i in range(8) for lane in (i, VECTOR_ROWS + i)]
-            halves = [ir.Constant(WORDS, low), ir.Constant(WORDS, [lane + 8 for lane in low])]
-            for _ in range(4):
-                found = [
-                    builder.shuffle_vector(found[i], found[i + 8], lanes)
-                    for i in range(8)
-                    for lanes in halves
-                ]
-            for j, words in enumerate(found):
+            for j, words in enumerate(interleaved(builder, found)):
                 place = builder.gep(target_, [builder.add(index_, builder.mul(step_, I64(j)))])
                 builder.store(words, builder.bitcast(place, WORDS.as_pointer()), align=4)
 
@@ -116,12 +108,7 @@ def store_transposed_pairs(
             return builder.load(builder.bitcast(start, kind.as_pointer()), align=bytes_of(element))
 
         def load_part(start: ir.Value) -> ir.Value:
-            lane = ir.Constant(ir.VectorType(I32, PAIR_COLUMNS), list(range(PAIR_COLUMNS)))
-            mask = builder.icmp_signed("<", lane, broadcast(builder, builder.trunc(left_, I32), PAIR_COLUMNS))
-            name = "f32" if kind.element == FLOAT else f"i{kind.element.width}"
-            name = f"masked.load.v{PAIR_COLUMNS}{name}.p0"
-            place, none = builder.bitcast(start, kind.as_pointer()), ir.Constant(kind, None)
-            return invoke(builder, name, kind, place, I32(1), mask, none)
+            return masked_load(builder, start, kind, left_)
 
         with builder.if_else(builder.icmp_signed(">=", left_, I64(PAIR_COLUMNS))) as (whole, part):
             with whole:

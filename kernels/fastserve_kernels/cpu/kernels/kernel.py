@@ -56,7 +56,8 @@ ELEMENTS = {
 }
 record_call: ContextVar[Callable[[int, Any], None] | None] = ContextVar("record_call", default=None)
 """Takes, while calls are recorded and not run, the address of each kernel and the array of its arguments, the
-first of which is the counter of its work items, 0."""
+first of which is the counter of its work items, 0. Whether it is worth several threads is not recorded: all
+threads of a program enter all calls."""
 
 STORED = {**ELEMENTS, torch.int8: elements.int8, torch.float8_e4m3fn: elements.float8}
 

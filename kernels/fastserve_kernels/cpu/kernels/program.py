@@ -34,7 +34,7 @@ FUNCTION, ARGUMENTS, ACTIVE, DONE, SLEEPERS = range(5)
 """The words of a call: the addresses of the kernel and of its arguments, whose first word is the counter of
 its work items; threads that are in it; whether all its work items are done; threads that sleep until then."""
 SPINS = 2000
-"""How often a thread looks before it sleeps: 30 to 90 microseconds."""
+"""How often a thread looks before it sleeps: 0.1 ms on an EPYC 9005, whose pause is 47 ns."""
 
 FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0
 """The number of the system call by which threads sleep and wake one another; 0: they only yield."""

@@ -180,7 +180,7 @@ def load_masked(typing: Any, pointer: Any, index: Any, count: Any) -> Any:
             with whole:
                 all_lanes, whole_block = builder.load(place, align=bytes_of(element)), builder.block
             with part:
-                some_lanes, part_block = _masked_load(builder, place, memory, args[2]), builder.block
+                some_lanes, part_block = masked_load(builder, place, memory, args[2]), builder.block
         raw = builder.phi(memory)
         raw.add_incoming(all_lanes, whole_block)
         raw.add_incoming(some_lanes, part_block)
@@ -189,21 +189,23 @@ def load_masked(typing: Any, pointer: Any, index: Any, count: Any) -> Any:
     return Vector(LANES)(pointer, types.int64, types.int64), lower
 
 
-def _first_lanes(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
-    lane = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
-    return builder.icmp_signed("<", lane, _splat(builder, builder.trunc(count, I32), LANES))
+def _first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
+    lane = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+    return builder.icmp_signed("<", lane, _splat(builder, builder.trunc(count, I32), lanes))
 
 
 def _short_name(element: ir.Type) -> str:
     return "f32" if element == FLOAT else f"i{element.width}"
 
 
-def _masked_load(builder: ir.IRBuilder, place: ir.Value, memory: ir.VectorType, count: ir.Value) -> ir.Value:
-    mask, none = _first_lanes(builder, count), ir.Constant(memory, None)
+def masked_load(builder: ir.IRBuilder, place: ir.Value, memory: ir.VectorType, count: ir.Value) -> ir.Value:
+    """The vector at a place, of which the first `count` elements are there; zeros follow these."""
+    place = builder.bitcast(place, memory.as_pointer())
+    mask, none = _first_lanes(builder, count, memory.count), ir.Constant(memory, None)
     function = cgutils.get_or_insert_function(
         builder.module,
         ir.FunctionType(memory, [place.type, I32, mask.type, memory]),
-        f"llvm.masked.load.v{LANES}{_short_name(memory.element)}.p0",
+        f"llvm.masked.load.v{memory.count}{_short_name(memory.element)}.p0",
     )
     return builder.call(function, [place, I32(1), mask, none])
 
@@ -240,7 +242,7 @@ def store_masked(typing: Any, pointer: Any, index: Any, vector: Any, count: Any)
 
 
 def _masked_store(builder: ir.IRBuilder, raw: ir.Value, place: ir.Value, count: ir.Value) -> None:
-    mask = _first_lanes(builder, count)
+    mask = _first_lanes(builder, count, LANES)
     function = cgutils.get_or_insert_function(
         builder.module,
         ir.FunctionType(ir.VoidType(), [raw.type, place.type, I32, mask.type]),
@@ -343,14 +345,28 @@ def reduce_max(typing: Any, x: Any) -> Any:
     return types.float32(x), lower
 
 
+def interleaved(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """Lane j of row i at place j * len(rows) + i: of as many rows as lanes, the matrix transposed.
+
+    Their number is a power of two. Each round takes the highest bit of a row's number and puts it below the
+    lane's, which leaves them in order.
+    """
+    lanes = rows[0].type.count
+    low = [lane for i in range(lanes // 2) for lane in (i, lanes + i)]
+    halves = low, [lane + lanes // 2 for lane in low]
+    half = len(rows) // 2
+    for _ in range(half.bit_length()):
+        rows = [_choose(builder, rows[i], rows[i + half], chosen) for i in range(half) for chosen in halves]
+    return rows
+
+
 @intrinsic
 def store_transposed(
     typing: Any, source: Any, rows: Any, size: Any, target: Any, index: Any, step: Any
 ) -> Any:
     """16 rows of 16 elements as columns: target[index + j * step + i] = source[rows[i] * size + j].
 
-    target is a pointer to float32, rows one to int64. Each of four rounds interleaves row i with row i + 8,
-    which leaves the matrix transposed.
+    target is a pointer to float32, rows one to int64.
     """
     element, integer = source.dtype, types.int64
 
@@ -361,11 +377,7 @@ def store_transposed(
         for i in range(16):
             start = builder.mul(builder.load(builder.gep(numbers, [I64(i)])), size)
             rows.append(builder.load(_address(builder, source, start, memory), align=bytes_of(element)))
-        low = [lane for i in range(8) for lane in (i, 16 + i)]
-        high = [lane + 8 for lane in low]
-        for _ in range(4):
-            rows = [_choose(builder, rows[i], rows[i + 8], lanes) for i in range(8) for lanes in (low, high)]
-        for j, row in enumerate(rows):
+        for j, row in enumerate(interleaved(builder, rows)):
             column = widen(builder, element, row)
             place = builder.add(index, builder.mul(step, I64(j)))
             builder.store(column, _address(builder, target, place, column.type), align=4)
