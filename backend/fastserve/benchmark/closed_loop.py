@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -20,11 +21,18 @@ class Timing:
     num_tokens: int
     first_token: float
     total: float
+    between_responses: list[float]
+    """The time from each response to the next."""
 
     @property
     def per_output_token(self) -> float:
         """Mean seconds between tokens after the first (TPOT)."""
         return (self.total - self.first_token) / max(1, self.num_tokens - 1)
+
+    @property
+    def num_responses(self) -> int:
+        """Those that brought tokens."""
+        return len(self.between_responses) + 1
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,17 @@ class Figures:
     def per_output_token_ms(self, percent: int) -> float:
         """That percentile of the time per output token (TPOT), in milliseconds."""
         return 1e3 * _percentile([timing.per_output_token for timing in self.timings], percent)
+
+    def inter_token_ms(self, percent: int) -> float:
+        """That percentile of the time from one response to the next (ITL), in milliseconds."""
+        gaps = [gap for timing in self.timings for gap in timing.between_responses]
+        return 1e3 * _percentile(gaps, percent)
+
+    @property
+    def responses_per_token(self) -> float:
+        """1 if each token comes by itself, less if responses join some."""
+        num_tokens = sum(timing.num_tokens for timing in self.timings)
+        return sum(timing.num_responses for timing in self.timings) / num_tokens
 
 
 def run_load(target: Target, jobs: list[Job], num_clients: int) -> Figures:
@@ -84,13 +103,15 @@ def _shared(queue: Iterator[Job], lock: threading.Lock) -> Iterator[Job]:
 
 def _time(target: Target, job: Job) -> Timing:
     start = time.perf_counter()
-    first, num_tokens = 0.0, 0
+    times, num_tokens = [], 0
     for new in target.stream(job):
-        if not num_tokens:
-            first = time.perf_counter() - start
-        num_tokens += new
-    return Timing(num_tokens, first, time.perf_counter() - start)
+        if new:
+            times.append(time.perf_counter())
+            num_tokens += new
+    total = time.perf_counter() - start
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    return Timing(num_tokens, times[0] - start if times else total, total, gaps)
 
 
 def _percentile(values: list[float], percent: int) -> float:
-    return float(np.percentile(values, percent))
+    return float(np.percentile(values, percent)) if values else 0.0

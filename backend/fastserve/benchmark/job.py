@@ -28,9 +28,23 @@ def job_of(arrival: Arrival, number: int, seed: int) -> Job:
 
 
 def random_jobs(
-    count: int, seed: int, prompts: LogNormalLengths = CHAT_PROMPTS, outputs: LogNormalLengths = CHAT_OUTPUTS
+    count: int,
+    seed: int,
+    prompts: LogNormalLengths = CHAT_PROMPTS,
+    outputs: LogNormalLengths = CHAT_OUTPUTS,
+    first_number: int = 0,
+    num_prefix_tokens: int = 0,
 ) -> list[Job]:
-    """Jobs of these lengths, without common prefixes; unless told otherwise as long as chats."""
+    """Jobs of these lengths, without common prefixes; unless told otherwise as long as chats.
+
+    Those of one seed and another `first_number` have the same lengths and other tokens, if `count` or more
+    lie between. `num_prefix_tokens`: put before each prompt, the same of all.
+    """
     random = np.random.default_rng(seed)
     lengths = zip(prompts.draw(count, random).tolist(), outputs.draw(count, random).tolist(), strict=True)
-    return [job_of(Arrival(0.0, *each), number, seed) for number, each in enumerate(lengths)]
+    jobs = [job_of(Arrival(0.0, *each), number, seed) for number, each in enumerate(lengths, first_number)]
+    if not num_prefix_tokens:
+        return jobs
+    shared = Arrival(0.0, num_prefix_tokens, 1, block_hashes=(0,), block_size=num_prefix_tokens)
+    prefix = prompt_token_ids(shared, 0, seed)
+    return [Job(prefix + job.prompt_token_ids, job.max_tokens) for job in jobs]

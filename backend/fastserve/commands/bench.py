@@ -1,7 +1,8 @@
 """`fastserve bench`: load on a server, on the engine inside this process, or on both in turn.
 
-Closed loop: clients that each send a request when their last one has ended. Open loop: requests that come
-when a trace or a distribution says so. Calibration: the seconds of the engine's steps.
+Peers are measured beside them (`--peer`). Closed loop: clients that each send a request when their last one
+has ended. Open loop: requests that come when a trace or a distribution says so. Calibration: the seconds of
+the engine's steps.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastserve.atomic_write import WriteError
+from fastserve.benchmark.peers import PeerError, open_peer
 from fastserve.benchmark.server_calibration import CalibrationError, calibrate_server, read_step_totals
 from fastserve.benchmark.targets import InferTarget, InProcessTarget, ServerTarget, Target
 from fastserve.checkpoints.model_error import ModelError
@@ -35,6 +37,7 @@ ERRORS = (
     CalibrationError,
     FastServeError,
     ModelError,
+    PeerError,
     RequestError,
     StepTimeError,
     TraceError,
@@ -42,6 +45,8 @@ ERRORS = (
 )
 DEFAULT_METRICS_URL = "127.0.0.1:8002"
 DEFAULT_URLS = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
+LOAD = ("peer", "json", *closed_loop.OPTIONS, *open_loop.OPTIONS)
+"""Those that a calibration does not read."""
 CALIBRATED = ("requests", *LENGTH_OPTIONS)
 """Those of load that a calibration has numbers of its own for."""
 
@@ -54,9 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("grpc", "http", "infer", "in-process"),
         help="measured in turn (default: grpc); infer: `fastserve_infer` over gRPC, with one response",
     )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        metavar="NAME=URL|COMMAND",
+        help="measured beside the targets: a server of OpenAI's API (http://...), or a command that serves a "
+        "library (see examples/peers); may be given again",
+    )
     for name, url in DEFAULT_URLS.items():
         parser.add_argument(f"--{name}-url", help=f"(default: {url})")
     parser.add_argument("--model", default="", help="for in-process (default: the default model)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where all figures are written")
     add_length_arguments(parser)
     closed_loop.add_arguments(parser.add_argument_group("closed loop"))
     open_loop.add_arguments(parser.add_argument_group("open loop, with --trace, --poisson or --gamma"))
@@ -76,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.calibrate is None:
         _refuse(arguments, ("metrics_url",), "without --calibrate")
     else:
-        _refuse(arguments, (*closed_loop.OPTIONS, *open_loop.OPTIONS, *CALIBRATED), "with --calibrate")
+        _refuse(arguments, (*LOAD, *CALIBRATED), "with --calibrate")
         if not arguments.target:
             _refuse(arguments, ("grpc_url", "http_url", "metrics_url"), "without --target")
         return _calibrate(arguments)
@@ -99,7 +112,7 @@ def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], where: str) -
 
 def _check_directories(arguments: argparse.Namespace) -> None:
     """Raises ConfigError for a file that could not be written when all is measured."""
-    for name in ("json", "calibrate"):
+    for name in ("json", "calibrate", "plot"):
         path: Path | None = getattr(arguments, name)
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"{flag(name)}: {path.parent} is no directory")
@@ -113,7 +126,15 @@ def _targets(arguments: argparse.Namespace, stack: ExitStack, **client: int) -> 
         "infer": lambda: InferTarget(arguments.grpc_url or DEFAULT_URLS["grpc"]),
         "in-process": lambda: InProcessTarget(arguments.model),
     }
-    return {name: stack.enter_context(closing(make[name]())) for name in arguments.target or ["grpc"]}
+    targets = {name: stack.enter_context(closing(make[name]())) for name in arguments.target or ["grpc"]}
+    for peer in arguments.peer or ():
+        name, equals, address = peer.partition("=")
+        if not (name and equals and address):
+            raise ConfigError(f"--peer: got {peer!r}; allowed: NAME=URL or NAME=COMMAND")
+        if name in targets:
+            raise ConfigError(f"--peer: {name} is there already; allowed: another name")
+        targets[name] = stack.enter_context(closing(open_peer(address)))
+    return targets
 
 
 def _calibrated_server(arguments: argparse.Namespace) -> StepTimeModel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,7 +22,7 @@ from fastserve.workload.arrival import Arrival
 from fastserve.workload.replay_figures import LATE_SECONDS, ClassFigures, ReplayFigures, replay_figures
 from fastserve.workload.transformations import mean_rate
 
-OPTIONS = (*ARRIVAL_OPTIONS, "json")
+OPTIONS = ARRIVAL_OPTIONS
 ROWS: Mapping[str, Callable[[ClassFigures], float | None]] = {
     "requests": lambda of: of.requests,
     "served": lambda of: of.served,
@@ -41,7 +40,6 @@ ROWS: Mapping[str, Callable[[ClassFigures], float | None]] = {
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     """The options that no other kind of run has."""
     add_arrival_arguments(group)
-    group.add_argument("--json", type=Path, metavar="FILE", help="where each request's times are written")
 
 
 def run(targets: Mapping[str, Target], arrivals: Sequence[Arrival], arguments: argparse.Namespace) -> int:
