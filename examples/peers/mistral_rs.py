@@ -1,7 +1,7 @@
 """mistral.rs as a peer of `fastserve bench`.
 
-In an environment of its own, with `mistralrs` and `tokenizers`; DIR holds a checkpoint as Hugging Face has it, or FILE
-is a GGUF file in DIR:
+In an environment of its own, with `mistralrs` and `tokenizers`; DIR holds a checkpoint as Hugging Face has
+it, or FILE is a GGUF file in DIR:
 
     fastserve bench --peer "mistral.rs=ENVIRONMENT/bin/python examples/peers/mistral_rs.py DIR [FILE]"
 

@@ -252,6 +252,9 @@ def test_a_server_of_openais_api_is_counted_by_its_own_count() -> None:
         (["--metrics-url", "a:1"], "--metrics-url: not without --calibrate"),
         (["--calibrate", "nowhere/x"], "--calibrate: nowhere is no directory"),
         (["--poisson", 1, "--json", "nowhere/x"], "--json: nowhere is no directory"),
+        (["--profile", "--rounds", 2], "--rounds: not with --profile"),
+        (["--profile", "--target", "grpc"], "--target: not with --profile"),
+        (["--profile", 0], "--profile: got 0; allowed: at least 1"),
         (["--requests", 0], "--requests: got 0"),
         (["--clients", 0], "--clients: got"),
         (["--rounds", 0], "--rounds: got 0"),
@@ -270,7 +273,7 @@ def test_every_option_belongs_to_one_kind_of_run() -> None:
     """Else one would be accepted where nobody reads it."""
     parser = argparse.ArgumentParser(add_help=False)
     bench.add_arguments(parser)
-    known = [*bench.CALIBRATED, *bench.LOAD, "target", "grpc_url", "http_url"]
-    assert sorted([*known, "model", "seed", "calibrate", "metrics_url"]) == sorted(
-        vars(parser.parse_args([]))
-    )
+    options = sorted(vars(parser.parse_args([])))
+    known = [*bench.CALIBRATED, *bench.LOAD, "target", "grpc_url", "http_url", "profile"]
+    assert sorted([*known, "model", "seed", "calibrate", "metrics_url"]) == options
+    assert sorted([*bench.NOT_PROFILED, "model", "seed", "clients", "profile"]) == options

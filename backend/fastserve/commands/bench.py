@@ -2,7 +2,7 @@
 
 Peers are measured beside them (`--peer`). Closed loop: clients that each send a request when their last one
 has ended. Open loop: requests that come when a trace or a distribution says so. Calibration: the seconds of
-the engine's steps.
+the engine's steps. Profile: where those go.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastserve.benchmark.peers import PeerError, open_peer
 from fastserve.benchmark.server_calibration import CalibrationError, calibrate_server, read_step_totals
 from fastserve.benchmark.targets import InferTarget, InProcessTarget, ServerTarget, Target
 from fastserve.checkpoints.model_error import ModelError
-from fastserve.commands import closed_loop, open_loop
+from fastserve.commands import closed_loop, open_loop, profile
 from fastserve.commands.workload_options import (
     LENGTH_OPTIONS,
     add_length_arguments,
@@ -51,6 +51,13 @@ CALIBRATED = ("requests", *LENGTH_OPTIONS)
 """Those of load that a calibration has numbers of its own for."""
 
 
+NOT_PROFILED = (
+    *(name for name in (*LOAD, *CALIBRATED) if name != "clients"),
+    *("target", "calibrate", "metrics_url", *(f"{name}_url" for name in DEFAULT_URLS)),
+)
+"""Those that a profile does not read."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The targets, and the load on them."""
     parser.add_argument(
@@ -80,12 +87,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in place of load: measure the engine's steps inside this process, and write how long they "
         "take; with --target grpc: read FILE, and replace them by those of a server that nobody else uses",
     )
+    parser.add_argument_group("profile").add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=profile.CONTEXT_LEN,
+        metavar="TOKENS",
+        help="in place of load: where the time of a decode step inside this process goes, beside the floor; "
+        f"of --clients sequences, of so many tokens each (default: {profile.CONTEXT_LEN})",
+    )
     parser.add_argument("--metrics-url", help=f"to calibrate a server (default: {DEFAULT_METRICS_URL})")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Loads the targets in turn and prints a table. Raises ConfigError, and what is in ERRORS."""
     _check_directories(arguments)
+    if arguments.profile is not None:
+        _refuse(arguments, NOT_PROFILED, "with --profile")
+        closed_loop.check(arguments)
+        return profile.run(arguments)
     if arguments.calibrate is None:
         _refuse(arguments, ("metrics_url",), "without --calibrate")
     else:

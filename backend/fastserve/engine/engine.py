@@ -23,6 +23,7 @@ from fastserve.engine.isolation import compute_isolated
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import SampledToken, Sampler, SamplingState
 from fastserve.errors import ErrorCode, RequestError, invalid, prompt_too_long
+from fastserve.models.causal_lm import CausalLM
 from fastserve.models.kv_cache import KVCaches
 from fastserve.scheduling.block_tables import CacheTooSmallError
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
@@ -89,6 +90,11 @@ class Engine:
         """Outputs that leave with the next step."""
         self._is_unchecked = False
         """Whether the scheduler's books have changed since they were checked."""
+
+    @property
+    def model(self) -> CausalLM:
+        """What computes its steps."""
+        return self._runner.model
 
     @property
     def kv_caches(self) -> KVCaches:

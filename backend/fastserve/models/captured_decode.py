@@ -62,6 +62,10 @@ class CapturedDecode:
         program.run()
         return hidden
 
+    def program(self, count: int) -> Program:
+        """What computes a step of so many sequences, with the inputs of the last one."""
+        return (self._recorded.get(count) or self._record(count))[1]
+
     def _record(self, count: int) -> tuple[Tensor, Program]:
         meta = AttentionMetadata(
             query_start=self._query_start[: count + 1],

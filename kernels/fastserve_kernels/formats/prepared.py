@@ -55,3 +55,8 @@ class Prepared:
     """N."""
     in_features: int
     """K."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, all of which a product reads."""
+        return sum(each.nbytes for each in self.arguments if isinstance(each, Tensor))

@@ -59,6 +59,9 @@ record_call: ContextVar[Callable[[int, Any], None] | None] = ContextVar("record_
 first of which is the counter of its work items, 0. Whether it is worth several threads is not recorded: all
 threads of a program enter all calls."""
 
+KERNEL_NAMES: dict[int, str] = {}
+"""The function of each kernel that is loaded, by its address."""
+
 STORED = {**ELEMENTS, torch.int8: elements.int8, torch.float8_e4m3fn: elements.float8}
 
 
@@ -82,6 +85,7 @@ class Kernel:
         name = function.__name__ + packed
         self._compiled = _compile(name, function, ELEMENTS[dtype], STORED[stored or dtype], ",".join(kinds))
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._compiled.address)
+        KERNEL_NAMES[self._compiled.address] = name
 
     def __call__(self, in_parallel: bool, *arguments: float) -> None:
         """Runs on the calling thread, and in parallel on all that torch's operators run on."""

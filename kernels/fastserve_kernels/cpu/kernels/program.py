@@ -25,7 +25,7 @@ from numba import njit, types
 from numba.core import cgutils
 
 from fastserve_kernels.cpu.kernels.elements import I64
-from fastserve_kernels.cpu.kernels.kernel import compile_entry, run_in_parallel
+from fastserve_kernels.cpu.kernels.kernel import KERNEL_NAMES, compile_entry, run_in_parallel
 from fastserve_kernels.cpu.kernels.vectors import at, intrinsic
 
 CALL_WORDS = 8
@@ -165,7 +165,7 @@ class Program:
     def __init__(self, calls: Sequence[tuple[int, Any]], memory: object) -> None:
         """`calls`: the address of each kernel, and the array of its arguments (see `kernel.record_call`).
         `memory`: what keeps the memory that the arguments point to."""
-        self._kept = memory, [arguments for _, arguments in calls]
+        self._calls, self._memory = list(calls), memory
         words = np.zeros((len(calls) + 2, CALL_WORDS), dtype=np.int64)
         first = -words.ctypes.data // words.itemsize % CALL_WORDS  # to where a line of the cache begins
         words = words.reshape(-1)[first : first + (len(calls) + 1) * CALL_WORDS]
@@ -176,6 +176,16 @@ class Program:
         self._words = words
         self._address = words.ctypes.data
         self._run, self._reset = _compiled(_run)[1], _compiled(_reset)[1]
+
+    def by_kernel(self) -> dict[str, Program]:
+        """The calls of each kernel alone, by its name."""
+        names = [KERNEL_NAMES[address] for address, _ in self._calls]
+        return {
+            kept: Program(
+                [call for call, name in zip(self._calls, names, strict=True) if name == kept], self._memory
+            )
+            for kept in dict.fromkeys(names)
+        }
 
     def run(self) -> None:
         """Runs all calls, on the threads that torch's operators run on. One thread may be in it at a time."""
