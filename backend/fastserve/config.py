@@ -160,11 +160,20 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         float, Meta(gt=0.0, description="a request may take from arrival to end")
     ] = 600.0
     stream_interval_ms: Annotated[
-        float, Meta(ge=0.0, description="at least so long between two responses of a stream, after the first")
-    ] = 100.0
+        float,
+        Meta(
+            ge=0.0,
+            description="at least so long between two responses of a stream, after the first; with 100, "
+            "tokens come in larger pieces, and more a second",
+        ),
+    ] = 0.0
     max_responses_per_second: Annotated[
         int,
-        Meta(ge=0, description="of all streams together: with many, each waits longer; 0: 40 per CPU core"),
+        Meta(
+            ge=0,
+            description="of all streams together: with many, each waits longer; 0: 2 streams per CPU core "
+            "have theirs as they come, those beyond 160 per core",
+        ),
     ] = 0
 
     def __post_init__(self) -> None:

@@ -5,7 +5,8 @@ it, or FILE is a GGUF file in DIR:
 
     fastserve bench --peer "mistral.rs=ENVIRONMENT/bin/python examples/peers/mistral_rs.py DIR [FILE]"
 
-mistral.rs takes text alone: a prompt's tokens are decoded for it, and become about as many again.
+mistral.rs takes text alone: a prompt's tokens are decoded for it, and become about as many again. Its Python
+package (0.9.5) serves one request at a time: a second one raises while the first streams.
 See `fastserve.benchmark.peers.AdapterTarget` for what is read and written.
 """
 
@@ -13,14 +14,11 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import mistralrs
 from tokenizers import Tokenizer
-
-MAX_SEQS = 64
 
 
 def main() -> None:
@@ -31,14 +29,10 @@ def main() -> None:
         which = mistralrs.Which.GGUF(str(directory), sys.argv[2], tok_model_id=str(directory))
     else:
         which = mistralrs.Which.Plain(str(directory))
-    runner = mistralrs.Runner(which=which, max_seqs=MAX_SEQS)
+    runner = mistralrs.Runner(which=which, max_seqs=1)
     _say(ready=True)
-    threads = []
     for line in sys.stdin:
-        threads.append(threading.Thread(target=_serve, args=(runner, tokenizer, json.loads(line))))
-        threads[-1].start()
-    for thread in threads:
-        thread.join()
+        _serve(runner, tokenizer, json.loads(line))
 
 
 def _serve(runner: Any, tokenizer: Any, request: dict[str, Any]) -> None:
@@ -64,8 +58,7 @@ def _serve(runner: Any, tokenizer: Any, request: dict[str, Any]) -> None:
 
 
 def _say(**answer: Any) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")  # one call, so that threads' lines stay whole
-    sys.stdout.flush()
+    print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

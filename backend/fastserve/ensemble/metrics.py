@@ -323,14 +323,26 @@ class ResponseMetrics:
             "fastserve_generation_tokens_total", "Tokens generated for requests", ["tenant"]
         )
         self.requests = requests_total()
+        self._num_tokens: collections.Counter[str] = collections.Counter()
+        """By tenant, generated tokens that the counter does not have yet."""
+        self._counted_at = 0.0
 
     def observe_first_token(self, request: Request, now: float) -> None:
         """Reports that the first token of a request came."""
         self.first_token.observe(now - request.arrival, self._labels.of(request))
 
-    def count_tokens(self, request: Request, num_tokens: int) -> None:
-        """Counts tokens generated for a request."""
-        self.generation_tokens.add(num_tokens, self._labels.of(request).tenant)
+    def count_tokens(self, request: Request, num_tokens: int, now: float) -> None:
+        """Counts tokens generated for a request, which are reported every REPORT_SECONDS."""
+        self._num_tokens[self._labels.of(request).tenant] += num_tokens
+        if now - self._counted_at >= REPORT_SECONDS:
+            self._counted_at = now
+            self.report_tokens()
+
+    def report_tokens(self) -> None:
+        """Reports the tokens that were counted: for the end of a request, after which none may come."""
+        for tenant, count in self._num_tokens.items():
+            self.generation_tokens.add(count, tenant)
+        self._num_tokens.clear()
 
     def observe_end(
         self, request: Request, outcome: Outcome, num_tokens: int, first_token: float, now: float

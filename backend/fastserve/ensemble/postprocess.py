@@ -29,6 +29,8 @@ from fastserve.types import Cancel, Outcome, OutputOptions, Request, RequestOutp
 
 logger = logging.getLogger(__name__)
 
+QUESTION_SECONDS = 0.1
+"""Between two questions whether the client of a request has cancelled."""
 FORGET_SECONDS = 60.0
 """From a request's deadline until its state is dropped, if no last output came; and between two sweeps."""
 
@@ -46,6 +48,18 @@ class RequestState:
     """Its client has cancelled, and the stop is on its way to `engine`."""
     failure: RequestError | None = None
     """Why no more is sent of it; its client is told with its last output."""
+    _next_question: float = 0.0
+
+    def is_newly_cancelled(self, triton_request: Any, now: float) -> bool:
+        """Whether its client is now known to have cancelled; `triton_request`: its latest.
+
+        The server's process is asked, which costs as much as half a response: not for each one.
+        """
+        if self.is_cancelled or now < self._next_question:
+            return False
+        self._next_question = now + QUESTION_SECONDS
+        self.is_cancelled = triton_request.is_cancelled()
+        return self.is_cancelled
 
 
 class PostprocessModel:
@@ -72,7 +86,7 @@ class PostprocessModel:
                 if output is None:
                     raise invalid("output", None, "a message of `engine`")
                 state = self._state(output)
-                self._answer(output, state, sender, triton_request.is_cancelled())
+                self._answer(output, state, sender, triton_request)
             except Exception as error:
                 if not isinstance(error, RequestError):
                     logger.exception("an output of request %s could not be answered", output and output.uid)
@@ -93,7 +107,7 @@ class PostprocessModel:
         return state
 
     def _answer(
-        self, output: RequestOutput, state: RequestState | None, sender: Any, is_cancelled: bool
+        self, output: RequestOutput, state: RequestState | None, sender: Any, triton_request: Any
     ) -> None:
         """Sends the response to this output, if any. Raises RequestError for one that failed."""
         if not output.outputs:  # the request waits in the queue
@@ -102,24 +116,24 @@ class PostprocessModel:
         elif state is None:  # it has failed here, and its client has the error
             send_final(sender)
         elif state.failure is None:
-            if is_cancelled and not state.is_cancelled and not output.final:
-                state.is_cancelled = True
+            now = time.monotonic()
+            if not output.final and state.is_newly_cancelled(triton_request, now):
                 self._stops.send(Cancel(output.uid, Outcome.CANCELLED))
-            self._count(state, output)
+            self._count(state, output, now)
             send_final(sender, self._push(state, output))
         elif output.final:
             raise state.failure
         else:
             send_final(sender)
 
-    def _count(self, state: RequestState, output: RequestOutput) -> None:
+    def _count(self, state: RequestState, output: RequestOutput, now: float) -> None:
         num_tokens = sum(len(each.token_ids) for each in output.outputs)
         state.num_tokens += num_tokens
-        self._metrics.count_tokens(state.request, num_tokens)
+        self._metrics.count_tokens(state.request, num_tokens, now)
         if output.final:
+            self._metrics.report_tokens()
             del self._states[output.uid]
             outcome = output.outputs[-1].outcome or Outcome.ERROR
-            now = time.monotonic()
             self._metrics.observe_end(state.request, outcome, state.num_tokens, state.first_token, now)
 
     def _push(self, state: RequestState, output: RequestOutput) -> pb_utils.InferenceResponse | None:
@@ -157,6 +171,7 @@ class PostprocessModel:
         """Ends a request that has failed here: the engine stops it, and its further outputs are dropped."""
         if self._states.pop(uid, None) is not None:
             self._metrics.requests.add(1, Outcome.ERROR.value)
+            self._metrics.report_tokens()
             self._stops.send(Cancel(uid, Outcome.CANCELLED))
 
     def _sweep(self, now: float) -> None:

@@ -4,7 +4,7 @@ In an environment of its own, with `openvino-genai`, and the model as OpenVINO h
 openvino --model DIR --task text-generation-with-past --weight-format int8 OUT`; that takes `optimum-intel`,
 `nncf`, `openvino-tokenizers` and torch, without torchvision):
 
-    fastserve bench --peer "openvino=ENVIRONMENT/bin/python examples/peers/openvino_genai.py OUT"
+    fastserve bench --peer "openvino=ENVIRONMENT/bin/python examples/peers/openvino_engine.py OUT"
 
 See `fastserve.benchmark.peers.AdapterTarget` for what is read and written.
 """
