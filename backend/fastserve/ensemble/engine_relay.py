@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 STREAMS_PER_CORE, RESPONSES_PER_CORE = 2, 160
 """Of few streams each token is sent as it comes. Those beyond share responses, each of which takes 0.6 ms of
-a core from the model: with 32 streams on two cores, 600 a second in place of 320 cost a tenth of the tokens."""
+a core from the model: of 32 streams on two cores, 600 a second in place of 320 cost a tenth of the tokens."""
 
 
 class EngineModel:
