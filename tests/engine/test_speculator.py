@@ -71,7 +71,7 @@ def test_guesses_that_are_wrong_cost_little(helpers: Any) -> None:
 def test_it_comes_back_when_guesses_are_right_again(helpers: Any) -> None:
     batch = Batch(helpers, 1, 0.003, 0.0005)
     batch.steps(100, is_right=False)
-    assert batch.steps(300, is_right=True)[-1] == [8]
+    assert batch.steps(150, is_right=True)[-1] == [8]
 
 
 def test_nothing_is_proposed_where_a_row_costs_what_it_brings(helpers: Any) -> None:
@@ -100,7 +100,7 @@ def test_a_step_has_no_more_rows_than_it_may(helpers: Any) -> None:
 
 
 def test_no_guess_makes_a_step_longer_than_the_target(helpers: Any) -> None:
-    batch = Batch(helpers, 1, 0.003, 0.0005, target_itl_seconds=0.006)
+    batch = Batch(helpers, 1, 0.003, 0.0005, target_itl_seconds=0.0062)
     counts = batch.steps(60, is_right=True)
     assert counts[-30:] == [[5]] * 30
 

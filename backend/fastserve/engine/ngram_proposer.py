@@ -45,6 +45,7 @@ class NgramProposer:
         token_ids, end = self._token_ids, len(self._token_ids)
         for n, followers in self._followers.items():
             first = max(n, self._num_indexed)
-            ngrams = zip(*(token_ids[first - n + i : end - n + i] for i in range(n)), strict=True)
-            followers.update(zip(ngrams, range(first, end), strict=True))
+            if first < end:
+                ngrams = zip(*(token_ids[first - n + i : end - n + i] for i in range(n)), strict=True)
+                followers.update(zip(ngrams, range(first, end), strict=True))
         self._num_indexed = end

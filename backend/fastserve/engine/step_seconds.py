@@ -4,6 +4,8 @@ from __future__ import annotations
 
 WEIGHT = 0.05
 """Of the latest step."""
+NEAR = 0.1
+"""Rows from the mean: nearer steps tell nothing of what a row takes."""
 
 
 class StepSeconds:
@@ -26,8 +28,9 @@ class StepSeconds:
             self._rows, self._seconds = float(num_rows), seconds
             return
         rows, longer = num_rows - self._rows, seconds - self._seconds
-        self._covariance = (1 - WEIGHT) * (self._covariance + WEIGHT * rows * longer)
-        self._variance = (1 - WEIGHT) * (self._variance + WEIGHT * rows * rows)
+        if abs(rows) > NEAR:
+            self._covariance = (1 - WEIGHT) * (self._covariance + WEIGHT * rows * longer)
+            self._variance = (1 - WEIGHT) * (self._variance + WEIGHT * rows * rows)
         self._rows += WEIGHT * rows
         self._seconds += WEIGHT * longer
 
