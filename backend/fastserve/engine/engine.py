@@ -242,10 +242,9 @@ class Engine:
         if plan.scheduled:
             started = time.perf_counter()
             tokens = compute_isolated(plan.scheduled, self._computation.compute, self._runner.probe)
-            seconds = time.perf_counter() - started
-            self._scheduler.observe(plan, seconds)
-            self._speculator.observe_step(plan, seconds)
+            self._scheduler.observe(plan, time.perf_counter() - started)
             self._take_tokens(plan.scheduled, tokens)
+            self._speculator.observe_step(plan, time.perf_counter() - started)
         outputs, self._outputs = self._outputs, []
         ended, self._ended = self._ended, []
         return StepOutput(outputs, self.stats(plan.num_tokens), preempted, ended)

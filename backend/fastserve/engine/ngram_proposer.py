@@ -42,10 +42,9 @@ class NgramProposer:
 
     def _index(self) -> None:
         """Takes in the tokens that are new."""
-        token_ids, end = self._token_ids, len(self._token_ids)
-        for n, followers in self._followers.items():
-            first = max(n, self._num_indexed)
-            if first < end:
-                ngrams = zip(*(token_ids[first - n + i : end - n + i] for i in range(n)), strict=True)
-                followers.update(zip(ngrams, range(first, end), strict=True))
-        self._num_indexed = end
+        token_ids = self._token_ids
+        for position in range(self._num_indexed, len(token_ids)):
+            for n, followers in self._followers.items():
+                if n <= position:
+                    followers[tuple(token_ids[position - n : position])] = position
+        self._num_indexed = len(token_ids)

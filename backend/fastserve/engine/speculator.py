@@ -29,6 +29,8 @@ from fastserve.engine.draft import Draft
 from fastserve.engine.step_seconds import StepSeconds
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
 
+MARGIN = 1.1
+"""What is measured is not exact: a guess that brings less than this above its cost is not worth it."""
 Reserve = Callable[[Sequence, int], int]
 """Makes room for so many tokens beyond a sequence's own; returns for how many there is."""
 
@@ -53,6 +55,8 @@ class Speculator:
         self._drafts: dict[Sequence, Draft] = {}
         self._trials: set[Sequence] = set()
         """Sequences whose guess in this step is not worth its row, but for what it tells."""
+        self._has_prompts = False
+        """Whether the step under way computes any."""
         self.num_draft_tokens = 0
         """Guesses that were computed."""
         self.num_accepted_tokens = 0
@@ -61,7 +65,8 @@ class Speculator:
     def extend(self, plan: StepPlan, reserve: Reserve) -> StepPlan:
         """The plan, its sequences with the guesses that they get; none beside prompts, which would wait."""
         self._trials.clear()
-        if plan.num_prompt_tokens:
+        self._has_prompts = plan.num_prompt_tokens > 0
+        if self._has_prompts:
             return plan
         sequences = [item.sequence for item in plan.scheduled]
         guesses = [self._guess(sequence) for sequence in sequences]
@@ -115,11 +120,11 @@ class Speculator:
         seconds, per_row = self._step_seconds.of(num_rows), self._step_seconds.per_row
         if num_rows >= self._max_rows or (self._target and seconds + per_row > self._target):
             return False
-        return probability * seconds > per_row * num_expected
+        return probability * seconds > MARGIN * per_row * num_expected
 
     def observe_step(self, plan: StepPlan, seconds: float) -> None:
-        """Learns how long a plan has taken to compute. Before its tokens are taken."""
-        if not plan.num_prompt_tokens:
+        """Learns how long a plan has taken, the drawing of its tokens included."""
+        if not self._has_prompts:
             self._step_seconds.observe(plan.num_tokens, seconds)
 
     def observe(self, item: ScheduledSequence, num_accepted: int) -> None:

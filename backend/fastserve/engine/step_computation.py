@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -66,14 +67,14 @@ class StepComputation:
         self, hidden: torch.Tensor, rows: list[range], states: list[SamplingState]
     ) -> list[SampledToken]:
         """A token for each state from the first of its rows; the logits of the others come with it."""
-        numbers = torch.tensor([row for each in rows for row in each], device=hidden.device)
+        first = [each[0] for each in rows]
+        others = [row for each in rows for row in each[1:]]
+        numbers = torch.tensor([*first, *others], device=hidden.device)
         logits = self._runner.model.logits(hidden[numbers])
-        if len(numbers) == len(states):
-            return self._sampler.sample(logits, states)
-        of_each = logits.split([len(each) for each in rows])
-        tokens = self._sampler.sample(torch.stack([each[0] for each in of_each]), states)
-        for token, each in zip(tokens, of_each, strict=True):
-            token.following = list(each[1:])
+        tokens = self._sampler.sample(logits[: len(first)], states)
+        following = iter(logits[len(first) :])
+        for token, each in zip(tokens, rows, strict=True):
+            token.following = list(itertools.islice(following, len(each) - 1))
         return tokens
 
     @torch.inference_mode()
