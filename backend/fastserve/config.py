@@ -92,6 +92,16 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             "prompts than keeps to it; 0: as much as `max_num_batched_tokens` lets it",
         ),
     ] = 0.0
+    speculative_method: Annotated[
+        Literal["none", "ngram"],
+        Meta(
+            description="ngram: proposes what followed the last tokens where they stood before, in prompt or "
+            "answer, where that is measured to be faster; the text is the same. none: one token a step"
+        ),
+    ] = "ngram"
+    num_speculative_tokens: Annotated[
+        int, Meta(ge=1, le=64, description="proposed for a sequence in a step, at most")
+    ] = 8
     block_size: Annotated[int, Meta(ge=1, le=1024, description="tokens in a KV block")] = 16
     kv_cache_bytes: Annotated[
         int, Meta(ge=0, description="of the KV cache; 0: 1 GiB on a CPU, what is free on a GPU")

@@ -252,6 +252,10 @@ class EngineStats(Struct, frozen=True):
     """KV blocks that came back from host memory."""
     recomputed_tokens_total: int
     prefix_cache_hit_tokens_total: int
+    draft_tokens_total: int
+    """Tokens that were proposed by speculation, and computed."""
+    accepted_tokens_total: int
+    """Those of them that became tokens of an answer."""
 
 
 class StepOutput(Struct, frozen=True, tag=True):

@@ -29,8 +29,6 @@ class AttentionMetadata:
     """[T] int64: where each token stands in its sequence."""
     slot_mapping: Tensor
     """[T] int64: where each token's key and value go: block * block_size + offset."""
-    last_token_index: Tensor
-    """[B] int64: the row of each sequence's last token."""
     block_size: int
 
     @classmethod
@@ -72,6 +70,5 @@ class AttentionMetadata:
             block_tables=tensor(tables),
             positions=tensor(positions),
             slot_mapping=tensor(slots),
-            last_token_index=tensor(start[1:] - 1),
             block_size=block_size,
         )

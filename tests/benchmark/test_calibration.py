@@ -21,7 +21,7 @@ from fastserve.types import StepOutput
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return Config(kv_cache_bytes=1 << 26, max_num_seqs=8)
+    return Config(kv_cache_bytes=1 << 26, max_num_seqs=8, speculative_method="none")
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,19 @@ def test_a_stop_string_ends_the_computation(server: Any, client: Client) -> None
     assert computed < 300
 
 
+def test_text_that_repeats_takes_fewer_steps_than_tokens(server: Any, client: Client) -> None:
+    """By prompt lookup; a stop string within what a step brings ends it."""
+    before = server.metrics().get("fastserve_spec_decode_accepted_tokens_total", 0.0)
+    prompt = "red, orange, yellow, green, blue, indigo, violet; " * 8
+    answer = client.generate(prompt, temperature=0, max_tokens=100, ignore_eos=True)
+    assert answer.num_output_tokens == 100
+    server.wait_for_metrics(
+        lambda metrics: metrics.get("fastserve_spec_decode_accepted_tokens_total", 0.0) > before + 40, 2
+    )
+    stopped = client.generate(prompt, temperature=0, max_tokens=100, ignore_eos=True, stop=["indigo"])
+    assert stopped.text == answer.text[: answer.text.index("indigo")]
+
+
 def test_seeded_text_is_the_same_alone_and_in_a_batch(client: Client) -> None:
     sampling: dict[str, Any] = {"temperature": 1.0, "seed": 1234, "max_tokens": 48, "ignore_eos": True}
     alone = client.generate("Once upon a time", **sampling).text

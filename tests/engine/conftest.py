@@ -92,6 +92,24 @@ def assert_refused(outputs: list[SequenceOutput], words: str) -> None:
     assert words in output.failure.message
 
 
+class FreeRows:
+    """Step times by which every guess is worth its row."""
+
+    per_row = 0.0
+
+    def of(self, num_rows: int) -> float:
+        return 1.0
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        pass
+
+
+def always_speculate(engine: Engine) -> Engine:
+    """Whatever its steps take."""
+    engine._speculator._step_seconds = FreeRows()  # type: ignore[assignment]
+    return engine
+
+
 @pytest.fixture(scope="session")
 def helpers() -> Any:
     """The functions of this file."""
@@ -102,5 +120,6 @@ def helpers() -> Any:
         run_until_idle = staticmethod(run_until_idle)
         tokens_of = staticmethod(tokens_of)
         assert_refused = staticmethod(assert_refused)
+        always_speculate = staticmethod(always_speculate)
 
     return Helpers

@@ -12,11 +12,11 @@ from fastserve.engine.engine import Engine
 from fastserve.engine.guides import GuideCompiler
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import Sampler
+from fastserve.engine.speculator import Speculator
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
 from fastserve.scheduling.policies.priority_age import PriorityAge
 from fastserve.scheduling.sequence import StepPlan
-from fastserve_kernels.attention_metadata import AttentionMetadata
 
 
 class FakeModel:
@@ -61,40 +61,28 @@ class FakeRunner:
         for host_block, block in plan.copies_in:
             self._cache[block] = self._host[host_block]
 
-    def run(self, plan: StepPlan) -> tuple[torch.Tensor, AttentionMetadata]:
+    def run(self, plan: StepPlan) -> torch.Tensor:
         self.num_runs += 1
         self.num_tokens += plan.num_tokens
         self.probe()
         rows, poisoned = [], None
         for item in plan.scheduled:
-            sequence = item.sequence
+            sequence, start = item.sequence, item.sequence.num_computed_tokens
             table = np.array(sequence.block_table)
-            for position in range(
-                sequence.num_computed_tokens, sequence.num_computed_tokens + item.num_tokens
-            ):
-                token = sequence.token_ids[position]
+            tokens = [*sequence.token_ids[start : start + item.num_tokens], *item.proposed]
+            for position, token in enumerate(tokens, start):
                 poisoned = token if token in self.poison else poisoned
                 self._cache[table[position // self.block_size], position % self.block_size] = token
                 rows.append(self._scores(self._cache[table].flatten()[: position + 1]))
         if poisoned is not None:
             raise RuntimeError(f"token {poisoned} is poison")
-        return torch.from_numpy(np.stack(rows)), self._metadata(plan)
+        return torch.from_numpy(np.stack(rows))
 
     def _scores(self, context: np.ndarray) -> np.ndarray:
         if context[-1] in self.nan:
             return np.full(self.model.vocab_size, np.nan, dtype=np.float32)
         seed = np.random.default_rng(context + 1)
         return seed.standard_normal(self.model.vocab_size, dtype=np.float32) * 3
-
-    def _metadata(self, plan: StepPlan) -> AttentionMetadata:
-        ends = [item.sequence.num_computed_tokens + item.num_tokens for item in plan.scheduled]
-        return AttentionMetadata.build(
-            [item.num_tokens for item in plan.scheduled],
-            ends,
-            [item.sequence.block_table for item in plan.scheduled],
-            self.block_size,
-            self.model.device,
-        )
 
 
 def make_fake_engine(
@@ -109,6 +97,7 @@ def make_fake_engine(
     prefix_caching: bool = True,
     num_host_blocks: int = 0,
     has_common_queue: bool = False,
+    num_speculative_tokens: int = 0,
 ) -> Engine:
     """An engine whose `_runner` is a `FakeRunner`."""
     runner = FakeRunner(vocab_size, num_blocks, block_size, num_host_blocks)
@@ -119,6 +108,7 @@ def make_fake_engine(
         IterationScheduler(pool, policy, max_num_seqs, max_num_batched_tokens),
         Sampler(list(eos_token_ids), vocab_size),
         GuideCompiler(tokenizer, list(eos_token_ids), vocab_size),
+        Speculator(num_speculative_tokens, max_num_batched_tokens, num_blocks * block_size),
         num_blocks * block_size,
         has_common_queue,
     )

@@ -64,7 +64,7 @@ def test_batching(make_engine: Any, helpers: Any, prompts: Any, expected: Any, t
 
 def test_preemption(make_engine: Any, helpers: Any, prompts: Any, expected: Any) -> None:
     bytes_per_token = 30 * 2 * 3 * 64 * 4
-    engine = make_engine(kv_cache_bytes=800 * bytes_per_token)
+    engine = make_engine(kv_cache_bytes=800 * bytes_per_token, speculative_method="none")
     assert answers(engine, helpers, prompts) == expected
     stats = engine.stats()
     assert stats.preemptions_total > 0

@@ -1,5 +1,5 @@
-"""Preempted streams are untouched: over a tiny real model, greedy text under random preemptions is that of an
-engine which preempts nobody, no token lost or repeated."""
+"""Preempted streams are untouched: over a tiny real model, greedy text under random preemptions, and with
+speculation, is that of an engine that preempts nobody and computes token by token: none lost or repeated."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ Load = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def load(model: Path, tokenizer_directory: Path) -> Load:
-    def load(kv_dtype: str, prefix_caching: bool, num_blocks: int, num_host_blocks: int = 0) -> Any:
+    def load(
+        kv_dtype: str, prefix_caching: bool, method: str, num_blocks: int, num_host_blocks: int = 0
+    ) -> Any:
         bytes_per_block = BYTES_PER_BLOCK * (4 if kv_dtype == "auto" else 1)
         config = Config(
             dtype="float32",
@@ -69,6 +71,7 @@ def load(model: Path, tokenizer_directory: Path) -> Load:
             max_num_seqs=4,
             max_num_batched_tokens=48,
             num_threads=1,
+            speculative_method=method,  # type: ignore[arg-type]
         )
         return load_engine(config, ModelFiles(model, tokenizer_directory), has_common_queue=True)
 
@@ -81,8 +84,8 @@ def load(model: Path, tokenizer_directory: Path) -> Load:
 def test_greedy_text_is_the_unpreempted_one(
     load: Load, helpers: Any, kv_dtype: str, prefix_caching: bool, num_host_blocks: int
 ) -> None:
-    calm = load(kv_dtype, prefix_caching, 400)
-    busy = load(kv_dtype, prefix_caching, BLOCKS, num_host_blocks)
+    calm = load(kv_dtype, prefix_caching, "none", 400)
+    busy = helpers.always_speculate(load(kv_dtype, prefix_caching, "ngram", BLOCKS, num_host_blocks))
 
     @settings(max_examples=12, phases=[Phase.explicit, Phase.generate], database=None)
     @given(requests, st.integers(0, 2**32))
@@ -125,3 +128,5 @@ def test_greedy_text_is_the_unpreempted_one(
     kind = PreemptionKind.SWAP if num_host_blocks else PreemptionKind.RECOMPUTE
     assert busy.stats().resumptions_total[kind.value] > 0
     assert calm.stats().preemptions_total == 0
+    assert busy.stats().accepted_tokens_total > 0
+    assert calm.stats().draft_tokens_total == 0

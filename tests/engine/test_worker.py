@@ -33,7 +33,7 @@ class Engine:
         raise self.error
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 64, 64, 64, [], [], 64, 0, 0, 0, {}, 0, 0, 0)
+        return EngineStats(0, 0, 0, 64, 64, 64, [], [], 64, 0, 0, 0, {}, 0, 0, 0, 0, 0)
 
 
 @pytest.fixture

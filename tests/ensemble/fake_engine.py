@@ -49,7 +49,7 @@ class FakeEngine:
         return StepOutput([output], self.stats())
 
     def stats(self) -> EngineStats:
-        return EngineStats(self._received, 0, 0, 64, 64, 64, [], [], 64, 0, 0, 0, {}, 0, 0, 0)
+        return EngineStats(self._received, 0, 0, 64, 64, 64, [], [], 64, 0, 0, 0, {}, 0, 0, 0, 0, 0)
 
 
 def load_large(config: Config, files: ModelFiles, replica: int) -> Any:

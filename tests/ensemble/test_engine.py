@@ -32,7 +32,7 @@ from fastserve.types import (
 )
 
 GONE = "the thread `queue-deadlines` has ended"
-STATS = EngineStats(0, 0, 0, 4, 100, 512, [], [], 100, 0, 0, 0, {}, 0, 0, 0)
+STATS = EngineStats(0, 0, 0, 4, 100, 512, [], [], 100, 0, 0, 0, {}, 0, 0, 0, 0, 0)
 
 
 class FakeWorker:

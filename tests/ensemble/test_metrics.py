@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from fastserve.types import EngineStats
 
-STATS = EngineStats(0, 2, 1, 4, 100, 512, [], [], 100, 7, 0, 0, {}, 0, 0, 0)
+STATS = EngineStats(0, 2, 1, 4, 100, 512, [], [], 100, 7, 0, 0, {}, 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("kind", ["Counter", "Gauge", "Histogram"])

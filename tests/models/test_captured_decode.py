@@ -16,7 +16,7 @@ from fastserve.models.model_loader import load_model
 from fastserve_kernels.attention_metadata import AttentionMetadata
 from fastserve_kernels.cpu.kernels.cpu_features import host_features, supported
 
-NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS, MAX_BLOCKS = 64, 4, 9, 12
+NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_TOKENS, MAX_BLOCKS = 64, 4, 9, 12
 WINDOW = {"mistral": {"sliding_window": 6}}
 HAS_KERNELS = supported(host_features())
 """Whether this processor has the instructions of our kernels; on others weights become dense."""
@@ -51,7 +51,7 @@ def caches_of(model: Decoder, dtype: torch.dtype) -> list:
         ("mistral", "int4", "bfloat16", torch.bfloat16),
     ],
 )
-def test_every_number_of_sequences(
+def test_every_number_of_tokens(
     model_type: str,
     quantization: str,
     dtype: str,
@@ -66,27 +66,36 @@ def test_every_number_of_sequences(
     ours, theirs = caches_of(model, kv_dtype), caches_of(model, kv_dtype)
     warm_up(model, ours)
     warm_up(model, theirs)
-    captured = capture_decode(model, ours, MAX_NUM_SEQS, MAX_BLOCKS, BLOCK_SIZE)
+    captured = capture_decode(model, ours, MAX_NUM_TOKENS, MAX_BLOCKS, BLOCK_SIZE)
     if not HAS_KERNELS:
         assert captured is None
         return
     assert isinstance(captured, CapturedDecode)
     numbers = random.Random(0)
-    for count in [*range(1, MAX_NUM_SEQS + 1), 5, 1, 9]:  # twice too, of other blocks
-        lens = [numbers.randint(1, MAX_BLOCKS * BLOCK_SIZE) for _ in range(count)]
-        blocks = [numbers.sample(range(NUM_BLOCKS), NUM_BLOCKS)[:MAX_BLOCKS] for _ in lens]
-        written = numbers.sample(range(NUM_BLOCKS), count)  # of two sequences never the same
-        tables = [
-            [*each[: (n - 1) // BLOCK_SIZE], last]
-            for each, n, last in zip(blocks, lens, written, strict=True)
-        ]
-        meta = AttentionMetadata.build([1] * count, lens, tables, BLOCK_SIZE, "cpu")
-        token_ids = torch.tensor([numbers.randrange(model.vocab_size) for _ in range(count)])
-        hidden = captured.forward(token_ids, meta)
-        assert torch.equal(hidden, model.forward(token_ids, meta, theirs))
-        for one, other in zip(ours, theirs, strict=True):
-            assert torch.equal(one.keys, other.keys)
-            assert torch.equal(one.values, other.values)
+    for count in [*range(1, MAX_NUM_TOKENS + 1), 5, 1, 9]:  # twice too, of other blocks
+        for query_lens in ([1] * count, a_composition(count, numbers), [count]):
+            meta = a_batch(query_lens, numbers)
+            token_ids = torch.tensor([numbers.randrange(model.vocab_size) for _ in range(count)])
+            hidden = captured.forward(token_ids, meta)
+            assert torch.equal(hidden, model.forward(token_ids, meta, theirs))
+            for one, other in zip(ours, theirs, strict=True):
+                assert torch.equal(one.keys, other.keys)
+                assert torch.equal(one.values, other.values)
+
+
+def a_composition(total: int, numbers: random.Random) -> list[int]:
+    """Numbers of at least 1 whose sum it is."""
+    ends = [*sorted(numbers.sample(range(1, total), numbers.randrange(total))), total]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def a_batch(query_lens: list[int], numbers: random.Random) -> AttentionMetadata:
+    """Sequences of any lengths, each in blocks of its own."""
+    most = min(MAX_BLOCKS, NUM_BLOCKS // len(query_lens)) * BLOCK_SIZE
+    context_lens = [numbers.randint(queries, most) for queries in query_lens]
+    blocks = numbers.sample(range(NUM_BLOCKS), NUM_BLOCKS)
+    tables = [[blocks.pop() for _ in range(-(-length // BLOCK_SIZE))] for length in context_lens]
+    return AttentionMetadata.build(query_lens, context_lens, tables, BLOCK_SIZE, "cpu")
 
 
 def warm_up(model: Decoder, caches: list) -> None:
@@ -102,9 +111,9 @@ def test_the_memory_of_the_largest_step_is_enough_for_all(save_model: Callable) 
     assert isinstance(model, Decoder)
     caches = caches_of(model, torch.bfloat16)
     warm_up(model, caches)
-    captured = CapturedDecode(model, caches, MAX_NUM_SEQS, MAX_BLOCKS, BLOCK_SIZE)
+    captured = CapturedDecode(model, caches, MAX_NUM_TOKENS, MAX_BLOCKS, BLOCK_SIZE)
     nbytes = captured._arena.nbytes
-    for count in range(1, MAX_NUM_SEQS):
+    for count in range(1, MAX_NUM_TOKENS):
         meta = AttentionMetadata.build(
             [1] * count, [1] * count, [[i] for i in range(count)], BLOCK_SIZE, "cpu"
         )
@@ -119,4 +128,4 @@ def test_a_dense_model_is_not_captured(save_model: Callable) -> None:
     assert isinstance(model, Decoder)
     caches = caches_of(model, torch.bfloat16)
     warm_up(model, caches)
-    assert capture_decode(model, caches, MAX_NUM_SEQS, MAX_BLOCKS, BLOCK_SIZE) is None
+    assert capture_decode(model, caches, MAX_NUM_TOKENS, MAX_BLOCKS, BLOCK_SIZE) is None

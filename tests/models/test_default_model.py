@@ -45,7 +45,7 @@ def greedy(model: CausalLM, token_ids: list[int]) -> list[int]:
         meta = AttentionMetadata.build([len(new)], [len(tokens)], [[5, 1, 7, 2]], 16, model.device)
         hidden = model.forward(torch.tensor(new), meta, caches)
         computed = len(tokens)
-        tokens.append(int(model.logits(hidden[meta.last_token_index]).argmax()))
+        tokens.append(int(model.logits(hidden[-1:]).argmax()))
     return tokens
 
 

@@ -97,6 +97,36 @@ def test_a_budget_in_which_a_full_batch_could_not_decode_is_refused() -> None:
         a_scheduler(max_num_seqs=4, max_num_batched_tokens=3)
 
 
+# --- room for proposed tokens
+
+
+def test_proposed_tokens_get_blocks_that_nobody_needs() -> None:
+    scheduler = a_scheduler(num_blocks=6, block_size=4)
+    first, second = add(scheduler, [*some("first", [1, 2, 3]), *some("second", [4, 5, 6])])
+    step(scheduler)
+    scheduler.plan(0.0)
+    assert scheduler.reserve(first, 5) == 5
+    assert (len(first.block_table), scheduler.pool.num_free) == (3, 2)
+    assert scheduler.reserve(second, 5) == 0  # the two that are left may be wanted next
+    assert scheduler.reserve(first, 20) == 8
+    scheduler.check()
+    scheduler.remove("first", now=0.0)
+    assert scheduler.reserve(second, 3) == 3
+    assert scheduler.reserve(second, 20) == 16
+    scheduler.remove("second", now=0.0)
+    assert scheduler.pool.num_used == 0
+
+
+def test_proposed_tokens_take_no_block_of_a_preempted_sequence() -> None:
+    scheduler = a_scheduler(num_blocks=6, block_size=4, max_num_seqs=1)
+    [low] = add(scheduler, some("low", [1, 2, 3, 4, 5, 6, 7, 8, 9]))
+    step(scheduler)
+    [high] = add(scheduler, some("high", [10, 11, 12], priority=1))
+    assert step(scheduler).preempted == [low]
+    assert scheduler.reserve(high, 20) == 4  # of three free blocks that "low" has not left one may be wanted
+    scheduler.check()
+
+
 # --- slots and preemption
 
 

@@ -38,7 +38,7 @@ LADDERS = {16: 64, 256: 64, 1024: 16}
 def calibrate(model: str, seed: int) -> StepTimeModel:
     """Measures the engine's steps with a model, and how fast its KV blocks are copied; two minutes at most
     after the model is loaded, but for a step that takes long. Raises ModelError."""
-    config, files = Config(model=model), locate(model)
+    config, files = Config(model=model, speculative_method="none"), locate(model)
     return calibrate_engine(load_engine(config, files), config, files.checkpoint.name, seed)
 
 

@@ -136,8 +136,9 @@ def _steps_since(before: StepTotals, read_totals: Callable[[], StepTotals], num_
     computed = now.num_tokens - before.num_tokens
     if computed != num_tokens:
         raise CalibrationError(
-            f"{num_tokens} tokens were asked for, and {computed} computed: somebody else uses the server, or "
-            "it has cached these prompts; allowed: a server that nobody uses, and another --seed each time"
+            f"{num_tokens} tokens were asked for, and {computed} computed: somebody else uses the server, it "
+            "has cached these prompts, or it speculates; allowed: a server that nobody uses, started with "
+            "--speculative-method none, and another --seed each time"
         )
     return now.num_steps - before.num_steps
 

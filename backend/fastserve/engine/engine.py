@@ -12,16 +12,19 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
-import torch
 from msgspec.structs import replace
 
-from fastserve.engine.compute_errors import not_computed, not_finite
+from fastserve.engine.compute_errors import not_computed
 from fastserve.engine.guide_queue import GuideQueue
 from fastserve.engine.guides import CompiledGuide, GuideCompiler
 from fastserve.engine.isolation import compute_isolated
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import SampledToken, Sampler, SamplingState
+from fastserve.engine.speculator import Speculator
+from fastserve.engine.step_computation import StepComputation
+from fastserve.engine.verification import Verification
 from fastserve.errors import ErrorCode, RequestError, invalid, prompt_too_long
 from fastserve.models.causal_lm import CausalLM
 from fastserve.models.kv_cache import KVCaches
@@ -64,6 +67,7 @@ class Engine:
         scheduler: IterationScheduler,
         sampler: Sampler,
         guides: GuideCompiler,
+        speculator: Speculator,
         max_model_len: int,
         has_common_queue: bool = False,
     ) -> None:
@@ -75,6 +79,8 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._sampler = sampler
+        self._speculator = speculator
+        self._computation = StepComputation(runner, sampler, self._state_of)
         self._guide_queue = GuideQueue(guides)
         """Requests whose guide is being compiled."""
         self._vocabulary = Vocabulary(runner.model.vocab_size, runner.model.vocab_size)
@@ -186,8 +192,9 @@ class Engine:
 
     def forget(self, uid: str) -> None:
         """Lets go of a preempted request with one sequence, silently: another worker goes on with it."""
-        if self._preempted.pop((uid, 0), None) is not None:
+        if (sequence := self._preempted.pop((uid, 0), None)) is not None:
             self._scheduler.forget(uid, 0)
+            self._speculator.forget(sequence)
             del self._active[uid]
 
     def _refuse(self, request: Request, error: RequestError) -> None:
@@ -216,7 +223,7 @@ class Engine:
         self._outputs += [SequenceOutput(uid, each, outcome=outcome, failure=failure) for each in indices]
 
     def _remove(self, state: _RequestState, index: int) -> None:
-        del state.sequences[index]
+        self._speculator.forget(state.sequences.pop(index).sequence)
         key = (state.request.uid, index)
         if self._preempted.pop(key, None) is not None:
             self._scheduler.forget(*key)
@@ -235,14 +242,15 @@ class Engine:
         self._expire(time.monotonic())
         self._start_compiled()
         self._check_when_idle()
-        plan = self._plan()
+        plan = self._speculator.extend(self._plan(), self._scheduler.reserve)
         preempted = self._hand_back() if self._has_common_queue else []
         self._runner.copy_blocks(plan)
         if plan.scheduled:
             started = time.perf_counter()
-            tokens = compute_isolated(plan.scheduled, self._forward, self._runner.probe)
+            tokens = compute_isolated(plan.scheduled, self._computation.compute, self._runner.probe)
             self._scheduler.observe(plan, time.perf_counter() - started)
             self._take_tokens(plan.scheduled, tokens)
+            self._speculator.observe_step(plan, time.perf_counter() - started)
         outputs, self._outputs = self._outputs, []
         ended, self._ended = self._ended, []
         return StepOutput(outputs, self.stats(plan.num_tokens), preempted, ended)
@@ -281,40 +289,33 @@ class Engine:
             except CacheTooSmallError as error:
                 self._fail(error.sequence.request.uid, RequestError(str(error)))
 
-    @torch.inference_mode()
-    def _forward(self, items: list[ScheduledSequence]) -> list[SampledToken | None]:
-        """Computes the items: a token for each, or an error; None where a prompt has more chunks to come."""
-        hidden, metadata = self._runner.run(StepPlan(items, []))
-        states = [self._active[each.sequence.request.uid].sequences[each.sequence.index] for each in items]
-        errors = self._check_hidden(hidden, items, states)
-        sampled = [None if error is None else SampledToken(-1, [], error) for error in errors]
-        numbers = [i for i, item in enumerate(items) if item.is_last_chunk and errors[i] is None]
-        if numbers:
-            last = metadata.last_token_index[torch.tensor(numbers, device=hidden.device)]
-            logits = self._runner.model.logits(hidden[last])
-            tokens = self._sampler.sample(logits, [states[number] for number in numbers])
-            for number, token in zip(numbers, tokens, strict=True):
-                sampled[number] = token
-        return sampled
-
-    def _check_hidden(
-        self, hidden: torch.Tensor, items: list[ScheduledSequence], states: list[SamplingState]
-    ) -> list[RequestError | None]:
-        """What is wrong with each item's rows of `hidden`; collects prompts' log-probabilities from them."""
-        errors: list[RequestError | None] = []
-        finite = hidden.sum(-1, dtype=torch.float32).isfinite().tolist()  # of finite numbers the sum is, too
-        end = 0
-        for item, state in zip(items, states, strict=True):
-            start, end = end, end + item.num_tokens
-            error = None
-            if False in finite[start:end]:
-                error = not_finite(item.sequence.num_computed_tokens + finite[start:end].index(False))
-            elif state.prompt_logprobs is not None:
-                error = state.prompt_logprobs.extend(hidden[start:end], self._runner.model.logits)
-            errors.append(error)
-        return errors
-
     def _take_tokens(self, items: list[ScheduledSequence], tokens: list[SampledToken | None]) -> None:
+        """Takes the step's tokens; then, a position at a time, those behind proposals that were right, as if
+        they came of a step of decodes."""
+        pairs = zip(items, tokens, strict=True)
+        verifications = [Verification(item, token) for item, token in pairs if token and item.proposed]
+        self._take_position(items, tokens)
+        left = verifications
+        while left := [each for each in left if self._is_active(each.item.sequence) and each.accept()]:
+            logits = {each.item.sequence: each.logits for each in left}
+            sample = partial(self._computation.sample, logits)
+            decodes = [ScheduledSequence(sequence, 1) for sequence in logits]
+            tokens = compute_isolated(decodes, sample, self._runner.probe)
+            self._take_position(decodes, tokens)
+            for each, token in zip(left, tokens, strict=True):
+                each.token = token
+        for each in verifications:
+            self._speculator.observe(each.item, each.num_accepted)
+
+    def _is_active(self, sequence: Sequence) -> bool:
+        """Whether the sequence has not ended."""
+        state = self._active.get(sequence.request.uid)
+        return state is not None and sequence.index in state.sequences
+
+    def _state_of(self, sequence: Sequence) -> SamplingState:
+        return self._active[sequence.request.uid].sequences[sequence.index]
+
+    def _take_position(self, items: list[ScheduledSequence], tokens: list[SampledToken | None]) -> None:
         """Marks the items as computed, fails requests with an error, and gives the others their tokens."""
         computed = list(zip(items, tokens, strict=True))
         kept = [item for item, token in computed if token is None or token.error is None]
@@ -339,7 +340,7 @@ class Engine:
     def _append(self, sequence: Sequence, token: SampledToken) -> RequestError | None:
         """Appends the token, and ends the sequence if that was the last; returns an error of its guide."""
         uid, index = sequence.request.uid, sequence.index
-        state = self._active[uid].sequences[index]
+        state = self._state_of(sequence)
         if (error := state.append(token.token_id)) is not None:
             return error
         is_first = sequence.num_generated_tokens == 0
@@ -385,6 +386,8 @@ class Engine:
             swapped_blocks_total=scheduler.num_swapped_blocks,
             recomputed_tokens_total=scheduler.num_recomputed_tokens,
             prefix_cache_hit_tokens_total=scheduler.num_prefix_cache_hit_tokens,
+            draft_tokens_total=self._speculator.num_draft_tokens,
+            accepted_tokens_total=self._speculator.num_accepted_tokens,
         )
 
 

@@ -14,6 +14,7 @@ from fastserve.engine.guides import GuideCompiler
 from fastserve.engine.kv_scales import choose_kv_cache
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import Sampler
+from fastserve.engine.speculator import Speculator
 from fastserve.models.model_loader import load_model
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
@@ -45,7 +46,7 @@ def load_engine(
         swap_space_bytes=config.swap_space_bytes,
         num_sharing=sum(choose_device(config.device, each) == device for each in range(config.replicas)),
     )
-    runner.warm_up(config.max_num_seqs)
+    runner.warm_up(max_decode_tokens(config))
     pool = BlockPool(
         runner.num_blocks, config.block_size, config.enable_prefix_caching, runner.num_host_blocks
     )
@@ -61,7 +62,22 @@ def load_engine(
     guides = GuideCompiler(files.tokenizer, eos, model.vocab_size)
     max_model_len = min(model.max_position, runner.num_blocks * config.block_size)
     sampler = Sampler(eos, model.vocab_size)
-    return Engine(runner, scheduler, sampler, guides, max_model_len, has_common_queue)
+    speculator = Speculator(
+        num_speculative_tokens(config), max_decode_tokens(config), max_model_len, config.target_itl_ms / 1e3
+    )
+    return Engine(runner, scheduler, sampler, guides, speculator, max_model_len, has_common_queue)
+
+
+def num_speculative_tokens(config: Config) -> int:
+    """Proposed for a sequence in a step, at most."""
+    return 0 if config.speculative_method == "none" else config.num_speculative_tokens
+
+
+def max_decode_tokens(config: Config) -> int:
+    """Tokens of a step of decodes, proposed ones among them: as many as a full batch has, or a sequence alone
+    with all that is proposed for it."""
+    alone = min(1 + num_speculative_tokens(config), config.max_num_batched_tokens)
+    return max(config.max_num_seqs, alone)
 
 
 def choose_device(name: str, replica: int = 0) -> torch.device:

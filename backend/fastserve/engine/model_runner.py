@@ -65,10 +65,10 @@ class ModelRunner:
         return max(0, left)
 
     @torch.inference_mode()
-    def warm_up(self, max_num_seqs: int) -> None:
+    def warm_up(self, max_captured_tokens: int) -> None:
         """Runs a prompt and a decode in blocks that nobody has yet: no request shall wait for first uses.
-        Then prepares to capture decode steps of up to `max_num_seqs` sequences, if the model's can be; each
-        number of sequences is recorded when it first comes, in some 10 ms."""
+        Then prepares to capture steps of up to `max_captured_tokens`, if the model's can be; each number of
+        tokens is recorded when it first comes, in some 10 ms."""
         blocks = list(range(-(-3 // self.block_size)))
         for num_tokens, context_len in ((2, 2), (1, 3)):
             self._compute_zeros(num_tokens, context_len, blocks, self.kv_caches)
@@ -78,7 +78,7 @@ class ModelRunner:
 
         max_blocks = min(self.num_blocks, -(-self.model.max_position // self.block_size))
         self._captured_decode = capture_decode(
-            self.model, self.kv_caches, max_num_seqs, max_blocks, self.block_size
+            self.model, self.kv_caches, max_captured_tokens, max_blocks, self.block_size
         )
 
     def measure_copy_seconds(self) -> float:
@@ -116,26 +116,30 @@ class ModelRunner:
         self._host.copy(plan.copies_out, plan.copies_in)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> tuple[torch.Tensor, AttentionMetadata]:
-        """Computes the plan's tokens and writes their keys and values.
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        """Computes the plan's tokens, proposed ones among them, and writes their keys and values.
 
-        Returns the hidden states [plan.num_tokens, hidden size], in the plan's order, good until the next
-        run, and the metadata that says which rows are whose.
+        Returns the hidden states [plan.num_tokens, hidden size], in the plan's order, a sequence's proposed
+        tokens behind its own; good until the next run.
         """
         token_ids: list[int] = []
+        query_lens: list[int] = []
         context_lens: list[int] = []
         for item in plan.scheduled:
             start = item.sequence.num_computed_tokens
             token_ids += item.sequence.token_ids[start : start + item.num_tokens]
-            context_lens.append(start + item.num_tokens)
+            token_ids += item.proposed
+            query_lens.append(item.num_tokens + len(item.proposed))
+            context_lens.append(start + query_lens[-1])
         metadata = AttentionMetadata.build(
-            [item.num_tokens for item in plan.scheduled],
+            query_lens,
             context_lens,
             [item.sequence.block_table for item in plan.scheduled],
             self.block_size,
             self.model.device,
         )
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self.model.device)
-        if self._captured_decode is not None and len(token_ids) == len(context_lens):  # one token of each
-            return self._captured_decode.forward(ids, metadata), metadata
-        return self.model.forward(ids, metadata, self.kv_caches), metadata
+        captured = self._captured_decode
+        if captured is not None and len(token_ids) <= captured.max_num_tokens:
+            return captured.forward(ids, metadata)
+        return self.model.forward(ids, metadata, self.kv_caches)

@@ -8,7 +8,7 @@ gives no seed it is a hash of the request's uid, which is random.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -60,6 +60,8 @@ class SampledToken:
     token_id: int
     logprobs: list[TokenLogprob]
     error: RequestError | None = None
+    following: list[torch.Tensor] = field(default_factory=list)
+    """The logits [vocab] behind each token that was proposed to come now, then next and so on."""
 
 
 class Sampler:

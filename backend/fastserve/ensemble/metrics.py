@@ -227,6 +227,12 @@ class EngineMetrics:
         self.recomputed = Counter(
             "fastserve_recomputed_tokens_total", "Tokens computed again after a preemption"
         )
+        self.draft_tokens = Counter(
+            "fastserve_spec_decode_draft_tokens_total", "Tokens proposed by speculation, and computed"
+        )
+        self.accepted_tokens = Counter(
+            "fastserve_spec_decode_accepted_tokens_total", "Proposed tokens that were right"
+        )
         self.restarts = Counter("fastserve_worker_restarts_total", "Workers started after one that died")
         self._lock = threading.Lock()
         self._latest: dict[int, EngineStats] = {}
@@ -291,6 +297,8 @@ class EngineMetrics:
         self.cache_hits.add(now.prefix_cache_hit_tokens_total - before.prefix_cache_hit_tokens_total)
         self.swapped.add(now.swapped_blocks_total - before.swapped_blocks_total)
         self.recomputed.add(now.recomputed_tokens_total - before.recomputed_tokens_total)
+        self.draft_tokens.add(now.draft_tokens_total - before.draft_tokens_total)
+        self.accepted_tokens.add(now.accepted_tokens_total - before.accepted_tokens_total)
         for kind, count in now.resumptions_total.items():
             self.preemptions.add(count - before.resumptions_total.get(kind, 0), kind)
 

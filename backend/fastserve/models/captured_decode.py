@@ -1,4 +1,5 @@
-"""Decode steps of our decoder on a CPU: recorded once for each number of sequences, then replayed.
+"""Steps of few tokens of our decoder on a CPU, decodes above all: recorded once for each number of tokens,
+then replayed.
 
 A step calls some 240 operators. Through Python and torch each takes 5 to 7 us, which for a small model is as
 long as its kernels take. A recording has none of that (see `cpu.kernels.program`).
@@ -23,42 +24,48 @@ logger = logging.getLogger(__name__)
 
 
 class CapturedDecode:
-    """Computes steps of one token for each of up to so many sequences, to the last bit as `Decoder.forward`.
+    """Computes steps of up to `max_num_tokens` tokens, to the last bit as `Decoder.forward`.
 
     Not thread-safe: all steps share their tensors.
     """
 
     def __init__(
-        self, decoder: Decoder, kv_caches: KVCaches, max_num_seqs: int, max_blocks: int, block_size: int
+        self, decoder: Decoder, kv_caches: KVCaches, max_num_tokens: int, max_blocks: int, block_size: int
     ) -> None:
         """`max_blocks`: of a sequence. The decoder has run before: what its kernels keep is there.
 
         Raises NotRecordableError if the format of a weight has no kernel of ours.
         """
+        self.max_num_tokens = max_num_tokens
         self._decoder = decoder
         self._kv_caches = kv_caches
         self._block_size = block_size
         self._arena = Arena()
         self._recorded: dict[int, tuple[Tensor, Program]] = {}
-        """By the number of sequences: the hidden states, and what computes them."""
-        zeros = torch.zeros(max_num_seqs, dtype=torch.int64)
+        """By the number of tokens: the hidden states, and what computes them."""
+        zeros = torch.zeros(max_num_tokens, dtype=torch.int64)
         self._embedded, self._cos, self._sin = decoder.embed(zeros, zeros)
         self._context_lens, self._slot_mapping = zeros.clone(), zeros.clone()
-        self._block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int64)
-        self._query_start = torch.arange(max_num_seqs + 1)
-        self._record(max_num_seqs)  # the largest first: its memory is enough for all
+        self._block_tables = torch.zeros(max_num_tokens, max_blocks, dtype=torch.int64)
+        self._query_start = torch.arange(max_num_tokens + 1)
+        self._record(max_num_tokens)  # the largest first: its memory is enough for all
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, meta: AttentionMetadata) -> Tensor:
-        """`Decoder.forward` of one token of each sequence; the result is good until the next call."""
-        count = len(token_ids)
+        """`Decoder.forward`; the result is good until the next call.
+
+        What is recorded has as many sequences as tokens: those that are too many have no queries.
+        """
+        count, num_sequences = len(token_ids), len(meta.context_lens)
         hidden, program = self._recorded.get(count) or self._record(count)
         inputs = self._decoder.embed(token_ids, meta.positions)
         for static, given in zip((self._embedded, self._cos, self._sin), inputs, strict=True):
             static[:count] = given
-        self._context_lens[:count] = meta.context_lens
+        self._query_start[: num_sequences + 1] = meta.query_start
+        self._query_start[num_sequences + 1 : count + 1] = count
+        self._context_lens[:num_sequences] = meta.context_lens
         self._slot_mapping[:count] = meta.slot_mapping
-        self._block_tables[:count, : meta.block_tables.shape[1]] = meta.block_tables
+        self._block_tables[:num_sequences, : meta.block_tables.shape[1]] = meta.block_tables
         program.run()
         return hidden
 
@@ -71,9 +78,8 @@ class CapturedDecode:
             query_start=self._query_start[: count + 1],
             context_lens=self._context_lens[:count],
             block_tables=self._block_tables[:count],
-            positions=self._context_lens[:count] - 1,
+            positions=self._context_lens[:count],  # which attention does not read
             slot_mapping=self._slot_mapping[:count],
-            last_token_index=self._query_start[:count],
             block_size=self._block_size,
         )
         inputs = (self._embedded[:count], self._cos[:count], self._sin[:count])
@@ -87,13 +93,13 @@ class CapturedDecode:
 
 
 def capture_decode(
-    model: CausalLM, kv_caches: KVCaches, max_num_seqs: int, max_blocks: int, block_size: int
+    model: CausalLM, kv_caches: KVCaches, max_num_tokens: int, max_blocks: int, block_size: int
 ) -> CapturedDecode | None:
-    """Of a model on a CPU; None if its decode steps cannot be recorded."""
+    """Of a model on a CPU; None if its steps cannot be recorded."""
     if not isinstance(model, Decoder):
         return None
     try:
-        return CapturedDecode(model, kv_caches, max_num_seqs, max_blocks, block_size)
+        return CapturedDecode(model, kv_caches, max_num_tokens, max_blocks, block_size)
     except NotRecordableError as error:
-        logger.info("decode steps are not recorded: %s", error)
+        logger.info("steps are not recorded: %s", error)
         return None

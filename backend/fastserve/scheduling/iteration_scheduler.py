@@ -230,8 +230,21 @@ class IterationScheduler:
         scheduled = share_budget(self._running, self._budget)
         return StepPlan(scheduled, preempted, host.copies_out, host.copies_in)
 
+    def reserve(self, sequence: Sequence, num_tokens: int) -> int:
+        """Makes room for up to so many tokens behind the last of a running one; returns for how many it is.
+
+        It takes no block that a running sequence needs next, or that a preempted one left behind.
+        """
+        table, pool = sequence.block_table, self.pool
+        missing = pool.blocks_for(sequence.num_tokens + num_tokens) - len(table)
+        if missing > 0:
+            table += pool.allocate(max(0, min(missing, pool.num_unretained - len(self._running))))
+        return min(num_tokens, len(table) * pool.block_size - sequence.num_tokens)
+
     def mark_computed(self, plan: StepPlan, now: float, num_steps: int = 1) -> None:
         """Counts what was computed, and lets other sequences find the blocks that it filled.
+
+        Proposed tokens do not count. Each that was right is appended, then counted as a decode of its own.
 
         With `num_steps`, which go alike (see the simulator's `steps_ahead`), as many steps like `plan` were
         computed, and all their tokens but those of the last one are appended already.

@@ -82,6 +82,8 @@ class ScheduledSequence(NamedTuple):
 
     sequence: Sequence
     num_tokens: int
+    proposed: tuple[int, ...] = ()
+    """Guesses of the tokens behind its last one, computed along to see which are right (`Speculator`)."""
 
     @property
     def is_last_chunk(self) -> bool:
@@ -102,8 +104,8 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the step computes, over all sequences."""
-        return sum(item.num_tokens for item in self.scheduled)
+        """Tokens that the step computes, over all sequences, proposed ones among them."""
+        return sum(item.num_tokens + len(item.proposed) for item in self.scheduled)
 
     @property
     def num_prompt_tokens(self) -> int:
