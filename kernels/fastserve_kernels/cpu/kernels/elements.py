@@ -46,6 +46,12 @@ def call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
     return builder.call(function, args)
 
 
+def invoke(builder: ir.IRBuilder, name: str, kind: ir.Type, *args: ir.Value) -> ir.Value:
+    """An intrinsic of LLVM's on values of any types, which gives one of this type."""
+    signature = ir.FunctionType(kind, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}"), args)
+
+
 def widen(builder: ir.IRBuilder, element: types.Type, raw: ir.Value) -> ir.Value:
     """Elements as they lie in memory, as float32."""
     if element == float32:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -20,6 +19,7 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic as _intrinsic
 from numba.extending import lower_builtin, models, register_model
 
+from fastserve_kernels.cpu.kernels import cpu_features
 from fastserve_kernels.cpu.kernels.elements import (
     FLOAT,
     I32,
@@ -41,7 +41,9 @@ intrinsic: Any = _intrinsic
 
 LANES = 16
 """The lanes that most kernels work in: a register of AVX-512, two of AVX2, four of NEON."""
-WIDE = 64 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 16
+HAS_AVX512 = cpu_features.has("avx512bw")
+"""Whether there are 32 registers of 64 bytes, and masks for elements of any size."""
+WIDE = 64 if HAS_AVX512 else 16
 """The lanes of which the registers hold four sums, a factor and a scalar."""
 
 
@@ -198,9 +200,15 @@ def _short_name(element: ir.Type) -> str:
     return "f32" if element == FLOAT else f"i{element.width}"
 
 
+def _bytes_of(element: ir.Type) -> int:
+    return 4 if element == FLOAT else int(element.width) // 8
+
+
 def masked_load(builder: ir.IRBuilder, place: ir.Value, memory: ir.VectorType, count: ir.Value) -> ir.Value:
     """The vector at a place, of which the first `count` elements are there; zeros follow these."""
     place = builder.bitcast(place, memory.as_pointer())
+    if not HAS_AVX512:
+        return _load_by_way_of_the_stack(builder, place, count)
     mask, none = _first_lanes(builder, count, memory.count), ir.Constant(memory, None)
     function = cgutils.get_or_insert_function(
         builder.module,
@@ -208,6 +216,24 @@ def masked_load(builder: ir.IRBuilder, place: ir.Value, memory: ir.VectorType, c
         f"llvm.masked.load.v{memory.count}{_short_name(memory.element)}.p0",
     )
     return builder.call(function, [place, I32(1), mask, none])
+
+
+def _load_by_way_of_the_stack(builder: ir.IRBuilder, place: ir.Value, count: ir.Value) -> ir.Value:
+    """`masked_load` where LLVM would have a branch for each lane."""
+    memory = place.type.pointee
+    buffer = cgutils.alloca_once(builder, memory)
+    whole = builder.icmp_signed(">=", count, I64(memory.count))
+    with cgutils.if_unlikely(builder, builder.not_(whole)):
+        builder.store(ir.Constant(memory, None), buffer)
+        _copy_elements(builder, buffer, place, count)
+    source = builder.select(whole, place, buffer)
+    return builder.load(source, align=_bytes_of(memory.element))
+
+
+def _copy_elements(builder: ir.IRBuilder, target: ir.Value, source: ir.Value, count: ir.Value) -> None:
+    """As many of a vector's elements from a place to another; none if the count is negative."""
+    count = builder.select(builder.icmp_signed(">", count, I64(0)), count, I64(0))
+    cgutils.raw_memcpy(builder, target, source, count, _bytes_of(target.type.pointee.element))
 
 
 @intrinsic
@@ -242,6 +268,11 @@ def store_masked(typing: Any, pointer: Any, index: Any, vector: Any, count: Any)
 
 
 def _masked_store(builder: ir.IRBuilder, raw: ir.Value, place: ir.Value, count: ir.Value) -> None:
+    if not HAS_AVX512:
+        buffer = cgutils.alloca_once(builder, raw.type)
+        builder.store(raw, buffer)
+        _copy_elements(builder, place, buffer, count)
+        return
     mask = _first_lanes(builder, count, LANES)
     function = cgutils.get_or_insert_function(
         builder.module,
