@@ -36,7 +36,8 @@ def integer_products_pay(dtype: torch.dtype) -> bool:
         return False
     weight = Int4.pack(torch.linspace(-1, 1, ROWS * COLUMNS).view(ROWS, COLUMNS), GROUP, symmetric=False)
     x = torch.ones(TOKENS, COLUMNS, dtype=dtype)
-    other = weight if cpu_features.has(*FLOAT_PRODUCTS) else Dense(weight.dequantize())
+    has_float_kernels = cpu_features.has(*FLOAT_PRODUCTS)
+    other = weight if has_float_kernels else Dense(weight.dequantize())
     candidates = [
         prepare(other, "cpu", dtype),
         prepare(weight, "cpu", dtype, quantize_activations=True),
@@ -47,6 +48,7 @@ def integer_products_pay(dtype: torch.dtype) -> bool:
             start = time.perf_counter()
             ops.linear(x, candidate)
             best[number] = min(best[number], time.perf_counter() - start)
-    pay = best[0] >= WORTHWHILE * best[1]
+    # A dense weight takes many times the memory: where it is the other choice, it has to be the faster one.
+    pay = best[0] >= (WORTHWHILE if has_float_kernels else 1 / WORTHWHILE) * best[1]
     logger.info("products of bytes take %.2f of the time of %s: %s", best[1] / best[0], dtype, pay)
     return pay

@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llvmlite.binding
 import numba.core.config
 import pytest
+import torch
 
 from fastserve_kernels.cpu.kernels import cpu_features
-from fastserve_kernels.cpu.kernels.cpu_features import FLOAT_PRODUCTS, INTEGER_PRODUCTS
+from fastserve_kernels.cpu.kernels.attention import paged_attention
+from fastserve_kernels.cpu.kernels.cpu_features import FLOAT_PRODUCTS
+from fastserve_kernels.cpu.kernels.integer_linear import linear_integers
 
 ROOT = Path(__file__).parents[2]
 PROCESSORS = {
@@ -20,27 +24,15 @@ PROCESSORS = {
     "AVX2 with VNNI": ("haswell", "+avx2,+fma,+f16c,+avxvnni"),
 }
 """The values of NUMBA_CPU_NAME and NUMBA_CPU_FEATURES."""
-needs_avx2 = pytest.mark.skipif(
-    not cpu_features.has(*INTEGER_PRODUCTS), reason="this processor lacks AVX2, FMA or F16C"
-)
 TESTS = (
     "tests/kernels/test_linear.py::test_activations_are_quantized_in_groups_as_the_reference_does",
     "tests/kernels/test_linear.py::test_w8a8_rounds_activations_as_the_reference_does",
-    "tests/kernels/test_cpu_linear.py::test_a_row_of_quantized_activations_does_not_depend_on_the_others",
-    "tests/kernels/test_cpu_linear.py::test_w8a8_sums_are_exact",
-    "tests/kernels/test_small_ops.py::test_swiglu",
     "tests/kernels/test_attention.py::test_equals_the_reference",
     "tests/models/test_captured_decode.py::test_every_number_of_sequences",
+    "tests/kernels/test_cpu_features.py::test_without_avx512_nothing_of_it_is_left",
 )
-"""Of what these processors compute by kernels of our own; the dtypes below are one of each kind."""
-DTYPES = "(bfloat16 or dtype1) and not float32"
-COMPILE = """
-import torch
-from fastserve_kernels.cpu.kernels.attention import paged_attention
-from fastserve_kernels.cpu.kernels.integer_linear import linear_integers
-linear_integers(torch.bfloat16, torch.bfloat16, "Nibbles")
-paged_attention(torch.bfloat16, torch.bfloat16)
-"""
+"""Of what these processors compute by kernels of our own."""
+IN_BFLOAT16 = "dtype2 or bfloat16 or without_avx512"
 
 
 @pytest.mark.parametrize(
@@ -58,40 +50,36 @@ def test_only_what_numba_is_told_is_used(told: str, found: set[str], monkeypatch
 
 def test_without_a_word_it_is_this_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba.core.config, "CPU_FEATURES", None)
-    host = numba.core.codegen.ll.get_host_cpu_features()
+    host = llvmlite.binding.get_host_cpu_features()
     assert cpu_features.compiled_features.__wrapped__() == {name for name, there in host.items() if there}
 
 
-def run(command: list[str], processor: str, **environment: str) -> str:
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_kernels_for(processor: str) -> None:
     name, features = PROCESSORS[processor]
+    if not cpu_features.has(*features.replace("+", "").split(",")):
+        pytest.skip("this processor cannot run them")
     environment = {
         **os.environ,
         "NUMBA_CPU_NAME": name,
         "NUMBA_CPU_FEATURES": features,
         "ATEN_CPU_CAPABILITY": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
-        **environment,
     }
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", IN_BFLOAT16, *TESTS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert "skipped" not in done.stdout
 
 
-@needs_avx2
-@pytest.mark.parametrize("processor", PROCESSORS)
-def test_kernels_of_integers_are_right_on(processor: str) -> None:
-    came = run(["-m", "pytest", "-p", "no:cacheprovider", "-k", DTYPES, *TESTS], processor)
-    assert "skipped" not in came
-
-
-@needs_avx2
-@pytest.mark.parametrize("processor", PROCESSORS)
-def test_nothing_of_avx512_is_left_in_the_kernels_for(processor: str, tmp_path: Path) -> None:
-    """Its registers and its masks would end the process with an illegal instruction."""
-    assembly = run(["-c", COMPILE], processor, NUMBA_CACHE_DIR=str(tmp_path), NUMBA_DUMP_ASSEMBLY="1")
-    assert "ymm" in assembly
-    assert not re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b|\{%k", assembly)
-    assert ("{vex}\tvpdpbusd" in assembly) == ("VNNI" in processor)
-    assert assembly.count("vpdpbusd") == assembly.count("{vex}\tvpdpbusd")
+@pytest.mark.skipif(cpu_features.has("avx512bw"), reason="they may use AVX-512")
+@pytest.mark.parametrize("packed", ["Nibbles", "Quads"])
+def test_without_avx512_nothing_of_it_is_left(packed: str) -> None:
+    """Its registers and masks would end the process with an illegal instruction."""
+    kernels = [linear_integers(torch.bfloat16, None, packed), paged_attention(torch.bfloat16, None)]
+    for kernel in kernels:
+        library = kernel._compiled._library
+        assembly = library.codegen._tm.emit_assembly(library._get_module_for_linking())
+        assert "%ymm" in assembly
+        assert not re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b", assembly)
+        assert len(re.findall(r"\tvpdpbusd", assembly)) == len(re.findall(r"\{vex\}\tvpdpbusd", assembly))
