@@ -19,19 +19,18 @@ from fastserve_kernels.cpu.kernels.cpu_features import FLOAT_PRODUCTS
 from fastserve_kernels.cpu.kernels.integer_linear import linear_integers
 
 ROOT = Path(__file__).parents[2]
-PROCESSORS = {
-    "AVX2": ("haswell", "+avx2,+fma,+f16c"),
-    "AVX2 with VNNI": ("haswell", "+avx2,+fma,+f16c,+avxvnni"),
-}
-"""The values of NUMBA_CPU_NAME and NUMBA_CPU_FEATURES."""
-TESTS = (
+BYTES = (
     "tests/kernels/test_linear.py::test_activations_are_quantized_in_groups_as_the_reference_does",
+    "tests/kernels/test_cpu_features.py::test_without_avx512_nothing_of_it_is_left",
+)
+OTHERS = (
     "tests/kernels/test_linear.py::test_w8a8_rounds_activations_as_the_reference_does",
     "tests/kernels/test_attention.py::test_equals_the_reference",
     "tests/models/test_captured_decode.py::test_every_number_of_sequences",
-    "tests/kernels/test_cpu_features.py::test_without_avx512_nothing_of_it_is_left",
 )
-"""Of what these processors compute by kernels of our own."""
+PROCESSORS = {"+avx2,+fma,+f16c": (*BYTES, *OTHERS), "+avx2,+fma,+f16c,+avxvnni": BYTES}
+"""By the value of NUMBA_CPU_FEATURES: tests of what these compute by kernels of our own. VNNI multiplies
+bytes alone."""
 IN_BFLOAT16 = "dtype2 or bfloat16 or without_avx512"
 
 
@@ -54,30 +53,28 @@ def test_without_a_word_it_is_this_processor(monkeypatch: pytest.MonkeyPatch) ->
     assert cpu_features.compiled_features.__wrapped__() == {name for name, there in host.items() if there}
 
 
-@pytest.mark.parametrize("processor", PROCESSORS)
-def test_kernels_for(processor: str) -> None:
-    name, features = PROCESSORS[processor]
+@pytest.mark.parametrize("features", PROCESSORS)
+def test_kernels_for(features: str) -> None:
     if not cpu_features.has(*features.replace("+", "").split(",")):
         pytest.skip("this processor cannot run them")
     environment = {
         **os.environ,
-        "NUMBA_CPU_NAME": name,
+        "NUMBA_CPU_NAME": "haswell",
         "NUMBA_CPU_FEATURES": features,
         "ATEN_CPU_CAPABILITY": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
     }
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", IN_BFLOAT16, *TESTS]
+    tests = PROCESSORS[features]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", IN_BFLOAT16, *tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout
 
 
 @pytest.mark.skipif(cpu_features.has("avx512bw"), reason="they may use AVX-512")
-@pytest.mark.parametrize("packed", ["Nibbles", "Quads"])
-def test_without_avx512_nothing_of_it_is_left(packed: str) -> None:
+def test_without_avx512_nothing_of_it_is_left() -> None:
     """Its registers and masks would end the process with an illegal instruction."""
-    kernels = [linear_integers(torch.bfloat16, None, packed), paged_attention(torch.bfloat16, None)]
-    for kernel in kernels:
+    for kernel in (linear_integers(torch.bfloat16, None, "Nibbles"), paged_attention(torch.bfloat16, None)):
         library = kernel._compiled._library
         assembly = library.codegen._tm.emit_assembly(library._get_module_for_linking())
         assert "%ymm" in assembly

@@ -26,7 +26,8 @@ def compiled_features() -> Features:
     from numba.core import config  # here: numba takes half a second, which a GPU does without
     from numba.core.codegen import get_host_cpu_features
 
-    named: str = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    told: str | None = vars(config)["CPU_FEATURES"]
+    named: str = get_host_cpu_features() if told is None else told
     return frozenset(name[1:] for name in named.split(",") if name.startswith("+"))
 
 
