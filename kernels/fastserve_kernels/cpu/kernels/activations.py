@@ -16,6 +16,7 @@ from fastserve_kernels.cpu.kernels import vectors
 from fastserve_kernels.cpu.kernels.byte_products import add_byte_products
 from fastserve_kernels.cpu.kernels.elements import FLOAT, I8, I16, I32, I64, float32, invoke, same, widen
 from fastserve_kernels.cpu.kernels.kernel import Elements, Floats
+from fastserve_kernels.cpu.kernels.masks import masked_load
 from fastserve_kernels.cpu.kernels.products import MAX_TOKENS, for_each_count, width_for, width_of
 from fastserve_kernels.cpu.kernels.vectors import (
     LANES,
@@ -24,7 +25,6 @@ from fastserve_kernels.cpu.kernels.vectors import (
     interleaved,
     intrinsic,
     load_masked,
-    masked_load,
     multiply_add,
     pointer_cast,
     reduce_add,

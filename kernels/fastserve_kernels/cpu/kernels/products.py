@@ -15,7 +15,8 @@ from llvmlite import ir
 from numba import njit, types
 
 from fastserve_kernels.cpu.kernels.elements import I32, I64, invoke, same
-from fastserve_kernels.cpu.kernels.vectors import HAS_AVX512, intrinsic
+from fastserve_kernels.cpu.kernels.masks import HAS_AVX512
+from fastserve_kernels.cpu.kernels.vectors import intrinsic
 from fastserve_kernels.cpu.kernels.vnni import (
     PANEL_VECTORS,
     SUMS,

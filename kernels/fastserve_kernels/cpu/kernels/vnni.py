@@ -29,7 +29,7 @@ from numba.core import cgutils
 from numba.extending import models, register_model
 
 from fastserve_kernels.cpu.kernels.byte_products import HAS_VNNI, Vectors, add_byte_products
-from fastserve_kernels.cpu.kernels.elements import FLOAT, I8, I16, I32, I64, bfloat16, invoke, same
+from fastserve_kernels.cpu.kernels.elements import FLOAT, I8, I16, I32, I64, bfloat16, invoke, repeated, same
 from fastserve_kernels.cpu.kernels.vectors import Vector, intrinsic
 
 VECTOR_ROWS = 16
@@ -78,9 +78,7 @@ def columns_of(typing: Any, words: Any) -> Any:
 
 def broadcast(builder: ir.IRBuilder, value: ir.Value, lanes: int = VECTOR_ROWS) -> ir.Value:
     """A vector of one value."""
-    nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-    first = builder.insert_element(nothing, value, I32(0))
-    return builder.shuffle_vector(first, nothing, same(ir.VectorType(I32, lanes), 0))
+    return repeated(builder, value, lanes)
 
 
 def address_of(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, kind: ir.Type) -> ir.Value:
