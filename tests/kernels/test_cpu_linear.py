@@ -13,13 +13,16 @@ from torch import Tensor
 from fastserve_kernels import formats, ops, reference
 from fastserve_kernels.cpu import linear_preparation, linears
 from fastserve_kernels.cpu.kernels import cpu_features
+from fastserve_kernels.cpu.kernels.cpu_features import FLOAT_PRODUCTS, INTEGER_PRODUCTS
 from fastserve_kernels.formats import Weight
 from fastserve_kernels.preparation import prepare
 
 pytestmark = pytest.mark.usefixtures("poison")
 native = pytest.mark.skipif(
-    not cpu_features.supported(cpu_features.host_features()),
-    reason="this processor lacks extensions of AVX-512",
+    not cpu_features.has(*FLOAT_PRODUCTS), reason="this processor lacks extensions of AVX-512"
+)
+with_integers = pytest.mark.skipif(
+    not cpu_features.has(*INTEGER_PRODUCTS), reason="this processor lacks AVX2, FMA or F16C"
 )
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -75,7 +78,7 @@ def test_a_row_does_not_depend_on_the_others(
 QUANTIZED_ACTIVATIONS = ("int4", "int4 with zeros", "int8", "int8 with zeros")
 
 
-@native
+@with_integers
 @pytest.mark.parametrize("name", QUANTIZED_ACTIVATIONS)
 def test_a_row_of_quantized_activations_does_not_depend_on_the_others(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -94,7 +97,7 @@ def test_a_row_of_quantized_activations_does_not_depend_on_the_others(
         assert torch.equal(ops.linear(x, prepared), together)
 
 
-@native
+@with_integers
 @pytest.mark.parametrize("name", QUANTIZED_ACTIVATIONS)
 def test_a_row_that_is_not_finite_spoils_no_other(name: str) -> None:
     weight = FORMATS[name](torch.randn(64, 672))
@@ -108,10 +111,15 @@ def test_a_row_that_is_not_finite_spoils_no_other(name: str) -> None:
     assert came[5].abs().max() < 1e-30
 
 
-def test_other_processors_quantize_no_activations() -> None:
+@pytest.fixture
+def no_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_features, "compiled_features", frozenset)
+
+
+def test_other_processors_quantize_no_activations(no_features: None) -> None:
     for weight in (formats.Int4.pack(torch.randn(64, 96), 32), formats.Int8.pack(torch.randn(64, 96), 32)):
         with pytest.warns(UserWarning, match="dequantized as they are loaded"):
-            prepared = linear_preparation.PREPARE_A8[type(weight)](weight, torch.float32, {"avx2": True})
+            prepared = linear_preparation.PREPARE_A8[type(weight)](weight, torch.float32)
         assert prepared.operator == "linear"
 
 
@@ -177,7 +185,7 @@ def test_every_code_stands_for_its_value(dtype: torch.dtype) -> None:
     assert torch.equal(came, codes[:, None].expand(-1, 2).to(dtype))
 
 
-@native
+@with_integers
 def test_w8a8_sums_are_exact() -> None:
     """Sums in float32 of so many columns would not be."""
     values = torch.randint(-127, 128, (40, 4100), dtype=torch.int8)
@@ -207,33 +215,40 @@ def test_what_is_refused() -> None:
         ops.linear(x, prepared, None, torch.zeros(2, 9))
 
 
-@pytest.mark.parametrize("missing", cpu_features.FEATURES)
-def test_a_processor_must_have_all_extensions(missing: str) -> None:
-    every = dict.fromkeys(cpu_features.FEATURES, True)
-    assert cpu_features.supported(every)
-    assert not cpu_features.supported({**every, missing: False})
-    assert not cpu_features.supported({name: True for name in every if name != missing})
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_other_processors_get_dense_weights(
-    dtype: torch.dtype, rel_rms: Callable[[Tensor, Tensor], float]
+    dtype: torch.dtype, no_features: None, rel_rms: Callable[[Tensor, Tensor], float]
 ) -> None:
     for name in FORMATS.keys() - {"bitmap", "sparse24"}:  # which are dense on every processor
         weight = FORMATS[name](torch.randn(64, 96).to(dtype))
         prepare_it = linear_preparation.PREPARE[type(weight)]
         with pytest.warns(UserWarning, match="dequantized as they are loaded"):
-            prepared = prepare_it(weight, dtype, {"avx2": True})
+            prepared = prepare_it(weight, dtype)
         assert prepared.operator == "linear"
         x = torch.randn(3, 96).to(dtype)
         wanted = x.double() @ weight.dequantize().double().T
         assert rel_rms(ops.linear(x, prepared), wanted) < TOLERANCE[dtype]
 
 
-def test_the_warning_comes_once() -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_dense_weights_of_a_processor_without_bfloat16(
+    rows: int, monkeypatch: pytest.MonkeyPatch, rel_rms: Callable[[Tensor, Tensor], float]
+) -> None:
+    """Their products are those of float32, rounded before the residual is added."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    weight, x = torch.randn(40, 1100).bfloat16(), torch.randn(rows, 1100).bfloat16()
+    bias, residual = torch.randn(40).bfloat16(), torch.randn(rows, 40).bfloat16()
+    prepared = prepare(formats.Dense(weight), "cpu", torch.bfloat16)
+    came = ops.linear(x, prepared, bias, residual)
+    assert came.dtype == torch.bfloat16
+    wanted = (x.double() @ weight.double().T + bias).bfloat16() + residual
+    assert rel_rms(came, wanted.double()) < TOLERANCE[torch.bfloat16]
+
+
+def test_the_warning_comes_once(no_features: None) -> None:
     weight = formats.Int4.pack(torch.randn(32, 64), 64)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
-            linear_preparation.prepare_int4(weight, torch.float32, {})
+            linear_preparation.prepare_int4(weight, torch.float32)
     assert len(caught) == 1

@@ -14,12 +14,10 @@ from fastserve.models.decoder import Decoder
 from fastserve.models.kv_cache import make_kv_caches
 from fastserve.models.model_loader import load_model
 from fastserve_kernels.attention_metadata import AttentionMetadata
-from fastserve_kernels.cpu.kernels.cpu_features import host_features, supported
+from fastserve_kernels.cpu.kernels.cpu_features import FLOAT_PRODUCTS, INTEGER_PRODUCTS, has
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_TOKENS, MAX_BLOCKS = 64, 4, 9, 12
 WINDOW = {"mistral": {"sliding_window": 6}}
-HAS_KERNELS = supported(host_features())
-"""Whether this processor has the instructions of our kernels; on others weights become dense."""
 
 
 @pytest.fixture(params=[1, 3])
@@ -41,34 +39,37 @@ def caches_of(model: Decoder, dtype: torch.dtype) -> list:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "quantization", "dtype", "kv_dtype"),
+    ("model_type", "quantization", "activations", "dtype", "kv_dtype"),
     [
-        ("llama", "int4", "bfloat16", torch.bfloat16),
-        ("qwen2", "int8", "bfloat16", torch.int8),
-        ("qwen3", "w8a8", "bfloat16", torch.bfloat16),
-        ("llama", "nf4", "float16", torch.float16),
-        ("mistral", "fp8", "float32", torch.float32),
-        ("mistral", "int4", "bfloat16", torch.bfloat16),
+        ("llama", "int4", "none", "bfloat16", torch.bfloat16),
+        ("qwen2", "int8", "int8", "bfloat16", torch.int8),
+        ("qwen3", "w8a8", "none", "bfloat16", torch.bfloat16),
+        ("llama", "nf4", "none", "float16", torch.float16),
+        ("mistral", "fp8", "none", "float32", torch.float32),
+        ("mistral", "int4", "int8", "bfloat16", torch.bfloat16),
     ],
 )
 def test_every_number_of_tokens(
     model_type: str,
     quantization: str,
+    activations: str,
     dtype: str,
     kv_dtype: torch.dtype,
     threads: None,
     save_model: Callable,
 ) -> None:
+    if activations == "int8" and not has(*INTEGER_PRODUCTS):
+        pytest.skip("this processor lacks AVX2, FMA or F16C")
     directory, _ = save_model(model_type, hidden_size=64, intermediate_size=96, **WINDOW.get(model_type, {}))
-    activations = "int8" if quantization == "int8" and HAS_KERNELS else "none"
     model = load_model(str(directory), dtype, quantization=quantization, activation_quantization=activations)
     assert isinstance(model, Decoder)
     ours, theirs = caches_of(model, kv_dtype), caches_of(model, kv_dtype)
     warm_up(model, ours)
     warm_up(model, theirs)
     captured = capture_decode(model, ours, MAX_NUM_TOKENS, MAX_BLOCKS, BLOCK_SIZE)
-    if not HAS_KERNELS:
-        assert captured is None
+    is_integers = activations == "int8" or quantization == "w8a8"
+    if not has(*(INTEGER_PRODUCTS if is_integers else FLOAT_PRODUCTS)):
+        assert captured is None  # the weights have become dense
         return
     assert isinstance(captured, CapturedDecode)
     numbers = random.Random(0)
@@ -104,7 +105,7 @@ def warm_up(model: Decoder, caches: list) -> None:
 
 
 def test_the_memory_of_the_largest_step_is_enough_for_all(save_model: Callable) -> None:
-    if not HAS_KERNELS:
+    if not has(*FLOAT_PRODUCTS):
         pytest.skip("this processor lacks extensions of AVX-512")
     directory, _ = save_model("llama", hidden_size=64, intermediate_size=96)
     model = load_model(str(directory), "bfloat16", quantization="int4")

@@ -25,7 +25,7 @@ from fastserve.models.causal_lm import CausalLM, resolve_max_model_len
 from fastserve.models.decoder import Decoder
 from fastserve.models.decoder_loader import load_decoder
 from fastserve.models.linear import AnyLinear, Linear
-from fastserve_kernels.cpu.kernels.cpu_features import host_features, supported
+from fastserve_kernels.cpu.kernels import cpu_features
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -150,11 +150,11 @@ class _ModelLoader:
 
     def _choose_activations(self, dtype: torch.dtype) -> Callable[[], bool]:
         """Whether they are to be rounded. Raises ModelError where it is asked for and cannot be done."""
-        has_kernels = self.device.type == "cpu" and supported(host_features())
+        has_kernels = self.device.type == "cpu" and cpu_features.has(*cpu_features.INTEGER_PRODUCTS)
         if self.activation_quantization == "int8" and not has_kernels:
             raise ModelError(
                 f"activation_quantization: got 'int8'; allowed: auto, none on {self.device.type}"
-                f"{' without AVX-512 and its extensions' if self.device.type == 'cpu' else ''}"
+                f"{' without AVX2, FMA and F16C' if self.device.type == 'cpu' else ''}"
             )
         if self.activation_quantization != "auto":
             return lambda: self.activation_quantization == "int8"

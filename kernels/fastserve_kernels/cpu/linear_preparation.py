@@ -1,7 +1,8 @@
 """Weights packed for the CPU's linears (`cpu.linears`), once, at load.
 
-The kernels (`cpu.kernels.linear`) need AVX-512 with BF16, VBMI and VNNI. On another processor `prepare_*` of
-a format dequantizes the weight to a dense one, and warns of it; oneDNN multiplies by that.
+The kernels (`cpu.kernels.linear`) need AVX-512 with BF16, VBMI and VNNI; those of integers alone
+(`cpu.kernels.integer_linear`) AVX2. On another processor `prepare_*` of a format dequantizes the weight to a
+dense one, and warns of it; oneDNN multiplies by that.
 
 | format | packed as | bits per weight, bfloat16 |
 |---|---|---|
@@ -20,14 +21,17 @@ to that.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fastserve_kernels.cpu.kernels import cpu_features, packing
+from fastserve_kernels.cpu.kernels.cpu_features import FLOAT_PRODUCTS, INTEGER_PRODUCTS
 from fastserve_kernels.cpu.kernels.huge_pages import in_huge_pages
 from fastserve_kernels.formats import (
     FP8,
@@ -46,23 +50,36 @@ from fastserve_kernels.formats import (
 from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.formats.weight import Weight, pack_pairs, unpack_pairs
 
-Features = Mapping[str, bool]
+AnyWeight = TypeVar("AnyWeight", bound=Weight)
+Prepare = Callable[[AnyWeight, torch.dtype], Prepared]
 
 MAX_W8A8_COLUMNS = 65536
 """Columns whose products of eight bits cannot overflow 32."""
 
 
-def _dequantized(weight: Weight, dtype: torch.dtype) -> Prepared:
+def _dequantized(weight: Weight, needed: tuple[str, ...], dtype: torch.dtype) -> Prepared:
     warnings.warn(
-        f"this processor lacks some of {', '.join(cpu_features.FEATURES)}: quantized and sparse weights are "
-        "dequantized as they are loaded, and take as much memory as if they were neither",
+        f"this processor lacks some of {', '.join(needed)}: weights in {type(weight).__name__} are "
+        "dequantized as they are loaded, and take as much memory as if they were not quantized",
         stacklevel=3,
     )
     return prepare_dense(Dense(weight.dequantize()), dtype)
 
 
-def _supported(given: Features | None) -> bool:
-    return cpu_features.supported(cpu_features.host_features() if given is None else given)
+def _needs(features: tuple[str, ...]) -> Callable[[Prepare[AnyWeight]], Prepare[AnyWeight]]:
+    """Decorates what packs weights for kernels that need these features of a processor: on one without them
+    the weight becomes a dense one."""
+
+    def decorate(prepare: Prepare[AnyWeight]) -> Prepare[AnyWeight]:
+        @functools.wraps(prepare)
+        def prepare_or_dequantize(weight: AnyWeight, dtype: torch.dtype) -> Prepared:
+            if cpu_features.has(*features):
+                return prepare(weight, dtype)
+            return _dequantized(weight, features, dtype)
+
+        return prepare_or_dequantize
+
+    return decorate
 
 
 def _prepared(operator: str, arguments: tuple[Tensor | int | None, ...], weight: Weight) -> Prepared:
@@ -83,62 +100,62 @@ def _group_rows(zeros: Tensor | None) -> Tensor | None:
 
 def prepare_dense(weight: Dense, dtype: torch.dtype) -> Prepared:
     """In oneDNN's blocks, which it multiplies by twice as fast as torch by a plain bfloat16 weight, and four
-    times by a float32 one; it has none for float16."""
+    times by a float32 one; it has none for float16. Of a processor without bfloat16 they are float32."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return prepare_dense(weight, torch.float32)
     plain = weight.weight.detach().to(dtype).contiguous()
     if dtype != torch.float16:
         plain = torch.ops.mkldnn._reorder_linear_weight(plain, None)
     return Prepared("linear", (plain,), weight.out_features, weight.in_features)
 
 
-def prepare_int4(weight: Int4, dtype: torch.dtype, given: Features | None = None) -> Prepared:
-    """Nibbles, and scales and zeros by panel. `given` are a processor's features, in place of this one's."""
-    if not _supported(given):
-        return _dequantized(weight, dtype)
+@_needs(FLOAT_PRODUCTS)
+def prepare_int4(weight: Int4, dtype: torch.dtype) -> Prepared:
+    """Nibbles, and scales and zeros by panel."""
+    return _pack_int4(weight)
+
+
+def _pack_int4(weight: Int4) -> Prepared:
     return _grouped(weight, packing.nibbles(unpack_pairs(weight.codes)), _group_rows(weight.zeros))
 
 
-def prepare_nf4(weight: NF4, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+@_needs(FLOAT_PRODUCTS)
+def prepare_nf4(weight: NF4, dtype: torch.dtype) -> Prepared:
     """Nibbles, and the codebook as a table of words for activations of the dtype."""
-    if not _supported(given):
-        return _dequantized(weight, dtype)
     table = packing.nibble_table(weight.codebook, dtype)
     return _grouped(weight, packing.nibbles(unpack_pairs(weight.codes)), table)
 
 
-def prepare_int8(weight: Int8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+@_needs(FLOAT_PRODUCTS)
+def prepare_int8(weight: Int8, dtype: torch.dtype) -> Prepared:
     """A code of eight bits is a sign and one of seven: v is stored as v, and as -1 - v if it is negative,
     which stand for v + 1/2 in either case. The halves are taken off with the zeros."""
-    if not _supported(given):
-        return _dequantized(weight, dtype)
     folded = weight.values ^ (weight.values >> 7 & 0x7F)
     return _grouped(weight, packing.codes(folded.view(torch.uint8)), _group_rows(weight.zeros))
 
 
-def prepare_int_rows(weight: IntRows, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+@_needs(FLOAT_PRODUCTS)
+def prepare_int_rows(weight: IntRows, dtype: torch.dtype) -> Prepared:
     """Nibbles of the rows of at most 4 bits, codes of 8 bits of the others."""
-    if not _supported(given):
-        return _dequantized(weight, dtype)
 
     def pack(part: Int4 | Int8) -> tuple[Tensor | int | None, ...]:
         if isinstance(part, Int4):
-            return prepare_int4(part, dtype, given).arguments
-        return prepare_int8(part, dtype, given).arguments
+            return prepare_int4(part, dtype).arguments
+        return prepare_int8(part, dtype).arguments
 
     return Prepared(weight.operator, weight.arguments_of(pack), weight.out_features, weight.in_features)
 
 
-def prepare_fp8(weight: FP8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+@_needs(FLOAT_PRODUCTS)
+def prepare_fp8(weight: FP8, dtype: torch.dtype) -> Prepared:
     """Codes of 8 bits, which are looked up in a table of bfloat16."""
-    if not _supported(given):
-        return _dequantized(weight, dtype)
     return _grouped(weight, packing.codes(weight.values.view(torch.uint8)))
 
 
-def prepare_w8a8(weight: W8A8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+@_needs(INTEGER_PRODUCTS)
+def prepare_w8a8(weight: W8A8, dtype: torch.dtype) -> Prepared:
     """Dequantized, the activations are not rounded to eight bits either. Raises ValueError if there are so
     many columns that a sum might overflow."""
-    if not _supported(given):
-        return _dequantized(weight, dtype)
     if weight.in_features > MAX_W8A8_COLUMNS:
         raise ValueError(
             f"W8A8 on a CPU takes at most {MAX_W8A8_COLUMNS} columns, not {weight.in_features}: "
@@ -155,22 +172,19 @@ def prepare_bitmap(weight: Bitmap | Sparse24, dtype: torch.dtype) -> Prepared:
     return prepare_dense(Dense(weight.dequantize()), dtype)
 
 
-def prepare_sparse24_int4(
-    weight: Sparse24Int4, dtype: torch.dtype, given: Features | None = None
-) -> Prepared:
+def prepare_sparse24_int4(weight: Sparse24Int4, dtype: torch.dtype) -> Prepared:
     """An `Int4`, where what was left out has the code 8, which is 0: 4 bits for 3, but half the
     instructions."""
     unscaled = Sparse24Int4(
         weight.codes, weight.indices, torch.ones_like(weight.scales), weight.group_size
     ).dequantize()
     pairs = pack_pairs(unscaled + 8)
-    return prepare_int4(Int4(pairs, weight.scales, None, weight.group_size), dtype, given)
+    return prepare_int4(Int4(pairs, weight.scales, None, weight.group_size), dtype)
 
 
-def prepare_block_sparse(weight: BlockSparse, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+@_needs(FLOAT_PRODUCTS)
+def prepare_block_sparse(weight: BlockSparse, dtype: torch.dtype) -> Prepared:
     """Two block rows of 16 become one of 32, filled up with zeros where they do not have the same columns."""
-    if not _supported(given):
-        return _dequantized(weight, dtype)
     values, starts, columns = weight.blocks, weight.row_starts.long(), weight.columns.long()
     if values.shape[1] < packing.PANEL_ROWS:
         values, starts, columns = packing.taller_blocks(values, starts, columns)
@@ -178,31 +192,24 @@ def prepare_block_sparse(weight: BlockSparse, dtype: torch.dtype, given: Feature
     return _prepared("linear_block_sparse", arguments, weight)
 
 
-def prepare_low_rank(weight: LowRank, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+@_needs(FLOAT_PRODUCTS)
+def prepare_low_rank(weight: LowRank, dtype: torch.dtype) -> Prepared:
     """Both matrices in words, as `BlockSparse` whose blocks are all there."""
-    if not _supported(given):
-        return _dequantized(weight, dtype)
     arguments = (packing.whole(weight.down, dtype), packing.whole(weight.up, dtype))
     return Prepared("linear_low_rank", arguments, weight.out_features, weight.in_features)
 
 
-def prepare_int4_a8(weight: Int4, dtype: torch.dtype, given: Features | None = None) -> Prepared:
-    """As `prepare_int4`, for activations of 8 bits."""
-    return _with_quantized_activations(prepare_int4(weight, dtype, given))
+@_needs(INTEGER_PRODUCTS)
+def prepare_int4_a8(weight: Int4, dtype: torch.dtype) -> Prepared:
+    """Nibbles, and scales and zeros by panel, for activations of 8 bits."""
+    return replace(_pack_int4(weight), operator="linear_int4_a8")
 
 
-def prepare_int8_a8(weight: Int8, dtype: torch.dtype, given: Features | None = None) -> Prepared:
+@_needs(INTEGER_PRODUCTS)
+def prepare_int8_a8(weight: Int8, dtype: torch.dtype) -> Prepared:
     """Quads, and scales and zeros by panel, for activations of 8 bits."""
-    if not _supported(given):
-        return _dequantized(weight, dtype)
     prepared = _grouped(weight, packing.quads(weight.values, 32), _group_rows(weight.zeros))
-    return _with_quantized_activations(prepared)
-
-
-def _with_quantized_activations(prepared: Prepared) -> Prepared:
-    """Unless it has become a dense weight."""
-    operator = {"linear_int4": "linear_int4_a8", "linear_int8": "linear_int8_a8"}.get(prepared.operator)
-    return prepared if operator is None else replace(prepared, operator=operator)
+    return replace(prepared, operator="linear_int8_a8")
 
 
 PREPARE: Mapping[type[Weight], Callable[..., Prepared]] = {

@@ -164,6 +164,10 @@ def linear(x: Tensor, weight: DenseArguments, bias: Tensor | None, residual: Ten
     (matrix,) = weight
     if not matrix.is_mkldnn:
         return reference.linear(x, weight, bias, residual)
+    if matrix.dtype != x.dtype:  # of a processor without bfloat16
+        wide = None if bias is None else bias.to(matrix.dtype)
+        y = linear(x.to(matrix.dtype), weight, wide, None).to(x.dtype)
+        return y if residual is None else y.add_(residual)
     tokens, in_features = x.shape
     if tokens == 1 and in_features > WIDEST_SINGLE_ROW:
         y = torch.ops.mkldnn._linear_pointwise(x.expand(2, -1), matrix, bias, "none", [], "")[:1]
@@ -212,9 +216,9 @@ def linear_int4_a8(x: Tensor, weight: IntArguments, bias: Tensor | None, residua
 
 
 def linear_int8_a8(x: Tensor, weight: IntArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """`reference.linear_int8_a8` on a CPU. Codes have no sign: they are 128 more than the values."""
+    """`reference.linear_int8_a8` on a CPU."""
     values, scales, zeros, out_features, group_size = weight
-    numbers = (group_size, 128.0, zeros is not None)
+    numbers = (group_size, float(packing.quad_excess()), zeros is not None)
     return _run(
         _INTEGER_QUADS, x, (values, scales, zeros), out_features, bias, residual, numbers, scales.dtype
     )

@@ -13,8 +13,10 @@ from llvmlite import ir
 from numba import njit, types
 
 from fastserve_kernels.cpu.kernels import vectors
-from fastserve_kernels.cpu.kernels.elements import FLOAT, I8, I16, I32, I64, float32, same, widen
+from fastserve_kernels.cpu.kernels.byte_products import add_byte_products
+from fastserve_kernels.cpu.kernels.elements import FLOAT, I8, I16, I32, I64, float32, invoke, same, widen
 from fastserve_kernels.cpu.kernels.kernel import Elements, Floats
+from fastserve_kernels.cpu.kernels.masks import masked_load
 from fastserve_kernels.cpu.kernels.products import MAX_TOKENS, for_each_count, width_for, width_of
 from fastserve_kernels.cpu.kernels.vectors import (
     LANES,
@@ -23,7 +25,6 @@ from fastserve_kernels.cpu.kernels.vectors import (
     interleaved,
     intrinsic,
     load_masked,
-    masked_load,
     multiply_add,
     pointer_cast,
     reduce_add,
@@ -38,7 +39,6 @@ from fastserve_kernels.cpu.kernels.vnni import (
     Word,
     broadcast,
     columns_of,
-    invoke,
     load,
     nibbles,
     of_elements,
@@ -203,7 +203,8 @@ def _pack_words(
                     rows.append(
                         _round_words(builder, x.dtype, place, left_, builder.gep(x_scales_, [I64(t)]))
                     )
-                    _add_bytes(builder, rows[t], sums_, t)
+                    added = _add_bytes(builder, load(builder, sums_, I64(t)), rows[t])
+                    store(builder, added, sums_, I64(t))
                 else:
                     rows.append(_load_words(builder, x.dtype, word, place, left_))
             _store_interleaved(builder, rows, to)
@@ -283,9 +284,7 @@ def _round_halves(
 
 def _add_halves(builder: ir.IRBuilder, quads: ir.Value, scales: list[ir.Value], sums: list[ir.Value]) -> None:
     """Adds what each half of the bytes adds up to, times its scale, to its sum."""
-    ones = builder.bitcast(same(BYTES, 1), WORDS)
-    words = builder.bitcast(quads, WORDS)
-    added = invoke(builder, "x86.avx512.vpdpbusd.512", WORDS, same(WORDS, 0), ones, words)
+    added = _add_bytes(builder, same(WORDS, 0), builder.bitcast(quads, WORDS))
     half = VECTOR_ROWS // 2
     for number, (scale, total) in enumerate(zip(scales, sums, strict=True)):
         lanes = ir.Constant(ir.VectorType(I32, half), [number * half + i for i in range(half)])
@@ -328,12 +327,10 @@ def _round_words(
     return builder.bitcast(builder.trunc(builder.fptosi(rounded, integers), ir.VectorType(I8, count)), WORDS)
 
 
-def _add_bytes(builder: ir.IRBuilder, quads: ir.Value, sums: ir.Value, token: int) -> None:
-    """Adds the four bytes of each word to sums[token]."""
+def _add_bytes(builder: ir.IRBuilder, total: ir.Value, quads: ir.Value) -> ir.Value:
+    """total + the four bytes of each word."""
     ones = builder.bitcast(same(BYTES, 1), WORDS)
-    before = load(builder, sums, I64(token))
-    added = invoke(builder, "x86.avx512.vpdpbusd.512", WORDS, before, ones, quads)
-    store(builder, added, sums, I64(token))
+    return add_byte_products(builder, total, [ones], [quads], are_small=True)
 
 
 @njit(error_model="numpy")

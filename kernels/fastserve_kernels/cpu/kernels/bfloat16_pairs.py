@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 
-from fastserve_kernels.cpu.kernels.elements import I32, I64, bfloat16, bytes_of, same, widen
-from fastserve_kernels.cpu.kernels.vectors import interleaved, intrinsic, masked_load, pointer_cast
-from fastserve_kernels.cpu.kernels.vnni import SUMS, VECTOR_ROWS, WORDS, broadcast, invoke
+from fastserve_kernels.cpu.kernels import cpu_features
+from fastserve_kernels.cpu.kernels.elements import I32, I64, bfloat16, bytes_of, invoke, same, widen
+from fastserve_kernels.cpu.kernels.masks import masked_load
+from fastserve_kernels.cpu.kernels.vectors import interleaved, intrinsic, pointer_cast
+from fastserve_kernels.cpu.kernels.vnni import SUMS, VECTOR_ROWS, WORDS, broadcast
 
-HAS_DOT_PRODUCTS = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
+HAS_DOT_PRODUCTS = cpu_features.has("avx512bw", "avx512bf16")
 PAIR_COLUMNS = 2 * VECTOR_ROWS
 """Columns of a vector of pairs."""
 

@@ -46,6 +46,23 @@ def call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
     return builder.call(function, args)
 
 
+def choose_lanes(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
+    """A vector of lanes of a, or of b from a's number of lanes on."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def repeated(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    """A vector of one value."""
+    nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    return choose_lanes(builder, builder.insert_element(nothing, value, I32(0)), nothing, [0] * lanes)
+
+
+def invoke(builder: ir.IRBuilder, name: str, kind: ir.Type, *args: ir.Value) -> ir.Value:
+    """An intrinsic of LLVM's on values of any types, which gives one of this type."""
+    signature = ir.FunctionType(kind, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}"), args)
+
+
 def widen(builder: ir.IRBuilder, element: types.Type, raw: ir.Value) -> ir.Value:
     """Elements as they lie in memory, as float32."""
     if element == float32:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from numba import njit
 
+from fastserve_kernels.cpu.kernels import packing
 from fastserve_kernels.cpu.kernels.activations import Words, as_quads, quantize, quantize_groups
+from fastserve_kernels.cpu.kernels.byte_products import HAS_VNNI
 from fastserve_kernels.cpu.kernels.kernel import (
     Elements,
     Floats,
@@ -56,6 +58,10 @@ from fastserve_kernels.cpu.kernels.vnni import (
     reduce_add_int32,
     unpack,
 )
+
+QUAD_EXCESS = packing.quad_excess()
+UNPACKS_ONCE = HAS_VNNI
+"""Whether codes of 4 bits become bytes for many tokens: without VNNI these take more instructions."""
 
 
 @njit(error_model="numpy")
@@ -161,7 +167,7 @@ def linear_integers(
             for first in range(0, shape.padded, size):
                 columns = min(size, shape.padded - first)
                 of_slice = at(of_panel, first // columns_of(codes) * PANEL_ROWS)
-                if item.tokens > MAX_UNPACK_TOKENS and columns_of(codes) > 4:
+                if UNPACKS_ONCE and item.tokens > MAX_UNPACK_TOKENS and columns_of(codes) > 4:
                     unpack(of_slice, weight.table, columns // columns_of(codes), expanded)
                     _multiply_integer_slice(shape, workspace, expanded, first, columns, item.tokens)
                 else:
@@ -189,8 +195,7 @@ def linear_quads(
     has_bias: int,
     has_residual: int,
 ) -> None:
-    """values [panels, K / 4, PANEL_ROWS] quads, each value + 128 as a byte without a sign; scales [panels,
-    PANEL_ROWS]."""
+    """values [panels, K / 4, PANEL_ROWS] quads; scales [panels, PANEL_ROWS]."""
     shape = shape_for(tokens, out_features, in_features, x_stride, 64, in_features, run, threads)
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
     workspace = allocate_workspace(shape, x)
@@ -232,7 +237,7 @@ def _write_integers(
     row = panel * PANEL_ROWS
     for t in range(item.tokens):
         place = (item.token + t) * shape.out_features + row
-        excess = 128 * reduce_add_int32(workspace.sums, t * VECTOR_ROWS)
+        excess = QUAD_EXCESS * reduce_add_int32(workspace.sums, t * VECTOR_ROWS)
         for i in range(0, PANEL_ROWS, LANES):
             y = int32_to_float32_less(workspace.acc, t * PANEL_ROWS + i, excess) * splat(x_scales[t], LANES)
             store_vector(shape, outputs, y * load(scales, row + i, LANES), place + i, row + i)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastserve_kernels.cpu.kernels import cpu_features
 from fastserve_kernels.cpu.kernels.huge_pages import in_huge_pages
 
 VECTOR_ROWS, PANEL_VECTORS = 16, 2
@@ -48,10 +49,15 @@ def codes(values: Tensor) -> Tensor:
     return four.unflatten(4, (2, 2)).unflatten(3, (4, 4)).transpose(4, 5).contiguous()
 
 
+def quad_excess() -> int:
+    """What a byte of a quad is more than its value: VNNI takes weights without a sign (`byte_products`)."""
+    return 128 if cpu_features.has_vnni() else 0
+
+
 def quads(values: Tensor, columns: int = 64) -> Tensor:
     """int8 [N, K], with K filled up to a multiple of `columns`, as [panels, K / 4, 2, 16, 4] uint8: each
-    value + 128."""
-    return _in_vectors(_padded(values.view(torch.uint8) ^ 0x80, PANEL_ROWS, columns), 4)
+    value + `quad_excess()`."""
+    return _in_vectors(_padded(values.view(torch.uint8) ^ quad_excess(), PANEL_ROWS, columns), 4)
 
 
 def group_rows(per_group: Tensor) -> Tensor:

@@ -1,19 +1,21 @@
 """Products of weights with the words of up to MAX_TOKENS tokens: the innermost loops of the linears.
 
 All sums of a loop stay in registers: MAX_TOKENS times PANEL_VECTORS vectors, with two of weights, a word and
-a table 32 at most. What is added up for a token, and in which order, does not depend on how many tokens there
+a table 32 at most; those of one vector and of half as many tokens in the 16 registers of AVX2, of which a
+vector takes two. What is added up for a token, and in which order, does not depend on how many tokens there
 are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import njit, types
 
-from fastserve_kernels.cpu.kernels.elements import I32, I64, same
+from fastserve_kernels.cpu.kernels.elements import I32, I64, invoke, same
+from fastserve_kernels.cpu.kernels.masks import HAS_AVX512
 from fastserve_kernels.cpu.kernels.vectors import intrinsic
 from fastserve_kernels.cpu.kernels.vnni import (
     PANEL_VECTORS,
@@ -23,21 +25,33 @@ from fastserve_kernels.cpu.kernels.vnni import (
     Word,
     address_of,
     broadcast,
-    invoke,
     load,
     multiply_words,
     nibbles,
     prefetch,
     store,
     unpacker,
+    words_together,
 )
 
 MAX_TOKENS = 8
 """Tokens that are multiplied together."""
 COLUMNS_OF_NIBBLES = nibbles.columns
+REGISTERS_OF_A_VECTOR = 1 if HAS_AVX512 else 2
+TILE_VECTORS, TILE_TOKENS = (PANEL_VECTORS, MAX_TOKENS) if HAS_AVX512 else (1, 4)
+"""The vectors of a panel, and the tokens, whose sums fit the registers."""
 
 Sums = list[list[list[ir.Value]]]
 """By block, vector and token."""
+
+
+class Tile(NamedTuple):
+    """The vectors of a panel and the tokens whose sums are in registers together."""
+
+    vectors: range
+    tokens: range
+    width: int
+    """Words of all tokens that lie side by side."""
 
 
 def width_of(tokens: int) -> int:
@@ -51,9 +65,27 @@ def width_of(tokens: int) -> int:
 def span_of(tokens: int, columns: int) -> int:
     """How many blocks `multiply` takes at once, of weights that have so many columns in a word. A sum waits
     for the one before it: for few tokens those of one block would not keep up with the memory."""
-    if tokens <= 2 and columns == COLUMNS_OF_NIBBLES:
+    vectors = tokens * REGISTERS_OF_A_VECTOR
+    if vectors <= 2 and columns == COLUMNS_OF_NIBBLES:
         return 4
-    return 2 if tokens <= 4 else 1
+    return 2 if vectors <= 4 else 1
+
+
+class Product(NamedTuple):
+    """What meets what: weights as they are stored, which are unpacked to words like those of x."""
+
+    stored: Word
+    word: Word
+    unpack: Unpack
+
+
+def tiles_of(tokens: int) -> list[Tile]:
+    """What so many tokens are multiplied in by all vectors of a panel."""
+    return [
+        Tile(range(p, p + TILE_VECTORS), range(t, min(t + TILE_TOKENS, tokens)), width_of(tokens))
+        for p in range(0, PANEL_VECTORS, TILE_VECTORS)
+        for t in range(0, tokens, TILE_TOKENS)
+    ]
 
 
 width_for: Any = njit(width_of)
@@ -78,16 +110,15 @@ def for_each_count(builder: ir.IRBuilder, tokens: ir.Value, body: Callable[[int]
 
 def _add_products(
     builder: ir.IRBuilder,
-    unpack: Unpack,
-    word: Word,
+    product: Product,
+    tile: Tile,
     weights: ir.Value,
     x: ir.Value,
     count: ir.Value,
     first: Sums,
 ) -> Sums:
-    """first + the products of `count` vectors of each block of a panel with the words of each token."""
-    tokens = len(first[0][0])
-    width = width_of(tokens)
+    """first + the products of `count` vectors of each block of a panel with the words of each token, of those
+    that are in the tile."""
     before = builder.block
     loop, after = builder.append_basic_block("words"), builder.append_basic_block("summed")
     builder.branch(loop)
@@ -98,18 +129,28 @@ def _add_products(
     for s in range(len(first)):
         position = builder.add(i, builder.mul(count, I64(s)))
         found = []
-        for p in range(PANEL_VECTORS):
+        for p in tile.vectors:
             index = builder.add(builder.mul(position, I64(PANEL_VECTORS)), I64(p))
-            # In the order in which they lie, which memory likes better than that of the loads.
-            ordinal = builder.add(builder.mul(i, I64(len(first) * PANEL_VECTORS)), I64(s * PANEL_VECTORS + p))
-            prefetch(builder, address_of(builder, weights, ordinal, WORDS))
-            found.append(unpack(load(builder, weights, index)))
-        of_x = address_of(builder, x, builder.mul(position, I64(len(found[0]) * width)), I32)
-        for j in range(len(found[0])):
-            for t in range(tokens):
-                words = broadcast(builder, builder.load(builder.gep(of_x, [I64(j * width + t)])))
-                for p in range(PANEL_VECTORS):
-                    totals[s][p][t] = multiply_words(builder, word, totals[s][p][t], found[p][j], words)
+            if tile.tokens.start == 0:
+                # In the order in which they lie, which memory likes better than that of the loads.
+                line = builder.add(
+                    builder.mul(i, I64(len(first) * PANEL_VECTORS)), I64(s * PANEL_VECTORS + p)
+                )
+                prefetch(builder, address_of(builder, weights, line, WORDS))
+            found.append(product.unpack(load(builder, weights, index)))
+        words = len(found[0])
+        of_x = address_of(builder, x, builder.mul(position, I64(words * tile.width)), I32)
+        step = words_together(product.stored, product.word)
+        for j in range(0, words, step):
+            together = range(j, j + step)
+            for t, token in enumerate(tile.tokens):
+                places = [builder.gep(of_x, [I64(k * tile.width + token)]) for k in together]
+                of_token = [broadcast(builder, builder.load(place)) for place in places]
+                for p, of_vector in enumerate(found):
+                    of_weights = [of_vector[k] for k in together]
+                    totals[s][p][t] = multiply_words(
+                        builder, product.stored, product.word, totals[s][p][t], of_weights, of_token
+                    )
     following = builder.add(i, I64(1))
     builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
     i.add_incoming(I64(0), before)
@@ -146,8 +187,8 @@ def multiply(
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         weights, table_, words, token_count, blocks_, count_, totals_, scales_, step_ = args
 
-        def add(sums: Sums) -> None:
-            _add_scaled(builder, sums, totals_, scales_, step_)
+        def add(tile: Tile, sums: Sums) -> None:
+            _add_scaled(builder, tile, sums, totals_, scales_, step_)
 
         nothing = same(SUMS, 0.0)
         operands = (weights, table_, words, token_count, blocks_, count_)
@@ -164,18 +205,19 @@ def _multiply_blocks(
     word: Word,
     operands: tuple[ir.Value, ...],
     nothing: ir.Value,
-    add: Callable[[Sums], None],
+    add: Callable[[Tile, Sums], None],
 ) -> None:
     """Has the sums of one block, or of a span, added. `operands`: weights, table, words; the numbers of
     tokens, of blocks, and of words of a block. `nothing`: what a sum begins with."""
     weights, table, words, token_count, blocks_, count = operands
 
     def body(tokens: int) -> None:
-        unpack = unpacker(builder, stored, word, table)
+        product = Product(stored, word, unpacker(builder, stored, word, table))
 
         def multiply_span(blocks: int) -> None:
-            first = [[[nothing] * tokens] * PANEL_VECTORS for _ in range(blocks)]
-            add(_add_products(builder, unpack, word, weights, words, count, first))
+            for tile in tiles_of(tokens):
+                first = [[[nothing] * len(tile.tokens)] * len(tile.vectors)] * blocks
+                add(tile, _add_products(builder, product, tile, weights, words, count, first))
 
         _for_each_span(builder, span_of(tokens, stored.columns), blocks_, multiply_span)
 
@@ -196,6 +238,7 @@ def _for_each_span(builder: ir.IRBuilder, span: int, blocks: ir.Value, body: Cal
 
 def _add_scaled(
     builder: ir.IRBuilder,
+    tile: Tile,
     sums: Sums,
     totals: ir.Value,
     scales: ir.Value,
@@ -206,15 +249,15 @@ def _add_scaled(
     factors = []
     for s in range(len(sums)):
         of_block = builder.gep(scales, [builder.mul(step, I64(s))])
-        factors.append([load(builder, of_block, I64(p), SUMS) for p in range(PANEL_VECTORS)])
-    for t in range(len(sums[0][0])):
-        for p in range(PANEL_VECTORS):
-            place = I64(t * PANEL_VECTORS + p)
+        factors.append([load(builder, of_block, I64(p), SUMS) for p in tile.vectors])
+    for t, token in enumerate(tile.tokens):
+        for p, vector in enumerate(tile.vectors):
+            place = I64(token * PANEL_VECTORS + vector)
             total = load(builder, totals, place, SUMS)
             for s, of_vectors in enumerate(sums):
                 found = of_vectors[p][t]
                 if x_scales is not None:
-                    of_token = builder.load(builder.gep(x_scales, [I64(s * MAX_TOKENS + t)]))
+                    of_token = builder.load(builder.gep(x_scales, [I64(s * MAX_TOKENS + token)]))
                     found = builder.fmul(builder.sitofp(found, SUMS), broadcast(builder, of_token))
                 total = invoke(builder, "fma.v16f32", SUMS, factors[s][p], found, total)
             store(builder, total, totals, place)
@@ -240,8 +283,8 @@ def multiply_grouped_integers(
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         weights, words, token_count, blocks_, count_, totals_, scales_, step_, x_scales_ = args
 
-        def add(sums: Sums) -> None:
-            _add_scaled(builder, sums, totals_, scales_, step_, x_scales_)
+        def add(tile: Tile, sums: Sums) -> None:
+            _add_scaled(builder, tile, sums, totals_, scales_, step_, x_scales_)
 
         nothing = ir.Constant(WORDS, None)
         operands = (weights, weights, words, token_count, blocks_, count_)  # no table is looked up in
@@ -260,16 +303,14 @@ def multiply_integers(typing: Any, weights: Any, x: Any, tokens: Any, count: Any
         weights_, x_words, token_count, count_, totals_ = args
 
         def body(tokens_: int) -> None:
-            first = [
-                [load(builder, totals_, I64(t * PANEL_VECTORS + p)) for t in range(tokens_)]
-                for p in range(PANEL_VECTORS)
-            ]
-            sums = _add_products(
-                builder, lambda vector: [vector], x.dtype, weights_, x_words, count_, [first]
-            )
-            for p, vector in enumerate(sums[0]):
-                for t, total in enumerate(vector):
-                    store(builder, total, totals_, I64(t * PANEL_VECTORS + p))
+            product = Product(weights.dtype, x.dtype, lambda vector: [vector])
+            for tile in tiles_of(tokens_):
+                places = [[I64(t * PANEL_VECTORS + p) for t in tile.tokens] for p in tile.vectors]
+                first = [[load(builder, totals_, place) for place in vector] for vector in places]
+                sums = _add_products(builder, product, tile, weights_, x_words, count_, [first])
+                for of_vector, found in zip(places, sums[0], strict=True):
+                    for place, total in zip(of_vector, found, strict=True):
+                        store(builder, total, totals_, place)
 
         for_each_count(builder, token_count, body)
         return context.get_dummy_value()
@@ -288,32 +329,39 @@ def multiply_groups(typing: Any, factors: Any, sums: Any, tokens: Any, groups: A
         factors_, sums_, token_count, groups_, totals_ = args
 
         def body(tokens_: int) -> None:
-            before = builder.block
-            loop, after = builder.append_basic_block("groups"), builder.append_basic_block("corrected")
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            g = builder.phi(I64)
-            found = [[builder.phi(SUMS) for _ in range(tokens_)] for _ in range(PANEL_VECTORS)]
-            places = [builder.add(builder.mul(g, I64(PANEL_VECTORS)), I64(p)) for p in range(PANEL_VECTORS)]
-            of_rows = [load(builder, factors_, place, SUMS) for place in places]
-            of_tokens = builder.gep(sums_, [builder.mul(g, I64(MAX_TOKENS))])
-            following = builder.add(g, I64(1))
-            for t in range(tokens_):
-                of_token = broadcast(builder, builder.load(builder.gep(of_tokens, [I64(t)])))
-                for p in range(PANEL_VECTORS):
-                    total = invoke(builder, "fma.v16f32", SUMS, of_rows[p], of_token, found[p][t])
-                    found[p][t].add_incoming(same(SUMS, 0.0), before)
-                    found[p][t].add_incoming(total, loop)
-                    found[p][t] = total
-            g.add_incoming(I64(0), before)
-            g.add_incoming(following, loop)
-            builder.cbranch(builder.icmp_signed("<", following, groups_), loop, after)
-            builder.position_at_end(after)
-            for p in range(PANEL_VECTORS):
-                for t in range(tokens_):
-                    store(builder, found[p][t], totals_, I64(t * PANEL_VECTORS + p))
+            for tile in tiles_of(tokens_):
+                _multiply_groups(builder, tile, factors_, sums_, groups_, totals_)
 
         for_each_count(builder, token_count, body)
         return context.get_dummy_value()
 
     return types.void(factors, sums, types.int64, types.int64, totals), lower
+
+
+def _multiply_groups(
+    builder: ir.IRBuilder, tile: Tile, factors: ir.Value, sums: ir.Value, groups: ir.Value, totals: ir.Value
+) -> None:
+    before = builder.block
+    loop, after = builder.append_basic_block("groups"), builder.append_basic_block("corrected")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    g = builder.phi(I64)
+    found = [[builder.phi(SUMS) for _ in tile.tokens] for _ in tile.vectors]
+    places = [builder.add(builder.mul(g, I64(PANEL_VECTORS)), I64(p)) for p in tile.vectors]
+    of_rows = [load(builder, factors, place, SUMS) for place in places]
+    of_tokens = builder.gep(sums, [builder.mul(g, I64(MAX_TOKENS))])
+    following = builder.add(g, I64(1))
+    for t, token in enumerate(tile.tokens):
+        of_token = broadcast(builder, builder.load(builder.gep(of_tokens, [I64(token)])))
+        for p, of_row in enumerate(of_rows):
+            total = invoke(builder, "fma.v16f32", SUMS, of_row, of_token, found[p][t])
+            found[p][t].add_incoming(same(SUMS, 0.0), before)
+            found[p][t].add_incoming(total, loop)
+            found[p][t] = total
+    g.add_incoming(I64(0), before)
+    g.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", following, groups), loop, after)
+    builder.position_at_end(after)
+    for p, vector in enumerate(tile.vectors):
+        for t, token in enumerate(tile.tokens):
+            store(builder, found[p][t], totals, I64(token * PANEL_VECTORS + vector))

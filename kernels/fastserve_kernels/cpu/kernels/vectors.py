@@ -12,7 +12,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -27,21 +26,24 @@ from fastserve_kernels.cpu.kernels.elements import (
     bfloat16,
     bytes_of,
     call,
+    choose_lanes,
     float8,
     float16,
     float32,
     int8,
     narrow,
+    repeated,
     same,
     widen,
 )
+from fastserve_kernels.cpu.kernels.masks import HAS_AVX512, masked_load, masked_store
 
 intrinsic: Any = _intrinsic
 """Not of the declared type, which knows nothing of the first parameter that callers do not pass."""
 
 LANES = 16
 """The lanes that most kernels work in: a register of AVX-512, two of AVX2, four of NEON."""
-WIDE = 64 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 16
+WIDE = 64 if HAS_AVX512 else 16
 """The lanes of which the registers hold four sums, a factor and a scalar."""
 
 
@@ -76,16 +78,6 @@ _define_arithmetic(operator.add, "fadd")
 _define_arithmetic(operator.sub, "fsub")
 _define_arithmetic(operator.mul, "fmul")
 _define_arithmetic(operator.truediv, "fdiv")
-
-
-def _choose(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
-    """A vector of lanes of a, or of b from a's number of lanes on."""
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
-
-
-def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
-    nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-    return _choose(builder, builder.insert_element(nothing, value, I32(0)), nothing, [0] * lanes)
 
 
 def _address(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, kind: ir.VectorType) -> ir.Value:
@@ -189,27 +181,6 @@ def load_masked(typing: Any, pointer: Any, index: Any, count: Any) -> Any:
     return Vector(LANES)(pointer, types.int64, types.int64), lower
 
 
-def _first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
-    lane = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
-    return builder.icmp_signed("<", lane, _splat(builder, builder.trunc(count, I32), lanes))
-
-
-def _short_name(element: ir.Type) -> str:
-    return "f32" if element == FLOAT else f"i{element.width}"
-
-
-def masked_load(builder: ir.IRBuilder, place: ir.Value, memory: ir.VectorType, count: ir.Value) -> ir.Value:
-    """The vector at a place, of which the first `count` elements are there; zeros follow these."""
-    place = builder.bitcast(place, memory.as_pointer())
-    mask, none = _first_lanes(builder, count, memory.count), ir.Constant(memory, None)
-    function = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(memory, [place.type, I32, mask.type, memory]),
-        f"llvm.masked.load.v{memory.count}{_short_name(memory.element)}.p0",
-    )
-    return builder.call(function, [place, I32(1), mask, none])
-
-
 @intrinsic
 def store(typing: Any, pointer: Any, index: Any, vector: Any) -> Any:
     """pointer[index : index + lanes] = vector, rounded."""
@@ -235,20 +206,10 @@ def store_masked(typing: Any, pointer: Any, index: Any, vector: Any, count: Any)
             with whole:
                 builder.store(raw, place, align=bytes_of(element))
             with part:
-                _masked_store(builder, raw, place, args[3])
+                masked_store(builder, raw, place, args[3])
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, vector, types.int64), lower
-
-
-def _masked_store(builder: ir.IRBuilder, raw: ir.Value, place: ir.Value, count: ir.Value) -> None:
-    mask = _first_lanes(builder, count, LANES)
-    function = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(ir.VoidType(), [raw.type, place.type, I32, mask.type]),
-        f"llvm.masked.store.v{LANES}{_short_name(raw.type.element)}.p0",
-    )
-    builder.call(function, [raw, place, I32(1), mask])
 
 
 @intrinsic
@@ -268,7 +229,7 @@ def splat(typing: Any, number: Any, lanes: Any) -> Any:
     count = lanes.literal_value
 
     def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return _splat(builder, args[0], count)
+        return repeated(builder, args[0], count)
 
     return Vector(count)(types.float32, lanes), lower
 
@@ -291,11 +252,11 @@ def select_range(typing: Any, x: Any, first: Any, end: Any, other: Any) -> Any:
         x, first, end, other = args
         count = x.type.count
         lane = ir.Constant(ir.VectorType(I32, count), list(range(count)))
-        bounds = [_splat(builder, builder.trunc(bound, I32), count) for bound in (first, end)]
+        bounds = [repeated(builder, builder.trunc(bound, I32), count) for bound in (first, end)]
         inside = builder.and_(
             builder.icmp_signed(">=", lane, bounds[0]), builder.icmp_signed("<", lane, bounds[1])
         )
-        return builder.select(inside, x, _splat(builder, other, count))
+        return builder.select(inside, x, repeated(builder, other, count))
 
     return x(x, types.int64, types.int64, types.float32), lower
 
@@ -316,8 +277,8 @@ def zero_nonfinite(typing: Any, pointer: Any, x: Any) -> Any:
 def _fold(builder: ir.IRBuilder, vector: ir.Value, join: Any) -> ir.Value:
     """Joins the two halves, the quarters, and so on down to one lane."""
     while (half := vector.type.count // 2) > 0:
-        low = _choose(builder, vector, vector, list(range(half)))
-        high = _choose(builder, vector, vector, list(range(half, 2 * half)))
+        low = choose_lanes(builder, vector, vector, list(range(half)))
+        high = choose_lanes(builder, vector, vector, list(range(half, 2 * half)))
         vector = join(low, high)
     return builder.extract_element(vector, I32(0))
 
@@ -356,7 +317,9 @@ def interleaved(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     halves = low, [lane + lanes // 2 for lane in low]
     half = len(rows) // 2
     for _ in range(half.bit_length()):
-        rows = [_choose(builder, rows[i], rows[i + half], chosen) for i in range(half) for chosen in halves]
+        rows = [
+            choose_lanes(builder, rows[i], rows[i + half], chosen) for i in range(half) for chosen in halves
+        ]
     return rows
 
 

@@ -13,8 +13,9 @@ these words as their types, by which the functions here are chosen:
 | `nibbles` | 16 rows x 8 codes of 4 bits | 8 `single` or 4 `pair`, looked up in a table of 16; 2 `quad` |
 | `codes` | 16 rows x 4 codes of 8 bits | 4 `single` or 2 `pair`, looked up in a table of 128, and a sign |
 
-The instructions are those of AVX-512 with its extensions BF16, VBMI and VNNI. LLVM has changed some of
-their types between its versions, and takes the older ones, which are used here, as well.
+Products of quads are those of `byte_products`; what looks up or multiplies pairs needs AVX-512 with its
+extensions BF16 and VBMI. LLVM has changed some types of instructions between its versions, and takes the
+older ones, which are used here, as well.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import models, register_model
 
-from fastserve_kernels.cpu.kernels.elements import FLOAT, I8, I16, I32, I64, bfloat16, same
+from fastserve_kernels.cpu.kernels.byte_products import HAS_VNNI, Vectors, add_byte_products
+from fastserve_kernels.cpu.kernels.elements import FLOAT, I8, I16, I32, I64, bfloat16, invoke, repeated, same
 from fastserve_kernels.cpu.kernels.vectors import Vector, intrinsic
 
 VECTOR_ROWS = 16
@@ -74,17 +76,9 @@ def columns_of(typing: Any, words: Any) -> Any:
     return types.int64(words), lower
 
 
-def invoke(builder: ir.IRBuilder, name: str, kind: ir.Type, *args: ir.Value) -> ir.Value:
-    """An intrinsic of LLVM's."""
-    signature = ir.FunctionType(kind, [arg.type for arg in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}"), args)
-
-
 def broadcast(builder: ir.IRBuilder, value: ir.Value, lanes: int = VECTOR_ROWS) -> ir.Value:
     """A vector of one value."""
-    nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-    first = builder.insert_element(nothing, value, I32(0))
-    return builder.shuffle_vector(first, nothing, same(ir.VectorType(I32, lanes), 0))
+    return repeated(builder, value, lanes)
 
 
 def address_of(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, kind: ir.Type) -> ir.Value:
@@ -110,15 +104,21 @@ def prefetch(builder: ir.IRBuilder, place: ir.Value) -> None:
 
 
 def multiply_words(
-    builder: ir.IRBuilder, word: Word, total: ir.Value, weights: ir.Value, x: ir.Value
+    builder: ir.IRBuilder, stored: Word, word: Word, total: ir.Value, weights: Vectors, x: Vectors
 ) -> ir.Value:
-    """total + weights * x of vectors of words. The bytes of quads are without a sign in the weights."""
-    if word == single:
-        weights, x = builder.bitcast(weights, SUMS), builder.bitcast(x, SUMS)
-        return invoke(builder, "fma.v16f32", SUMS, weights, x, total)
+    """total + weights * x of `words_together` vectors of words each."""
+    if word == quad:
+        return add_byte_products(builder, total, weights, x, stored == nibbles)
     if word == pair:
-        return invoke(builder, "x86.avx512bf16.dpbf16ps.512", SUMS, total, weights, x)
-    return invoke(builder, "x86.avx512.vpdpbusd.512", WORDS, total, weights, x)
+        return invoke(builder, "x86.avx512bf16.dpbf16ps.512", SUMS, total, weights[0], x[0])
+    factors = [builder.bitcast(each[0], SUMS) for each in (weights, x)]
+    return invoke(builder, "fma.v16f32", SUMS, *factors, total)
+
+
+def words_together(stored: Word, word: Word) -> int:
+    """Vectors of words that `multiply_words` takes at once: two of which each alone would need a sum of its
+    own in 32 bits."""
+    return 2 if word == quad and stored == nibbles and not HAS_VNNI else 1
 
 
 Unpack = Callable[[ir.Value], "list[ir.Value]"]
