@@ -6,10 +6,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fastserve.checkpoints.online_quantization import quantize
 from fastserve.encoders.encoder_checkpoint import Shapes
 from fastserve.encoders.encoder_config import EncoderConfig
-from fastserve.encoders.encoder_model import EncoderLayer, EncoderModel, EncoderWeights, LayerNorm
+from fastserve.encoders.encoder_model import (
+    EncoderLayer,
+    EncoderModel,
+    EncoderWeights,
+    LayerNorm,
+    Projection,
+)
+from fastserve.encoders.smoothing import Inputs, SmoothedLinear, best_smoothing
+from fastserve.models.linear import Linear
 from fastserve.models.linear_reader import LinearReader
+from fastserve_kernels.formats import Weight
 
 
 def body_shapes(config: EncoderConfig) -> Shapes:
@@ -70,6 +80,8 @@ class EncoderLoader:
 
     config: EncoderConfig
     reader: LinearReader
+    inputs: Inputs | None = None
+    """Of the projections, where these are to be smoothed; see `smoothing`."""
 
     def load(self) -> EncoderModel:
         """The body."""
@@ -93,18 +105,35 @@ class EncoderLoader:
     def _table(self, name: str) -> Tensor | None:
         return self.reader.fused(f"{name}.weight") if name else None
 
+    def _projection(self, key: tuple[int, str], has_bias: bool, modules: list[str]) -> Projection:
+        """The linear layers of these names as one; `key` is what `inputs` call it."""
+        if self.inputs is None:
+            return self.reader.linear(has_bias, *modules)
+        weight = self.reader.fused(*(f"{module}.weight" for module in modules))
+        smoothing = best_smoothing(self.inputs[key], weight)
+
+        def smoothed(name: str, weight: Tensor, quantization: str) -> Weight:
+            return quantize(name, weight.float() * smoothing.factors, quantization)
+
+        linear = self.reader.linear(has_bias, *modules, quantize=smoothed)
+        assert isinstance(linear, Linear)
+        return SmoothedLinear(smoothing, weight, linear)
+
     def _layer(self, index: int) -> EncoderLayer:
         config, names = self.config, self.config.names
         prefix = names.layer.format(index)
-        linear = self.reader.linear
+
+        def linear(name: str, has_bias: bool, *modules: str) -> Projection:
+            return self._projection((index, name), has_bias, [prefix + module for module in modules])
+
         return EncoderLayer(
-            qkv_proj=linear(config.attention_bias, *(prefix + name for name in names.qkv_proj)),
-            o_proj=linear(config.attention_bias, prefix + names.o_proj),
+            qkv_proj=linear("qkv_proj", config.attention_bias, *names.qkv_proj),
+            o_proj=linear("o_proj", config.attention_bias, names.o_proj),
             attention_norm=(
                 self.norm(prefix + names.attention_norm) if _has_attention_norm(config, index) else None
             ),
-            up_proj=linear(config.mlp_bias, prefix + names.up_proj),
-            down_proj=linear(config.mlp_bias, prefix + names.down_proj),
+            up_proj=linear("up_proj", config.mlp_bias, names.up_proj),
+            down_proj=linear("down_proj", config.mlp_bias, names.down_proj),
             mlp_norm=self.norm(prefix + names.mlp_norm),
             window=config.windows[index] if config.windows else None,
             rotary_theta=config.rotary_thetas[index] if config.rotary_thetas else None,

@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from fastserve.encoders.encoder_config import MPNET_DISTANCE, EncoderConfig
 from fastserve.encoders.ragged_batch import RaggedBatch
-from fastserve.models.linear import AnyLinear
 from fastserve_kernels import ops
 
 _tanh_gelu = partial(functional.gelu, approximate="tanh")
@@ -31,6 +30,10 @@ ACTIVATION_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
 }
 """By the name in a config: all of `encoder_config.ACTIVATIONS`."""
+
+
+Projection = Callable[[Tensor], Tensor]
+"""A linear layer: x [T, K] to x W^T + b, [T, N]."""
 
 
 class EncoderBody(Protocol):
@@ -63,14 +66,14 @@ class LayerNorm:
 class EncoderLayer:
     """The weights of a layer."""
 
-    qkv_proj: AnyLinear
+    qkv_proj: Projection
     """Rows: all heads' queries, then keys, then values."""
-    o_proj: AnyLinear
+    o_proj: Projection
     attention_norm: LayerNorm | None
     """None: before the first attention of a model whose norms come first."""
-    up_proj: AnyLinear
+    up_proj: Projection
     """Where the MLP is gated: rows of the gate, then of what it is multiplied by."""
-    down_proj: AnyLinear
+    down_proj: Projection
     mlp_norm: LayerNorm
     window: int | None
     rotary_theta: float | None

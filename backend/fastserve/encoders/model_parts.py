@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from fastserve.encoders.encoder_model import EncoderBody
 from fastserve.encoders.encoder_tokenizer import EncoderTokenizer
 from fastserve.encoders.heads import Head, HeadKind, head_modules, load_head
 from fastserve.encoders.sentence_transformer import SentenceTransformer, read_sentence_transformer
+from fastserve.encoders.smoothing import observe_inputs
 from fastserve.encoders.task import Activation, Task, activation_of, head_kind_of, task_of
 from fastserve.encoders.transformers_body import TransformersBody, logits_as_they_are
 from fastserve.models.decoder import Decoder
@@ -93,16 +94,16 @@ class _PartsLoader:
     recipe: SentenceTransformer
     config: PretrainedConfig
     options: EncoderOptions
+    tokenizer: EncoderTokenizer
 
     def load(self, task: Task) -> ModelParts:
         kind = head_kind_of(task, self.config)
         body, head = self._body_and_head(kind)
-        tokenizer = EncoderTokenizer(self.directory, self.recipe.do_lower_case)
         return ModelParts(
             task=task,
             body=body,
-            tokenizer=tokenizer,
-            max_length=self._max_length(body, tokenizer),
+            tokenizer=self.tokenizer,
+            max_length=self._max_length(body),
             recipe=self.recipe,
             dense=tuple(load_dense(module, self.options.torch_device()) for module in self.recipe.dense),
             head=head,
@@ -132,7 +133,11 @@ class _PartsLoader:
             self.options.quantization,
             lambda: False,
         )
-        body = EncoderLoader(config, reader).load()
+        inputs = None
+        if self.options.quantization == "w8a8":
+            plain = EncoderLoader(config, replace(reader, quantization="none")).load()
+            inputs = observe_inputs(plain, self.tokenizer)
+        body = EncoderLoader(config, reader, inputs).load()
         if kind is None or modules is None:
             return body, None
         # A head is a hundredth of the products, and its errors are those of the answer.
@@ -165,8 +170,8 @@ class _PartsLoader:
                 f"because its weights are quantized already (quant_method {method!r})"
             )
 
-    def _max_length(self, body: EncoderBody, tokenizer: EncoderTokenizer) -> int:
-        most = min(body.max_length, tokenizer.model_max_length)
+    def _max_length(self, body: EncoderBody) -> int:
+        most = min(body.max_length, self.tokenizer.model_max_length)
         if self.options.max_length > body.max_length:
             raise ModelError(
                 f"max_length: got {self.options.max_length}; allowed: at most {body.max_length}, "
@@ -188,8 +193,9 @@ def load_parts(model: str | Path, options: EncoderOptions) -> ModelParts:
     directory = root if recipe is None else recipe.directory
     config = read_transformers_config(directory)
     task = task_of(root, config, has_recipe=recipe is not None)
-    loader = _PartsLoader(directory, recipe or SentenceTransformer(directory), config, options)
-    return loader.load(task)
+    recipe = recipe or SentenceTransformer(directory)
+    tokenizer = EncoderTokenizer(directory, recipe.do_lower_case)
+    return _PartsLoader(directory, recipe, config, options, tokenizer).load(task)
 
 
 def _labels(config: PretrainedConfig) -> list[str]:
