@@ -25,6 +25,7 @@ from fastserve_client.encoder_request import (
     classes_of,
     embeddings_of,
     ranks_of,
+    token_labels_of,
 )
 from fastserve_client.endpoint import Endpoint, endpoint_of
 from fastserve_client.generation import Generation, Outputs
@@ -103,11 +104,15 @@ class Client(_Connected[Transport], Closing):
         """The embeddings [len(texts), dimensions] float32. Raises FastServeError; ValueError for `texts`."""
         return embeddings_of(self._infer(*embed_request(texts, options)))
 
-    def classify(
-        self, texts: Sequence[str], **options: Unpack[ClassifyOptions]
-    ) -> list[Classification] | list[list[TokenLabel]]:
-        """The label of each text, or those of its tokens. Raises as `embed`."""
+    def classify(self, texts: Sequence[str], **options: Unpack[ClassifyOptions]) -> list[Classification]:
+        """The label of each text. Raises as `embed`."""
         return classes_of(self._infer(*classify_request(texts, options)))
+
+    def label_tokens(
+        self, texts: Sequence[str], **options: Unpack[ClassifyOptions]
+    ) -> list[list[TokenLabel]]:
+        """The labels of each text's tokens, by a model `classify` that has such. Raises as `embed`."""
+        return token_labels_of(self._infer(*classify_request(texts, options)))
 
     def rerank(
         self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]
@@ -170,9 +175,15 @@ class AsyncClient(_Connected[AsyncTransport], AsyncClosing):
 
     async def classify(
         self, texts: Sequence[str], **options: Unpack[ClassifyOptions]
-    ) -> list[Classification] | list[list[TokenLabel]]:
-        """The label of each text, or those of its tokens. Raises as `embed`."""
+    ) -> list[Classification]:
+        """The label of each text. Raises as `embed`."""
         return classes_of(await self._infer(*classify_request(texts, options)))
+
+    async def label_tokens(
+        self, texts: Sequence[str], **options: Unpack[ClassifyOptions]
+    ) -> list[list[TokenLabel]]:
+        """The labels of each text's tokens, by a model `classify` that has such. Raises as `embed`."""
+        return token_labels_of(await self._infer(*classify_request(texts, options)))
 
     async def rerank(
         self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]

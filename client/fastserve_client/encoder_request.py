@@ -129,10 +129,14 @@ def embeddings_of(outputs: Outputs) -> np.ndarray:
     return np.asarray(_output(outputs, "embedding"), dtype=np.float32)
 
 
-def classes_of(outputs: Outputs) -> list[Classification] | list[list[TokenLabel]]:
-    """The labels of texts, or of their tokens."""
-    if "tokens" in outputs:
-        return [[TokenLabel(**token) for token in json.loads(row)] for (row,) in _texts(outputs["tokens"])]
+def token_labels_of(outputs: Outputs) -> list[list[TokenLabel]]:
+    """The labels of each text's tokens."""
+    rows = _texts(_output(outputs, "tokens"))
+    return [[TokenLabel(**token) for token in json.loads(row)] for (row,) in rows]
+
+
+def classes_of(outputs: Outputs) -> list[Classification]:
+    """The labels of texts."""
     labels, scores = _texts(_output(outputs, "label")), _output(outputs, "score")
     by_label = _texts(_output(outputs, "scores"))
     return [

@@ -121,11 +121,16 @@ class Stream(_Attempts, Closing, Iterator[Chunk]):
                 self._next_outputs()
 
     def outputs(self) -> Outputs:
-        """The tensors of a request that has one response. Raises as iteration does."""
+        """The tensors of a request that has one response. Raises as iteration does.
+
+        The call is read to its end: one that is left before may be kept by Triton server 2.51 for ever.
+        """
         try:
-            return self._next_outputs()
+            found = self._next_outputs()
         except StopIteration:
             raise FastServeError("INTERNAL", "the server has ended the call without an answer") from None
+        self.wait()
+        return found
 
     def close(self) -> None:
         """Cancels the request unless it has ended; from any thread. Iteration ends."""
@@ -174,11 +179,16 @@ class AsyncStream(_Attempts, AsyncClosing, AsyncIterator[Chunk]):
                 await self._next_outputs()
 
     async def outputs(self) -> Outputs:
-        """The tensors of a request that has one response. Raises as iteration does."""
+        """The tensors of a request that has one response. Raises as iteration does.
+
+        The call is read to its end: one that is left before may be kept by Triton server 2.51 for ever.
+        """
         try:
-            return await self._next_outputs()
+            found = await self._next_outputs()
         except StopAsyncIteration:
             raise FastServeError("INTERNAL", "the server has ended the call without an answer") from None
+        await self.wait()
+        return found
 
     async def close(self) -> None:
         """Cancels the request unless it has ended. Iteration ends."""

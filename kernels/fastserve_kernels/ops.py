@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastserve_kernels import reference
 from fastserve_kernels.attention_metadata import AttentionMetadata
-from fastserve_kernels.cpu import linears, operators, sampling, varlen_attention
+from fastserve_kernels.cpu import encoder_attention, linears, operators, sampling
 from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.kv_cache import KVCache
 from fastserve_kernels.operator_definition import Function, define, library
@@ -204,7 +204,7 @@ _paged_attention = define(
 _varlen_attention = define(
     reference.varlen_attention,
     lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
-    varlen_attention.varlen_attention,
+    encoder_attention.varlen_attention,
 )
 _sample = define(
     reference.sample,

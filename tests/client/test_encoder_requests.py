@@ -10,7 +10,13 @@ import pytest
 
 from fastserve_client import Classification, FastServeError, RankedDocument, TokenLabel
 from fastserve_client.encoder_options import classify_request, embed_request, rerank_request
-from fastserve_client.encoder_request import classes_of, embeddings_of, infer_outputs, ranks_of
+from fastserve_client.encoder_request import (
+    classes_of,
+    embeddings_of,
+    infer_outputs,
+    ranks_of,
+    token_labels_of,
+)
 from fastserve_client.http_messages import body_of, path_of
 
 
@@ -64,7 +70,7 @@ def test_answers() -> None:
         {"label": [["x"], [b"y"]], "score": [[0.75], [0.5]], "scores": [['{"x": 0.75}'], [b'{"y": 0.5}']]}
     )
     assert classes == [Classification("x", 0.75, {"x": 0.75}), Classification("y", 0.5, {"y": 0.5})]
-    tokens = classes_of({"tokens": [['[{"start": 0, "end": 2, "label": "x", "score": 0.5}]'], [b"[]"]]})
+    tokens = token_labels_of({"tokens": [['[{"start": 0, "end": 2, "label": "x", "score": 0.5}]'], [b"[]"]]})
     assert tokens == [[TokenLabel(0, 2, "x", 0.5)], []]
     scores = {"score": [[0.25], [0.75], [0.25]]}
     assert ranks_of(scores, None) == [

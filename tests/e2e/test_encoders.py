@@ -26,7 +26,7 @@ from fastserve_client import AsyncClient, Client, FastServeError
 from ..encoder_checkpoints import save_encoder
 from .conftest import fuzzing
 
-LABELS = {"num_labels": 3, "id2label": {0: "bad", 1: "fair", 2: "good"}}
+LABELS: dict[str, Any] = {"num_labels": 3, "id2label": {0: "bad", 1: "fair", 2: "good"}}
 TEXTS = ["w1 w2 w3", "w4", "w5 " * 60, "w6 w7"]
 
 
@@ -89,19 +89,21 @@ def test_the_client_gets_what_the_embedded_encoder_gives(
     close(client.embed(TEXTS, **options), embedder.embed(TEXTS, **options))
     close(client.embed(["w1 " * 600], truncate=True), embedder.embed(["w1 " * 600], truncate=True))
     classes, expected = client.classify(TEXTS), encoders["classify"].classify(TEXTS)
-    assert [each.label for each in classes] == [each.label for each in expected]  # type: ignore[union-attr]
+    assert [each.label for each in classes] == [each.label for each in expected]
     for came, wanted in zip(classes, expected, strict=True):
-        close(list(came.scores.values()), list(wanted.scores.values()))  # type: ignore[union-attr]
+        close(list(came.scores.values()), list(wanted.scores.values()))
     some = client.classify(TEXTS, labels=["bad", "good"])
-    assert {label for each in some for label in each.scores} == {"bad", "good"}  # type: ignore[union-attr]
+    assert {label for each in some for label in each.scores} == {"bad", "good"}
     ranks, wanted_ranks = client.rerank("w9 w8", TEXTS), encoders["rerank"].rerank("w9 w8", TEXTS)
     assert [each.index for each in ranks] == [each.index for each in wanted_ranks]
     close([each.score for each in ranks], [each.score for each in wanted_ranks])
     assert client.rerank("w9 w8", TEXTS, top_n=1) == ranks[:1]
-    tokens, wanted_tokens = client.classify(TEXTS, model="entities"), encoders["entities"].classify(TEXTS)
-    assert [[(t.start, t.end, t.label) for t in row] for row in tokens] == [  # type: ignore[union-attr]
-        [(t.start, t.end, t.label) for t in row]
-        for row in wanted_tokens  # type: ignore[union-attr]
+    tokens, wanted_tokens = (
+        client.label_tokens(TEXTS, model="entities"),
+        encoders["entities"].label_tokens(TEXTS),
+    )
+    assert [[(t.start, t.end, t.label) for t in row] for row in tokens] == [
+        [(t.start, t.end, t.label) for t in row] for row in wanted_tokens
     ]
 
 
@@ -248,8 +250,7 @@ def test_the_asynchronous_client(server: Any, encoders: dict[str, Encoder]) -> N
         embeddings, classes, ranks = asyncio.run(run(url, protocol))
         close(embeddings, encoders["embed"].embed(TEXTS))
         assert [each.label for each in classes] == [
-            each.label
-            for each in encoders["classify"].classify(TEXTS)  # type: ignore[union-attr]
+            each.label for each in encoders["classify"].classify(TEXTS)
         ]
         assert [each.index for each in ranks] == [
             each.index for each in encoders["rerank"].rerank("w1", TEXTS)

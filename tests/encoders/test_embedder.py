@@ -188,7 +188,7 @@ def test_minilm_embeds_as_transformers_does(minilm: Path, hidden_states: Callabl
     ("options", "cosine"), [({"quantization": "w8a8"}, 0.999), ({"dtype": "bfloat16"}, 0.9995)]
 )
 def test_minilm_in_fewer_bits_embeds_nearly_the_same(
-    options: dict[str, str], cosine: float, minilm: Path, sentence_pairs: list[tuple[str, str]]
+    options: dict[str, Any], cosine: float, minilm: Path, sentence_pairs: list[tuple[str, str]]
 ) -> None:
     """Also the order of pairs by their similarity: Spearman's rank correlation."""
     texts = [text for pair in sentence_pairs for text in pair]

@@ -17,7 +17,7 @@ from fastserve.checkpoints.model_error import ModelError
 
 FAMILIES = ["bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "modernbert"]
 HEADED = ["bert", "roberta", "distilbert", "mpnet", "modernbert"]
-LABELS = {"num_labels": 3, "id2label": {0: "bad", 1: "fair", 2: "good"}}
+LABELS: dict[str, Any] = {"num_labels": 3, "id2label": {0: "bad", 1: "fair", 2: "good"}}
 
 
 def close(came: Any, wanted: Any) -> None:
@@ -61,7 +61,7 @@ def test_labels_of_tokens_are_those_of_transformers(
 ) -> None:
     directory, model = save_encoder(family, "token", **LABELS)
     encoder = Encoder.load(directory)
-    found = encoder.classify(texts)
+    found = encoder.label_tokens(texts)
     for text, labels in zip(texts, found, strict=True):
         with torch.inference_mode():
             scores = model(**reference_inputs(directory, text)).logits[0, 1:-1].softmax(-1)
@@ -78,7 +78,7 @@ def test_pairs_are_scored_as_by_transformers(
     family: str, activation: str | None, save_encoder: Callable, reference_inputs: Callable, words: Callable
 ) -> None:
     written = {"activation_fn": f"torch.nn.modules.linear.{activation}"}
-    config = {"num_labels": 1} | ({"sentence_transformers": written} if activation else {})
+    config: dict[str, Any] = {"num_labels": 1} | ({"sentence_transformers": written} if activation else {})
     directory, model = save_encoder(family, "sequence", **config)
     query, documents = words(5), [words(length) for length in (3, 200, 40, 1)]
     with torch.inference_mode():

@@ -52,6 +52,8 @@ def test_labels(save_encoder: Callable) -> None:
     (found,) = encoder.classify(["w1"], labels=["yes"])
     assert found.label == "yes"
     assert list(found.scores) == ["yes"]
+    with pytest.raises(RequestError, match="the model has labels of texts; it does not label_tokens"):
+        encoder.label_tokens(["w1"])
     for labels, came in ((["maybe"], "'maybe'"), ([], r"\[\]"), ("yes", "'yes'")):
         with pytest.raises(RequestError, match=f"`labels`: got {came}; allowed: a list of some of no, yes"):
             encoder.classify(["w1"], labels=labels)
@@ -74,13 +76,14 @@ def test_pairs(save_encoder: Callable) -> None:
 
 def test_options(save_encoder: Callable) -> None:
     directory, _ = save_encoder("bert")
-    for options, sentence in (
+    tried: list[tuple[dict[str, Any], str]] = [
         ({"dtype": "float64"}, "dtype: got 'float64'; allowed: auto, bfloat16"),
         ({"quantization": "int3"}, "quantization: got 'int3'; allowed: auto, none"),
         ({"max_length": 513}, "max_length: got 513; allowed: at most 512"),
-    ):
+    ]
+    for options, sentence in tried:
         with pytest.raises(ModelError, match=sentence):
-            Encoder.load(directory, **options)  # type: ignore[arg-type]
+            Encoder.load(directory, **options)
     with pytest.raises(ModelError, match="not a directory"):
         Encoder.load(directory / "config.json")
     (directory / "tokenizer.json").write_text("{")

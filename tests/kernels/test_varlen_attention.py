@@ -19,8 +19,8 @@ HEADS, DIM = 3, 16
 def ragged(lengths: list[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k and v, which are columns of one tensor as a fused product leaves them, and cu_seqlens."""
     torch.manual_seed(0)
-    heads = torch.randn(sum(lengths), 3, HEADS, DIM).to(dtype)
-    return (*heads.unbind(1), torch.tensor([0, *accumulate(lengths)]))
+    q, k, v = torch.randn(sum(lengths), 3, HEADS, DIM).to(dtype).unbind(1)
+    return q, k, v, torch.tensor([0, *accumulate(lengths)])
 
 
 @pytest.mark.usefixtures("poison")

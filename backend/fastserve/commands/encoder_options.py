@@ -15,7 +15,7 @@ from fastserve.encoders.served_encoder import EncoderSettings, ServedEncoder, ch
 from fastserve.launcher.repository import model_names, model_repository
 
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATION_NAMES = ("auto", "none", "int4", "int8", "nf4", "fp8", "w8a8")
+QUANTIZATION_NAMES = ("auto", "none", "int4", "nf4", "int8", "fp8", "w8a8")
 """Those of `model_parts`, which loads torch."""
 _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
 

@@ -37,7 +37,7 @@ class EmbeddingDense:
 def load_dense(module: DenseModule, device: torch.device) -> EmbeddingDense:
     """The layer in a module's directory. Raises ModelError if its tensors do not fit its config."""
     checkpoint = SafetensorsCheckpoint(module.directory)
-    expected = {"linear.weight": (module.out_features, module.in_features)}
+    expected: dict[str, tuple[int, ...]] = {"linear.weight": (module.out_features, module.in_features)}
     if module.has_bias:
         expected["linear.bias"] = (module.out_features,)
     if checkpoint.shapes != expected:

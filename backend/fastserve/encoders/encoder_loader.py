@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastserve.checkpoints.online_quantization import quantize
 from fastserve.encoders.encoder_checkpoint import Shapes
 from fastserve.encoders.encoder_config import EncoderConfig
 from fastserve.encoders.encoder_model import (
@@ -16,10 +15,8 @@ from fastserve.encoders.encoder_model import (
     LayerNorm,
     Projection,
 )
-from fastserve.encoders.smoothing import Inputs, SmoothedLinear, best_smoothing
-from fastserve.models.linear import Linear
+from fastserve.encoders.smoothing import Inputs, smoothed_linear
 from fastserve.models.linear_reader import LinearReader
-from fastserve_kernels.formats import Weight
 
 
 def body_shapes(config: EncoderConfig) -> Shapes:
@@ -110,14 +107,8 @@ class EncoderLoader:
         if self.inputs is None:
             return self.reader.linear(has_bias, *modules)
         weight = self.reader.fused(*(f"{module}.weight" for module in modules))
-        smoothing = best_smoothing(self.inputs[key], weight)
-
-        def smoothed(name: str, weight: Tensor, quantization: str) -> Weight:
-            return quantize(name, weight.float() * smoothing.factors, quantization)
-
-        linear = self.reader.linear(has_bias, *modules, quantize=smoothed)
-        assert isinstance(linear, Linear)
-        return SmoothedLinear(smoothing, weight, linear)
+        bias = self.reader.fused(*(f"{module}.bias" for module in modules)) if has_bias else None
+        return smoothed_linear(self.inputs[key], weight, bias)
 
     def _layer(self, index: int) -> EncoderLayer:
         config, names = self.config, self.config.names

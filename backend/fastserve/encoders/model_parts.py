@@ -161,7 +161,9 @@ class _PartsLoader:
         dtype = DTYPES.get(self.options.dtype) or getattr(self.config, "dtype", None) or torch.float32
         device = self.options.torch_device()
         body = TransformersBody(self.directory, self.config, dtype, device, kind)
-        return body, None if kind is None else logits_as_they_are
+        if kind is None:
+            return body, None
+        return body, logits_as_they_are
 
     def _check_quantization(self, method: str | None) -> None:
         if method is not None and self.options.quantization != "auto":
@@ -199,4 +201,5 @@ def load_parts(model: str | Path, options: EncoderOptions) -> ModelParts:
 
 
 def _labels(config: PretrainedConfig) -> list[str]:
-    return [config.id2label[number] for number in range(config.num_labels)]
+    labels: dict[int, str] = config.id2label or {}  # type: ignore[assignment]
+    return [labels[number] for number in range(len(labels))]

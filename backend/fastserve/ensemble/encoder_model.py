@@ -87,30 +87,35 @@ class EncoderModel:
 
     def _compute_all(self) -> None:
         while (batch := self._to_compute.get()) is not None:
-            result: Tensor | Exception
-            try:
-                sequences = [sequence for each in batch for sequence in each.sequences]
-                self._metrics.observe_batch(sequences)
-                result = self._encoder.compute(sequences)
-            except Exception as error:  # whatever it is, its clients must not wait for ever
-                logger.exception("a batch could not be computed")
-                result = error
-            finally:
-                self._idle.release()
-            self._to_answer.put((batch, result))
+            self._to_answer.put((batch, self._compute(batch)))
+            del batch  # what it holds of the server's would live until the next one comes
         self._to_answer.put(None)
+
+    def _compute(self, batch: list[EncoderRequest]) -> Tensor | Exception:
+        try:
+            sequences = [sequence for each in batch for sequence in each.sequences]
+            self._metrics.observe_batch(sequences)
+            return self._encoder.compute(sequences)
+        except Exception as error:  # whatever it is, its clients must not wait for ever
+            logger.exception("a batch could not be computed")
+            return error
+        finally:
+            self._idle.release()
 
     def _answer_all(self) -> None:
         while (computed := self._to_answer.get()) is not None:
-            batch, result = computed
-            first = 0
-            for each in batch:
-                if isinstance(result, Exception):
-                    self._refuse(each.sender, result)
-                    continue
-                count = self._num_rows(each)
-                self._answer(each, result[first : first + count])
-                first += count
+            self._answer_batch(*computed)
+            del computed
+
+    def _answer_batch(self, batch: list[EncoderRequest], result: Tensor | Exception) -> None:
+        first = 0
+        for each in batch:
+            if isinstance(result, Exception):
+                self._refuse(each.sender, result)
+                continue
+            count = self._num_rows(each)
+            self._answer(each, result[first : first + count])
+            first += count
 
     def _num_rows(self, each: EncoderRequest) -> int:
         """Of what is computed: a text has one, or each of its tokens has."""

@@ -34,12 +34,19 @@ def varlen_attention(
     for start, end in pairwise(starts):
         for queries, keys in _blocks(start, end, window):
             attended = scaled_dot_product_attention(
-                *(x[rows].transpose(0, 1)[None] for x, rows in ((q, queries), (k, keys), (v, keys))),
+                _heads(q, queries),
+                _heads(k, keys),
+                _heads(v, keys),
                 attn_mask=masks.between(queries, keys),
                 scale=scale,
             )
             out[queries] = attended[0].transpose(0, 1)
     return out
+
+
+def _heads(x: Tensor, rows: slice) -> Tensor:
+    """Tokens of x [T, H, D] as torch's attention takes them: [1, H, tokens, D]."""
+    return x[rows].transpose(0, 1)[None]
 
 
 def _blocks(start: int, end: int, window: int | None) -> Iterator[tuple[slice, slice]]:
