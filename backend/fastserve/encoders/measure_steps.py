@@ -18,12 +18,13 @@ from fastserve.encoders.threads import limit_spinning
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 TEXT_TOKENS = 40
 """Of each text: what a sentence has."""
-MIN_SECONDS = 0.1
-"""For which a batch size is repeated; the shortest time counts."""
+MIN_SECONDS = 2.0
+"""For which all sizes are measured by turns; of each the shortest time counts, as other programs disturb."""
+MIN_ROUNDS = 2
 
 
 def measure(settings: EncoderSettings, min_seconds: float = MIN_SECONDS) -> EncoderProfile:
-    """Loads the encoder in this process, and repeats each size for so long at least. Raises ModelError."""
+    """Loads the encoder in this process, and measures for so long at least. Raises ModelError."""
     limit_spinning()
     import torch  # after it
 
@@ -36,21 +37,20 @@ def measure(settings: EncoderSettings, min_seconds: float = MIN_SECONDS) -> Enco
     )
     text = TokenSequence([3] * min(TEXT_TOKENS, encoder.max_length))
 
-    def seconds(size: int) -> float:
-        times: list[float] = []
-        while len(times) < 2 or sum(times) < min_seconds:
+    times: dict[int, list[float]] = {size: [] for size in BATCH_SIZES}
+    end = time.perf_counter() + min_seconds
+    while len(times[1]) < MIN_ROUNDS or time.perf_counter() < end:
+        for size in BATCH_SIZES:
             start = time.perf_counter()
             encoder.compute([text] * size)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
+            times[size].append(time.perf_counter() - start)
     return EncoderProfile(
         task=encoder.task,
         labels=list(encoder.labels),
         labels_tokens=encoder.parts.head_kind == "token",
         dimensions=encoder.dimensions,
         max_length=encoder.max_length,
-        step_seconds={size: seconds(size) for size in BATCH_SIZES},
+        step_seconds={size: min(found) for size, found in times.items()},
     )
 
 

@@ -23,6 +23,8 @@ MAX_PRIORITY_LEVELS = 64
 """Triton server keeps a queue for each level."""
 GOOD_THROUGHPUT = 0.95
 """Of the best: the smallest batch that reaches it is preferred, since larger ones only wait longer."""
+BATCH_SECONDS = 1e-3
+"""What a batch takes besides its computation: the server, the shared memory, the threads of the stub."""
 
 
 class EncoderSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -70,12 +72,12 @@ class Batching(Struct, frozen=True):
 def batching(step_seconds: Mapping[int, float]) -> Batching:
     """From measured steps: t(b) seconds for b texts.
 
-    Preferred is the smallest batch of at least `GOOD_THROUGHPUT` of the best throughput b / t(b). A text
-    waits for another, while nothing is computed, no longer than it gains if one comes: two together take
-    t(2), one after the other 2 t(1), so each gains t(1) - t(2) / 2. Where batches gain nothing, it waits for
-    none.
+    Preferred is the smallest batch of at least `GOOD_THROUGHPUT` of the best throughput, which is
+    b / (t(b) + BATCH_SECONDS). A text waits for another, while nothing is computed, no longer than it gains
+    if one comes: two together take t(2), one after the other 2 t(1), so each gains t(1) - t(2) / 2. Where
+    batches gain nothing, it waits for none.
     """
-    throughput = {size: size / seconds for size, seconds in step_seconds.items()}
+    throughput = {size: size / (seconds + BATCH_SECONDS) for size, seconds in step_seconds.items()}
     best = max(throughput.values())
     preferred = min(size for size, rate in throughput.items() if rate >= GOOD_THROUGHPUT * best)
     gain = step_seconds[1] - step_seconds[2] / 2
