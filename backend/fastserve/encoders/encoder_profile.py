@@ -9,7 +9,6 @@ from pathlib import Path
 
 import msgspec
 
-import fastserve
 from fastserve.atomic_write import write_bytes
 from fastserve.cache_directory import cache_path
 from fastserve.checkpoints.model_error import ModelError
@@ -45,14 +44,14 @@ def _measure(settings: EncoderSettings) -> EncoderProfile:
 
 
 def _key(settings: EncoderSettings) -> str:
-    """Changes with the settings, the model's files and our own version."""
+    """Changes with the settings, the model's files and this package."""
     files = [
         (str(path.relative_to(settings.model)), status.st_size, status.st_mtime_ns)
         for path in sorted(Path(settings.model).rglob("*"))
         if path.suffix in SUFFIXES and path.is_file()
         for status in [path.stat()]
     ]
-    told = msgspec.json.encode([fastserve.__version__, settings, files, _source_digest()])
+    told = msgspec.json.encode([settings, files, _source_digest()])
     return hashlib.sha256(told).hexdigest()[:32]
 
 

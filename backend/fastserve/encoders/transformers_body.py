@@ -54,9 +54,9 @@ class TransformersBody:
         return output.logits if self._head == "sequence" else output.logits[is_token]
 
 
-def logits_as_they_are(logits: Tensor, batch: RaggedBatch) -> Tensor:
+def logits_as_they_are(hidden: Tensor, batch: RaggedBatch) -> Tensor:
     """The `Head` of a `TransformersBody` that has one itself."""
-    return logits.float()
+    return hidden.float()
 
 
 def _load(directory: Path, config: PretrainedConfig, dtype: torch.dtype, head: HeadKind | None) -> Any:
