@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": "converse with a model in the terminal",
     "compress": "make a checkpoint smaller, and report what it cost",
     "evaluate": "measure a model's perplexity, its distance to another, and tasks of lm-eval",
+    "embed": "write the embeddings of a file's lines",
     "simulate": "compare scheduling policies on a workload, without a model",
     "bench": "measure a server, or the engine inside this process",
 }

@@ -9,6 +9,7 @@ It needs `tritonclient`, grpcio, aiohttp and numpy; neither torch nor the rest o
 """
 
 from fastserve_client.client import AsyncClient, Client
+from fastserve_client.encoder_request import Classification, RankedDocument, TokenLabel
 from fastserve_client.errors import DeadlineExceeded, FastServeError
 from fastserve_client.generation import Chunk, Completion, Generation, Logprob
 from fastserve_client.options import GuidedDecoding, Message, Options, Sampling
@@ -18,6 +19,7 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "Chunk",
+    "Classification",
     "Client",
     "Completion",
     "DeadlineExceeded",
@@ -27,6 +29,8 @@ __all__ = [
     "Logprob",
     "Message",
     "Options",
+    "RankedDocument",
     "Sampling",
     "Stream",
+    "TokenLabel",
 ]

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+import numpy as np
+
 from fastserve_client.closing import AsyncClosing, Closing
+from fastserve_client.encoder_options import (
+    ClassifyOptions,
+    EmbedOptions,
+    RerankOptions,
+    classify_request,
+    embed_request,
+    rerank_request,
+)
+from fastserve_client.encoder_request import (
+    Classification,
+    EncoderRequest,
+    RankedDocument,
+    TokenLabel,
+    classes_of,
+    embeddings_of,
+    ranks_of,
+    token_labels_of,
+)
 from fastserve_client.endpoint import Endpoint, endpoint_of
-from fastserve_client.generation import Generation
+from fastserve_client.generation import Generation, Outputs
 from fastserve_client.grpc_transport import AsyncGrpcTransport, GrpcTransport
 from fastserve_client.http_transport import AsyncHttpTransport, HttpTransport
 from fastserve_client.options import Options
@@ -80,6 +100,31 @@ class Client(_Connected[Transport], Closing):
         request = generation_request(prompt, True, options)
         return Stream(self._transport, request, options.get("timeout"), self._retries)
 
+    def embed(self, texts: Sequence[str], **options: Unpack[EmbedOptions]) -> np.ndarray:
+        """The embeddings [len(texts), dimensions] float32. Raises FastServeError; ValueError for `texts`."""
+        return embeddings_of(self._infer(*embed_request(texts, options)))
+
+    def classify(self, texts: Sequence[str], **options: Unpack[ClassifyOptions]) -> list[Classification]:
+        """The label of each text. Raises as `embed`."""
+        return classes_of(self._infer(*classify_request(texts, options)))
+
+    def label_tokens(
+        self, texts: Sequence[str], **options: Unpack[ClassifyOptions]
+    ) -> list[list[TokenLabel]]:
+        """The labels of each text's tokens, by a model `classify` that has such. Raises as `embed`."""
+        return token_labels_of(self._infer(*classify_request(texts, options)))
+
+    def rerank(
+        self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]
+    ) -> list[RankedDocument]:
+        """The documents, the most relevant to the query first. Raises as `embed`."""
+        request, timeout = rerank_request(query, documents, options)
+        return ranks_of(self._infer(request, timeout), options.get("top_n"))
+
+    def _infer(self, request: EncoderRequest, timeout: float | None) -> Outputs:
+        with Stream(self._transport, request, timeout, self._retries) as stream:
+            return stream.outputs()
+
     def cancel(self, request_id: str, timeout: float | None = None) -> None:
         """Stops the requests of that id, whoever sent them; one that is not known is no error.
 
@@ -123,6 +168,33 @@ class AsyncClient(_Connected[AsyncTransport], AsyncClosing):
         """
         request = generation_request(prompt, True, options)
         return AsyncStream(self._transport, request, options.get("timeout"), self._retries)
+
+    async def embed(self, texts: Sequence[str], **options: Unpack[EmbedOptions]) -> np.ndarray:
+        """The embeddings [len(texts), dimensions] float32. Raises FastServeError; ValueError for `texts`."""
+        return embeddings_of(await self._infer(*embed_request(texts, options)))
+
+    async def classify(
+        self, texts: Sequence[str], **options: Unpack[ClassifyOptions]
+    ) -> list[Classification]:
+        """The label of each text. Raises as `embed`."""
+        return classes_of(await self._infer(*classify_request(texts, options)))
+
+    async def label_tokens(
+        self, texts: Sequence[str], **options: Unpack[ClassifyOptions]
+    ) -> list[list[TokenLabel]]:
+        """The labels of each text's tokens, by a model `classify` that has such. Raises as `embed`."""
+        return token_labels_of(await self._infer(*classify_request(texts, options)))
+
+    async def rerank(
+        self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]
+    ) -> list[RankedDocument]:
+        """The documents, the most relevant to the query first. Raises as `embed`."""
+        request, timeout = rerank_request(query, documents, options)
+        return ranks_of(await self._infer(request, timeout), options.get("top_n"))
+
+    async def _infer(self, request: EncoderRequest, timeout: float | None) -> Outputs:
+        async with AsyncStream(self._transport, request, timeout, self._retries) as stream:
+            return await stream.outputs()
 
     async def cancel(self, request_id: str, timeout: float | None = None) -> None:
         """Stops the requests of that id, whoever sent them; one that is not known is no error.

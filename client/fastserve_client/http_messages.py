@@ -1,6 +1,6 @@
 """What goes over HTTP, whoever sends and reads it: `POST /v2/models/<model>/generate_stream`.
 
-Requests that do not stream go there too, and have one event.
+Requests that do not stream go there too, and have one event. Those of models that batch go to `.../infer`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import asyncio
 import json
 from collections import deque
 from http import HTTPStatus
+from typing import Protocol
 
+from fastserve_client.encoder_request import EncoderRequest, infer_outputs
 from fastserve_client.errors import DeadlineExceeded, FastServeError, server_error
 from fastserve_client.generation import Outputs
 from fastserve_client.request import Request
@@ -27,8 +29,40 @@ JSON_BODY = {"Content-Type": "application/json"}
 READY_PATH = "/v2/health/ready"
 
 
-class ResponseBody:
+class ResponseBody(Protocol):
     """The responses in the body of one call, which is given in pieces of any size."""
+
+    def feed(self, piece: bytes) -> None:
+        """Takes the next piece."""
+
+    def next_outputs(self) -> Outputs | None:
+        """The next response; None: it is not complete yet. Raises FastServeError where that is an error."""
+
+    def end(self) -> Outputs | None:
+        """What the end of the body completes; None: nothing."""
+
+
+class InferBody:
+    """A body that is one response."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+
+    def feed(self, piece: bytes) -> None:
+        """Takes the next piece."""
+        self._pieces.append(piece)
+
+    def next_outputs(self) -> None:
+        """Nothing is complete before the end."""
+
+    def end(self) -> Outputs | None:
+        """The response, once."""
+        body, self._pieces = b"".join(self._pieces), []
+        return infer_outputs(body) if body else None
+
+
+class EventBody:
+    """A body of server-sent events, each a response."""
 
     def __init__(self) -> None:
         self._parser = EventParser()
@@ -42,10 +76,18 @@ class ResponseBody:
         """The next response; None: it is not complete yet. Raises FastServeError where that is an error."""
         return outputs_of(self._events.popleft()) if self._events else None
 
+    def end(self) -> None:
+        """Each event is complete by itself."""
+
+
+def body_of(request: Request) -> ResponseBody:
+    """What reads the body of a request's response."""
+    return InferBody() if isinstance(request, EncoderRequest) else EventBody()
+
 
 def path_of(request: Request) -> str:
     """Where a request goes."""
-    return f"/v2/models/{request.model}/generate_stream"
+    return f"/v2/models/{request.model}/{request.http_endpoint}"
 
 
 def outputs_of(event: bytes) -> Outputs:

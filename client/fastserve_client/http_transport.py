@@ -23,7 +23,7 @@ from fastserve_client.generation import Outputs
 from fastserve_client.http_messages import (
     JSON_BODY,
     READY_PATH,
-    ResponseBody,
+    body_of,
     connection_error,
     path_of,
     status_error,
@@ -48,7 +48,7 @@ class HttpCall:
         self._connection = transport.connection(deadline.remaining())
         self._response: HTTPResponse | None = None
         self._reading = threading.Lock()
-        self._body = ResponseBody()
+        self._body = body_of(request)
         self._ended = False
         try:
             self._connection.connect()
@@ -75,7 +75,9 @@ class HttpCall:
     def _next_outputs(self) -> Outputs:
         while (outputs := self._body.next_outputs()) is None:
             if not (piece := self._read()):
-                raise StopIteration
+                if (outputs := self._body.end()) is None:
+                    raise StopIteration
+                return outputs
             self._body.feed(piece)
         return outputs
 
@@ -157,7 +159,7 @@ class AsyncHttpCall:
         self._transport = transport
         self._request = request
         self._response = response
-        self._body = ResponseBody()
+        self._body = body_of(request)
         self._cancelled = False
 
     async def __anext__(self) -> Outputs:
@@ -177,7 +179,9 @@ class AsyncHttpCall:
     async def _next_outputs(self) -> Outputs:
         while (outputs := self._body.next_outputs()) is None:
             if not (piece := await self._read()):
-                raise StopAsyncIteration
+                if (outputs := self._body.end()) is None:
+                    raise StopAsyncIteration
+                return outputs
             self._body.feed(piece)
         return outputs
 

@@ -28,6 +28,11 @@ class Request:
     inputs: Mapping[str, InputValue]
     request_id: str = ""
 
+    @property
+    def http_endpoint(self) -> str:
+        """The last part of the path of the HTTP call."""
+        return "generate_stream"
+
     def to_json(self, timeout: float | None) -> bytes:
         """The body of HTTP `generate_stream`. `timeout`, in seconds, travels in microseconds."""
         body: dict[str, Any] = dict(self.inputs)

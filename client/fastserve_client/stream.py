@@ -120,6 +120,18 @@ class Stream(_Attempts, Closing, Iterator[Chunk]):
             while True:
                 self._next_outputs()
 
+    def outputs(self) -> Outputs:
+        """The tensors of a request that has one response. Raises as iteration does.
+
+        The call is read to its end: one that is left before may be kept by Triton server 2.51 for ever.
+        """
+        try:
+            found = self._next_outputs()
+        except StopIteration:
+            raise FastServeError("INTERNAL", "the server has ended the call without an answer") from None
+        self.wait()
+        return found
+
     def close(self) -> None:
         """Cancels the request unless it has ended; from any thread. Iteration ends."""
         self._closed = True
@@ -165,6 +177,18 @@ class AsyncStream(_Attempts, AsyncClosing, AsyncIterator[Chunk]):
         with contextlib.suppress(StopAsyncIteration):
             while True:
                 await self._next_outputs()
+
+    async def outputs(self) -> Outputs:
+        """The tensors of a request that has one response. Raises as iteration does.
+
+        The call is read to its end: one that is left before may be kept by Triton server 2.51 for ever.
+        """
+        try:
+            found = await self._next_outputs()
+        except StopAsyncIteration:
+            raise FastServeError("INTERNAL", "the server has ended the call without an answer") from None
+        await self.wait()
+        return found
 
     async def close(self) -> None:
         """Cancels the request unless it has ended. Iteration ends."""

@@ -1,6 +1,6 @@
 """The public functions. They check no more than torch does: callers pass the shapes and dtypes named here.
 
-Each is an operator of torch.ops.fastserve. `_define` registers all of its implementations, which have one
+Each is an operator of torch.ops.fastserve. `define` registers all of its implementations, which have one
 signature: that of `cpu`; that of `gpu.registry` on a GPU of NVIDIA; the function of `reference` on any other
 device, and where there is none of these.
 
@@ -19,70 +19,10 @@ from torch import Tensor
 
 from fastserve_kernels import reference
 from fastserve_kernels.attention_metadata import AttentionMetadata
-from fastserve_kernels.cpu import linears, operators, sampling
+from fastserve_kernels.cpu import encoder_attention, linears, operators, sampling
 from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.kv_cache import KVCache
-from fastserve_kernels.triton_requirement import require_triton
-
-Function = Callable[..., Any]
-
-_library = torch.library.Library("fastserve", "DEF")
-
-CPU_IMPLEMENTATIONS: dict[Function, Function] = {}
-"""What each operator calls on a CPU, where that is a kernel of ours: for `cpu.recording`."""
-
-
-def _as_it_is(function: Function) -> Function:
-    return function
-
-
-def _define(
-    function: Function,
-    fake: Function,
-    cpu: Function | None = None,
-    gpu: bool = True,
-    mutates: tuple[str, ...] = (),
-    flat: Callable[[Function], Function] = _as_it_is,
-    schema: str = "",
-) -> Function:
-    """Defines the operator of a function of `reference`.
-
-    `flat` makes of an implementation what torch.library calls; `mutates` are the parameters of that which are
-    written to. The schema is its annotated signature, unless given.
-
-    Gives the one overload that it has: to find it at each call would cost 0.3 us.
-    """
-    name = function.__name__
-    schema = schema or torch.library.infer_schema(flat(function), mutates_args=mutates)
-    # Integers are a layer's sizes, the same at each call: nothing need be traced through them.
-    _library.define(name + schema.replace("SymInt", "int"))
-    torch.library.register_fake(f"fastserve::{name}", fake, lib=_library)
-    _library.impl(name, flat(function), "CompositeExplicitAutograd")
-    if cpu is not None:
-        _library.impl(name, flat(cpu), "CPU")
-    if gpu:
-        _library.impl(name, flat(_triton_implementation(function)), "CUDA")
-    overload: Function = getattr(torch.ops.fastserve, name).default
-    if cpu is not None:
-        CPU_IMPLEMENTATIONS[overload] = flat(cpu)
-    return overload
-
-
-def _triton_implementation(function: Function) -> Function:
-    """The function's entry in `gpu.registry`, which is imported at the first call: Triton's compiler takes
-    longer to import than all the rest."""
-    implementation: Function | None = None
-
-    def call(*arguments: Any) -> Any:
-        nonlocal implementation
-        if implementation is None:
-            require_triton(function.__name__)
-            from fastserve_kernels.gpu.registry import IMPLEMENTATIONS
-
-            implementation = IMPLEMENTATIONS[function]
-        return implementation(*arguments)
-
-    return call
+from fastserve_kernels.operator_definition import Function, define, library
 
 
 def _of_weight(linear: Function) -> Function:
@@ -176,7 +116,7 @@ def _define_linear(function: Function, weight: str, cpu: Function | None) -> Fun
     has for a dense one."""
     schema = f"(Tensor x, {weight}, Tensor? bias, Tensor? residual) -> Tensor"
     gpu = function not in (reference.linear, reference.linear_int4_a8, reference.linear_int8_a8)
-    return _define(function, _fake_linear, cpu, gpu, flat=_of_weight, schema=schema)
+    return define(function, _fake_linear, cpu, gpu, flat=_of_weight, schema=schema)
 
 
 _INTEGERS = "Tensor codes, Tensor scales, Tensor? zeros, int out_features, int group_size"
@@ -220,53 +160,58 @@ LINEARS: dict[str, Function] = {
 }
 """What multiplies by a weight, by the operator that its format names; `registration` adds to it."""
 # Where a CPU's dense weight lies in oneDNN's blocks, torch's dispatcher takes this key before the CPU's.
-_library.impl("linear", _of_weight(linears.linear), "MkldnnCPU")
+library.impl("linear", _of_weight(linears.linear), "MkldnnCPU")
 
-_rms_norm = _define(
+_rms_norm = define(
     reference.rms_norm,
     lambda x, weight, eps: x.new_empty(x.shape),
     operators.rms_norm,
 )
-_add_rms_norm = _define(
+_add_rms_norm = define(
     reference.add_rms_norm,
     lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
     operators.add_rms_norm,
 )
-_swiglu = _define(
+_swiglu = define(
     reference.swiglu,
     lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
     operators.swiglu,
 )
-_rotary = _define(
+_rotary = define(
     reference.rotary,
     lambda q, k, cos, sin: (q.new_empty(q.shape), k.new_empty(k.shape)),
 )
-_write_kv = _define(
+_write_kv = define(
     reference.write_kv,
     lambda *_: None,
     operators.write_kv,
     mutates=("k_cache", "v_cache"),
     flat=_of_cache,
 )
-_rotary_write_kv = _define(
+_rotary_write_kv = define(
     reference.rotary_write_kv,
     lambda q, *_: q.new_empty(q.shape),
     operators.rotary_write_kv,
     mutates=("k_cache", "v_cache"),
     flat=_of_rotation_and_cache,
 )
-_paged_attention = _define(
+_paged_attention = define(
     reference.paged_attention,
     lambda q, k_cache, v_cache, *_: q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3]),
     operators.paged_attention,
     flat=_of_cache_and_batch,
 )
-_sample = _define(
+_varlen_attention = define(
+    reference.varlen_attention,
+    lambda q, k, v, *_: q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
+    encoder_attention.varlen_attention,
+)
+_sample = define(
     reference.sample,
     lambda logits, *_: logits.new_empty(len(logits), dtype=torch.int64),
     sampling.sample,
 )
-_log_probs = _define(
+_log_probs = define(
     reference.log_probs,
     lambda logits, token_ids, k: (
         logits.new_empty(len(logits), dtype=torch.float32),
@@ -371,6 +316,29 @@ def paged_attention(
         k_scale,
         v_scale,
     )
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Attention of each token to all of its sequence, before and after it: an encoder's. [T, H, Dv].
+
+    A ragged batch: q [T, H, D], k [T, H, D] and v [T, H, Dv] of one dtype hold the tokens of B sequences, one
+    sequence after the other; those of sequence i are rows cu_seqlens[i] to cu_seqlens[i + 1] (cu_seqlens
+    [B + 1] int64). Nothing is computed of padding, for there is none, and a sequence's result does not depend
+    on the others.
+
+    With `window` = w a token sees itself and the w tokens to each side. `bias` [H, 2 R + 1] of the dtype of q
+    is added to the scores by how far the key lies behind the query: bias[:, R + key - query], that distance
+    cut to R either way.
+    """
+    return _varlen_attention(q, k, v, cu_seqlens, scale, window, bias)
 
 
 def sample(

@@ -7,6 +7,8 @@ makes of it the operator of torch.library, which takes tensors and numbers one b
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -276,6 +278,32 @@ def _cached(cache: Tensor, scale: Tensor | None, blocks: Tensor, context_len: in
     """The keys or values [context_len, Hk, D] float32 of a sequence."""
     found = cache[blocks].flatten(0, 1)[:context_len].float()
     return found if scale is None else found * scale[:, None]
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """`ops.varlen_attention`, sequence by sequence; scores and softmax are float32."""
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    starts = cu_seqlens.tolist()
+    for start, end in pairwise(starts):
+        queries, keys, values = (x[start:end].float().transpose(0, 1) for x in (q, k, v))
+        scores = queries @ keys.transpose(1, 2) * scale
+        position = torch.arange(end - start, device=q.device)
+        distance = position - position[:, None]
+        if bias is not None:
+            farthest = bias.shape[1] // 2
+            scores += bias.float()[:, distance.clamp(-farthest, farthest) + farthest]
+        if window is not None:
+            scores = scores.masked_fill(distance.abs() > window, float("-inf"))
+        out[start:end] = (scores.softmax(-1) @ values).transpose(0, 1).to(q.dtype)
+    return out
 
 
 def sample(

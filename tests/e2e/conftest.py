@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
+from fastserve.encoders.served_encoder import ServedEncoder
 from fastserve.launcher.command_line import ServerOptions
 from fastserve.launcher.launcher import Server
 from fastserve.launcher.start_checks import Ports
@@ -93,12 +94,18 @@ def running(
     model: ModelFiles,
     exit_timeout_seconds: int = 5,
     model_repository: Path | None = None,
+    encoders: tuple[ServedEncoder, ...] = (),
+    encoders_only: bool = False,
     **settings: Any,
 ) -> Iterator[RunningServer]:
     """A server of its own with these settings."""
     ports = Ports(*free_ports(3))
     options = ServerOptions(
-        ports=ports, exit_timeout_seconds=exit_timeout_seconds, model_repository=model_repository
+        ports=ports,
+        exit_timeout_seconds=exit_timeout_seconds,
+        model_repository=model_repository,
+        encoders=encoders,
+        encoders_only=encoders_only,
     )
     with Server(Config(model=str(model.checkpoint), **settings), options) as launcher:
         launcher.wait_ready(START_SECONDS)

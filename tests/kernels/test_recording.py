@@ -11,7 +11,7 @@ from torch import Tensor
 from fastserve_kernels import ops
 from fastserve_kernels.cpu.recording import Arena, NotRecordableError, record
 from fastserve_kernels.kv_cache import KVCache
-from fastserve_kernels.ops import CPU_IMPLEMENTATIONS
+from fastserve_kernels.operator_definition import CPU_IMPLEMENTATIONS
 
 TOKENS, DIM = 40, 576
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastserve_kernels import formats, ops, reference
 from fastserve_kernels.attention_metadata import AttentionMetadata
-from fastserve_kernels.cpu import linears, operators, sampling
+from fastserve_kernels.cpu import encoder_attention, linears, operators, sampling
 from fastserve_kernels.formats import Weight
 from fastserve_kernels.kv_cache import KVCache
 from fastserve_kernels.preparation import prepare
@@ -48,6 +48,7 @@ OTHERS = [
     "write_kv",
     "rotary_write_kv",
     "paged_attention",
+    "varlen_attention",
     "sample",
     "log_probs",
 ]
@@ -78,6 +79,7 @@ def arguments(name: str, make_batch: Any) -> tuple[Any, ...]:
         "rotary": (q, k, x, x),
         "write_kv": (k, k, *caches, slots, None, None),
         "rotary_write_kv": (q, k, k, x, x, *caches, slots, None, None),
+        "varlen_attention": (q, q, q, torch.tensor([0, 1, 3]), 0.125, 1, torch.randn(4, 5)),
         "sample": (x, rows, torch.full((3,), 2), rows, rows * 0, rows.double() / 2),
         "log_probs": (x, torch.tensor([0, 7, 2]), 4),
     }[name]
@@ -125,7 +127,7 @@ def test_the_implementations_have_one_signature(name: str) -> None:
     on_no_gpu = {"linear", "linear_int4_a8", "linear_int8_a8"}  # torch's own; what a CPU alone gains by
     assert has_implementation(name, "CUDA") == (name not in on_no_gpu)
     assert (function in IMPLEMENTATIONS) == (name not in on_no_gpu)
-    cpu = next((m for m in (linears, operators, sampling) if hasattr(m, name)), None)
+    cpu = next((m for m in (linears, operators, sampling, encoder_attention) if hasattr(m, name)), None)
     assert has_implementation(name, "CPU") == (cpu is not None)
     assert inspect.signature(getattr(cpu, name, function)) == wanted
     gpu = IMPLEMENTATIONS.get(function, function)

@@ -21,7 +21,7 @@ from fastserve.start_error import StartError
 
 def words(address: str = "127.0.0.1", *server_flags: str) -> list[str]:
     options = ServerOptions(server_flags=server_flags)
-    return command_line(Installation(Path("tritonserver"), {}), options, address, Path("models"), "prefix_")
+    return command_line(Installation(Path("tritonserver"), {}), options, address, [Path("models")], "prefix_")
 
 
 @pytest.mark.parametrize(

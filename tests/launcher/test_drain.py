@@ -147,3 +147,12 @@ def test_models_without_gauges_may_wait_without_computing(tmp_path: Path) -> Non
     for _ in range(100):
         now[0] += 1.0
         assert not drain.is_done()
+
+
+def test_encoders_are_unloaded_after_what_the_gauges_speak_of(tmp_path: Path) -> None:
+    server = FakeServer()
+    assert Drain(server, [*ALL, "embed", "mine"], tmp_path / "stopping").is_done()
+    assert server.unloaded == ["fastserve_infer", "fastserve", "embed", "mine"]
+    alone = FakeServer()
+    assert Drain(alone, ["embed"], tmp_path / "stopping").is_done()
+    assert alone.unloaded == ["embed"]

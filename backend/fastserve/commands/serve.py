@@ -11,8 +11,10 @@ import msgspec
 
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import locate
+from fastserve.commands.encoder_options import add_encoder_flags, served_encoders
 from fastserve.config import Config
 from fastserve.config_flags import add_config_flags, config_from
+from fastserve.encoders.served_encoder import ServedEncoder
 from fastserve.launcher.command_line import ServerOptions
 from fastserve.launcher.installation import EMBEDDED
 from fastserve.launcher.launcher import Server
@@ -21,6 +23,12 @@ from fastserve.scheduling.policies.registry import make_policy
 
 ERRORS = (ModelError,)
 EXAMPLE = '{"text_input": "The capital of France is", "parameters": {"temperature": 0, "max_tokens": 20}}'
+
+ENCODER_EXAMPLES = {
+    "embed": '{"text": "A man is eating food."}',
+    "classify": '{"text": "A man is eating food."}',
+    "rerank": '{"query": "Who eats?", "document": "A man is eating food."}',
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="-- FLAG",
         help="what follows `--` is passed to tritonserver, such as --trace-config=mode=triton",
     )
+    add_encoder_flags(parser)
     add_config_flags(parser)
 
 
@@ -77,15 +86,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Serves until the server ends. Raises ConfigError for a wrong setting, StartError when it cannot run."""
     config = config_from(arguments)
     make_policy(config)  # what cannot be imported is refused here, not by a step of a server that is starting
-    server = Server(_with_model_on_disk(config), _options(arguments))
+    encoders = served_encoders(arguments, config)
+    if not arguments.encoders_only:
+        config = _with_model_on_disk(config)
+    server = Server(config, _options(arguments, encoders))
     server.start()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.request_shutdown())
     print("Starting Triton server; Ctrl-C stops it, a second Ctrl-C at once", file=sys.stderr)
     print(f"Its log: {server.log_path}", file=sys.stderr)
     seconds = server.wait_ready()
-    command = f"curl -s {server.http_url}/v2/models/fastserve/generate -d '{EXAMPLE}'"
-    print(f"FastServe is ready after {seconds:.1f} s. Try: {command}", flush=True)
+    print(f"FastServe is ready after {seconds:.1f} s. Try: {_example(server)}", flush=True)
     server.join()
     return 0
 
@@ -98,7 +109,17 @@ def _with_model_on_disk(config: Config) -> Config:
     return config
 
 
-def _options(arguments: argparse.Namespace) -> ServerOptions:
+def _example(server: Server) -> str:
+    """A command to try."""
+    options = server.options
+    model, body = "fastserve", EXAMPLE
+    if options.encoders_only:
+        encoder = options.encoders[0]
+        model, body = encoder.name, ENCODER_EXAMPLES[encoder.profile.task]
+    return f"curl -s {server.http_url}/v2/models/{model}/generate -d '{body}'"
+
+
+def _options(arguments: argparse.Namespace, encoders: tuple[ServedEncoder, ...] = ()) -> ServerOptions:
     return ServerOptions(
         host=arguments.host,
         ports=Ports(arguments.http_port, arguments.grpc_port, arguments.metrics_port),
@@ -106,5 +127,7 @@ def _options(arguments: argparse.Namespace) -> ServerOptions:
         tritonserver=arguments.tritonserver,
         log_verbose=arguments.log_verbose,
         exit_timeout_seconds=arguments.exit_timeout_secs,
+        encoders=encoders,
+        encoders_only=arguments.encoders_only,
         server_flags=tuple(arguments.server_flags),
     )

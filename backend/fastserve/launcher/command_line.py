@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastserve.config import CONFIG_VARIABLE, MODEL_CONTROL_VARIABLE, STOPPING_VARIABLE
+from fastserve.encoders.served_encoder import ServedEncoder
 from fastserve.launcher.installation import Installation
 from fastserve.launcher.run_directory import RunDirectory
 from fastserve.launcher.start_checks import Ports, in_url
@@ -57,6 +58,10 @@ class ServerOptions:
     """Triton server's own; above 0, all of its log goes to the terminal."""
     exit_timeout_seconds: int = 30
     """For requests in flight, when the server is asked to stop."""
+    encoders: tuple[ServedEncoder, ...] = ()
+    """Models that embed, classify or rerank."""
+    encoders_only: bool = False
+    """No other models are served: `model_repository` is not."""
     server_flags: tuple[str, ...] = ()
     """Further words of `tritonserver`'s command line; see `check_server_flags`."""
 
@@ -79,16 +84,15 @@ def command_line(
     installation: Installation,
     options: ServerOptions,
     address: str,
-    repository: Path,
+    repositories: Sequence[Path],
     shared_memory_prefix: str,
 ) -> list[str]:
-    """The command. All models of `repository` are loaded; the server ends when one of them cannot be.
+    """The command. All models of the repositories are loaded; the server ends when one of them cannot be.
 
     `address`: that of the host, in numbers.
     """
     evhtp_address = f"ipv6:{address}" if ":" in address else address
     values: dict[str, object] = {
-        "model-repository": repository,
         **installation.directories,
         # Explicit: a model of ours may unload another, by which it says that the server is not ready.
         "model-control-mode": "explicit",
@@ -109,9 +113,10 @@ def command_line(
         "shm-default-byte-size": SHARED_MEMORY_PER_MODEL,
         "shm-growth-byte-size": SHARED_MEMORY_PER_MODEL,
     }
+    stored = [f"--model-repository={repository}" for repository in repositories]
     flags = [f"--{name}" if value is None else f"--{name}={value}" for name, value in values.items()]
     backend_flags = [f"--backend-config=python,{name}={value}" for name, value in python_backend.items()]
-    return [str(installation.executable), *flags, *backend_flags, *options.server_flags]
+    return [str(installation.executable), *stored, *flags, *backend_flags, *options.server_flags]
 
 
 def environment(

@@ -19,6 +19,8 @@ from typing import Protocol
 
 ENTRY_POINTS = ("fastserve_infer", "fastserve")
 """Models that clients call, in an order in which none needs one that was unloaded before."""
+INTERNAL = ("preprocess", "scheduler", "engine", "postprocess", "readiness")
+"""Models that no client calls, beside those."""
 UNLOADED = "UNAVAILABLE"
 IDLE_SECONDS = 1.5
 IDLE_CPU = 0.05
@@ -55,7 +57,8 @@ class Drain:
         self._server = server
         self._clock = clock
         entry_points = [name for name in ENTRY_POINTS if name in models]
-        self._to_unload = entry_points or list(models)
+        others = [name for name in models if name not in (*ENTRY_POINTS, *INTERNAL)]
+        self._to_unload = entry_points + others if entry_points else list(models)
         self._has_gauges = bool(entry_points)
         self._to_end: list[str] = []
         self._reached_zero = False

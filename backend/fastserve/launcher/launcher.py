@@ -28,6 +28,7 @@ from fastserve.launcher.command_line import (
     environment,
 )
 from fastserve.launcher.drain import Drain
+from fastserve.launcher.encoder_repository import write_encoder_models
 from fastserve.launcher.installation import server_installation
 from fastserve.launcher.repository import compile_models, model_names, model_repository
 from fastserve.launcher.run_directory import RunDirectory
@@ -70,8 +71,10 @@ class Server:
     def start(self) -> None:
         """Checks everything that can be checked, then starts the server and returns. Raises StartError."""
         options = self.options
-        repository = options.model_repository or model_repository()
-        models = model_names(repository)
+        repository = None if options.encoders_only else options.model_repository or model_repository()
+        models = [encoder.name for encoder in options.encoders]
+        if repository is not None:
+            models += model_names(repository)
         check_server_flags(options.server_flags)
         self._address = resolve(options.host)
         check_ports(self._address, options.ports)
@@ -85,7 +88,7 @@ class Server:
             raise
         self._thread.start()
 
-    def _prepare(self, repository: Path, models: list[str]) -> None:
+    def _prepare(self, repository: Path | None, models: list[str]) -> None:
         run = self.run_directory
         installation = server_installation(run, self.options.tritonserver)
         config_file, stopping_file = run.path / "config.json", run.path / "stopping"
@@ -94,9 +97,15 @@ class Server:
             model = ascii_path(run, "model", os.path.abspath(model))
         config_file.write_bytes(msgspec.json.encode(msgspec.structs.replace(self.config, model=model)))
         self._environment = environment(installation, run, config_file, stopping_file)
-        compile_models(repository)
-        link = run.link("models", repository)
-        self._command = command_line(installation, self.options, self._address, link, run.region_prefix)
+        repositories = []
+        if repository is not None:
+            compile_models(repository)
+            repositories.append(run.link("models", repository))
+        if self.options.encoders:
+            repositories.append(write_encoder_models(run, self.options.encoders, self.config))
+        self._command = command_line(
+            installation, self.options, self._address, repositories, run.region_prefix
+        )
         try:
             self._log = new_log(cache_directory() / "logs", run.path.name)
         except OSError as error:

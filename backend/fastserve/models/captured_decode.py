@@ -18,7 +18,7 @@ from fastserve.models.kv_cache import KVCaches
 from fastserve_kernels.attention_metadata import AttentionMetadata
 from fastserve_kernels.cpu.kernels.program import Program
 from fastserve_kernels.cpu.recording import Arena, NotRecordableError, record
-from fastserve_kernels.ops import CPU_IMPLEMENTATIONS
+from fastserve_kernels.operator_definition import CPU_IMPLEMENTATIONS
 
 logger = logging.getLogger(__name__)
 

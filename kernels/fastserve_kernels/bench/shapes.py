@@ -15,6 +15,8 @@ BLOCK_SIZE = 16
 BLOCK = 64
 """Rows and columns of a block of a block-sparse weight; it divides every model's."""
 MAX_SEQUENCES = 256
+ENCODED_TOKENS = 64
+"""Of a text that an encoder reads."""
 
 
 @dataclass(frozen=True)
@@ -154,4 +156,8 @@ def _sizes(operator: str, model: Model, m: int) -> dict[str, dict[str, int]]:
         paged = {"context": CONTEXT, **heads, "dim_v": model.head_dim, "block_size": BLOCK_SIZE}
         # Up to 16 tokens of a sequence may be decode's.
         return {"": {"batch": 1, "tokens": m, **paged}} if m > 16 else {}
+    if operator == "varlen_attention":
+        # An encoder's: all heads have keys of their own.
+        batch = max(1, m // ENCODED_TOKENS)
+        return {"": {"batch": batch, "tokens": m, "heads": model.heads, "dim": model.head_dim}}
     return {"": {"tokens": m, "dim": model.intermediate if operator == "swiglu" else model.hidden}}

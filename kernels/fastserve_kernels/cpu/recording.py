@@ -124,8 +124,8 @@ def record(
 
     The result is filled when the program runs. Tensors that the function made lie in `arena`, and may hold
     others' numbers once they are gone; the others are kept by the program. `implementations`: of the
-    operators that it may call (`ops.CPU_IMPLEMENTATIONS`). Raises NotRecordableError if it calls another, and
-    what the function raises.
+    operators that it may call (`operator_definition.CPU_IMPLEMENTATIONS`). Raises NotRecordableError if it
+    calls another, and what the function raises.
     """
     calls: list[tuple[int, Any]] = []
     token = record_call.set(lambda address, arguments: calls.append((address, arguments)))

@@ -20,7 +20,7 @@ from fastserve_kernels.gpu.attention_tiles import LOG2_E, attend, code_unit, loa
 
 
 @triton.jit
-def _sequence_of(tile, query_start, sequences, QUERIES: tl.constexpr, SCAN: tl.constexpr):
+def sequence_of(tile, query_start, sequences, QUERIES: tl.constexpr, SCAN: tl.constexpr):
     """The last sequence whose tiles begin at or before a tile."""
     begun = tl.sum(tl.zeros((SCAN,), tl.int32))
     for base in range(0, sequences, SCAN):
@@ -42,7 +42,7 @@ def prefill(
     """Takes the sequences of more than DECODED tokens; QUERIES = BLOCK_M // GROUP."""
     head = tl.program_id(0) % KV_HEADS
     number = tl.program_id(0) // KV_HEADS
-    sequence = _sequence_of(number, query_start, sequences, QUERIES, SCAN)
+    sequence = sequence_of(number, query_start, sequences, QUERIES, SCAN)
     begin = tl.load(query_start + sequence)
     length = (tl.load(query_start + sequence + 1) - begin).to(tl.int32)
     before = tl.cdiv(length, QUERIES) - 1 - (number - (begin // QUERIES).to(tl.int32) - sequence)

@@ -25,6 +25,7 @@ from fastserve_kernels.gpu import (
     sampling,
     sparse24,
     swiglu,
+    varlen_attention,
     w8a8,
 )
 from fastserve_kernels.gpu.operator import Operator
@@ -48,6 +49,7 @@ IMPLEMENTATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     reference.write_kv: kv_write.write_kv,
     reference.rotary_write_kv: kv_write.rotary_write_kv,
     reference.paged_attention: attention.paged_attention,
+    reference.varlen_attention: varlen_attention.varlen_attention,
     reference.sample: sampling.sample,
     reference.log_probs: sampling.log_probs,
 }
@@ -82,6 +84,7 @@ OPERATORS: Mapping[str, Operator] = {
         *swiglu.OPERATORS,
         *kv_write.OPERATORS,
         *attention.OPERATORS,
+        *varlen_attention.OPERATORS,
         *sampling.OPERATORS,
     )
 }

@@ -1,0 +1,1 @@
+"""Encoder models: embeddings, classification and reranking of texts, over ragged batches."""

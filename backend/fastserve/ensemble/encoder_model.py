@@ -1,0 +1,178 @@
+"""A served encoder: a model of Triton server that its dynamic batcher gives batches of requests.
+
+Three threads overlap: `execute` tokenizes a batch while the one before it is computed by the thread `compute`
+and the answers of the one before that are sent by the thread `responses`. `execute` returns when its batch
+begins to be computed, and not before: what comes meanwhile waits in the server's queue, where it is batched
+and ranked by priority.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from fastserve.config import is_stopping
+from fastserve.encoders.served_encoder import SETTINGS_PARAMETER, EncoderSettings
+from fastserve.encoders.threads import limit_spinning
+from fastserve.ensemble.encoder_metrics import EncoderMetrics
+from fastserve.ensemble.messaging import error_response, numbers, send_response_or_error
+from fastserve.ensemble.server_death import leave_with_server
+from fastserve.errors import ErrorCode, RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastserve.encoders.encoder import Encoder
+    from fastserve.ensemble.encoder_request import EncoderRequest
+
+logger = logging.getLogger(__name__)
+
+
+class EncoderModel:
+    """Triton server's Python model of an encoder, whatever its task."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Loads the encoder, and starts the threads."""
+        leave_with_server()
+        config = json.loads(args["model_config"])
+        parameter = config["parameters"][SETTINGS_PARAMETER]["string_value"]
+        self._encoder = _load(msgspec.json.decode(parameter.encode(), type=EncoderSettings))
+        self._metrics = EncoderMetrics(args["model_name"])
+        self._idle = threading.Semaphore(1)
+        """Held from when a batch goes to the thread `compute` until that has computed it."""
+        self._to_compute: queue.SimpleQueue[list[EncoderRequest] | None] = queue.SimpleQueue()
+        self._to_answer: queue.SimpleQueue[tuple[list[EncoderRequest], Tensor | Exception] | None] = (
+            queue.SimpleQueue()
+        )
+        self._threads = [
+            threading.Thread(target=self._compute_all, name="compute", daemon=True),
+            threading.Thread(target=self._answer_all, name="responses", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def execute(self, requests: list[Any]) -> list[None]:
+        """Reads and tokenizes a batch of requests; each is answered later, or refused now."""
+        batch = [each for each in map(self._read, requests) if each is not None]
+        if batch:
+            self._idle.acquire()
+            self._to_compute.put(batch)
+        return [None] * len(requests)
+
+    def _read(self, request: Any) -> EncoderRequest | None:
+        from fastserve.ensemble.encoder_request import read_request
+
+        sender = request.get_response_sender()
+        try:
+            if is_stopping():
+                raise RequestError("the server is stopping and takes no more requests", ErrorCode.UNAVAILABLE)
+            return read_request(self._encoder, request, sender)
+        except Exception as error:
+            if not isinstance(error, RequestError):
+                logger.exception("a request could not be read")
+            self._refuse(sender, error)
+            return None
+
+    def _refuse(self, sender: Any, error: Exception) -> None:
+        self._metrics.count("rejected" if isinstance(error, RequestError) else "error")
+        send_response_or_error(sender, error_response(error))
+
+    def _compute_all(self) -> None:
+        while (batch := self._to_compute.get()) is not None:
+            self._to_answer.put((batch, self._compute(batch)))
+            del batch  # what it holds of the server's would live until the next one comes
+        self._to_answer.put(None)
+
+    def _compute(self, batch: list[EncoderRequest]) -> Tensor | Exception:
+        try:
+            sequences = [sequence for each in batch for sequence in each.sequences]
+            self._metrics.observe_batch(sequences)
+            return self._encoder.compute(sequences)
+        except Exception as error:  # whatever it is, its clients must not wait for ever
+            logger.exception("a batch could not be computed")
+            return error
+        finally:
+            self._idle.release()
+
+    def _answer_all(self) -> None:
+        while (computed := self._to_answer.get()) is not None:
+            self._answer_batch(*computed)
+            del computed
+
+    def _answer_batch(self, batch: list[EncoderRequest], result: Tensor | Exception) -> None:
+        first = 0
+        for each in batch:
+            if isinstance(result, Exception):
+                self._refuse(each.sender, result)
+                continue
+            count = self._num_rows(each)
+            self._answer(each, result[first : first + count])
+            first += count
+
+    def _num_rows(self, each: EncoderRequest) -> int:
+        """Of what is computed: a text has one, or each of its tokens has."""
+        if self._encoder.parts.head_kind == "token":
+            return sum(len(sequence) for sequence in each.sequences)
+        return len(each.sequences)
+
+    def _answer(self, each: EncoderRequest, rows: Tensor) -> None:
+        try:
+            response = pb_utils.InferenceResponse(output_tensors=self._tensors(each, rows))
+        except Exception as error:
+            logger.exception("an answer could not be made")
+            self._refuse(each.sender, error)
+            return
+        self._metrics.count("success")
+        send_response_or_error(each.sender, response)
+
+    def _tensors(self, each: EncoderRequest, rows: Tensor) -> list[Any]:
+        encoder = self._encoder
+        if encoder.task == "embed":
+            embeddings = encoder.finish_embeddings(rows, each.dimensions, each.normalize)
+            return [pb_utils.Tensor("embedding", embeddings)]
+        if encoder.task == "rerank":
+            return [pb_utils.Tensor("score", np.ascontiguousarray(rows.numpy()))]
+        if encoder.parts.head_kind == "token":
+            parts = rows.split([len(sequence) for sequence in each.sequences])
+            labelled = [
+                encoder.finish_tokens(text, part, each.label_rows, each.truncate)
+                for text, part in zip(each.texts, parts, strict=True)
+            ]
+            return [_column("tokens", [msgspec.json.encode(tokens) for tokens in labelled])]
+        classes = encoder.finish_classes(rows, each.label_rows)
+        return [
+            _column("label", [each.label.encode() for each in classes]),
+            numbers("score", [[each.score] for each in classes], np.float32),
+            _column("scores", [msgspec.json.encode(each.scores) for each in classes]),
+        ]
+
+    def finalize(self) -> None:
+        """Ends the threads; requests in flight have been drained before."""
+        self._to_compute.put(None)
+        for thread in self._threads:
+            thread.join()
+
+
+def _load(settings: EncoderSettings) -> Encoder:
+    limit_spinning()
+    import torch  # after it
+
+    from fastserve.encoders.encoder import Encoder
+
+    torch.set_num_threads(settings.num_threads)
+    return Encoder.load(
+        settings.model, dtype=settings.dtype, quantization=settings.quantization, device=settings.device
+    )
+
+
+def _column(name: str, values: Sequence[bytes]) -> Any:
+    """A STRING tensor [len(values), 1]."""
+    return pb_utils.Tensor(name, np.array(values, dtype=np.object_).reshape(-1, 1))
