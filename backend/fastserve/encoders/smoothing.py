@@ -28,7 +28,7 @@ from fastserve.encoders.encoder_model import EncoderModel, Projection
 from fastserve.encoders.encoder_tokenizer import EncoderTokenizer
 from fastserve.encoders.ragged_batch import RaggedBatch
 from fastserve.models.linear import Linear
-from fastserve_kernels.cpu.kernels.cpu_features import host_features, supported
+from fastserve_kernels.cpu.kernels.cpu_features import INTEGER_PRODUCTS, has
 from fastserve_kernels.formats import W8A8, Int8, Weight
 from fastserve_kernels.preparation import prepare
 
@@ -161,4 +161,4 @@ def _pack_groups(weight: Tensor) -> Weight:
 
 def _rounds_activations(weight: Weight, device: torch.device) -> bool:
     """Whether an int8 weight can meet activations of 8 bits there; `W8A8` always does."""
-    return isinstance(weight, Int8) and device.type == "cpu" and supported(host_features())
+    return isinstance(weight, Int8) and device.type == "cpu" and has(*INTEGER_PRODUCTS)

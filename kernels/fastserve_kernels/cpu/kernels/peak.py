@@ -9,15 +9,15 @@ import torch
 from llvmlite import ir
 from numba import types
 
+from fastserve_kernels.cpu.kernels.byte_products import LANES, WORDS, add_byte_products
 from fastserve_kernels.cpu.kernels.elements import same
 from fastserve_kernels.cpu.kernels.kernel import Integers, WorkCounter, fetch_add, kernel
 from fastserve_kernels.cpu.kernels.vectors import intrinsic
-from fastserve_kernels.cpu.kernels.vnni import WORDS, multiply_words, quad
 
 SUMS_AT_ONCE = 12
 """That do not wait for one another: more than the latency of a product times the products of a cycle."""
 ITEMS, STEPS, REPEATS = 64, 4096, 5
-PRODUCTS = 64
+PRODUCTS = 4 * LANES
 """Of a vector: its bytes."""
 
 
@@ -36,7 +36,7 @@ def _multiply(typing: Any, steps: Any) -> Any:
         sums = [builder.phi(WORDS) for _ in range(SUMS_AT_ONCE)]
         step.add_incoming(args[0], before)
         # A product's factor is a sum: else it would be known before, and nothing left to multiply.
-        added = [multiply_words(builder, quad, each, each, ones) for each in sums]
+        added = [add_byte_products(builder, each, [each], [ones], are_small=True) for each in sums]
         for number, (each, result) in enumerate(zip(sums, added, strict=True)):
             each.add_incoming(same(WORDS, number), before)
             each.add_incoming(result, body)
