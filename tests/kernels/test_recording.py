@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels import ops
-from fastserve_kernels.cpu.recording import Arena, NotRecordableError, record
+from fastserve_kernels.cpu.recording import Arena, NotRecordableError, record, record_rows
 from fastserve_kernels.kv_cache import KVCache
 from fastserve_kernels.operator_definition import CPU_IMPLEMENTATIONS
 
@@ -61,12 +61,49 @@ def test_nothing_runs_while_it_is_recorded() -> None:
 def test_the_memory_of_tensors_that_are_gone_is_used_again() -> None:
     x, weight = torch.randn(TOKENS, DIM), torch.rand(DIM)
     arena = Arena()
-    result, _ = record(lambda: chain(x, weight), CPU_IMPLEMENTATIONS, arena)
+    record(lambda: chain(x, weight), CPU_IMPLEMENTATIONS, arena)
     assert arena.nbytes <= 5 * x.nbytes
-    before = arena.nbytes
-    smaller, _ = record(lambda: ops.rms_norm(x[:7], weight, 1e-6), CPU_IMPLEMENTATIONS, arena)
-    assert arena.nbytes == before
-    assert smaller.data_ptr() != result.data_ptr()
+
+
+def test_a_recording_of_rows_is_replayed_for_any_number(threads: int) -> None:
+    x, weight = torch.randn(TOKENS, DIM), torch.rand(DIM)
+    result, program = record_rows(lambda rows: layer(x[:rows], weight), TOKENS, CPU_IMPLEMENTATIONS)
+    for rows in [*range(1, TOKENS + 1), 3]:
+        x.copy_(torch.randn_like(x))
+        before = result.clone()
+        program.resize(rows)
+        program.run()
+        assert torch.equal(result[:rows], layer(x[:rows], weight))
+        assert torch.equal(result[rows:], before[rows:])
+
+
+def layer(x: Tensor, weight: Tensor) -> Tensor:
+    x, residual = ops.add_rms_norm(x, x, weight, 1e-6)
+    x = ops.swiglu(ops.add_rms_norm(x, residual, weight, 1e-3)[0])
+    return ops.rms_norm(x.view(x.shape[0], 2, DIM // 4), weight[: DIM // 4], 1e-6).flatten(1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, weight: ops.rms_norm(x.view(x.shape[0] * 2, -1), weight[: DIM // 2], 1e-6),
+        lambda x, weight: ops.rms_norm(x, weight, 1e-6 * x.shape[0]),
+        lambda x, weight: ops.rms_norm(x[x.shape[0] // 2 :], weight, 1e-6),
+        lambda x, weight: ops.rms_norm(x, weight, 1e-6) if x.shape[0] < TOKENS - 1 else ops.swiglu(x),
+        lambda x, weight: [ops.rms_norm(x, weight, 1e-6) for _ in range(1 + (x.shape[0] < 9))],
+    ],
+    ids=[
+        "twice the rows",
+        "a number of the rows",
+        "another place",
+        "another kernel",
+        "another number of calls",
+    ],
+)
+def test_what_depends_on_the_rows_in_another_way_is_refused(function: Callable) -> None:
+    x, weight = torch.randn(TOKENS, DIM), torch.rand(DIM)
+    with pytest.raises(NotRecordableError, match="rows"):
+        record_rows(lambda rows: function(x[:rows], weight), TOKENS, CPU_IMPLEMENTATIONS)
 
 
 def test_a_view_keeps_the_memory() -> None:

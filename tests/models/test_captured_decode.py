@@ -104,24 +104,6 @@ def warm_up(model: Decoder, caches: list) -> None:
     model.forward(torch.zeros(1, dtype=torch.int64), meta, caches)
 
 
-def test_the_memory_of_the_largest_step_is_enough_for_all(save_model: Callable) -> None:
-    if not has(*FLOAT_PRODUCTS):
-        pytest.skip("this processor lacks extensions of AVX-512")
-    directory, _ = save_model("llama", hidden_size=64, intermediate_size=96)
-    model = load_model(str(directory), "bfloat16", quantization="int4")
-    assert isinstance(model, Decoder)
-    caches = caches_of(model, torch.bfloat16)
-    warm_up(model, caches)
-    captured = CapturedDecode(model, caches, MAX_NUM_TOKENS, MAX_BLOCKS, BLOCK_SIZE)
-    nbytes = captured._arena.nbytes
-    for count in range(1, MAX_NUM_TOKENS):
-        meta = AttentionMetadata.build(
-            [1] * count, [1] * count, [[i] for i in range(count)], BLOCK_SIZE, "cpu"
-        )
-        captured.forward(torch.zeros(count, dtype=torch.int64), meta)
-    assert captured._arena.nbytes == nbytes
-
-
 def test_a_dense_model_is_not_captured(save_model: Callable) -> None:
     """Its products are oneDNN's."""
     directory, _ = save_model("llama")

@@ -142,7 +142,7 @@ class _Profiler:
         forward = _median(lambda: self._captured.forward(ids, meta))
         logits = self._decoder.logits(hidden)
         kernels = dict.fromkeys(KERNEL_PARTS, 0.0)
-        for name, program in self._captured.program(num_seqs).by_kernel().items():
+        for name, program in self._captured.program.by_kernel().items():
             part = next((part for start, part in PARTS.items() if name.startswith(start)), KERNEL_PARTS[-1])
             kernels[part] += _median(program.run)
         head = _median(lambda: self._decoder.logits(hidden))

@@ -67,8 +67,7 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self, max_captured_tokens: int) -> None:
         """Runs a prompt and a decode in blocks that nobody has yet: no request shall wait for first uses.
-        Then prepares to capture steps of up to `max_captured_tokens`, if the model's can be; each number of
-        tokens is recorded when it first comes, in some 10 ms."""
+        Then captures steps of up to `max_captured_tokens`, if the model's can be."""
         blocks = list(range(-(-3 // self.block_size)))
         for num_tokens, context_len in ((2, 2), (1, 3)):
             self._compute_zeros(num_tokens, context_len, blocks, self.kv_caches)

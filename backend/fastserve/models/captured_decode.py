@@ -1,8 +1,7 @@
-"""Steps of few tokens of our decoder on a CPU, decodes above all: recorded once for each number of tokens,
-then replayed.
+"""Steps of our decoder on a CPU, recorded once for any number of tokens, then replayed.
 
 A step calls some 240 operators. Through Python and torch each takes 5 to 7 us, which for a small model is as
-long as its kernels take. A recording has none of that (see `cpu.kernels.program`).
+long as the kernels of a decode take. A recording has none of that (see `cpu.kernels.program`).
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from fastserve.models.causal_lm import CausalLM
 from fastserve.models.decoder import Decoder
 from fastserve.models.kv_cache import KVCaches
 from fastserve_kernels.attention_metadata import AttentionMetadata
-from fastserve_kernels.cpu.kernels.program import Program
-from fastserve_kernels.cpu.recording import Arena, NotRecordableError, record
+from fastserve_kernels.cpu.recording import NotRecordableError, record_rows
 from fastserve_kernels.operator_definition import CPU_IMPLEMENTATIONS
 
 logger = logging.getLogger(__name__)
@@ -40,15 +38,13 @@ class CapturedDecode:
         self._decoder = decoder
         self._kv_caches = kv_caches
         self._block_size = block_size
-        self._arena = Arena()
-        self._recorded: dict[int, tuple[Tensor, Program]] = {}
-        """By the number of tokens: the hidden states, and what computes them."""
         zeros = torch.zeros(max_num_tokens, dtype=torch.int64)
         self._embedded, self._cos, self._sin = decoder.embed(zeros, zeros)
         self._context_lens, self._slot_mapping = zeros.clone(), zeros.clone()
         self._block_tables = torch.zeros(max_num_tokens, max_blocks, dtype=torch.int64)
         self._query_start = torch.arange(max_num_tokens + 1)
-        self._record(max_num_tokens)  # the largest first: its memory is enough for all
+        self._hidden, self.program = record_rows(self._forward_static, max_num_tokens, CPU_IMPLEMENTATIONS)
+        """The hidden states, and what computes them."""
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, meta: AttentionMetadata) -> Tensor:
@@ -57,7 +53,6 @@ class CapturedDecode:
         What is recorded has as many sequences as tokens: those that are too many have no queries.
         """
         count, num_sequences = len(token_ids), len(meta.context_lens)
-        hidden, program = self._recorded.get(count) or self._record(count)
         inputs = self._decoder.embed(token_ids, meta.positions)
         for static, given in zip((self._embedded, self._cos, self._sin), inputs, strict=True):
             static[:count] = given
@@ -66,14 +61,12 @@ class CapturedDecode:
         self._context_lens[:num_sequences] = meta.context_lens
         self._slot_mapping[:count] = meta.slot_mapping
         self._block_tables[:num_sequences, : meta.block_tables.shape[1]] = meta.block_tables
-        program.run()
-        return hidden
+        self.program.resize(count)
+        self.program.run()
+        return self._hidden[:count]
 
-    def program(self, count: int) -> Program:
-        """What computes a step of so many sequences, with the inputs of the last one."""
-        return (self._recorded.get(count) or self._record(count))[1]
-
-    def _record(self, count: int) -> tuple[Tensor, Program]:
+    def _forward_static(self, count: int) -> Tensor:
+        """`Decoder.forward` of the first rows of the tensors that all steps share."""
         meta = AttentionMetadata(
             query_start=self._query_start[: count + 1],
             context_lens=self._context_lens[:count],
@@ -83,13 +76,7 @@ class CapturedDecode:
             block_size=self._block_size,
         )
         inputs = (self._embedded[:count], self._cos[:count], self._sin[:count])
-        self._recorded[count] = record(
-            lambda: self._decoder.forward_embedded(*inputs, meta, self._kv_caches),
-            CPU_IMPLEMENTATIONS,
-            self._arena,
-        )
-        self._arena.release()  # results are good until the next call, and that may be of another count
-        return self._recorded[count]
+        return self._decoder.forward_embedded(*inputs, meta, self._kv_caches)
 
 
 def capture_decode(

@@ -29,11 +29,6 @@ WIDEST_SINGLE_ROW = 1024
 """oneDNN adds up a wider single row in another order than several rows; rounding hides most of it."""
 MIN_PARALLEL = 1 << 18
 """Products that are worth a second thread: it takes a microsecond to get one."""
-RUN_BYTES = 1 << 19
-"""Bytes of weights that lie together and go to one thread, at least, if there are enough for all; of a single
-token, for several take as long by fewer."""
-RUNS_PER_THREAD = 8
-"""Runs of a thread, at least, so that the threads end together."""
 
 KernelFor = Callable[[torch.dtype, "torch.dtype | None"], "Kernel"]
 """Compiles a kernel for the dtype of the activations and that of the scales, once. Each of these imports its
@@ -133,10 +128,8 @@ def _run(
     row_stride, column_stride = x.stride()
     if column_stride != 1:
         x, row_stride = x.contiguous(), in_features
-    in_parallel = tokens * in_features * out_features >= MIN_PARALLEL
-    threads = torch.get_num_threads() if in_parallel else 1
     kernel_for(x.dtype, stored)(
-        in_parallel,
+        tokens * in_features * out_features >= MIN_PARALLEL,
         x.data_ptr(),
         *[0 if tensor is None else tensor.data_ptr() for tensor in (*weight, bias, residual)],
         out.data_ptr(),
@@ -144,19 +137,13 @@ def _run(
         out_features,
         in_features,
         row_stride,
-        _panels_of_a_run(tokens, out_features, weight[0], threads),
-        threads,
+        0 if weight[0] is None else weight[0].nbytes,
+        torch.get_num_threads(),
         bias is not None,
         residual is not None,
         *numbers,
     )
     return out
-
-
-def _panels_of_a_run(tokens: int, out_features: int, weight: Tensor | None, threads: int) -> int:
-    panels = -(-out_features // packing.PANEL_ROWS)
-    nbytes = tokens * (0 if weight is None else weight.nbytes)
-    return max(1, min(RUN_BYTES * panels // max(1, nbytes), panels // (RUNS_PER_THREAD * threads)))
 
 
 def linear(x: Tensor, weight: DenseArguments, bias: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastserve_kernels.cpu.kernels.kernel import record_call
-from fastserve_kernels.cpu.kernels.program import Program
+from fastserve_kernels.cpu.kernels.program import Call, Program
 
 Result = TypeVar("Result")
 
@@ -27,12 +28,15 @@ class NotRecordableError(Exception):
 class Arena:
     """Memory of the tensors between recorded calls, used again when a tensor is gone.
 
-    Recordings that never run at the same time may share one, each after a `release`.
+    A second recording of the same calls, of fewer rows, gets the same memory after a `rewind`.
     """
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
         self._used: list[tuple[StorageWeakRef, np.ndarray]] = []
+        self._given: list[np.ndarray] = []
+        """The memory of all tensors, in the order in which it was asked for."""
+        self._rewound: Iterator[np.ndarray] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -40,23 +44,29 @@ class Arena:
         return sum(block.nbytes for block in [*self._free, *(block for _, block in self._used)])
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of any content."""
-        self._collect()
+        """A tensor of any content. Raises NotRecordableError if one was not asked for before the `rewind`."""
         size = max(1, torch.Size(shape).numel() * dtype.itemsize)
+        block = self._take(size) if self._rewound is None else next(self._rewound, None)
+        if block is None or block.nbytes < size:
+            raise NotRecordableError("fewer rows take other memory")
+        tensor = torch.from_numpy(block[:size]).view(dtype).view(shape)
+        self._used.append((StorageWeakRef(tensor.untyped_storage()), block))
+        return tensor
+
+    def rewind(self) -> None:
+        """Gives the tensors to come the memory that was given so far, in the same order."""
+        self._rewound = iter(self._given)
+
+    def _take(self, size: int) -> np.ndarray:
+        self._collect()
         fitting = [block for block in self._free if block.nbytes >= size]
         if fitting:
             block = min(fitting, key=lambda each: each.nbytes)
             self._free = [each for each in self._free if each is not block]
         else:
             block = _aligned(size)
-        tensor = torch.from_numpy(block[:size]).view(dtype).view(shape)
-        self._used.append((StorageWeakRef(tensor.untyped_storage()), block))
-        return tensor
-
-    def release(self) -> None:
-        """Has the next recording use the memory of all tensors, of which some may still be there."""
-        self._free += [block for _, block in self._used]
-        self._used = []
+        self._given.append(block)
+        return block
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor, or the one that it is a view of, lies in it."""
@@ -127,12 +137,60 @@ def record(
     operators that it may call (`operator_definition.CPU_IMPLEMENTATIONS`). Raises NotRecordableError if it
     calls another, and what the function raises.
     """
-    calls: list[tuple[int, Any]] = []
-    token = record_call.set(lambda address, arguments: calls.append((address, arguments)))
+    result, calls, operands = _record_calls(function, implementations, arena)
+    return result, Program(calls, (arena, operands))
+
+
+def record_rows(
+    function: Callable[[int], Result], max_rows: int, implementations: Mapping[Any, Callable[..., Any]]
+) -> tuple[Result, Program]:
+    """`record` of a function of a number of rows, at least 1; the program is of any up to `max_rows`
+    (`Program.resize`), and so many are in the result.
+
+    Raises NotRecordableError as `record` does, and if what the kernels are called with depends on the number
+    of rows in another way than by being this number. It is called with three numbers to see that.
+    """
+    arena = Arena()
+    result, calls, operands = _record_calls(lambda: function(max_rows), implementations, arena)
+    row_words: set[tuple[int, int]] | None = None
+    for rows in {1, max(1, max_rows - 1)} - {max_rows}:
+        arena.rewind()
+        _, others, _ = _record_calls(functools.partial(function, rows), implementations, arena)
+        found = _row_words(calls, max_rows, others, rows)
+        if row_words is not None and found != row_words:
+            raise NotRecordableError("another argument depends on the number of rows for each number")
+        row_words = found
+    return result, Program(calls, (arena, operands), sorted(row_words or ()))
+
+
+def _row_words(
+    calls: Sequence[Call], rows: int, others: Sequence[Call], other_rows: int
+) -> set[tuple[int, int]]:
+    """The call and the word of each argument that is the number of rows."""
+    if [address for address, _ in calls] != [address for address, _ in others]:
+        raise NotRecordableError("other kernels are called for fewer rows")
+    found = set()
+    for number, ((_, ours), (_, theirs)) in enumerate(zip(calls, others, strict=True)):
+        for word, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            if one != other:
+                if (one, other) != (rows, other_rows):
+                    raise NotRecordableError(
+                        f"an argument is {one} for {rows} rows, {other} for {other_rows}"
+                    )
+                found.add((number, word))
+    return found
+
+
+def _record_calls(
+    function: Callable[[], Result], implementations: Mapping[Any, Callable[..., Any]], arena: Arena
+) -> tuple[Result, list[Call], list[torch.Tensor]]:
+    """What the function returns, the kernels' calls, and the operands that lie elsewhere than in `arena`."""
+    calls: list[Call] = []
+    token = record_call.set(lambda address, arguments: calls.append((address, list(arguments))))
     recorder = _Recorder(arena, implementations)
     try:
         with recorder:
             result = function()
     finally:
         record_call.reset(token)
-    return result, Program(calls, (arena, recorder.found))
+    return result, calls, recorder.found

@@ -138,7 +138,7 @@ def linear_integers(
     out_features: int,
     in_features: int,
     x_stride: int,
-    run: int,
+    weight_bytes: int,
     threads: int,
     has_bias: int,
     has_residual: int,
@@ -148,7 +148,7 @@ def linear_integers(
 ) -> None:
     """`linear_quantized` of activations of 8 bits: codes [panels, K / 8, PANEL_ROWS] words of nibbles, or
     [panels, K / 4, PANEL_ROWS] quads."""
-    shape = shape_for(tokens, out_features, in_features, x_stride, 32, group, run, threads)
+    shape = shape_for(tokens, out_features, in_features, x_stride, 32, group, weight_bytes, threads)
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
     weight = QuantizedWeight(codes, as_bytes(codes), scales, zeros, shift, has_zeros)
     workspace = allocate_workspace(shape, x)
@@ -190,13 +190,13 @@ def linear_quads(
     out_features: int,
     in_features: int,
     x_stride: int,
-    run: int,
+    weight_bytes: int,
     threads: int,
     has_bias: int,
     has_residual: int,
 ) -> None:
     """values [panels, K / 4, PANEL_ROWS] quads; scales [panels, PANEL_ROWS]."""
-    shape = shape_for(tokens, out_features, in_features, x_stride, 64, in_features, run, threads)
+    shape = shape_for(tokens, out_features, in_features, x_stride, 64, in_features, weight_bytes, threads)
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
     workspace = allocate_workspace(shape, x)
     words = as_quads(workspace.words)

@@ -172,7 +172,7 @@ def linear_quantized(
     out_features: int,
     in_features: int,
     x_stride: int,
-    run: int,
+    weight_bytes: int,
     threads: int,
     has_bias: int,
     has_residual: int,
@@ -182,7 +182,7 @@ def linear_quantized(
 ) -> None:
     """codes [panels, K / 8, PANEL_ROWS] words of nibbles, or [panels, K / 4, PANEL_ROWS] words of codes of 8
     bits; scales and zeros [panels, groups, PANEL_ROWS]; see `QuantizedWeight`."""
-    shape = shape_for(tokens, out_features, in_features, x_stride, 32, group, run, threads)
+    shape = shape_for(tokens, out_features, in_features, x_stride, 32, group, weight_bytes, threads)
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
     weight = QuantizedWeight(codes, table, scales, zeros, shift, has_zeros)
     workspace = allocate_workspace(shape, x)
@@ -215,7 +215,7 @@ def linear_rows(
     out_features: int,
     in_features: int,
     x_stride: int,
-    run: int,
+    weight_bytes: int,
     threads: int,
     has_bias: int,
     has_residual: int,
@@ -230,7 +230,7 @@ def linear_rows(
     panels = (nibble_rows + PANEL_ROWS - 1) // PANEL_ROWS
     code_panels = (out_features - nibble_rows + PANEL_ROWS - 1) // PANEL_ROWS
     shape = shape_for(
-        tokens, (panels + code_panels) * PANEL_ROWS, in_features, x_stride, 32, group, run, threads
+        tokens, (panels + code_panels) * PANEL_ROWS, in_features, x_stride, 32, group, weight_bytes, threads
     )
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
     narrow = QuantizedWeight(nibbles, nibble_table, nibble_scales, nibble_zeros, nibble_shift, has_zeros)
@@ -273,7 +273,7 @@ def linear_blocks(
     out_features: int,
     in_features: int,
     x_stride: int,
-    run: int,
+    weight_bytes: int,
     threads: int,
     has_bias: int,
     has_residual: int,
@@ -284,7 +284,14 @@ def linear_blocks(
     [block_columns, PANEL_ROWS] in words. row_starts [block rows + 1] counts blocks; columns are block
     columns."""
     shape = shape_for(
-        tokens, out_features, in_features, x_stride, max(32, block_columns), in_features, run, threads
+        tokens,
+        out_features,
+        in_features,
+        x_stride,
+        max(32, block_columns),
+        in_features,
+        weight_bytes,
+        threads,
     )
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
     workspace = allocate_workspace(shape, x)

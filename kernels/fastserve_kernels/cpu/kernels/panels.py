@@ -40,6 +40,11 @@ SLICE = 256
 """Columns of a panel that meet all these tokens before the next ones do."""
 BLOCK = 128
 """Columns that are added up before they are scaled, unless a group has fewer."""
+RUN_BYTES = 1 << 19
+"""Bytes of weights that lie together and go to one thread, at least, if there are enough for all; of a single
+token, for several take as long by fewer."""
+RUNS_PER_THREAD = 8
+"""Runs of a thread, at least, so that the threads end together."""
 
 
 class LinearShape(NamedTuple):
@@ -106,10 +111,15 @@ def shape_for(
     x_stride: int,
     multiple: int,
     group: int,
-    run: int,
+    weight_bytes: int,
     threads: int,
 ) -> LinearShape:
     """`group` columns share a scale: 32, 64, 128, or all of them."""
+    panels = (out_features + PANEL_ROWS - 1) // PANEL_ROWS
+    run = max(
+        1,
+        min(RUN_BYTES * panels // max(1, tokens * weight_bytes), panels // (RUNS_PER_THREAD * threads)),
+    )
     padded = round_up(in_features, multiple)
     shared = group >= in_features
     block = BLOCK if shared else group

@@ -159,33 +159,52 @@ def _compiled(function: FunctionType) -> Any:
     return compiled, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
 
 
+def _lines(num_words: int) -> np.ndarray:
+    """Words that begin where a line of the cache does."""
+    words = np.zeros(num_words + CALL_WORDS, dtype=np.int64)
+    first = -words.ctypes.data // words.itemsize % CALL_WORDS
+    return words[first : first + num_words]
+
+
+Call = tuple[int, Sequence[int]]
+"""The address of a kernel, and the words of its arguments (see `kernel.record_call`)."""
+
+
 class Program:
     """Kernel calls in the order in which they run."""
 
-    def __init__(self, calls: Sequence[tuple[int, Any]], memory: object) -> None:
-        """`calls`: the address of each kernel, and the array of its arguments (see `kernel.record_call`).
-        `memory`: what keeps the memory that the arguments point to."""
-        self._calls, self._memory = list(calls), memory
-        words = np.zeros((len(calls) + 2, CALL_WORDS), dtype=np.int64)
-        first = -words.ctypes.data // words.itemsize % CALL_WORDS  # to where a line of the cache begins
-        words = words.reshape(-1)[first : first + (len(calls) + 1) * CALL_WORDS]
-        words[0] = len(calls)
-        for number, (address, arguments) in enumerate(calls, 1):
-            start = number * CALL_WORDS
-            words[start + FUNCTION], words[start + ARGUMENTS] = address, ctypes.addressof(arguments)
-        self._words = words
-        self._address = words.ctypes.data
+    def __init__(
+        self, calls: Sequence[Call], memory: object, row_words: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """`memory`: what keeps the memory that the arguments point to. `row_words`: the call and the word of
+        each argument that is the number of rows (`resize`)."""
+        self._memory = memory
+        sizes = [-(-len(arguments) // CALL_WORDS) for _, arguments in calls]
+        self._ends = np.cumsum([1 + len(calls), *sizes]) * CALL_WORDS
+        """Where the arguments of each call begin, and the last ones end."""
+        self._words = _lines(int(self._ends[-1]))
+        self._address = self._words.ctypes.data
+        self._words[0] = len(calls)
+        for number, (address, arguments) in enumerate(calls):
+            start, call = self._ends[number], (number + 1) * CALL_WORDS
+            self._words[start : start + len(arguments)] = arguments
+            self._words[call + FUNCTION] = address
+            self._words[call + ARGUMENTS] = self._address + int(start) * self._words.itemsize
+        self._row_words = np.array([self._ends[call] + word for call, word in row_words], dtype=np.int64)
         self._run, self._reset = _compiled(_run)[1], _compiled(_reset)[1]
 
+    def resize(self, rows: int) -> None:
+        """Has it compute so many rows, up to those that it was recorded for."""
+        self._words[self._row_words] = rows
+
     def by_kernel(self) -> dict[str, Program]:
-        """The calls of each kernel alone, by its name."""
-        names = [KERNEL_NAMES[address] for address, _ in self._calls]
-        return {
-            kept: Program(
-                [call for call, name in zip(self._calls, names, strict=True) if name == kept], self._memory
-            )
-            for kept in dict.fromkeys(names)
-        }
+        """The calls of each kernel alone, by its name, of as many rows as now."""
+        calls: dict[str, list[Call]] = {}
+        for number in range(len(self._ends) - 1):
+            address = int(self._words[(number + 1) * CALL_WORDS + FUNCTION])
+            arguments = self._words[self._ends[number] : self._ends[number + 1]].tolist()
+            calls.setdefault(KERNEL_NAMES[address], []).append((address, arguments))
+        return {name: Program(each, self._memory) for name, each in calls.items()}
 
     def run(self) -> None:
         """Runs all calls, on the threads that torch's operators run on. One thread may be in it at a time."""
