@@ -97,7 +97,7 @@ def layer(x: Tensor, weight: Tensor) -> Tensor:
         "a number of the rows",
         "another place",
         "another kernel",
-        "another number of calls",
+        "more calls",
     ],
 )
 def test_what_depends_on_the_rows_in_another_way_is_refused(function: Callable) -> None:

@@ -174,9 +174,7 @@ def _row_words(
         for word, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             if one != other:
                 if (one, other) != (rows, other_rows):
-                    raise NotRecordableError(
-                        f"an argument is {one} for {rows} rows, {other} for {other_rows}"
-                    )
+                    raise NotRecordableError(f"{rows} rows have an argument {one}, {other_rows} rows {other}")
                 found.add((number, word))
     return found
 

@@ -283,15 +283,9 @@ def linear_blocks(
     """blocks, those of a block row one after another for its first panel, then for its next one: of each
     [block_columns, PANEL_ROWS] in words. row_starts [block rows + 1] counts blocks; columns are block
     columns."""
+    multiple = max(32, block_columns)
     shape = shape_for(
-        tokens,
-        out_features,
-        in_features,
-        x_stride,
-        max(32, block_columns),
-        in_features,
-        weight_bytes,
-        threads,
+        tokens, out_features, in_features, x_stride, multiple, in_features, weight_bytes, threads
     )
     outputs = Outputs(bias, residual, out, has_bias, has_residual)
     workspace = allocate_workspace(shape, x)
