@@ -29,7 +29,7 @@ from fastserve.engine.draft import Draft
 from fastserve.engine.step_seconds import StepSeconds
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
 
-MARGIN = 1.25
+MARGIN = 1.1
 """What is measured is not exact: a guess that brings less than this above its cost is not worth it."""
 Reserve = Callable[[Sequence, int], int]
 """Makes room for so many tokens beyond a sequence's own; returns for how many there is."""
