@@ -70,11 +70,9 @@ def test_a_recording_of_rows_is_replayed_for_any_number(threads: int) -> None:
     result, program = record_rows(lambda rows: layer(x[:rows], weight), TOKENS, CPU_IMPLEMENTATIONS)
     for rows in [*range(1, TOKENS + 1), 3]:
         x.copy_(torch.randn_like(x))
-        before = result.clone()
         program.resize(rows)
         program.run()
         assert torch.equal(result[:rows], layer(x[:rows], weight))
-        assert torch.equal(result[rows:], before[rows:])
 
 
 def layer(x: Tensor, weight: Tensor) -> Tensor:
