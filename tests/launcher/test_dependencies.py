@@ -16,7 +16,13 @@ tomllib = pytest.importorskip("tomllib")  # Python 3.11
 PROJECT = Path(__file__).parents[2]
 OWN = {"fastserve", "fastserve_client", "fastserve_kernels", "tests"}
 FROM_TRITON_SERVER = {"triton_python_backend_utils"}
-BEFORE_INSTALLATION = {"matplotlib": "matplotlib", "lm_eval": "lm-eval"}
+BEFORE_INSTALLATION = {
+    "matplotlib": "matplotlib",
+    "lm_eval": "lm-eval",
+    "openvino": "openvino",
+    "openvino_genai": "openvino-genai",
+    "mistralrs": "mistralrs",
+}
 """Distributions of extras that the tests do without."""
 
 
