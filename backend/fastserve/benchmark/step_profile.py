@@ -92,7 +92,7 @@ def profile_steps(
     Raises ModelError, also for a model whose decode steps cannot be recorded, and ConfigError if so many
     sequences do not fit the engine.
     """
-    config, files = Config(model=model), locate(model)
+    config, files = Config(model=model, speculative_method="none"), locate(model)
     engine = load_engine(config, files)
     decoder = engine.model
     if not isinstance(decoder, Decoder):

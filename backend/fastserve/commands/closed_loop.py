@@ -37,7 +37,7 @@ COLUMNS: Mapping[str, Callable[[Figures], float]] = {
 """Of the table and of the file, with where each is from: output tokens per second, milliseconds."""
 SAMPLE_SECONDS = 0.5
 """Before and after each run, to see what else the machine does."""
-TABLE_WIDTH = 110
+TABLE_WIDTH = 130
 """Characters, where there is no terminal."""
 
 
