@@ -20,6 +20,7 @@ DOCUMENTS = [
     "docs/architecture.md",
     "docs/log.md",
     "docs/newcomer.md",
+    "docs/performance.md",
 ]
 PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:md|toml|py))`")
 """A file or folder in code quotes."""
