@@ -26,7 +26,7 @@ BYTES = (
 OTHERS = (
     "tests/kernels/test_linear.py::test_w8a8_rounds_activations_as_the_reference_does",
     "tests/kernels/test_attention.py::test_equals_the_reference",
-    "tests/models/test_captured_decode.py::test_every_number_of_tokens",
+    "tests/models/test_captured_step.py::test_every_number_of_tokens",
 )
 PROCESSORS = {"+avx2,+fma,+f16c": (*BYTES, *OTHERS), "+avx2,+fma,+f16c,+avxvnni": BYTES}
 """By the value of NUMBA_CPU_FEATURES: tests of what these compute by kernels of our own. VNNI multiplies

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastserve_kernels import ops
-from fastserve_kernels.cpu.recording import Arena, NotRecordableError, record, record_rows
+from fastserve_kernels.cpu.recording import Arena, NotRecordableError, record
 from fastserve_kernels.kv_cache import KVCache
 from fastserve_kernels.operator_definition import CPU_IMPLEMENTATIONS
 
@@ -37,7 +37,7 @@ def chain(x: Tensor, weight: Tensor) -> Tensor:
 def test_a_recording_can_be_replayed_on_other_numbers(threads: int) -> None:
     x, weight = torch.randn(TOKENS, DIM), torch.rand(DIM)
     static = torch.zeros_like(x)
-    result, program = record(lambda: chain(static, weight), CPU_IMPLEMENTATIONS, Arena())
+    result, program = record(lambda _: chain(static, weight), TOKENS, CPU_IMPLEMENTATIONS, Arena())
     for _ in range(20):
         x = torch.randn_like(x)
         static.copy_(x)
@@ -49,7 +49,8 @@ def test_nothing_runs_while_it_is_recorded() -> None:
     x, cache = torch.randn(3, 2, 16), torch.zeros(4, 16, 2, 16)
     slots, caches = torch.tensor([0, 17, 35]), KVCache(cache, cache.clone(), None, None)
     _, program = record(
-        lambda: ops.write_kv(x, x, caches, slots),
+        lambda _: ops.write_kv(x, x, caches, slots),
+        3,
         CPU_IMPLEMENTATIONS,
         Arena(),
     )
@@ -61,13 +62,13 @@ def test_nothing_runs_while_it_is_recorded() -> None:
 def test_the_memory_of_tensors_that_are_gone_is_used_again() -> None:
     x, weight = torch.randn(TOKENS, DIM), torch.rand(DIM)
     arena = Arena()
-    record(lambda: chain(x, weight), CPU_IMPLEMENTATIONS, arena)
+    record(lambda _: chain(x, weight), TOKENS, CPU_IMPLEMENTATIONS, arena)
     assert arena.nbytes <= 5 * x.nbytes
 
 
 def test_a_recording_of_rows_is_replayed_for_any_number(threads: int) -> None:
     x, weight = torch.randn(TOKENS, DIM), torch.rand(DIM)
-    result, program = record_rows(lambda rows: layer(x[:rows], weight), TOKENS, CPU_IMPLEMENTATIONS)
+    result, program = record(lambda rows: layer(x[:rows], weight), TOKENS, CPU_IMPLEMENTATIONS, Arena())
     for rows in [*range(1, TOKENS + 1), 3]:
         x.copy_(torch.randn_like(x))
         program.resize(rows)
@@ -101,17 +102,17 @@ def layer(x: Tensor, weight: Tensor) -> Tensor:
 def test_what_depends_on_the_rows_in_another_way_is_refused(function: Callable) -> None:
     x, weight = torch.randn(TOKENS, DIM), torch.rand(DIM)
     with pytest.raises(NotRecordableError, match="rows"):
-        record_rows(lambda rows: function(x[:rows], weight), TOKENS, CPU_IMPLEMENTATIONS)
+        record(lambda rows: function(x[:rows], weight), TOKENS, CPU_IMPLEMENTATIONS, Arena())
 
 
 def test_a_view_keeps_the_memory() -> None:
     x, weight = torch.randn(TOKENS, DIM), torch.rand(DIM)
 
-    def two() -> tuple[Tensor, Tensor]:
+    def two(_: int) -> tuple[Tensor, Tensor]:
         first = ops.rms_norm(x, weight, 1e-6).view(-1, 2)[3:]
         return first, ops.rms_norm(x, weight, 1e-3)
 
-    (first, second), program = record(two, CPU_IMPLEMENTATIONS, Arena())
+    (first, second), program = record(two, TOKENS, CPU_IMPLEMENTATIONS, Arena())
     program.run()
     assert torch.equal(first, ops.rms_norm(x, weight, 1e-6).view(-1, 2)[3:])
     assert torch.equal(second, ops.rms_norm(x, weight, 1e-3))
@@ -130,5 +131,5 @@ def test_a_view_keeps_the_memory() -> None:
 def test_what_would_run_only_once_is_refused(function: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(TOKENS, DIM)
     with pytest.raises(NotRecordableError, match="no kernel that can be recorded"):
-        record(lambda: function(x), CPU_IMPLEMENTATIONS, Arena())
+        record(lambda _: function(x), TOKENS, CPU_IMPLEMENTATIONS, Arena())
     assert torch.equal(ops.rms_norm(x, x[0], 1e-6), ops.rms_norm(x.clone(), x[0].clone(), 1e-6))

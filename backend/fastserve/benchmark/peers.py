@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -112,6 +113,8 @@ class AdapterTarget:
         except (OSError, ValueError) as error:
             raise PeerError(f"{command}: {error}") from error
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        """Apart from the other: the pipe may be full until the reader has read, which needs that one."""
         self._answers: dict[int, queue.SimpleQueue[dict[str, Any]]] = {}
         """Of the requests in flight, by id."""
         self._num_requests = 0
@@ -127,9 +130,9 @@ class AdapterTarget:
             self._num_requests += 1
             number = self._num_requests
             self._answers[number] = answers
-            request = {"id": number, "prompt_token_ids": job.prompt_token_ids, "max_tokens": job.max_tokens}
-            self._write(request)
+        request = {"id": number, "prompt_token_ids": job.prompt_token_ids, "max_tokens": job.max_tokens}
         try:
+            self._write(request)
             yield from self._tokens(answers)
         finally:
             with self._lock:
@@ -138,7 +141,8 @@ class AdapterTarget:
     def close(self) -> None:
         """Ends the command."""
         assert self._process.stdin
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended already, and what was written for it is lost
+            self._process.stdin.close()
         try:
             self._process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -158,19 +162,24 @@ class AdapterTarget:
     def _write(self, request: dict[str, Any]) -> None:
         assert self._process.stdin
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
+            with self._writing:
+                self._process.stdin.write(json.dumps(request) + "\n")
         except OSError as error:
             raise PeerError(f"{self._command}: {error}") from error
 
     def _read(self) -> None:
-        for answer in self._lines():
-            with self._lock:
-                answers = self._answers.get(answer["id"])
-            if answers is not None:
-                answers.put(answer)
+        ending = "the command has ended"
+        try:
+            for answer in self._lines():
+                with self._lock:
+                    answers = self._answers.get(answer["id"])
+                if answers is not None:
+                    answers.put(answer)
+        except (ValueError, KeyError) as error:
+            ending = f"the command wrote what is no answer: {error!r}"
         with self._lock:
             for answers in self._answers.values():
-                answers.put({"error": "the command has ended"})
+                answers.put({"error": ending})
 
     def _tokens(self, answers: queue.SimpleQueue[dict[str, Any]]) -> Iterator[int]:
         while True:

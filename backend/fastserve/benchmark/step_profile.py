@@ -16,7 +16,7 @@ from fastserve.checkpoints.model_files import locate
 from fastserve.config import Config, ConfigError
 from fastserve.engine.engine_loader import load_engine
 from fastserve.engine.sampler import argmax
-from fastserve.models.captured_decode import capture_decode
+from fastserve.models.captured_step import capture_step
 from fastserve.models.decoder import Decoder
 from fastserve.models.kv_cache import KVCaches
 from fastserve.models.linear import AnyLinear, MixedFormatLinear
@@ -120,9 +120,7 @@ class _Profiler:
         self._block_size = config.block_size
         self._context_len = context_len
         self._num_blocks = -(-context_len // config.block_size)
-        captured = capture_decode(
-            decoder, kv_caches, config.max_num_seqs, self._num_blocks, config.block_size
-        )
+        captured = capture_step(decoder, kv_caches, config.max_num_seqs, self._num_blocks, config.block_size)
         if captured is None:
             raise ModelError("the model's decode steps cannot be recorded")
         self._captured = captured

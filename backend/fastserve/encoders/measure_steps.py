@@ -13,7 +13,7 @@ import msgspec
 
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.encoders.served_encoder import EncoderProfile, EncoderSettings
-from fastserve.encoders.threads import limit_spinning
+from fastserve.openmp import limit_spinning
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 TEXT_TOKENS = 40

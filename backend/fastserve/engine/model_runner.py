@@ -16,7 +16,7 @@ from fastserve.scheduling.sequence import StepPlan
 from fastserve_kernels.attention_metadata import AttentionMetadata
 
 if TYPE_CHECKING:
-    from fastserve.models.captured_decode import CapturedDecode
+    from fastserve.models.captured_step import CapturedStep
 
 DEFAULT_CPU_CACHE_BYTES = 1 << 30
 COPIED_BLOCKS, COPIES = 32, 3
@@ -52,7 +52,7 @@ class ModelRunner:
         self._host = HostKVCache(self.kv_caches, self.num_host_blocks)
         one_block = model.kv_cache_shapes(1, block_size)
         self._probe_caches = make_kv_caches(one_block, kv_dtype, model.device, kv_scales)
-        self._captured_decode: CapturedDecode | None = None
+        self._captured_step: CapturedStep | None = None
 
     def _default_cache_bytes(self, num_sharing: int) -> int:
         if self.model.device.type != "cuda":
@@ -73,10 +73,10 @@ class ModelRunner:
             self._compute_zeros(num_tokens, context_len, blocks, self.kv_caches)
         if self.model.device.type != "cpu":
             return
-        from fastserve.models.captured_decode import capture_decode  # here: a GPU needs no numba
+        from fastserve.models.captured_step import capture_step  # here: a GPU needs no numba
 
         max_blocks = min(self.num_blocks, -(-self.model.max_position // self.block_size))
-        self._captured_decode = capture_decode(
+        self._captured_step = capture_step(
             self.model, self.kv_caches, max_captured_tokens, max_blocks, self.block_size
         )
 
@@ -138,7 +138,7 @@ class ModelRunner:
             self.model.device,
         )
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self.model.device)
-        captured = self._captured_decode
+        captured = self._captured_step
         if captured is not None and len(token_ids) <= captured.max_num_tokens:
             return captured.forward(ids, metadata)
         return self.model.forward(ids, metadata, self.kv_caches)

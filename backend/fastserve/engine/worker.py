@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import queue
 import signal
 import threading
@@ -27,6 +26,7 @@ import psutil
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.config import Config
 from fastserve.engine.worker_pipe import FromWorker, ParentGoneError, ToWorker, WorkerPipe
+from fastserve.openmp import limit_spinning
 from fastserve.service_thread import ServiceThread
 from fastserve.types import Add, Cancel, Forget, Ready, Resume, Shutdown, StepOutput, decode, encode
 
@@ -38,9 +38,6 @@ logger = logging.getLogger(__name__)
 
 DEADLINE_SECONDS = 1.0
 """How often deadlines are looked at while all requests wait elsewhere."""
-OPENMP_SPINS = 1000
-"""How often a thread of torch's OpenMP looks for work before it sleeps, 300 times less than by default: it
-would keep from running, beside another program, the very thread that it waits for."""
 EXIT_SECONDS = 5.0
 """For a worker that has closed its pipe, or was told to leave; then it is killed."""
 
@@ -82,7 +79,7 @@ def _receive(
 
 
 def _load_engine(config: Config, files: ModelFiles, replica: int) -> Engine:
-    os.environ.setdefault("GOMP_SPINCOUNT", str(OPENMP_SPINS))  # before torch is imported, and OpenMP with it
+    limit_spinning()  # before torch is imported, and OpenMP with it
     from fastserve.engine.engine_loader import load_engine  # here: the parent loads no torch
 
     return load_engine(config, files, replica, has_common_queue=True)

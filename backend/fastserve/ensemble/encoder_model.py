@@ -21,11 +21,12 @@ import triton_python_backend_utils as pb_utils
 
 from fastserve.config import is_stopping
 from fastserve.encoders.served_encoder import SETTINGS_PARAMETER, EncoderSettings
-from fastserve.encoders.threads import limit_spinning
 from fastserve.ensemble.encoder_metrics import EncoderMetrics
 from fastserve.ensemble.messaging import error_response, numbers, send_response_or_error
 from fastserve.ensemble.server_death import leave_with_server
 from fastserve.errors import ErrorCode, RequestError
+from fastserve.openmp import limit_spinning
+from fastserve.service_thread import ServiceThread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,8 +54,8 @@ class EncoderModel:
             queue.SimpleQueue()
         )
         self._threads = [
-            threading.Thread(target=self._compute_all, name="compute", daemon=True),
-            threading.Thread(target=self._answer_all, name="responses", daemon=True),
+            ServiceThread("compute", self._compute_next),
+            ServiceThread("responses", self._answer_next),
         ]
         for thread in self._threads:
             thread.start()
@@ -85,11 +86,10 @@ class EncoderModel:
         self._metrics.count("rejected" if isinstance(error, RequestError) else "error")
         send_response_or_error(sender, error_response(error))
 
-    def _compute_all(self) -> None:
-        while (batch := self._to_compute.get()) is not None:
-            self._to_answer.put((batch, self._compute(batch)))
-            del batch  # what it holds of the server's would live until the next one comes
-        self._to_answer.put(None)
+    def _compute_next(self) -> bool:
+        batch = self._to_compute.get()
+        self._to_answer.put(None if batch is None else (batch, self._compute(batch)))
+        return batch is not None
 
     def _compute(self, batch: list[EncoderRequest]) -> Tensor | Exception:
         try:
@@ -102,10 +102,11 @@ class EncoderModel:
         finally:
             self._idle.release()
 
-    def _answer_all(self) -> None:
-        while (computed := self._to_answer.get()) is not None:
+    def _answer_next(self) -> bool:
+        computed = self._to_answer.get()
+        if computed is not None:
             self._answer_batch(*computed)
-            del computed
+        return computed is not None
 
     def _answer_batch(self, batch: list[EncoderRequest], result: Tensor | Exception) -> None:
         first = 0

@@ -25,7 +25,7 @@ class ResponseStreams:
         lock: threading.RLock,
         interval: float,
         responses_per_second: int,
-        num_prompt_streams: int,
+        num_unlimited_streams: int,
         on_unsent: Callable[[ResponseStream], None],
         on_finished: Callable[[ResponseStream], None],
     ) -> None:
@@ -36,7 +36,7 @@ class ResponseStreams:
         self._lock = lock
         self._interval = interval
         self._responses_per_second = responses_per_second
-        self._num_prompt_streams = num_prompt_streams
+        self._num_unlimited_streams = num_unlimited_streams
         self._on_unsent = on_unsent
         self._on_finished = on_finished
         self._streams: dict[str, ResponseStream] = {}
@@ -66,7 +66,7 @@ class ResponseStreams:
     def send_due(self, now: float) -> None:
         """Sends the responses that are due, without the lock."""
         with self._lock:
-            num_sharing = len(self._streams) - self._num_prompt_streams
+            num_sharing = len(self._streams) - self._num_unlimited_streams
             interval = max(self._interval, num_sharing / self._responses_per_second)
             due = [stream for stream in self._streams.values() if stream.is_due(now, interval)]
             for stream in due:

@@ -41,7 +41,7 @@ class Arena:
     @property
     def nbytes(self) -> int:
         """Bytes that it holds, used and free."""
-        return sum(block.nbytes for block in [*self._free, *(block for _, block in self._used)])
+        return sum({id(block): block.nbytes for block in self._given}.values())
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of any content. Raises NotRecordableError if one was not asked for before the `rewind`."""
@@ -128,30 +128,21 @@ class _Recorder(TorchDispatchMode):
 
 
 def record(
-    function: Callable[[], Result], implementations: Mapping[Any, Callable[..., Any]], arena: Arena
+    function: Callable[[int], Result],
+    max_rows: int,
+    implementations: Mapping[Any, Callable[..., Any]],
+    arena: Arena,
 ) -> tuple[Result, Program]:
-    """Calls a function, whose kernels are not run; returns what it returns, and the program of its kernels.
+    """Calls a function of a number of rows, at least 1, whose kernels are not run; returns what it returns
+    for `max_rows`, and the program of its kernels, which is of any number up to that (`Program.resize`).
 
-    The result is filled when the program runs. Tensors that the function made lie in `arena`, and may hold
-    others' numbers once they are gone; the others are kept by the program. `implementations`: of the
+    The result is filled when the program runs. Tensors that the function made lie in `arena`, a new one, and
+    may hold others' numbers once they are gone; the others are kept by the program. `implementations`: of the
     operators that it may call (`operator_definition.CPU_IMPLEMENTATIONS`). Raises NotRecordableError if it
-    calls another, and what the function raises.
+    calls another, and if what the kernels are called with depends on the number of rows in another way than
+    by being this number: the function is called with three to see that. Raises what the function raises.
     """
-    result, calls, operands = _record_calls(function, implementations, arena)
-    return result, Program(calls, (arena, operands))
-
-
-def record_rows(
-    function: Callable[[int], Result], max_rows: int, implementations: Mapping[Any, Callable[..., Any]]
-) -> tuple[Result, Program]:
-    """`record` of a function of a number of rows, at least 1; the program is of any up to `max_rows`
-    (`Program.resize`), and so many are in the result.
-
-    Raises NotRecordableError as `record` does, and if what the kernels are called with depends on the number
-    of rows in another way than by being this number. It is called with three numbers to see that.
-    """
-    arena = Arena()
-    result, calls, operands = _record_calls(lambda: function(max_rows), implementations, arena)
+    result, calls, operands = _record_calls(functools.partial(function, max_rows), implementations, arena)
     row_words: set[tuple[int, int]] | None = None
     for rows in {1, max(1, max_rows - 1)} - {max_rows}:
         arena.rewind()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastserve.checkpoints.kv_cache_scheme import KVScales
-from fastserve.models.captured_decode import CapturedDecode, capture_decode
+from fastserve.models.captured_step import CapturedStep, capture_step
 from fastserve.models.decoder import Decoder
 from fastserve.models.kv_cache import make_kv_caches
 from fastserve.models.model_loader import load_model
@@ -66,12 +66,12 @@ def test_every_number_of_tokens(
     ours, theirs = caches_of(model, kv_dtype), caches_of(model, kv_dtype)
     warm_up(model, ours)
     warm_up(model, theirs)
-    captured = capture_decode(model, ours, MAX_NUM_TOKENS, MAX_BLOCKS, BLOCK_SIZE)
+    captured = capture_step(model, ours, MAX_NUM_TOKENS, MAX_BLOCKS, BLOCK_SIZE)
     is_integers = activations == "int8" or quantization == "w8a8"
     if not has(*(INTEGER_PRODUCTS if is_integers else FLOAT_PRODUCTS)):
         assert captured is None  # the weights have become dense
         return
-    assert isinstance(captured, CapturedDecode)
+    assert isinstance(captured, CapturedStep)
     numbers = random.Random(0)
     for count in [*range(1, MAX_NUM_TOKENS + 1), 5, 1, 9]:  # twice too, of other blocks
         for query_lens in ([1] * count, a_composition(count, numbers), [count]):
@@ -111,4 +111,4 @@ def test_a_dense_model_is_not_captured(save_model: Callable) -> None:
     assert isinstance(model, Decoder)
     caches = caches_of(model, torch.bfloat16)
     warm_up(model, caches)
-    assert capture_decode(model, caches, MAX_NUM_TOKENS, MAX_BLOCKS, BLOCK_SIZE) is None
+    assert capture_step(model, caches, MAX_NUM_TOKENS, MAX_BLOCKS, BLOCK_SIZE) is None

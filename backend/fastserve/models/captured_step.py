@@ -15,13 +15,13 @@ from fastserve.models.causal_lm import CausalLM
 from fastserve.models.decoder import Decoder
 from fastserve.models.kv_cache import KVCaches
 from fastserve_kernels.attention_metadata import AttentionMetadata
-from fastserve_kernels.cpu.recording import NotRecordableError, record_rows
+from fastserve_kernels.cpu.recording import Arena, NotRecordableError, record
 from fastserve_kernels.operator_definition import CPU_IMPLEMENTATIONS
 
 logger = logging.getLogger(__name__)
 
 
-class CapturedDecode:
+class CapturedStep:
     """Computes steps of up to `max_num_tokens` tokens, to the last bit as `Decoder.forward`.
 
     Not thread-safe: all steps share their tensors.
@@ -43,7 +43,9 @@ class CapturedDecode:
         self._context_lens, self._slot_mapping = zeros.clone(), zeros.clone()
         self._block_tables = torch.zeros(max_num_tokens, max_blocks, dtype=torch.int64)
         self._query_start = torch.arange(max_num_tokens + 1)
-        self._hidden, self.program = record_rows(self._forward_static, max_num_tokens, CPU_IMPLEMENTATIONS)
+        self._hidden, self.program = record(
+            self._forward_static, max_num_tokens, CPU_IMPLEMENTATIONS, Arena()
+        )
         """The hidden states, and what computes them."""
 
     @torch.inference_mode()
@@ -79,14 +81,14 @@ class CapturedDecode:
         return self._decoder.forward_embedded(*inputs, meta, self._kv_caches)
 
 
-def capture_decode(
+def capture_step(
     model: CausalLM, kv_caches: KVCaches, max_num_tokens: int, max_blocks: int, block_size: int
-) -> CapturedDecode | None:
+) -> CapturedStep | None:
     """Of a model on a CPU; None if its steps cannot be recorded."""
     if not isinstance(model, Decoder):
         return None
     try:
-        return CapturedDecode(model, kv_caches, max_num_tokens, max_blocks, block_size)
+        return CapturedStep(model, kv_caches, max_num_tokens, max_blocks, block_size)
     except NotRecordableError as error:
         logger.info("steps are not recorded: %s", error)
         return None
