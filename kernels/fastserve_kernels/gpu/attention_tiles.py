@@ -120,6 +120,19 @@ def _within_block(tile, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def softmax_step(qk, m_i, l_i):
+    """A step of the online softmax: (exponentials, factor of what was summed so far, m_i, l_i).
+
+    qk [BLOCK_M, BLOCK_N] are scores times 1 / ln 2; m_i and l_i [BLOCK_M] as `attend` has them.
+    """
+    m_new = tl.maximum(m_i, tl.max(qk, 1))
+    m_safe = tl.where(m_new > float("-inf"), m_new, 0.0)
+    p = tl.exp2(qk - m_safe[:, None])
+    alpha = tl.exp2(m_i - m_safe)
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
 def attend(
     queries, qk_scale, acc, m_i, l_i, first, end, last_position, context_len,
     k_cache, v_cache, table, k_block, k_position, v_block, v_position, window, softcap,
@@ -159,12 +172,7 @@ def attend(
             if WINDOWED:
                 mask = mask & (offs_n[None, :] > last_position[:, None] - window)
             qk = tl.where(mask, qk, float("-inf"))
-        m_prev = m_i
-        m_i = tl.maximum(m_i, tl.max(qk, 1))
-        m_safe = tl.where(m_i > float("-inf"), m_i, 0.0)
-        p = tl.exp2(qk - m_safe[:, None])
-        alpha = tl.exp2(m_prev - m_safe)
-        l_i = l_i * alpha + tl.sum(p, 1)
+        p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i)
         acc *= alpha[:, None]
         acc = multiply(rounded(p, queries.dtype), decoded(v, queries.dtype, pure), acc)
         block = next_block

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastserve_kernels import reference
 from fastserve_kernels.gpu.arithmetic import multiply, rounded
-from fastserve_kernels.gpu.attention_tiles import LOG2_E
+from fastserve_kernels.gpu.attention_tiles import LOG2_E, softmax_step
 from fastserve_kernels.gpu.launch import Argument, Config, Launch, launch_all
 from fastserve_kernels.gpu.operator import Cost, Operator, Shape
 from fastserve_kernels.gpu.prefill_attention import sequence_of
@@ -84,12 +84,7 @@ def varlen(
         if WINDOWED:
             mask = mask & (distance <= window) & (distance >= -window)
         qk = tl.where(mask, qk, float("-inf"))
-        m_prev = m_i
-        m_i = tl.maximum(m_i, tl.max(qk, 1))
-        m_safe = tl.where(m_i > float("-inf"), m_i, 0.0)
-        p = tl.exp2(qk - m_safe[:, None])
-        alpha = tl.exp2(m_prev - m_safe)
-        l_i = l_i * alpha + tl.sum(p, 1)
+        p, alpha, m_i, l_i = softmax_step(qk, m_i, l_i)
         acc = multiply(rounded(p, queries.dtype), values, acc * alpha[:, None])
     share = 1.0 / tl.where(is_query, l_i, 1.0)
     rows = (begin + offs_m) * HEADS + head
