@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -42,6 +43,17 @@ class RunningServer:
             lines = response.read().decode().splitlines()
         samples = (line.rsplit(" ", 1) for line in lines if line.startswith("fastserve_"))
         return {MODEL_LABEL.sub("", name).replace("{}", ""): float(value) for name, value in samples}
+
+    def wait_for_metrics_port(self, seconds: float) -> None:
+        """Waits until the metrics can be read: Triton server opens their port last."""
+        give_up = time.monotonic() + seconds
+        while True:
+            try:
+                self.metrics()
+                return
+            except urllib.error.URLError:
+                assert time.monotonic() < give_up, f"no metrics after {seconds} s"
+                time.sleep(0.02)
 
     def wait_for_metrics(self, holds: Callable[[dict[str, float]], bool], seconds: float) -> float:
         """Waits until the metrics are so, and returns the seconds it took. Fails when it takes longer."""
@@ -109,9 +121,11 @@ def running(
     )
     with Server(Config(model=str(model.checkpoint), **settings), options) as launcher:
         launcher.wait_ready(START_SECONDS)
-        yield RunningServer(
+        server = RunningServer(
             launcher, *(f"127.0.0.1:{port}" for port in (ports.http, ports.grpc, ports.metrics))
         )
+        server.wait_for_metrics_port(START_SECONDS)
+        yield server
 
 
 Launch = Callable[..., AbstractContextManager[RunningServer]]
