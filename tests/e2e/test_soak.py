@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -37,6 +38,10 @@ EXIT_SECONDS = 15
 """Half of what a server takes that believes a request to be in flight."""
 CLIENTS = 12
 GROWTH = 1.05
+SAMPLE_SECONDS = 10
+SAMPLES = 30
+"""Of each process's size, from the warm-up's end and before the end. One alone says nothing: what the server
+holds goes up and down by an eighth within a minute, with the answers that are under way."""
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer"}},
@@ -217,6 +222,19 @@ def processes(launcher: psutil.Process) -> dict[str, tuple[int, int]]:
     return found
 
 
+def median_of(samples: list[dict[str, tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """Of each process the median size and number of threads. Fails if there were others at some time."""
+    names = samples[0].keys()
+    assert all(each.keys() == names for each in samples), "a process was lost or replaced"
+    return {
+        name: (
+            int(statistics.median(each[name][0] for each in samples)),
+            int(statistics.median(each[name][1] for each in samples)),
+        )
+        for name in names
+    }
+
+
 def in_mb(found: dict[str, tuple[int, int]]) -> dict[str, str]:
     return {name: f"{size / 1e6:.1f} MB, {threads} threads" for name, (size, threads) in found.items()}
 
@@ -244,12 +262,15 @@ def test_everything_at_once_for_half_an_hour(soak: bool, tmp_path: Path) -> None
         ]
         for each in clients:
             each.start()
-        kills, early, worker_sizes = 0, None, []
+        kills, worker_sizes = 0, []
         next_kill = start + KILL_EVERY_SECONDS
+        samples: list[dict[str, tuple[int, int]]] = []
+        next_sample = start + WARM_UP_SECONDS
         while time.monotonic() < start + SECONDS:
             time.sleep(1)  # the clock of the test itself
-            if early is None and time.monotonic() > start + WARM_UP_SECONDS:
-                early = processes(launcher)
+            if time.monotonic() > next_sample:
+                samples.append(processes(launcher))
+                next_sample += SAMPLE_SECONDS
             if time.monotonic() > next_kill and (worker := worker_of(launcher)) is not None:
                 worker_sizes.append(worker.memory_info().rss)
                 worker.kill()
@@ -257,16 +278,17 @@ def test_everything_at_once_for_half_an_hour(soak: bool, tmp_path: Path) -> None
         for each in clients:
             each.join(ANSWER_SECONDS + 30)
         hung = [each.name for each in clients if each.is_alive()]
-        late = processes(launcher)
+        samples.append(processes(launcher))
+        count = min(SAMPLES, len(samples) // 2)
+        early, late = median_of(samples[:count]), median_of(samples[-count:])
         print(f"{kills} workers killed; {dict(sorted(traffic.outcomes.items()))}")
         print(f"errors: {dict(traffic.sentences.most_common(12))}")
         print(f"worker's size at each kill, MB: {[size // 1_000_000 for size in worker_sizes]}")
-        print(f"after {WARM_UP_SECONDS:.0f} s: {in_mb(early or {})}\nat the end: {in_mb(late)}")
+        print(f"after {WARM_UP_SECONDS:.0f} s: {in_mb(early)}\nat the end: {in_mb(late)}")
         assert not hung, f"requests that hang: {hung}"
         server.wait_until_idle(30)
         assert not traffic.unexpected, traffic.unexpected[:10]
         assert kills >= SECONDS // KILL_EVERY_SECONDS - 1
-        assert early is not None
         assert early.keys() == late.keys(), "a process was lost or replaced"
         for name, (size, threads) in early.items():
             assert late[name][0] <= size * GROWTH + (1 << 20), f"{name} grew: {size} -> {late[name][0]} bytes"
