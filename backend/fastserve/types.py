@@ -15,6 +15,8 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from fastserve.errors import RequestError
+
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 TokenLogprob = tuple[int, float, int]
@@ -170,6 +172,11 @@ class Failure(Struct, frozen=True):
     code: str
     """An `ErrorCode`."""
     message: str
+
+    @classmethod
+    def of(cls, error: RequestError) -> Failure:
+        """What an error says."""
+        return cls(error.code.value, str(error))
 
 
 class Add(Struct, frozen=True, tag=True):

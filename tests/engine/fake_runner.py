@@ -97,6 +97,7 @@ def make_fake_engine(
     prefix_caching: bool = True,
     num_host_blocks: int = 0,
     has_common_queue: bool = False,
+    takes_all_cores: bool = False,
     num_speculative_tokens: int = 0,
 ) -> Engine:
     """An engine whose `_runner` is a `FakeRunner`."""
@@ -111,4 +112,5 @@ def make_fake_engine(
         Speculator(num_speculative_tokens, max_num_batched_tokens, num_blocks * block_size),
         num_blocks * block_size,
         has_common_queue,
+        takes_all_cores,
     )

@@ -123,3 +123,22 @@ def test_a_sequence_that_has_outgrown_the_cache_fails_alone(
     outputs = helpers.run_until_idle(engine)
     assert "the cache has 4" in outputs["long"][-1].failure.message
     assert len(helpers.tokens_of(outputs["short"])) == 5
+
+
+def test_it_gives_way_behind_first_tokens_where_it_takes_all_cores(fake_engine: Any, helpers: Any) -> None:
+    engine = fake_engine(VOCAB, takes_all_cores=True)
+    engine.add(helpers.make_add("a", [1, 2], **GREEDY))
+    engine.step()
+    assert engine.gives_way
+    engine.step()
+    assert not engine.gives_way
+    engine.add(helpers.make_add("b", [3], **GREEDY))
+    engine.step()
+    assert engine.gives_way
+
+
+def test_it_never_gives_way_where_cores_are_free(fake_engine: Any, helpers: Any) -> None:
+    engine = fake_engine(VOCAB)
+    engine.add(helpers.make_add("a", [1, 2], **GREEDY))
+    engine.step()
+    assert not engine.gives_way

@@ -21,6 +21,7 @@ class FakeEngine:
     max_model_len = 2048
     block_size = 16
     num_preempted = 0
+    gives_way = False
 
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens

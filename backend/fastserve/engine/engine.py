@@ -70,10 +70,12 @@ class Engine:
         speculator: Speculator,
         max_model_len: int,
         has_common_queue: bool = False,
+        takes_all_cores: bool = False,
     ) -> None:
         """`max_model_len`: tokens of prompt and answer that the model and its KV cache can hold.
 
         `has_common_queue`: whether sequences that wait are told and resumed; else they wait in `scheduler`.
+        `takes_all_cores`: whether the model's kernels run on all cores that this process may use.
         """
         self.max_model_len = max_model_len
         self._runner = runner
@@ -87,6 +89,9 @@ class Engine:
         self._active: dict[str, _RequestState] = {}
         """Requests that the scheduler has, by uid."""
         self._has_common_queue = has_common_queue
+        self._takes_all_cores = takes_all_cores
+        self._has_first_token = False
+        """Whether the last step brought a sequence's first token."""
         self._preempted: dict[tuple[str, int], Sequence] = {}
         """Sequences that wait in the common queue, by uid and index."""
         self._ended: list[tuple[str, int]] = []
@@ -121,6 +126,11 @@ class Engine:
     def num_preempted(self) -> int:
         """Sequences that wait in the common queue."""
         return len(self._preempted)
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether those who pass tokens on need a core before the next step takes all of them again."""
+        return self._takes_all_cores and self._has_first_token
 
     @property
     def block_size(self) -> int:
@@ -164,11 +174,7 @@ class Engine:
             raise invalid("prompt", "no tokens", "at least one")
         if length >= self.max_model_len:
             raise prompt_too_long(length, self.max_model_len)
-        self._vocabulary.check("prompt", request.prompt_token_ids)
-        self._vocabulary.check("logit_bias", request.sampling.logit_bias)
-        self._vocabulary.check("stop_token_ids", request.sampling.stop_token_ids)
-        for word in request.bad_words_token_ids:
-            self._vocabulary.check("bad_words", word)
+        self._vocabulary.check_request(request)
 
     def _start(self, message: Add, guide: CompiledGuide | None) -> None:
         request = message.request
@@ -199,11 +205,11 @@ class Engine:
 
     def _refuse(self, request: Request, error: RequestError) -> None:
         """Ends a request that was never started."""
-        self._end(request.uid, range(request.sampling.n), Outcome.ERROR, _failure(error))
+        self._end(request.uid, range(request.sampling.n), Outcome.ERROR, Failure.of(error))
 
     def _fail(self, uid: str, error: RequestError) -> None:
         """Ends a whole request: its client gets an error in place of what is left to come."""
-        self._abort(uid, Outcome.ERROR, _failure(error))
+        self._abort(uid, Outcome.ERROR, Failure.of(error))
 
     def cancel(self, uid: str, outcome: Outcome, index: int | None = None) -> None:
         """Stops a request, or one sequence of it; nothing happens if it is not being served."""
@@ -239,6 +245,7 @@ class Engine:
         Raises what the model raised if the device no longer computes anything, and BlockPoolError or
         SchedulerError if blocks or sequences are left over when the last request has ended.
         """
+        self._has_first_token = False
         self._expire(time.monotonic())
         self._start_compiled()
         self._check_when_idle()
@@ -344,6 +351,7 @@ class Engine:
         if (error := state.append(token.token_id)) is not None:
             return error
         is_first = sequence.num_generated_tokens == 0
+        self._has_first_token |= is_first
         sequence.token_ids.append(token.token_id)
         outcome = check_stop(sequence, state.stop_token_ids, state.is_guide_complete, self.max_model_len)
         if outcome is not None:
@@ -389,7 +397,3 @@ class Engine:
             draft_tokens_total=self._speculator.num_draft_tokens,
             accepted_tokens_total=self._speculator.num_accepted_tokens,
         )
-
-
-def _failure(error: RequestError) -> Failure:
-    return Failure(code=error.code.value, message=str(error))

@@ -33,9 +33,11 @@ def load_engine(
     `replica`: which of `config.replicas` it is. `has_common_queue`: see `Engine`.
     """
     device = choose_device(config.device, replica)
+    takes_all_cores = False
     if device.type == "cpu":
         share = len(os.sched_getaffinity(0)) // config.replicas
         torch.set_num_threads(config.num_threads or max(1, share))
+        takes_all_cores = torch.get_num_threads() * config.replicas >= len(os.sched_getaffinity(0))
     checkpoint, length = str(files.checkpoint), config.max_model_len
     model = load_model(
         checkpoint, config.dtype, device, length, config.quantization, config.activation_quantization
@@ -69,7 +71,9 @@ def load_engine(
     speculator = Speculator(
         num_speculative_tokens(config), max_decode_tokens(config), max_model_len, config.target_itl_ms / 1e3
     )
-    return Engine(runner, scheduler, sampler, guides, speculator, max_model_len, has_common_queue)
+    return Engine(
+        runner, scheduler, sampler, guides, speculator, max_model_len, has_common_queue, takes_all_cores
+    )
 
 
 def num_speculative_tokens(config: Config) -> int:

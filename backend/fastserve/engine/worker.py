@@ -15,6 +15,7 @@ import multiprocessing
 import queue
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -38,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 DEADLINE_SECONDS = 1.0
 """How often deadlines are looked at while all requests wait elsewhere."""
+GIVE_WAY_SECONDS = 0.001
+"""After first tokens, where kernels take all cores: on its way to the client a token passes some ten threads,
+each of which would wait for a core that the next step has. It takes a fortieth of a short prompt's time."""
 EXIT_SECONDS = 5.0
 """For a worker that has closed its pipe, or was told to leave; then it is killed."""
 
@@ -66,6 +70,8 @@ def run_engine(
                 return
         if engine.has_work or engine.num_preempted:
             send(engine.step())
+            if engine.gives_way:
+                time.sleep(GIVE_WAY_SECONDS)
 
 
 def _receive(

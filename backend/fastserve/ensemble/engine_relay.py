@@ -223,8 +223,9 @@ class EngineModel:
             for tokens in self._tenant_tokens.take():
                 self._capacity.tell(tokens)
             self._replicas[replica].stats = step.stats
-            self._publish_capacity()
         self._streams.send_due(now)
+        with self._lock:
+            self._publish_capacity()  # behind the tokens: its message would take their core
         self._metrics.observe_step(replica, step.stats, now)
 
     def _give_up(self, stream: ResponseStream) -> None:

@@ -56,7 +56,7 @@ def answer_queued(request: Request, sender: Any) -> None:
 def send_rejected(request: Request, sender: Any, error: RequestError, outcome: Outcome) -> bool:
     """From `scheduler`: ends a forwarded request that fails in the queue; False where that cannot be sent."""
     try:
-        failure = Failure(error.code.value, str(error))
+        failure = Failure.of(error)
         send_final(sender, message_response("released", Rejected(request, outcome, failure)))
     except Exception:
         logger.exception("the failure of request %s could not be sent", request.uid)

@@ -43,21 +43,22 @@ class RequestState:
     output_processor: OutputProcessor
     first_token: float
     """Its time, `time.monotonic()`."""
+    next_question: float
+    """When to ask whether its client has cancelled: not before the first token, which would wait for it."""
     num_tokens: int = 0
     is_cancelled: bool = False
     """Its client has cancelled, and the stop is on its way to `engine`."""
     failure: RequestError | None = None
     """Why no more is sent of it; its client is told with its last output."""
-    _next_question: float = 0.0
 
     def is_newly_cancelled(self, triton_request: Any, now: float) -> bool:
         """Whether its client is now known to have cancelled; `triton_request`: its latest.
 
         The server's process is asked, which costs as much as half a response: not for each one.
         """
-        if self.is_cancelled or now < self._next_question:
+        if self.is_cancelled or now < self.next_question:
             return False
-        self._next_question = now + QUESTION_SECONDS
+        self.next_question = now + QUESTION_SECONDS
         self.is_cancelled = triton_request.is_cancelled()
         return self.is_cancelled
 
@@ -100,10 +101,8 @@ class PostprocessModel:
         now = time.monotonic()
         if now >= self._next_sweep:
             self._sweep(now)
-        state = RequestState(request, OutputProcessor(self._tokenizer, request), now)
-        self._states[output.uid] = state
-        if any(each.token_ids for each in output.outputs):
-            self._metrics.observe_first_token(request, now)
+        processor = OutputProcessor(self._tokenizer, request)
+        state = self._states[output.uid] = RequestState(request, processor, now, now + QUESTION_SECONDS)
         return state
 
     def _answer(
@@ -119,8 +118,13 @@ class PostprocessModel:
             now = time.monotonic()
             if not output.final and state.is_newly_cancelled(triton_request, now):
                 self._stops.send(Cancel(output.uid, Outcome.CANCELLED))
-            self._count(state, output, now)
-            send_final(sender, self._push(state, output))
+            response = self._push(state, output)
+            if output.final:  # whoever has the whole answer finds it counted
+                self._count(state, output, now)
+                send_final(sender, response)
+            else:  # each metric is a message to the server, for which tokens do not wait
+                send_final(sender, response)
+                self._count(state, output, now)
         elif output.final:
             raise state.failure
         else:
@@ -128,6 +132,8 @@ class PostprocessModel:
 
     def _count(self, state: RequestState, output: RequestOutput, now: float) -> None:
         num_tokens = sum(len(each.token_ids) for each in output.outputs)
+        if output.request is not None and num_tokens > 0:
+            self._metrics.observe_first_token(output.request, now)
         state.num_tokens += num_tokens
         self._metrics.count_tokens(state.request, num_tokens, now)
         if output.final:

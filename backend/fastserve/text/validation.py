@@ -16,6 +16,7 @@ from msgspec import inspect
 
 from fastserve.errors import RequestError, invalid
 from fastserve.text.type_words import type_words
+from fastserve.types import Request
 
 MAX_JSON_DEPTH = 128
 _INT64 = range(-(2**63), 2**63)
@@ -154,3 +155,11 @@ class Vocabulary:
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < self.size:
                 raise RequestError(f"`{field}`: got the token {token_id}; allowed: {self.allowed}")
+
+    def check_request(self, request: Request) -> None:
+        """Raises RequestError as `check` does, for any of the ids that a request names."""
+        self.check("prompt", request.prompt_token_ids)
+        self.check("logit_bias", request.sampling.logit_bias)
+        self.check("stop_token_ids", request.sampling.stop_token_ids)
+        for word in request.bad_words_token_ids:
+            self.check("bad_words", word)
