@@ -19,6 +19,7 @@ from fastserve.launcher.command_line import ServerOptions
 from fastserve.launcher.installation import EMBEDDED
 from fastserve.launcher.launcher import Server
 from fastserve.launcher.start_checks import Ports
+from fastserve.launcher.tls import tls_files
 from fastserve.scheduling.policies.registry import make_policy
 
 ERRORS = (ModelError,)
@@ -46,6 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     server.add_argument(
         "--metrics-port", type=int, default=ports.metrics, metavar="N", help="(default: %(default)s)"
+    )
+    server.add_argument(
+        "--metrics-host", default="", metavar="HOST", help="address of the metrics port (default: --host)"
+    )
+    server.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="PEM certificate of the HTTP and the gRPC port"
+    )
+    server.add_argument("--tls-key", type=Path, metavar="FILE", help="its PEM key, without a password")
+    server.add_argument(
+        "--tls-client-ca",
+        type=Path,
+        metavar="FILE",
+        help="PEM authority of clients' certificates: who has none is not let in",
     )
     server.add_argument(
         "--model-repository", type=Path, metavar="DIR", help="of Triton server (default: FastServe's own)"
@@ -122,6 +136,8 @@ def _example(server: Server) -> str:
 def _options(arguments: argparse.Namespace, encoders: tuple[ServedEncoder, ...] = ()) -> ServerOptions:
     return ServerOptions(
         host=arguments.host,
+        metrics_host=arguments.metrics_host,
+        tls=tls_files(arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca),
         ports=Ports(arguments.http_port, arguments.grpc_port, arguments.metrics_port),
         model_repository=arguments.model_repository,
         tritonserver=arguments.tritonserver,
