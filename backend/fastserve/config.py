@@ -165,9 +165,9 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         dict[Annotated[str, Meta(max_length=128)], TenantQuota],
         Meta(
             description="what a tenant may ask for, as JSON: requests_per_second, tokens_per_second, "
-            "tokens_in_flight, requests_in_flight and burst_seconds (10: what the rates give in so many seconds may be used at "
-            'once), {"free": {"requests_per_second": 2, "tokens_in_flight": 4096}}; `*`: each tenant that is '
-            "not named"
+            "tokens_in_flight, requests_in_flight and burst_seconds (10: what the rates give in so many "
+            'seconds may be used at once), {"free": {"requests_per_second": 2, "tokens_in_flight": 4096}}; '
+            "`*`: each tenant that is not named"
         ),
     ] = {}
     max_queue_size: Annotated[
@@ -197,8 +197,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     keys_file: Annotated[
         str,
         Meta(
-            description="JSON file of keys (`fastserve keys`): nobody is served without one; it is read again "
-            "when it changes"
+            description="JSON file of keys (`fastserve keys`): nobody is served without one; it is read "
+            "again when it changes"
         ),
     ] = ""
     request_log: Annotated[
@@ -210,8 +210,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     log_prompts: Annotated[
         Literal["none", "masked", "full"],
         Meta(
-            description="prompts and answers in the request log; masked: without addresses, numbers of phones, "
-            "cards and accounts, and keys, as far as they are found (extra `masking`)"
+            description="prompts and answers in the request log; masked: without addresses, numbers of "
+            "phones, cards and accounts, and keys, as far as they are found (extra `masking`)"
         ),
     ] = "none"
 

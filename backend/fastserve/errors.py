@@ -11,11 +11,7 @@ _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
 
 
 class ErrorCode(str, Enum):
-    """Why a request failed; each is the Triton server status code of the same name, but for two.
-
-    Triton server has no code for UNAUTHENTICATED and PERMISSION_DENIED, gRPC's names: it is given
-    INVALID_ARG for them.
-    """
+    """Why a request failed: status codes of Triton server, and two of gRPC that it does not have."""
 
     INVALID_ARG = "INVALID_ARG"
     UNAUTHENTICATED = "UNAUTHENTICATED"
@@ -25,6 +21,12 @@ class ErrorCode(str, Enum):
     UNAVAILABLE = "UNAVAILABLE"
     CANCELLED = "CANCELLED"
     INTERNAL = "INTERNAL"
+
+    @property
+    def triton_code(self) -> str:
+        """The status code of Triton server that stands for it."""
+        has_none = self in (ErrorCode.UNAUTHENTICATED, ErrorCode.PERMISSION_DENIED)
+        return ErrorCode.INVALID_ARG.value if has_none else self.value
 
 
 class RequestError(Exception):
@@ -54,8 +56,21 @@ def read_error(message: str) -> RequestError | None:
 
 
 _CONTENT = frozenset(
-    "text_input prompt_token_ids messages tools chat_template_kwargs documents sampling_parameters stop "
-    "bad_words structured_outputs guided_decoding text query document".split()
+    {
+        "text_input",
+        "prompt_token_ids",
+        "messages",
+        "tools",
+        "chat_template_kwargs",
+        "sampling_parameters",
+        "stop",
+        "bad_words",
+        "structured_outputs",
+        "guided_decoding",
+        "text",
+        "query",
+        "document",
+    }
 )
 """Fields that hold what users write, at any depth: an error must not, since it goes into others' logs."""
 _NO_CONTENT = frozenset(["role", "type"])

@@ -103,7 +103,7 @@ class Request(Struct, frozen=True, tag=True):
     expected_output_tokens: int | None = None
     """The client's hint of how long an answer will be, from 1 to what it asked for as `max_tokens`."""
     cache_salt: str = ""
-    """Part of the hash of its prompt's blocks: only requests with the same find its blocks in the prefix cache."""
+    """Part of its blocks' hashes: only requests with the same find them in the prefix cache."""
     key_id: str = ""
     """Of the key that its client has shown."""
 

@@ -29,7 +29,7 @@ class Grant(Struct, frozen=True):
     cache_salt: str
 
     def apply(self, request: Request) -> Request:
-        """The request as its tenant's. Raises RequestError (PERMISSION_DENIED) for what the key does not allow.
+        """The request as its tenant's. Raises RequestError (PERMISSION_DENIED) for what the key forbids.
 
         Priority 0, which is also that of a request that names none, becomes the nearest of the key's range.
         """

@@ -1,7 +1,7 @@
 """A key: what a client shows, and what is kept of it.
 
-A key is `fsk_ID_SECRET`. The id finds its record and may be shown; the secret is 256 random bits, so one round
-of SHA-256 keeps it: a slow hash protects words that people choose, and would cost each request its time.
+A key is `fsk_ID_SECRET`. The id finds its record and may be shown; the secret is 256 random bits, so one
+round of SHA-256 keeps it: a slow hash protects words that people choose, and would cost each request time.
 """
 
 from __future__ import annotations

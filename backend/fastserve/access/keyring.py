@@ -89,7 +89,7 @@ class Keyring:
         }
 
     def _stat(self) -> tuple[int, ...] | None:
-        """What differs between two files of that name, and when one is changed in place; None: there is none."""
+        """What differs between two files of that name, and when one is changed in place; None: no file."""
         try:
             state = os.stat(self._path)
         except OSError:

@@ -1,7 +1,7 @@
 """The file of keys and of what their tenants may use: JSON, readable by its owner only.
 
-    {"tenants": {"paying": {"quota": {"requests_per_second": 50}}},
-     "keys": [{"id": "4f0c12ab90de", "sha256": "...", "tenant": "paying", "created": "..."}]}
+{"tenants": {"paying": {"quota": {"requests_per_second": 50}}},
+ "keys": [{"id": "4f0c12ab90de", "sha256": "...", "tenant": "paying", "created": "..."}]}
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Tenant(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit
     quota: TenantQuota | None = None
     """None: that of `--tenant-quotas`, if there is one."""
     cache_salt: str = ""
-    """Part of the hashes of its prompts' KV blocks: no other tenant finds them in the prefix cache, nor learns
-    from an answer's time that they are there. Empty: shared with all who have none."""
+    """Part of the hashes of its prompts' KV blocks: no other tenant finds them in the prefix cache, nor
+    learns from an answer's time that they are there. Empty: shared with all who have none."""
 
 
 class Keys(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -59,9 +59,7 @@ class Keys(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """The same without that key. Raises KeyError for an id that is not there, or was revoked before."""
         if not any(key.id == key_id and key.revoked is None for key in self.keys):
             raise KeyError(key_id)
-        keys = (
-            msgspec.structs.replace(key, revoked=when) if key.id == key_id else key for key in self.keys
-        )
+        keys = (msgspec.structs.replace(key, revoked=when) if key.id == key_id else key for key in self.keys)
         return Keys(tenants=self.tenants, keys=tuple(keys))
 
 
@@ -82,8 +80,8 @@ def read_keys(path: Path) -> Keys:
 
 @contextmanager
 def edit_keys(path: Path) -> Iterator[list[Keys]]:
-    """Gives what the file holds (nothing, where there is none yet), in a list of one; what that list holds when
-    the block ends is written, whole or not at all. One process does so at a time.
+    """Gives what the file holds (nothing, where there is none yet), in a list of one; what that list holds
+    when the block ends is written, whole or not at all. One process does so at a time.
 
     Raises KeysFileError and WriteError.
     """

@@ -1,8 +1,8 @@
 """Masks what of a text should not be written down: addresses, numbers of phones, cards and accounts, keys.
 
-`phonenumbers`, `python-stdnum` (check digits of cards and IBANs) and `detect-secrets` (the forms of providers'
-keys) decide; they are of the extra `masking`. Where they leave doubt, more is masked rather than less:
-`docs/access.md` says what is missed all the same.
+`phonenumbers`, `python-stdnum` (check digits of cards and IBANs) and `detect-secrets` (the forms of
+providers' keys) decide; they are of the extra `masking`. Where they leave doubt, more is masked rather than
+less: `docs/access.md` says what is missed all the same.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ MIN_TOKEN_LENGTH = 20
 _EMAIL = re.compile(r"""[^\s@<>"'(),:;\[\]]+@[^\s@<>"'(),:;\[\]]+\.[^\W\d_]{2,}""")
 _CARD = re.compile(r"(?<!\d)(?:\d[ -]?){11,18}\d(?!\d)")
 _IBAN = re.compile(r"\b[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z0-9]{4}){2,7}(?:[ -]?[A-Za-z0-9]{1,3})?\b")
-_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S)
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S
+)
 _NAMED = re.compile(
-    r"""(?ix) \b (?: api[_ -]?key | access[_ -]?key | secret(?:[_ -]?key)? | token | passw(?:or)?d | passwd | pwd )
+    r"""(?ix) \b (?: (?:api|access)[_ -]?key | secret (?:[_ -]?key)? | token | passw(?:or)?d | passwd | pwd )
     ["']? (?: \s*(?::=|=>|[:=])\s* | \s+is\s+ ) ["']? (?P<value> [^\s"',;]{4,} )"""
 )
 _BEARER = re.compile(r"(?i)\b(?:bearer|basic)\s+(?P<value>[A-Za-z0-9._~+/=-]{8,})")

@@ -212,4 +212,6 @@ def refused(
 
 def wall_clock(arrival: float, now: float) -> str:
     """UTC of a monotonic time, given that it is `now`."""
-    return datetime.fromtimestamp(time.time() - (now - arrival), timezone.utc).isoformat(timespec="milliseconds")
+    return datetime.fromtimestamp(time.time() - (now - arrival), timezone.utc).isoformat(
+        timespec="milliseconds"
+    )

@@ -96,7 +96,8 @@ def _revoke(arguments: argparse.Namespace) -> int:
             box[0] = box[0].revoke(arguments.key, utc_now())
         except KeyError:
             raise KeysFileError(
-                f"ID: got {arguments.key!r}; allowed: the id of a key that holds, as `fastserve keys list` has it"
+                f"ID: got {arguments.key!r}; allowed: the id of a key that holds, as `fastserve keys list` "
+                "has it"
             ) from None
     print(f"key {arguments.key} is revoked", file=sys.stderr)
     return 0

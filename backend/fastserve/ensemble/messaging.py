@@ -24,12 +24,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_KEY_CODES = (ErrorCode.UNAUTHENTICATED, ErrorCode.PERMISSION_DENIED)
-"""Triton server has none of them: it answers 400 over HTTP, INVALID_ARGUMENT over gRPC."""
-_CODES = {
-    code: getattr(pb_utils.TritonError, "INVALID_ARG" if code in _KEY_CODES else code.value)
-    for code in ErrorCode
-}
+_CODES = {code: getattr(pb_utils.TritonError, code.triton_code) for code in ErrorCode}
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 

@@ -1,9 +1,9 @@
 """Flags of `tritonserver` for a server with keys: headers reach the models, and all else than inference and
 health is closed, to everybody.
 
-Triton server opens a restricted API to who sends a header of a given name and value. Both stand in its command
-line, which whoever is on the machine may read; so they are such that no client can send them: a header's name
-has no space, and its value no line break. The launcher does without these APIs too.
+Triton server opens a restricted API to who sends a header of a given name and value. Both stand in its
+command line, which whoever is on the machine may read; so they are such that no client can send them: a
+header's name has no space, and its value no line break. The launcher does without these APIs too.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class TlsFiles:
             context.load_cert_chain(self.certificate, self.key)
         except (OSError, ssl.SSLError) as error:
             raise StartError(
-                f"--tls-cert {self.certificate}, --tls-key {self.key}: {error.strerror or error}; allowed: PEM"
-                " files of a certificate and of its key, without a password"
+                f"--tls-cert {self.certificate}, --tls-key {self.key}: {error.strerror or error}; allowed: "
+                "PEM files of a certificate and of its key, without a password"
             ) from error
         if self.client_ca is not None:
             try:

@@ -44,8 +44,8 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of its full blocks, computed once each."""
     root_hash: bytes = b""
-    """The parent of its first block: that of its request's salt, or one of its own where no other sequence may
-    find its blocks."""
+    """The parent of its first block: that of its request's salt, or one of its own where no other sequence
+    may find its blocks."""
     tail: Tail | None = None
     """The block that was half computed when it was preempted."""
     rank: Rank = ()

@@ -51,7 +51,9 @@ def decode_json(field: str, value: object) -> Any:
         try:
             value = msgspec.json.decode(text)
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-            raise RequestError(f"`{field}`: got {shown(field, text)}; allowed: valid JSON ({error})") from error
+            raise RequestError(
+                f"`{field}`: got {shown(field, text)}; allowed: valid JSON ({error})"
+            ) from error
     _check_plain(field, value)
     return value
 
