@@ -130,7 +130,12 @@ def _example(server: Server) -> str:
     if options.encoders_only:
         encoder = options.encoders[0]
         model, body = encoder.name, ENCODER_EXAMPLES[encoder.profile.task]
-    return f"curl -s {server.http_url}/v2/models/{model}/generate -d '{body}'"
+    words = ["curl -s"]
+    if options.tls is not None:
+        words.append("--cacert CA.pem" + ("" if options.tls.client_ca is None else " --cert CLIENT.pem"))
+    if server.config.keys_file:
+        words.append('-H "Authorization: Bearer $KEY"')
+    return f"{' '.join(words)} {server.http_url}/v2/models/{model}/generate -d '{body}'"
 
 
 def _options(arguments: argparse.Namespace, encoders: tuple[ServedEncoder, ...] = ()) -> ServerOptions:
