@@ -284,7 +284,10 @@ def test_the_command_adds_lists_and_revokes(tmp_path: Path, capsys: pytest.Captu
     ("words", "sentence"),
     [
         (["add", "--tenant", "a", "--priority-range=5"], "--priority-range: got '5'; allowed: LOW,HIGH"),
-        (["add", "--tenant", "a", "--priority-range=5,1"], "allowed: LOW,HIGH with LOW at most HIGH"),
+        (
+            ["add", "--tenant", "a", "--priority-range=5,1"],
+            "allowed: LOW,HIGH, two integers with LOW at most HIGH",
+        ),
         (["add", "--tenant", "a", "--tokens-per-second=0"], "quota: got {'tokens_per_second': 0.0}"),
         (["add", "--tenant", "a", "--burst-seconds=3"], "at least one of requests_per_second"),
         (["add", "--tenant", ""], "length"),

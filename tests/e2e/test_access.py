@@ -99,9 +99,9 @@ class Access:
 
     def client(self, tenant: str | None, protocol: Any = "grpc", **options: Any) -> Client:
         """A client with the key of a tenant, or none."""
-        headers = {} if tenant is None else {"Authorization": f"Bearer {self.keys[tenant]}"}
+        key = None if tenant is None else self.keys[tenant]
         url = self.server.grpc_url if protocol == "grpc" else self.server.http_url
-        return Client(url, protocol, headers=headers, **{"retries": 0, **self.tls(), **options})
+        return Client(url, protocol, key=key, **{"retries": 0, **self.tls(), **options})
 
     def http(
         self, method: str, path: str, body: bytes = b"{}", headers: dict[str, str] | None = None
@@ -254,21 +254,30 @@ def test_the_headers_that_would_open_the_rest_cannot_be_sent(access: Access) -> 
         assert b'"name"' not in answer
 
 
-def test_a_body_cannot_stand_for_a_header_that_is_there(access: Access) -> None:
-    body = json.dumps(
-        {
-            "text_input": "Hi",
-            "parameters": {"authorization": f"Bearer {access.keys['free']}", "max_tokens": 1},
-        }
-    ).encode()
-    for model in ("fastserve", "fastserve_infer"):
-        status, answer = access.http(
-            "POST",
-            f"/v2/models/{model}/generate",
-            body,
-            {"Authorization": f"Bearer {access.keys['paying']}"},
-        )
-        assert (status, b"UNAUTHENTICATED" in answer) == (400, True), answer
+def infer_body(parameters: dict[str, Any]) -> bytes:
+    """Of HTTP `infer`."""
+    tensor = {"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["Hi"]}
+    return json.dumps({"inputs": [tensor], "parameters": {"max_tokens": 1} | parameters}).encode()
+
+
+@pytest.mark.parametrize("name", ["Authorization", "authorization"])
+def test_a_body_cannot_stand_for_a_header_that_is_there(access: Access, name: str) -> None:
+    header = {"Authorization": f"Bearer {access.keys['paying']}"}
+    path = "/v2/models/fastserve_infer/infer"
+    status, answer = access.http("POST", path, infer_body({}), header)
+    assert (status, b"text_output" in answer) == (200, True), answer
+    for key in (access.keys["free"], access.keys["paying"]):
+        status, answer = access.http("POST", path, infer_body({name: f"Bearer {key}"}), header)
+        assert (status, b"got more than one key" in answer) == (400, True), answer
+    with access.grpc_channel() as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        request = service_pb2.ModelInferRequest(model_name="fastserve")
+        tensor = request.inputs.add(name="text_input", shape=[1], datatype="BYTES")
+        tensor.contents.bytes_contents.append(b"Hi")
+        request.parameters[name].string_param = f"Bearer {access.keys['free']}"
+        metadata = [("authorization", f"Bearer {access.keys['paying']}")]
+        [response] = stub.ModelStreamInfer(iter([request]), timeout=30, metadata=metadata)
+        assert "UNAUTHENTICATED: `authorization`: got more than one key" in response.error_message
 
 
 # --- what a key allows
@@ -287,10 +296,12 @@ def test_a_key_lets_its_tenant_in(access: Access, protocol: str) -> None:
 
 
 def test_the_plain_infer_wants_a_key_too(access: Access) -> None:
-    body = b'{"text_input": "Hi", "parameters": {"max_tokens": 1}}'
     for tenant in ("paying", None):
-        headers = {} if tenant is None else {"authorization": f"Bearer {access.keys[tenant]}"}
-        status, answer = access.http("POST", "/v2/models/fastserve_infer/generate", body, headers)
+        body: dict[str, Any] = {"text_input": "Hi", "parameters": {"max_tokens": 1}}
+        if tenant is not None:
+            body["parameters"]["authorization"] = f"Bearer {access.keys[tenant]}"
+        path = "/v2/models/fastserve_infer/generate"
+        status, answer = access.http("POST", path, json.dumps(body).encode())
         assert status == (400 if tenant is None else 200), answer
         assert (b"UNAUTHENTICATED" in answer) is (tenant is None)
 

@@ -87,7 +87,7 @@ def request_of(response: Any) -> Request:
 
 
 def test_a_request_becomes_its_keys_tenants(pb_utils: Any, server: Server, preprocess: Any) -> None:
-    made = request_of(ask(pb_utils, preprocess, server.bearer() | {"priority": 3, "temperature": 0.5}))
+    made = request_of(ask(pb_utils, preprocess, server.bearer() | {"priority": 3, "temperature": "0.5"}))
     assert (made.tenant, made.priority, made.cache_salt) == ("a", 3, "salt")
     assert made.sampling.temperature == 0.5
     assert made.key_id == server.key.split("_")[1]

@@ -14,7 +14,8 @@ from fastserve.errors import ErrorCode, RequestError
 from fastserve.types import Request
 
 HEADER = "authorization"
-"""A header over HTTP, metadata over gRPC; Triton server hands it to models as a request parameter."""
+"""Metadata over gRPC and a header of HTTP `infer`, which Triton server hands to models as request parameters;
+in the body of HTTP `generate`, of which it hands on no header (2.51), such a parameter itself."""
 SCHEME = "Bearer "
 LLM = "fastserve"
 """The model that a key names for `fastserve` and `fastserve_infer`."""
@@ -105,7 +106,8 @@ def without_credentials(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def unauthenticated(came: str) -> RequestError:
     """The error for a client that shows no key that holds. It never quotes what came."""
     return RequestError(
-        f"`{HEADER}`: got {came}; allowed: the header `Authorization: Bearer KEY` with a key of this server",
+        f"`{HEADER}`: got {came}; allowed: `Bearer KEY` with a key of this server, as gRPC metadata or HTTP "
+        "header of `infer`, or as a request parameter",
         ErrorCode.UNAUTHENTICATED,
     )
 

@@ -122,8 +122,12 @@ def _priority_range(text: str | None) -> PriorityRange | None:
         return None
     try:
         low, high = map(int, text.split(","))
+        if low > high:
+            raise ValueError
     except ValueError:
-        raise KeysFileError(f"--priority-range: got {text!r}; allowed: LOW,HIGH, two integers") from None
+        raise KeysFileError(
+            f"--priority-range: got {text!r}; allowed: LOW,HIGH, two integers with LOW at most HIGH"
+        ) from None
     return low, high
 
 

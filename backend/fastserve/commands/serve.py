@@ -134,7 +134,7 @@ def _example(server: Server) -> str:
     if options.tls is not None:
         words.append("--cacert CA.pem" + ("" if options.tls.client_ca is None else " --cert CLIENT.pem"))
     if server.config.keys_file:
-        words.append('-H "Authorization: Bearer $KEY"')
+        body = '{"authorization": "Bearer KEY", ' + body[1:]
     return f"{' '.join(words)} {server.http_url}/v2/models/{model}/generate -d '{body}'"
 
 

@@ -81,9 +81,8 @@ def open_source(arguments: argparse.Namespace) -> Iterator[Source]:
     """The server at --url, or the model loaded into this process. Raises one of SOURCE_ERRORS."""
     if arguments.url:
         key = os.environ.get(KEY_VARIABLE)
-        headers = {"Authorization": f"Bearer {key}"} if key else None
         tls: dict[str, Any] = {"ssl": True, "root_certificates": arguments.tls_ca} if arguments.tls_ca else {}
-        with Client(arguments.url, headers=headers, **tls) as client:
+        with Client(arguments.url, key=key, **tls) as client:
             yield _Server(client)
     else:
         from fastserve.embedded import Model, ModelServer
