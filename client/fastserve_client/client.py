@@ -82,7 +82,7 @@ class Client(_Connected[Transport], Closing):
 
     `url` is `host:port`, by default the server's port for `protocol` on this machine. A request of which
     nothing has come is sent again up to `retries` times where the server was UNAVAILABLE. `headers` go with
-
+    every call (over gRPC: metadata), `key` is that of a server with keys. `ssl`: the connection has TLS; the
     PEM files are those of `Tls`.
     """
 

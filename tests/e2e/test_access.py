@@ -186,8 +186,11 @@ def test_without_a_key_http_tells_its_health_and_nothing_else(access: Access) ->
         assert access.http(method, path)[0] in (400, 404, 405), path
     for method, path in INFERENCE_HTTP:
         status, body = access.http(method, path, b'{"text_input": "Hi", "cancel": "x"}')
-        assert status in (400, 404, 500), (path, status, body)
+        assert status in (400, 404, 500, 501), (path, status, body)
+        assert b"error" in body
         assert b"text_output" not in body
+        if "/fastserve" in path and "generate" in path:
+            assert b"UNAUTHENTICATED: `authorization`: got no key" in body, path
 
 
 def test_without_a_key_grpc_tells_its_health_and_nothing_else(access: Access) -> None:
