@@ -124,6 +124,11 @@ def test_what_is_around_a_secret_stays() -> None:
     assert mask(text) == "Bill [EMAIL], card [CARD], [IBAN] then call [PHONE]!"
 
 
+def test_of_two_words_that_announce_a_password_the_last_does() -> None:
+    assert mask("my secret is password: hunter2x!") == "my secret is password: [KEY]"
+    assert mask("token='abcdef' and api_key => 12345") == "token='[KEY]' and api_key => [KEY]"
+
+
 def test_a_private_key_is_masked_whole_and_when_it_is_cut_off() -> None:
     begin, end = "-----BEGIN RSA PRIVATE KEY-----", "-----END RSA PRIVATE KEY-----"
     assert mask(f"a {begin}\nabc\n{end} b") == "a [KEY] b"

@@ -380,8 +380,9 @@ def test_no_secret_is_in_a_log_a_metric_or_an_error(access: Access) -> None:
                 response = client.generate(prompt, max_tokens=1, exclude_input_in_output=False)
                 assert secret in response.text
             elif number % 4 == 1:
+                wrong: Any = [{"role": "user", "content": {"text": prompt}}]
                 with pytest.raises(FastServeError) as caught:
-                    client.generate(messages=[{"role": "user", "content": {"text": prompt}}], max_tokens=1)
+                    client.generate(messages=wrong, max_tokens=1)
                 errors.append(caught.value)
             elif number % 4 == 2:
                 with pytest.raises(FastServeError) as caught:

@@ -132,7 +132,7 @@ def test_a_server_that_is_not_there_ends_the_connection(pki: Pki, target: socket
 
 def usable(certificate: Path | None, key: Path | None, client_ca: Path | None) -> ssl.SSLContext | None:
     files = tls_files(certificate, key, client_ca)
-    return files and files.context()
+    return None if files is None else files.context()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 from fastserve.access.key import PREFIX
 
@@ -30,7 +31,7 @@ _PRIVATE_KEY = re.compile(
 )
 _NAMED = re.compile(
     r"""(?ix) \b (?: (?:api|access)[_ -]?key | secret (?:[_ -]?key)? | token | passw(?:or)?d | passwd | pwd )
-    ["']? (?: \s*(?::=|=>|[:=])\s* | \s+is\s+ ) ["']? (?P<value> [^\s"',;]{4,} )"""
+    ["']? (?: \s*(?::=|=>|[:=])\s* | \s+is\s+ ) ["']? (?P<value> (?! \S+ [:=] (?:\s|$) ) [^\s"',;]{4,} )"""
 )
 _BEARER = re.compile(r"(?i)\b(?:bearer|basic)\s+(?P<value>[A-Za-z0-9._~+/=-]{8,})")
 _RUN = re.compile(rf"[A-Za-z0-9_+/=-]{{{MIN_TOKEN_LENGTH},}}")
@@ -127,7 +128,9 @@ def _key_patterns() -> tuple[re.Pattern[str], ...]:
 
     for module in pkgutil.iter_modules(plugins.__path__):
         importlib.import_module(f"{plugins.__name__}.{module.name}")
-    detectors = [kind for kind in RegexBasedDetector.__subclasses__() if not kind.__abstractmethods__]
+    detectors: list[Any] = [
+        kind for kind in RegexBasedDetector.__subclasses__() if not kind.__abstractmethods__
+    ]
     return tuple(pattern for kind in detectors for pattern in kind.denylist)
 
 
