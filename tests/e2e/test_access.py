@@ -18,15 +18,27 @@ import pytest
 import trustme
 from tests.access.test_masking import synthetic_secrets
 from tests.e2e.conftest import Launch, RunningServer
+from tests.encoder_checkpoints import save_encoder
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from fastserve.access.key import id_of, new_key
 from fastserve.access.keys_file import Keys, Tenant, edit_keys
 from fastserve.config import TenantQuota
+from fastserve.encoders.measure_steps import measure
+from fastserve.encoders.served_encoder import EncoderSettings, ServedEncoder
 from fastserve.launcher.tls import TlsFiles
 from fastserve_client import Client, FastServeError
 
-MODELS = ("fastserve", "fastserve_infer", "preprocess", "scheduler", "engine", "postprocess", "readiness")
+MODELS = (
+    "fastserve",
+    "fastserve_infer",
+    "preprocess",
+    "scheduler",
+    "engine",
+    "postprocess",
+    "readiness",
+    "embed",
+)
 OPEN_GRPC = {"ServerLive", "ServerReady", "ModelReady"}
 OPEN_HTTP = [
     ("GET", "/v2/health/live"),
@@ -155,7 +167,7 @@ def write_certificates(folder: Path) -> TlsFiles:
 def access(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
     folder = tmp_path_factory.mktemp("access")
     made = {tenant: new_key(tenant) for tenant in ("paying", "free", "leaving")}
-    made["free"] = new_key("free", priority_range=(-10, 0))
+    made["free"] = new_key("free", priority_range=(-10, 0), models=("fastserve",))
     with edit_keys(folder / "keys.json") as box:
         box[0] = Keys(
             tenants={
@@ -167,7 +179,10 @@ def access(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     keys = {tenant: shown for tenant, (shown, _) in made.items()}
     tls = write_certificates(folder)
     settings = {"keys_file": str(folder / "keys.json"), "request_log": str(folder / "requests.jsonl")}
-    with launch(tls=tls, **settings) as server:
+    save_encoder(folder / "encoder", "bert")
+    encoder = EncoderSettings(model=str(folder / "encoder"), num_threads=1)
+    served = ServedEncoder(name="embed", settings=encoder, profile=measure(encoder, min_seconds=0.0))
+    with launch(tls=tls, encoders=(served,), **settings) as server:
         yield Access(server, folder, keys)
 
 
@@ -307,6 +322,20 @@ def test_the_plain_infer_wants_a_key_too(access: Access) -> None:
         status, answer = access.http("POST", path, json.dumps(body).encode())
         assert status == (400 if tenant is None else 200), answer
         assert (b"UNAUTHENTICATED" in answer) is (tenant is None)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_an_encoder_wants_a_key_for_it(access: Access, protocol: str) -> None:
+    with access.client("paying", protocol) as client:
+        assert client.embed(["w1 w2"]).shape[0] == 1
+    line = access.wait_for_log(lambda line: line["model"] == "embed" and line["outcome"] == "success")
+    assert (line["tenant"], line["key"]) == ("paying", id_of(access.keys["paying"]))
+    assert line["prompt_tokens"] >= 2
+    for tenant, code in ((None, "UNAUTHENTICATED"), ("free", "PERMISSION_DENIED")):
+        with access.client(tenant, protocol) as client:
+            with pytest.raises(FastServeError) as caught:
+                client.embed(["w1 w2"])
+            assert caught.value.code == code
 
 
 def test_what_a_key_does_not_allow_is_refused_by_name(access: Access) -> None:

@@ -29,7 +29,8 @@ def decode_text(field: str, value: object) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"`{field}`: got a lone surrogate at character {error.start}; allowed: text without"
+                f"`{field}`: got a lone surrogate at character {error.start}; allowed: text without "
+                "lone surrogates"
             ) from error
         return value
     if isinstance(value, bytes | bytearray):
