@@ -16,7 +16,7 @@ from fastserve.access.key import new_key
 from fastserve.access.keys_file import Keys, Tenant, edit_keys
 from fastserve.config import CONFIG_VARIABLE, Config, TenantQuota
 from fastserve.ensemble.control_messages import CancelById
-from fastserve.errors import RequestError
+from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.input_processor import InputProcessor
 from fastserve.types import OutputOptions, Request, SamplingParams
 
@@ -253,3 +253,34 @@ def test_quotas_of_the_keys_file_go_before_those_of_the_settings(
     assert [admits("a", "8")] == [False]  # in flight by the file's quota, and one is what the settings allow
     tenant_quotas.quotas.end("1", 0)
     assert [admits("a", "9"), admits("a", "10")] == [True, False]
+
+
+def test_a_key_that_is_revoked_on_the_way_stops_in_the_queue(
+    pb_utils: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastserve.access import keyring
+    from fastserve.ensemble.door import TenantQuotas
+
+    monkeypatch.setattr(keyring, "CHECK_SECONDS", 0.0)
+    tenant_quotas = TenantQuotas(server.config)
+    key_id = server.key.split("_")[1]
+    request = a_request(tenant="a", arrival=0.0, key_id=key_id)
+    tenant_quotas.check_key(request)
+    with edit_keys(server.keys_file) as box:
+        box[0] = box[0].revoke(key_id, "now")
+    tenant_quotas.refresh()
+    with pytest.raises(RequestError, match="revoked") as caught:
+        tenant_quotas.check_key(request)
+    assert caught.value.code is ErrorCode.UNAUTHENTICATED
+    with pytest.raises(RequestError, match="revoked"):
+        tenant_quotas.check_key(a_request(tenant="a", arrival=0.0))
+    TenantQuotas(Config()).check_key(request)
+
+
+def test_what_was_released_once_is_spent_until_its_deadline(pb_utils: Any) -> None:
+    from fastserve.ensemble.spent_requests import SpentRequests
+
+    spent, request = SpentRequests(60), a_request(tenant="a", arrival=0.0)
+    assert [spent.spend(request, now) for now in (1.0, 2.0, 60.9)] == [True, False, False]
+    assert spent.spend(msgspec.structs.replace(request, uid="other"), 61.0)
+    assert len(spent) == 1

@@ -17,6 +17,8 @@ from msgspec import Meta, Struct
 
 PREFIX = "fsk"
 """By which a key is known in a text: `masking` looks for it too."""
+KEY_VARIABLE = "FASTSERVE_KEY"
+"""The environment variable of the key that a command shows: a flag could be read by who is on the machine."""
 ID_BYTES = 6
 SECRET_BYTES = 32
 _KEY = re.compile(rf"{PREFIX}_([0-9a-f]{{{2 * ID_BYTES}}})_([A-Za-z0-9_-]{{43}})", re.ASCII)

@@ -45,12 +45,21 @@ class Keyring:
         Raises RequestError (UNAVAILABLE) while the file cannot be read.
         """
         self.refresh()
+        self._check_readable()
+        key = self._keys.get(id_of(shown) or "", _NO_KEY)
+        return key if key.matches(shown) and key.revoked is None else None
+
+    def holds(self, key_id: str) -> bool:
+        """Whether a key that was found before held still at the last `refresh`. Raises as `find`."""
+        self._check_readable()
+        key = self._keys.get(key_id)
+        return key is not None and key.revoked is None
+
+    def _check_readable(self) -> None:
         if self._problem is not None:
             raise RequestError(
                 "keys cannot be checked now: the server's keys file cannot be read", ErrorCode.UNAVAILABLE
             )
-        key = self._keys.get(id_of(shown) or "", _NO_KEY)
-        return key if key.matches(shown) and key.revoked is None else None
 
     def tenant(self, name: str) -> Tenant:
         """What the file says of a tenant."""

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from fastserve.access.key import KEY_VARIABLE
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.errors import RequestError
 from fastserve_client import Client, FastServeError
 
-KEY_VARIABLE = "FASTSERVE_KEY"
-"""The key to show: on a command line whoever is on the machine could read it."""
 SOURCE_ERRORS = (FastServeError, ModelError, RequestError)
 
 

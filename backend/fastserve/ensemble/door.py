@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastserve.access.grant import Gate, Grant, without_credentials
+from fastserve.access.grant import Gate, Grant, unauthenticated, without_credentials
 from fastserve.access.keyring import Keyring
 from fastserve.config import Config, TenantQuota
 from fastserve.ensemble.messaging import own_parameters
 from fastserve.scheduling.quotas import Quotas
+from fastserve.types import Request
 
 
 class Door:
@@ -48,6 +49,11 @@ class TenantQuotas:
         """Lets what the keys file says now hold, if it has changed."""
         if self._keyring is not None and self._keyring.refresh():
             self.quotas.replace(self._current())
+
+    def check_key(self, request: Request) -> None:
+        """Raises RequestError (UNAUTHENTICATED) for a request whose key has been revoked on its way here."""
+        if self._keyring is not None and not self._keyring.holds(request.key_id):
+            raise unauthenticated("a key that was revoked")
 
     def _current(self) -> dict[str, TenantQuota]:
         return {**self._settings, **(self._keyring.quotas if self._keyring else {})}

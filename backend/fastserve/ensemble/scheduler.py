@@ -97,6 +97,7 @@ class SchedulerModel:
     def _enqueue(self, request: Request, sender: Any) -> None:
         self._tenant_quotas.refresh()
         try:
+            self._tenant_quotas.check_key(request)
             self._admission.submit(request, time.monotonic())
         except RequestError as error:
             if isinstance(error, QuotaError):
