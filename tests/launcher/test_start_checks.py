@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 
 from fastserve.config import Config
+from fastserve.launcher.access_checks import check_access
 from fastserve.launcher.command_line import ServerOptions
 from fastserve.launcher.launcher import Server
 from fastserve.launcher.start_checks import (
@@ -53,6 +55,18 @@ def test_keys_that_cannot_be_read_are_told_before_anything_starts(tmp_path: Path
     server = Server(config, ServerOptions(ports=free_ports(), model_repository=tmp_path))
     with pytest.raises(StartError, match=r"--keys-file: .*keys\.json: .*No such file.*`fastserve keys add`"):
         server.start()
+
+
+def test_what_a_request_log_lacks_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StartError, match=r"--request-log .*: Is a directory"):
+        check_access(Config(request_log=str(tmp_path)))
+    masked = Config(request_log=str(tmp_path / "log"), log_prompts="masked")
+    check_access(masked)
+    monkeypatch.setitem(sys.modules, "phonenumbers", None)
+    with pytest.raises(StartError, match=r"--log-prompts masked: .*phonenumbers.*fastserve\[masking\]"):
+        check_access(masked)
 
 
 def test_a_port_given_twice_is_refused() -> None:

@@ -17,9 +17,9 @@ from types import TracebackType
 
 import msgspec
 
-from fastserve.access.keys_file import KeysFileError, read_keys
 from fastserve.cache_directory import cache_directory
 from fastserve.config import Config
+from fastserve.launcher.access_checks import check_access
 from fastserve.launcher.ascii_paths import ascii_path
 from fastserve.launcher.command_line import (
     SHARED_MEMORY_PER_MODEL,
@@ -50,13 +50,6 @@ from fastserve.start_error import StartError
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """An address that means "all" cannot be connected to everywhere; the loopback address can."""
-
-
-def _check_keys_file(path: Path) -> None:
-    try:
-        read_keys(path)
-    except KeysFileError as error:
-        raise StartError(f"--keys-file: {error}; `fastserve keys add` makes one") from error
 
 
 def echo(line: str) -> None:
@@ -94,8 +87,7 @@ class Server:
         if repository is not None:
             models += model_names(repository)
         check_server_flags(options.server_flags, bool(self.config.keys_file))
-        if self.config.keys_file:
-            _check_keys_file(Path(self.config.keys_file))
+        check_access(self.config)
         self._address = resolve(options.host)
         self._metrics_address = resolve(options.metrics_host) if options.metrics_host else self._address
         check_ports(self._address, options.ports, self._metrics_address)
