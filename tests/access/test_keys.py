@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import stat
@@ -81,6 +82,23 @@ def test_a_key_is_known_by_itself_alone(tmp_path: Path) -> None:
         "é" * 60,
     ):
         assert keyring.find(wrong) is None
+
+
+def test_whatever_is_shown_is_compared_once_in_constant_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, key = new_key("a")
+    keyring = Keyring(a_file(tmp_path, key))
+    lengths: list[tuple[int, int]] = []
+
+    def compare(first: str, second: str) -> bool:
+        lengths.append((len(first), len(second)))
+        return False
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    for each in (shown, new_key("b")[0], "no key", ""):
+        assert keyring.find(each) is None
+    assert lengths == [(64, 64)] * 4
 
 
 def test_the_file_holds_no_key_and_is_its_owners(tmp_path: Path) -> None:
