@@ -365,7 +365,9 @@ def test_a_tenant_is_limited_and_others_are_not_and_nobody_cancels_anothers(acce
         with pytest.raises(FastServeError) as caught:
             list(stream)
         assert caught.value.code == "CANCELLED"
-    refused = access.wait_for_log(lambda line: line["tenant"] == "free" and line.get("code") == "UNAVAILABLE")
+    refused = access.wait_for_log(
+        lambda line: line.get("tenant") == "free" and line.get("code") == "UNAVAILABLE"
+    )
     assert refused["outcome"] == "rejected"
     ended = access.wait_for_log(lambda line: line["id"] == "shared name")
     assert (ended["tenant"], ended["outcome"]) == ("free", "cancelled")
