@@ -176,6 +176,16 @@ def test_a_cancel_reaches_ones_own_requests_only(pb_utils: Any, server: Server, 
     assert not sent.applies_to(a_request(tenant="b", arrival=now - 9))
 
 
+def test_what_never_reaches_fastserve_is_in_the_request_log(
+    pb_utils: Any, server: Server, infer: Any
+) -> None:
+    infer.execute([pb_utils.InferenceRequest(request_id="no key")])
+    infer._request_log.close()
+    infer._request_log = type(infer._request_log)(None)  # closed once
+    [record] = [json.loads(line) for line in server.request_log.read_text().splitlines()]
+    assert (record["id"], record["outcome"], record["code"]) == ("no key", "rejected", "UNAUTHENTICATED")
+
+
 def test_the_key_goes_on_to_fastserve(pb_utils: Any, server: Server, infer: Any) -> None:
     from fastserve.ensemble.messaging import strings
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from fastserve.access.request_log import open_request_log, refused
 from fastserve.config import read_config
 from fastserve.ensemble.control_messages import CancelById
 from fastserve.ensemble.door import Door
@@ -96,6 +97,7 @@ class InferModel:
         server_secret()  # made while there is shared memory for it
         config = read_config()
         self._door = Door(config, MODEL)
+        self._request_log = open_request_log(config)
         threading.stack_size(STACK_BYTES)
         self._max_in_flight = min(config.max_queue_size + config.max_num_seqs, MAX_IN_FLIGHT)
         self._lost_after = config.max_request_seconds + LOST_AFTER_SECONDS
@@ -120,8 +122,11 @@ class InferModel:
             except Exception as error:
                 if not isinstance(error, RequestError):
                     logger.exception("a request could not be read")
-                rejected = isinstance(error, RequestError)
-                self._requests_total.add(1, (Outcome.REJECTED if rejected else Outcome.ERROR).value)
+                outcome = Outcome.REJECTED if isinstance(error, RequestError) else Outcome.ERROR
+                self._requests_total.add(1, outcome.value)
+                self._request_log.write(
+                    refused(error, outcome.value, time.monotonic(), request_id=request.request_id())
+                )
                 send_response_or_error(sender, error_response(error))
 
     def _take(self, request: Any, sender: Any) -> None:
@@ -212,6 +217,7 @@ class InferModel:
         self._cancels.put(None)
         for thread in (self._poller, self._canceller):
             thread.join()
+        self._request_log.close()
 
 
 def _check_stream(forwarded: _ForwardedRequest) -> None:
