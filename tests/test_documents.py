@@ -15,6 +15,7 @@ DOCUMENTS = [
     "CHANGELOG.md",
     "client/README.md",
     "docs/architecture.md",
+    "docs/access.md",
     "docs/api.md",
     "findings/README.md",
     "docs/architecture.md",

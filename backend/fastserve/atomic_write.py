@@ -26,20 +26,21 @@ class WriteError(Exception):
 
 
 @contextmanager
-def atomic_write(path: Path, size: int | None = None) -> Iterator[Path]:
+def atomic_write(path: Path, size: int | None = None, mode: int = 0o666) -> Iterator[Path]:
     """Gives a path beside `path` to write to; that file becomes `path` when the block ends.
 
-    It has the permissions of any new file. `size` is how many bytes it will have, if that is known. Raises
-    WriteError if the system refuses.
+    It has the permissions `mode`, less what the umask takes, from its first byte on. `size` is how many bytes
+    it will have, if that is known. Raises WriteError if the system refuses.
     """
     unfinished = _unfinished(path)
     try:
         with write_errors(path, size):
-            unfinished.touch()
-            mode = unfinished.stat().st_mode
+            unfinished.unlink(missing_ok=True)  # one that a killed process of this number left has its own
+            unfinished.touch(mode)
+            permissions = unfinished.stat().st_mode
             yield unfinished
             # safetensors 0.8 makes files that nobody but their owner may read, the server's user included.
-            unfinished.chmod(mode)
+            unfinished.chmod(permissions)
             os.replace(unfinished, path)
     except BaseException:
         with suppress(OSError):

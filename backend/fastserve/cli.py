@@ -13,6 +13,7 @@ from fastserve.start_error import StartError
 
 COMMANDS = {
     "serve": "serve a model through Triton server",
+    "keys": "add, list and revoke the keys of a server's clients",
     "generate": "continue a text",
     "chat": "converse with a model in the terminal",
     "compress": "make a checkpoint smaller, and report what it cost",

@@ -36,14 +36,22 @@ class TenantQuota(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """Of prompts and answers."""
     tokens_in_flight: Annotated[int, Meta(ge=1)] | None = None
     """Of the prompts and longest answers of requests that wait or run."""
+    requests_in_flight: Annotated[int, Meta(ge=1)] | None = None
+    """Requests that wait or run."""
     burst_seconds: Annotated[float, Meta(gt=0.0, le=1e6)] = 10.0
     """What a rate gives in so many seconds may be used at once."""
 
     def __post_init__(self) -> None:
-        if self.requests_per_second is self.tokens_per_second is self.tokens_in_flight is None:
+        limits = (
+            self.requests_per_second,
+            self.tokens_per_second,
+            self.tokens_in_flight,
+            self.requests_in_flight,
+        )
+        if all(limit is None for limit in limits):
             raise ValueError(
-                "got no limit; allowed: at least one of requests_per_second, tokens_per_second and "
-                "tokens_in_flight"
+                "got no limit; allowed: at least one of requests_per_second, tokens_per_second, "
+                "tokens_in_flight and requests_in_flight"
             )
 
 
@@ -157,9 +165,9 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         dict[Annotated[str, Meta(max_length=128)], TenantQuota],
         Meta(
             description="what a tenant may ask for, as JSON: requests_per_second, tokens_per_second, "
-            "tokens_in_flight and burst_seconds (10: what the rates give in so many seconds may be used at "
-            'once), {"free": {"requests_per_second": 2, "tokens_in_flight": 4096}}; `*`: each tenant that is '
-            "not named"
+            "tokens_in_flight, requests_in_flight and burst_seconds (10: what the rates give in so many "
+            'seconds may be used at once), {"free": {"requests_per_second": 2, "tokens_in_flight": 4096}}; '
+            "`*`: each tenant that is not named"
         ),
     ] = {}
     max_queue_size: Annotated[
@@ -186,7 +194,35 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         ),
     ] = 0
 
+    keys_file: Annotated[
+        str,
+        Meta(
+            description="JSON file of keys (`fastserve keys`): nobody is served without one; it is read "
+            "again when it changes"
+        ),
+    ] = ""
+    request_log: Annotated[
+        str, Meta(description="file that gets a line of JSON for each request; rotated, 5 full ones are kept")
+    ] = ""
+    request_log_bytes: Annotated[
+        int, Meta(ge=1 << 12, description="of the request log, beyond which it is rotated")
+    ] = 1 << 26
+    log_prompts: Annotated[
+        Literal["none", "masked", "full"],
+        Meta(
+            description="prompts and answers in the request log; masked: without addresses, numbers of "
+            "phones, cards and accounts, and keys, as far as they are found (extra `masking`)"
+        ),
+    ] = "none"
+
     def __post_init__(self) -> None:
+        for name in ("keys_file", "request_log"):  # models run in other directories
+            if path := getattr(self, name):
+                msgspec.structs.force_setattr(self, name, os.path.abspath(path))
+        if self.log_prompts != "none" and not self.request_log:
+            raise ValueError(
+                f"`log_prompts`: got {self.log_prompts}; allowed: none, where there is no `request_log`"
+            )
         if ":" in self.policy:  # read again by processes that run in other directories
             msgspec.structs.force_setattr(self, "policy", os.path.abspath(self.policy))
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -77,14 +77,13 @@ class Model:
     def load(cls, path: str = "", **settings: Any) -> Model:
         """Loads a Hugging Face directory, a GGUF file or a hub name; nothing: the default model.
 
-        `settings` are the fields of `fastserve.config.Config`. Raises ModelError, and ConfigError for tenant
-        quotas, which hold in the server's queue, and for more replicas than one: those are its processes.
+        `settings` are the fields of `fastserve.config.Config`. Raises ModelError, and ConfigError for what
+        only a server has: tenant quotas, keys, the request log, and more replicas than one.
         """
         config = Config(model=path, **settings)
-        if config.tenant_quotas:
-            raise ConfigError(
-                "`tenant_quotas`: got some; allowed: none without the server, whose queue they are of"
-            )
+        for name in ("tenant_quotas", "keys_file", "request_log"):
+            if getattr(config, name):
+                raise ConfigError(f"`{name}`: got some; allowed: none without the server, whose it is")
         if config.replicas != 1:
             raise ConfigError(f"replicas: got {config.replicas}; allowed: 1 without Triton server")
         files = locate(config.model)

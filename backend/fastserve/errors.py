@@ -11,12 +11,22 @@ _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
 
 
 class ErrorCode(str, Enum):
-    """Why a request failed; each is the Triton server status code of the same name."""
+    """Why a request failed: status codes of Triton server, and two of gRPC that it does not have."""
 
     INVALID_ARG = "INVALID_ARG"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    """No key was shown that holds."""
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    """The key does not allow it."""
     UNAVAILABLE = "UNAVAILABLE"
     CANCELLED = "CANCELLED"
     INTERNAL = "INTERNAL"
+
+    @property
+    def triton_code(self) -> str:
+        """The status code of Triton server that stands for it."""
+        has_none = self in (ErrorCode.UNAUTHENTICATED, ErrorCode.PERMISSION_DENIED)
+        return ErrorCode.INVALID_ARG.value if has_none else self.value
 
 
 class RequestError(Exception):
@@ -45,13 +55,61 @@ def read_error(message: str) -> RequestError | None:
     return written and RequestError(message[written.end() :], ErrorCode(written[1]))
 
 
+_CONTENT = frozenset(
+    {
+        "text_input",
+        "prompt_token_ids",
+        "messages",
+        "tools",
+        "chat_template_kwargs",
+        "sampling_parameters",
+        "stop",
+        "bad_words",
+        "structured_outputs",
+        "guided_decoding",
+        "text",
+        "query",
+        "document",
+    }
+)
+"""Fields that hold what users write, at any depth: an error must not, since it goes into others' logs."""
+_NO_CONTENT = frozenset(["role", "type"])
+"""Members of those that hold a word of the API."""
+
+
 def invalid(field: str, came: object, allowed: str) -> RequestError:
-    """The error for a field whose value is not one of those allowed."""
+    """The error for a field whose value is not one of those allowed; `shown` is what it says of the value."""
+    return RequestError(f"`{field}`: got {shown(field, came)}; allowed: {allowed}")
+
+
+def shown(field: str, came: object) -> str:
+    """A value as an error may show it: cut, and of a field that holds what users write, its kind and size."""
+    if holds_content(field):
+        return _kind(came)
     try:
-        shown = _BRIEF.repr(came)
+        return _BRIEF.repr(came)
     except ValueError:  # Python writes no integer of more than 4300 digits
-        shown = "a huge integer"
-    return RequestError(f"`{field}`: got {shown}; allowed: {allowed}")
+        return "a huge integer"
+
+
+def holds_content(field: str) -> bool:
+    """Whether a field, such as `messages[0].content`, holds what users write."""
+    names = re.findall(r"[A-Za-z_]\w*", field)
+    return bool(names) and names[0] in _CONTENT and names[-1] not in _NO_CONTENT
+
+
+def _kind(came: object) -> str:
+    if came is None or isinstance(came, bool):
+        return repr(came)
+    if isinstance(came, str):
+        return f"a text of {len(came)} characters"
+    if isinstance(came, bytes | bytearray):
+        return f"{len(came)} bytes"
+    if isinstance(came, list | tuple):
+        return f"a list of {len(came)}"
+    if isinstance(came, dict):
+        return f"an object of {len(came)} members"
+    return f"a value of the type {type(came).__name__}"
 
 
 def prompt_too_long(num_tokens: int, max_model_len: int) -> RequestError:

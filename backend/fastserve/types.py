@@ -104,6 +104,10 @@ class Request(Struct, frozen=True, tag=True):
     """`sampling.bad_words`, tokenized in each way in which they can be met."""
     expected_output_tokens: int | None = None
     """The client's hint of how long an answer will be, from 1 to what it asked for as `max_tokens`."""
+    cache_salt: str = ""
+    """Part of its blocks' hashes: only requests with the same find them in the prefix cache."""
+    key_id: str = ""
+    """Of the key that its client has shown."""
 
     @property
     def max_total_tokens(self) -> int:

@@ -55,6 +55,7 @@ class _Connected(Generic[AnyTransport]):
         *,
         retries: int = 2,
         headers: Mapping[str, str] | None = None,
+        key: str | None = None,
         ssl: bool = False,
         root_certificates: str | Path | None = None,
         private_key: str | Path | None = None,
@@ -64,7 +65,13 @@ class _Connected(Generic[AnyTransport]):
         if protocol not in self._transports:
             raise ValueError(f"`protocol`: got {protocol!r}; allowed: {', '.join(self._transports)}")
         endpoint = endpoint_of(
-            url or DEFAULT_URLS[protocol], headers, ssl, root_certificates, private_key, certificate_chain
+            url or DEFAULT_URLS[protocol],
+            headers,
+            key,
+            ssl,
+            root_certificates,
+            private_key,
+            certificate_chain,
         )
         self._transport: AnyTransport = self._transports[protocol](endpoint)
         self._retries = retries
@@ -75,7 +82,8 @@ class Client(_Connected[Transport], Closing):
 
     `url` is `host:port`, by default the server's port for `protocol` on this machine. A request of which
     nothing has come is sent again up to `retries` times where the server was UNAVAILABLE. `headers` go with
-    every call (over gRPC: metadata). `ssl`: the connection has TLS; the PEM files are those of `Tls`.
+    every call (over gRPC: metadata), `key` is that of a server with keys. `ssl`: the connection has TLS; the
+    PEM files are those of `Tls`.
     """
 
     _transports: Mapping[Protocol, Callable[[Endpoint], Transport]] = {

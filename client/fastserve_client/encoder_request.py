@@ -69,13 +69,16 @@ class EncoderRequest(Request):
         """The last part of the path of the HTTP call."""
         return "infer"
 
-    def to_json(self, timeout: float | None) -> bytes:
+    def to_json(self, timeout: float | None, authorization: str | None = None) -> bytes:
         """The body of HTTP `infer`. `timeout`, in seconds, travels in microseconds."""
         inputs = [
             {"name": name, "datatype": "BYTES", "shape": [len(texts), 1], "data": list(texts)}
             for name, texts in self.columns.items()
         ]
-        body = {"id": self.request_id, "inputs": inputs, "parameters": self._all_parameters(timeout)}
+        parameters = self._all_parameters(timeout)
+        if authorization:
+            parameters["authorization"] = authorization
+        body = {"id": self.request_id, "inputs": inputs, "parameters": parameters}
         return json.dumps(body).encode()
 
     def to_grpc(self, timeout: float | None) -> service_pb2.ModelInferRequest:

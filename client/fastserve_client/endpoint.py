@@ -36,11 +36,20 @@ class Endpoint:
     """Sent with every call; over gRPC they are its metadata."""
     tls: Tls | None = None
     """None: the connection is not encrypted."""
+    key: str | None = None
+    """Shown with every request."""
+
+    @property
+    def authorization(self) -> str | None:
+        """The key as a header has it. Over HTTP it goes in the body: Triton server 2.51 hands no header of
+        `generate` to a model."""
+        return self.key and f"Bearer {self.key}"
 
 
 def endpoint_of(
     url: str,
     headers: Mapping[str, str] | None,
+    key: str | None,
     ssl: bool,
     root_certificates: str | Path | None,
     private_key: str | Path | None,
@@ -62,4 +71,4 @@ def endpoint_of(
             raise ValueError(f"`{name}`: got {str(path)!r}; allowed: a PEM file")
     if (private_key is None) != (certificate_chain is None):
         raise ValueError("`private_key`, `certificate_chain`: got one; allowed: both or none")
-    return Endpoint(url, headers or {}, Tls(**paths) if ssl else None)
+    return Endpoint(url, headers or {}, Tls(**paths) if ssl else None, key)

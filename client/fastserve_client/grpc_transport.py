@@ -49,6 +49,8 @@ class _Calls:
     def __init__(self, channel: Any, endpoint: Endpoint) -> None:
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         self._metadata = [(name.lower(), value) for name, value in endpoint.headers.items()]
+        if endpoint.authorization:
+            self._metadata.append(("authorization", endpoint.authorization))
 
     def infer(self, request: Request, timeout: float | None) -> Any:
         messages: Iterator[service_pb2.ModelInferRequest] = iter([request.to_grpc(timeout)])

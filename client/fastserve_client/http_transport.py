@@ -53,7 +53,7 @@ class HttpCall:
         try:
             self._connection.connect()
             self._socket: socket.socket = self._connection.sock
-            body = request.to_json(deadline.remaining())
+            body = request.to_json(deadline.remaining(), transport.authorization)
             self._connection.request("POST", path_of(request), body, {**JSON_BODY, **transport.headers})
         except FAILURES as error:
             self._connection.close()
@@ -117,6 +117,7 @@ class HttpTransport:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.headers = dict(endpoint.headers)
+        self.authorization = endpoint.authorization
         self._address = endpoint.address
         self._context = endpoint.tls.context() if endpoint.tls else None
 
@@ -212,6 +213,7 @@ class AsyncHttpTransport:
     """The HTTP endpoint of a server, for one event loop."""
 
     def __init__(self, endpoint: Endpoint) -> None:
+        self._authorization = endpoint.authorization
         context = endpoint.tls.context() if endpoint.tls else True  # True: not used
         self._session = aiohttp.ClientSession(
             f"{'https' if endpoint.tls else 'http'}://{endpoint.address}",
@@ -232,7 +234,7 @@ class AsyncHttpTransport:
     async def _post(self, request: Request, timeout: float | None) -> aiohttp.ClientResponse:
         return await self._session.post(
             path_of(request),
-            data=request.to_json(timeout),
+            data=request.to_json(timeout, self._authorization),
             headers=JSON_BODY,
             timeout=_client_timeout(timeout),
         )

@@ -33,13 +33,15 @@ class Request:
         """The last part of the path of the HTTP call."""
         return "generate_stream"
 
-    def to_json(self, timeout: float | None) -> bytes:
+    def to_json(self, timeout: float | None, authorization: str | None = None) -> bytes:
         """The body of HTTP `generate_stream`. `timeout`, in seconds, travels in microseconds."""
         body: dict[str, Any] = dict(self.inputs)
         if self.request_id:
             body["id"] = self.request_id
         if timeout is not None:
             body["timeout"] = round(timeout * 1e6)
+        if authorization:
+            body["authorization"] = authorization
         return json.dumps(body).encode()
 
     def to_grpc(self, timeout: float | None) -> service_pb2.ModelInferRequest:

@@ -23,6 +23,7 @@ from fastserve.encoders.served_encoder import ServedEncoder
 from fastserve.launcher.command_line import ServerOptions
 from fastserve.launcher.launcher import Server
 from fastserve.launcher.start_checks import Ports
+from fastserve.launcher.tls import TlsFiles
 
 START_SECONDS = 120
 MODEL_LABEL = re.compile(r'model="fastserve",?|,model="fastserve"(?=})')
@@ -108,6 +109,7 @@ def running(
     model_repository: Path | None = None,
     encoders: tuple[ServedEncoder, ...] = (),
     encoders_only: bool = False,
+    tls: TlsFiles | None = None,
     **settings: Any,
 ) -> Iterator[RunningServer]:
     """A server of its own with these settings."""
@@ -118,6 +120,7 @@ def running(
         model_repository=model_repository,
         encoders=encoders,
         encoders_only=encoders_only,
+        tls=tls,
     )
     with Server(Config(model=str(model.checkpoint), **settings), options) as launcher:
         launcher.wait_ready(START_SECONDS)

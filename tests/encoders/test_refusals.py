@@ -62,7 +62,7 @@ def test_labels(save_encoder: Callable) -> None:
 def test_pairs(save_encoder: Callable) -> None:
     encoder = Encoder.load(save_encoder("bert", "sequence", num_labels=1)[0])
     for query, documents, sentence in (
-        (3, ["w1"], "`query`: got 3; allowed: a str"),
+        (3, ["w1"], "`query`: got a value of the type int; allowed: a str"),
         ("w1", [], r"`documents`: got \[\]; allowed: at least one text"),
         ("w1", [None], r"`documents\[0\]`: got None; allowed: a str"),
         ("w1", ["w1", "w2 " * 600], r"`documents\[1\]`: got 604 tokens; allowed: 1 to 512"),

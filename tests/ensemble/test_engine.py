@@ -492,6 +492,16 @@ def test_a_real_worker_that_is_not_understood_is_replaced_and_its_requests_fail(
         model.finalize()
 
 
+def test_what_was_released_once_is_not_served_again_by_whoever_has_kept_it(engine: Engine) -> None:
+    request = a_request("a", "mine", 10.0)
+    (first,) = engine.requests(request)
+    engine.worker.step(SequenceOutput("a", token_ids=[1], outcome=Outcome.STOP))
+    first.wait()
+    (again,) = engine.requests(request)
+    assert "`released`: got 'a'; allowed: a request that has not been served before" in again.error.message()
+    assert [each.request.uid for each in engine.worker.sent] == ["a"]
+
+
 # --- cancels by the client's id
 
 

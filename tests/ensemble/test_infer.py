@@ -162,7 +162,7 @@ def test_an_error_keeps_its_code_however_it_comes(
     request = ask(pb_utils, start())
     request.sender.wait()
     assert request.sender.error.message() == f"{code.value}: `x`: got 1"
-    assert request.sender.error.code() == getattr(pb_utils.TritonError, code.value)
+    assert request.sender.error.code() == getattr(pb_utils.TritonError, code.triton_code)
 
 
 @pytest.mark.parametrize(("is_ready", "code"), [(False, "UNAVAILABLE"), (True, "INTERNAL")])

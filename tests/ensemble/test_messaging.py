@@ -39,7 +39,7 @@ def test_every_error_says_its_code_and_comes_back_with_it(pb_utils: Any, code: E
 
     error = error_response(RequestError("`x`: got 1; allowed: 2", code)).error()
     assert error.message() == f"{code.value}: `x`: got 1; allowed: 2"
-    assert error.code() == getattr(pb_utils.TritonError, code.value)
+    assert error.code() == getattr(pb_utils.TritonError, code.triton_code)
     for message in (error.message(), f"in ensemble 'fastserve', {error.message()}"):
         came_back = read_error(message)
         assert came_back is not None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from tests.access.test_masking import left_over, synthetic_secrets
 
+from fastserve.access.request_log import RequestLog
 from fastserve.checkpoints.model_files import ModelFiles
+from fastserve.config import CONFIG_VARIABLE
 from fastserve.ensemble.control_messages import HealthReport
 from fastserve.text.tokenizer import Tokenizer, load_tokenizer
 from fastserve.types import (
@@ -92,6 +97,62 @@ def text(sender: Any) -> str:
 def words(postprocess: Postprocess, text: str) -> list[int]:
     token_ids: list[int] = postprocess.model._tokenizer.encode(text)
     return token_ids
+
+
+@pytest.fixture
+def request_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of models that are started later in the test, which write masked texts into it."""
+    path, settings = tmp_path / "requests.jsonl", tmp_path / "config.json"
+    settings.write_text(json.dumps({"request_log": str(path), "log_prompts": "masked"}))
+    monkeypatch.setenv(CONFIG_VARIABLE, str(settings))
+    return path
+
+
+def test_of_200_secrets_in_prompts_and_answers_95_in_100_are_masked_in_the_request_log(
+    request_log: Path, postprocess: Postprocess
+) -> None:
+    secrets = [secret for values in synthetic_secrets().values() for secret in values]
+    for number, secret in enumerate(secrets):
+        uid, token_ids = f"r{number}", words(postprocess, f"It is {secret}.")
+        request = msgspec.structs.replace(a_request(uid), prompt=f"My secret is {secret}, keep it")
+        half = len(token_ids) // 2  # the answer comes in two pieces, of which neither has all of it
+        postprocess.outputs(first(request, *token_ids[:half]), last(uid, *token_ids[half:]))
+    postprocess.model._request_log.close()
+    postprocess.model._request_log = RequestLog(None)
+    records = [json.loads(line) for line in request_log.read_text().splitlines()]
+    assert [each["uid"] for each in records] == [f"r{number}" for number in range(200)]
+    for field in ("prompt", "answers"):
+        texts = [str(each[field]) for each in records]
+        assert all("secret is" in text or "It is" in text for text in texts)
+        missed = [text for text, secret in zip(texts, secrets, strict=True) if left_over(secret, text)]
+        assert len(missed) <= 10, missed
+
+
+@pytest.mark.parametrize(
+    ("ending", "outcome", "code"),
+    [
+        (SequenceOutput("a", token_ids=[1, 2], outcome=Outcome.STOP), "stop", None),
+        (SequenceOutput("a", outcome=Outcome.ERROR, failure=LOST), "error", "UNAVAILABLE"),
+        (
+            SequenceOutput("a", outcome=Outcome.CANCELLED, failure=Failure("CANCELLED", "x")),
+            "cancelled",
+            "CANCELLED",
+        ),
+    ],
+)
+def test_each_request_is_one_line_of_the_request_log_however_it_ends(
+    request_log: Path, postprocess: Postprocess, ending: SequenceOutput, outcome: str, code: str | None
+) -> None:
+    begins = SequenceOutput("a", token_ids=[5], num_cached_tokens=2)
+    postprocess.outputs(
+        RequestOutput("a", [begins], a_request("a", tenant="t")), RequestOutput("a", [ending], final=True)
+    )
+    postprocess.model._request_log.close()
+    postprocess.model._request_log = RequestLog(None)
+    [record] = [json.loads(line) for line in request_log.read_text().splitlines()]
+    assert (record["outcome"], record.get("code"), record["tenant"]) == (outcome, code, "t")
+    assert (record["prompt_tokens"], record["cached_tokens"]) == (3, 2)
+    assert record["output_tokens"] == 1 + len(ending.token_ids)
 
 
 def test_tokens_become_text(postprocess: Postprocess) -> None:

@@ -55,7 +55,7 @@ def model(pb_utils: Any, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) ->
     tokenizer: Any = FakeTokenizer()
     input_processor: Any = InputProcessor(Config(), tokenizer, 64, 256)
     input_processor._guides = compiler
-    monkeypatch.setattr(preprocess, "_load_input_processor", lambda: input_processor)
+    monkeypatch.setattr(preprocess, "_load_input_processor", lambda config: input_processor)
     model = preprocess.PreprocessModel()
     model.initialize({})
     yield model

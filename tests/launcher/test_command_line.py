@@ -11,6 +11,7 @@ from fastserve import cli
 from fastserve.commands import serve
 from fastserve.launcher.command_line import (
     SET_BY_FASTSERVE,
+    Addresses,
     ServerOptions,
     check_server_flags,
     command_line,
@@ -19,9 +20,13 @@ from fastserve.launcher.installation import Installation
 from fastserve.start_error import StartError
 
 
-def words(address: str = "127.0.0.1", *server_flags: str) -> list[str]:
+def words(
+    address: str = "127.0.0.1", *server_flags: str, metrics: str = "", with_keys: bool = False
+) -> list[str]:
     options = ServerOptions(server_flags=server_flags)
-    return command_line(Installation(Path("tritonserver"), {}), options, address, [Path("models")], "prefix_")
+    addresses = Addresses(address, address, metrics or address, options.ports.http)
+    installation = Installation(Path("tritonserver"), {})
+    return command_line(installation, options, addresses, [Path("models")], "prefix_", with_keys=with_keys)
 
 
 @pytest.mark.parametrize(
@@ -82,3 +87,41 @@ def test_the_help_shows_where_they_go(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
     assert re.search(r"\[-- FLAG", capsys.readouterr().out)
+
+
+def test_with_keys_the_headers_reach_the_models_and_all_other_apis_are_closed() -> None:
+    line = words(with_keys=True)
+    patterns = [word.partition("=")[2] for word in line if "header-forward-pattern" in word]
+    assert len(patterns) == 2
+    for pattern in patterns:
+        assert [
+            name for name in ("Authorization", "authorization", "x-authorization") if re.search(pattern, name)
+        ] == [
+            "Authorization",
+            "authorization",
+        ]
+    closed = [word.partition("=")[2] for word in line if word.startswith(("--http-restr", "--grpc-restr"))]
+    assert len(closed) == 2
+    for value in closed:
+        names, _, secret = value.partition(":")
+        assert "model-repository" in names.split(",")
+        assert not {"health", "inference"} & set(names.split(","))
+        assert " " in secret.partition("=")[0]
+        assert "\n" in secret.partition("=")[2]
+    assert not [word for word in words() if "restricted" in word or "header" in word]
+    assert closed[0] not in words(with_keys=True)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--http-restricted-api=health:a=b", "--allow-vertex-ai=true", "--grpc-head=x"]
+)
+def test_with_keys_nobody_opens_another_door(flag: str) -> None:
+    check_server_flags([flag])
+    with pytest.raises(StartError, match="allowed without --keys-file only"):
+        check_server_flags([flag], with_keys=True)
+
+
+def test_the_metrics_port_may_have_an_address_of_its_own() -> None:
+    line = words("192.0.2.7", metrics="127.0.0.1")
+    assert "--metrics-address=127.0.0.1" in line
+    assert "--http-address=192.0.2.7" in line

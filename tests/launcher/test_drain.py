@@ -81,11 +81,18 @@ def test_a_server_that_does_not_answer_is_asked_again(tmp_path: Path) -> None:
     assert drain.is_done()
 
 
-def test_a_server_that_lets_nobody_unload_is_drained_by_its_gauges(tmp_path: Path) -> None:
-    server = FakeServer()
+def test_a_server_that_lets_nobody_unload_is_drained_when_it_has_computed_nothing_for_a_while(
+    tmp_path: Path,
+) -> None:
+    server, times = FakeServer(), iter([0.0, 1.0, 2.0, 4.0, 6.0])
     server.answers = False
     server.states = dict.fromkeys(ALL, "READY")
-    assert Drain(server, ALL, tmp_path / "stopping").is_done()
+    drain = Drain(server, ALL, tmp_path / "stopping", clock=lambda: next(times))
+    assert not drain.is_done()
+    assert not drain.is_done()
+    server.seconds = 1.0
+    assert not drain.is_done()
+    assert drain.is_done()
 
 
 def test_all_models_of_another_repository_are_unloaded(tmp_path: Path) -> None:

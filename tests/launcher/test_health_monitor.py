@@ -81,7 +81,7 @@ def test_a_server_that_gives_no_answer_is_slow_while_it_computes(
     assert monitor.failure() == ("the process of model `engine` ended" if computes else None)
 
 
-@pytest.mark.parametrize("state", ["UNLOADING", "UNAVAILABLE"])
+@pytest.mark.parametrize("state", ["UNLOADING", "UNAVAILABLE", "NOT READY"])
 def test_a_model_that_was_unloaded_is_no_failure(child: subprocess.Popen[bytes], state: str) -> None:
     server, monitor = watched(child)
     server.state = state

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import socket
+import sys
+from pathlib import Path
 
 import pytest
 
+from fastserve.config import Config
+from fastserve.launcher.access_checks import check_access
+from fastserve.launcher.command_line import ServerOptions
+from fastserve.launcher.launcher import Server
 from fastserve.launcher.start_checks import (
     Ports,
     check_ports,
@@ -32,6 +38,35 @@ def test_a_port_in_use_is_named_by_its_flag(which: str) -> None:
             StartError, match=f"Address already in use; give another port with --{which}-port"
         ):
             check_ports(HOST, Ports(**numbers))
+
+
+def test_the_metrics_port_is_tried_at_its_own_address() -> None:
+    ports = free_ports()
+    with socket.create_server(("127.0.0.2", ports.metrics)):
+        check_ports(HOST, ports)
+        with pytest.raises(StartError, match=rf"cannot listen on 127\.0\.0\.2:{ports.metrics}"):
+            check_ports(HOST, ports, "127.0.0.2")
+
+
+def test_keys_that_cannot_be_read_are_told_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "echo").mkdir()
+    (tmp_path / "echo" / "config.pbtxt").touch()
+    config = Config(keys_file=str(tmp_path / "keys.json"))
+    server = Server(config, ServerOptions(ports=free_ports(), model_repository=tmp_path))
+    with pytest.raises(StartError, match=r"--keys-file: .*keys\.json: .*No such file.*`fastserve keys add`"):
+        server.start()
+
+
+def test_what_a_request_log_lacks_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StartError, match=r"--request-log .*: Is a directory"):
+        check_access(Config(request_log=str(tmp_path)))
+    masked = Config(request_log=str(tmp_path / "log"), log_prompts="masked")
+    check_access(masked)
+    monkeypatch.setitem(sys.modules, "phonenumbers", None)
+    with pytest.raises(StartError, match=r"--log-prompts masked: .*phonenumbers.*fastserve\[masking\]"):
+        check_access(masked)
 
 
 def test_a_port_given_twice_is_refused() -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.scheduling.conftest import a_request, sequences_of
 
-from fastserve.scheduling.block_pool import BlockPool
+from fastserve.scheduling.block_pool import BlockPool, root_hash
 from fastserve.scheduling.prefix_index import PrefixIndex, block_hashes
 
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=12)
@@ -15,6 +15,17 @@ def test_the_hashes_are_those_of_the_engine(prompt: list[int], block_size: int) 
     [sequence] = sequences_of(a_request("r", prompt))
     sequence.hash_full_blocks(block_size)
     assert block_hashes(prompt, block_size) == sequence.block_hashes
+
+
+@given(prompts, st.integers(1, 3))
+def test_requests_of_another_salt_find_nothing(prompt: list[int], block_size: int) -> None:
+    found = {}
+    for salt in ("", "a", "b"):
+        [sequence] = sequences_of(a_request("r", prompt, cache_salt=salt))
+        sequence.hash_full_blocks(block_size)
+        found[salt] = set(sequence.block_hashes)
+        assert block_hashes(prompt, block_size, root_hash(salt)) == sequence.block_hashes
+    assert not found[""] & found["a"] | found["a"] & found["b"] | found[""] & found["b"]
 
 
 @given(st.lists(prompts, max_size=8), prompts)

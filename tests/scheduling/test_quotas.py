@@ -156,6 +156,36 @@ def test_a_uid_that_comes_twice_is_one_request() -> None:
     quotas.admit(a_request("2", num_prompt_tokens=4), 0.0)
 
 
+def test_so_many_requests_are_in_flight_and_no_more() -> None:
+    quotas = Quotas({"a": TenantQuota(requests_in_flight=2)})
+    quotas.admit(a_request("1"), 0.0)
+    quotas.admit(a_request("2"), 0.0)
+    error = refusal(quotas, a_request("3"))
+    assert (
+        "tenant 'a' is over its quota of 2 requests in flight (`requests_in_flight`); try again in 1."
+        in str(error)
+    )
+    quotas.end("1", 0)
+    quotas.admit(a_request("3"), 0.0)
+
+
+def test_other_quotas_hold_from_the_next_request_on_and_what_is_in_flight_stays() -> None:
+    both = {name: TenantQuota(requests_in_flight=1, tokens_per_second=10, burst_seconds=10) for name in "ab"}
+    quotas = Quotas(both)
+    quotas.admit(a_request("1", num_prompt_tokens=20, max_tokens=70), 0.0)
+    quotas.replace(both | {"b": TenantQuota(requests_per_second=1)})
+    assert refusal(quotas, a_request("2", num_prompt_tokens=1, max_tokens=39)).quota == "tokens_per_second"
+    quotas.replace({"a": TenantQuota(requests_in_flight=2, tokens_in_flight=100)})
+    quotas.admit(a_request("2", num_prompt_tokens=1, max_tokens=9), 0.0)
+    assert refusal(quotas, a_request("3", num_prompt_tokens=1, max_tokens=1)).quota in (
+        "requests_in_flight",
+        "tokens_in_flight",
+    )
+    quotas.replace({})
+    quotas.admit(a_request("3"), 0.0)
+    quotas.end("1", 0)
+
+
 # --- properties
 
 RATES = st.floats(0.01, 1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
+from fastserve.access.key import KEY_VARIABLE
 from fastserve.benchmark.job import Job
 from fastserve_client import Client
 from fastserve_client.errors import server_error
@@ -30,7 +32,7 @@ class ServerTarget:
 
     def __init__(self, url: str, protocol: Literal["grpc", "http"], retries: int = 2) -> None:
         """`retries`: how often a request that is refused as UNAVAILABLE is sent again."""
-        self._client = Client(url, protocol, retries=retries)
+        self._client = Client(url, protocol, retries=retries, key=os.environ.get(KEY_VARIABLE))
 
     def stream(self, job: Job) -> Iterator[int]:
         """Yields how many tokens each response brought."""
@@ -58,6 +60,8 @@ class InferTarget:
 
     def __init__(self, url: str) -> None:
         self._client = grpcclient.InferenceServerClient(url)
+        key = os.environ.get(KEY_VARIABLE)
+        self._headers = {"authorization": f"Bearer {key}"} if key else None
 
     def stream(self, job: Job) -> Iterator[int]:
         """Yields the number of all tokens, once. Raises FastServeError."""
@@ -74,7 +78,7 @@ class InferTarget:
             inputs.append(grpcclient.InferInput(name, list(value.shape), datatype))
             inputs[-1].set_data_from_numpy(value)
         try:
-            result = self._client.infer("fastserve_infer", inputs)
+            result = self._client.infer("fastserve_infer", inputs, headers=self._headers)
         except InferenceServerException as error:
             raise server_error(error.message()) from error
         yield int(result.as_numpy("num_output_tokens")[0])

@@ -19,6 +19,7 @@ from fastserve.launcher.command_line import ServerOptions
 from fastserve.launcher.installation import EMBEDDED
 from fastserve.launcher.launcher import Server
 from fastserve.launcher.start_checks import Ports
+from fastserve.launcher.tls import tls_files
 from fastserve.scheduling.policies.registry import make_policy
 
 ERRORS = (ModelError,)
@@ -46,6 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     server.add_argument(
         "--metrics-port", type=int, default=ports.metrics, metavar="N", help="(default: %(default)s)"
+    )
+    server.add_argument(
+        "--metrics-host", default="", metavar="HOST", help="address of the metrics port (default: --host)"
+    )
+    server.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="PEM certificate of the HTTP and the gRPC port"
+    )
+    server.add_argument("--tls-key", type=Path, metavar="FILE", help="its PEM key, without a password")
+    server.add_argument(
+        "--tls-client-ca",
+        type=Path,
+        metavar="FILE",
+        help="PEM authority of clients' certificates: who has none is not let in",
     )
     server.add_argument(
         "--model-repository", type=Path, metavar="DIR", help="of Triton server (default: FastServe's own)"
@@ -116,12 +130,19 @@ def _example(server: Server) -> str:
     if options.encoders_only:
         encoder = options.encoders[0]
         model, body = encoder.name, ENCODER_EXAMPLES[encoder.profile.task]
-    return f"curl -s {server.http_url}/v2/models/{model}/generate -d '{body}'"
+    words = ["curl -s"]
+    if options.tls is not None:
+        words.append("--cacert CA.pem" + ("" if options.tls.client_ca is None else " --cert CLIENT.pem"))
+    if server.config.keys_file:
+        body = '{"authorization": "Bearer KEY", ' + body[1:]
+    return f"{' '.join(words)} {server.http_url}/v2/models/{model}/generate -d '{body}'"
 
 
 def _options(arguments: argparse.Namespace, encoders: tuple[ServedEncoder, ...] = ()) -> ServerOptions:
     return ServerOptions(
         host=arguments.host,
+        metrics_host=arguments.metrics_host,
+        tls=tls_files(arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca),
         ports=Ports(arguments.http_port, arguments.grpc_port, arguments.metrics_port),
         model_repository=arguments.model_repository,
         tritonserver=arguments.tritonserver,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from fastserve.access.key import KEY_VARIABLE
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.errors import RequestError
 from fastserve_client import Client, FastServeError
@@ -42,7 +44,14 @@ class _Embedded:
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that `open_source` reads."""
-    parser.add_argument("--url", help="gRPC address of a running server; without it the model is loaded here")
+    parser.add_argument(
+        "--url",
+        help="gRPC address of a running server; without it the model is loaded here. One that asks for keys "
+        f"gets that of the environment variable {KEY_VARIABLE}",
+    )
+    parser.add_argument(
+        "--tls-ca", metavar="FILE", help="PEM authority of the server's certificate: the connection has TLS"
+    )
     parser.add_argument(
         "--model", default="", help="directory, GGUF file or hub name (default: the default model)"
     )
@@ -70,7 +79,9 @@ def sampling_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def open_source(arguments: argparse.Namespace) -> Iterator[Source]:
     """The server at --url, or the model loaded into this process. Raises one of SOURCE_ERRORS."""
     if arguments.url:
-        with Client(arguments.url) as client:
+        key = os.environ.get(KEY_VARIABLE)
+        tls: dict[str, Any] = {"ssl": True, "root_certificates": arguments.tls_ca} if arguments.tls_ca else {}
+        with Client(arguments.url, key=key, **tls) as client:
             yield _Server(client)
     else:
         from fastserve.embedded import Model, ModelServer

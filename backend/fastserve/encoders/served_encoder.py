@@ -138,12 +138,17 @@ def _tensors(kind: str, tensors: Mapping[str, tuple[str, int]]) -> list[str]:
 
 def _dynamic_batching(rule: Batching, config: Config) -> list[str]:
     low, high = config.priority_range
+    levels = [
+        f"  priority_levels: {high - low + 1}",
+        f"  default_priority_level: {priority_level(0, config.priority_range)}",
+    ]
+    if config.keys_file:  # a model does not see the level, and could not hold a key to its range
+        levels = []
     return [
         "dynamic_batching {",
         f"  preferred_batch_size: [ {rule.preferred_batch_size} ]",
         f"  max_queue_delay_microseconds: {rule.max_queue_delay_us}",
-        f"  priority_levels: {high - low + 1}",
-        f"  default_priority_level: {priority_level(0, config.priority_range)}",
+        *levels,
         "  default_queue_policy {",
         "    timeout_action: REJECT",
         f"    default_timeout_microseconds: {round(config.max_queue_seconds * 1e6)}",

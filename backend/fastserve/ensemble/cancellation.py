@@ -16,18 +16,21 @@ class RecentCancellations:
 
     def __init__(self, max_request_seconds: float) -> None:
         self._max_request_seconds = max_request_seconds
-        self._times: OrderedDict[str, float] = OrderedDict()
+        self._times: OrderedDict[tuple[str, str | None], float] = OrderedDict()
+        """By id and tenant."""
 
     def add(self, cancel: CancelById) -> None:
         """Remembers `cancel`; they come in the order of their times, or nearly so."""
-        time = max(cancel.time, self._times.pop(cancel.request_id, cancel.time))
-        self._times[cancel.request_id] = time
+        name = (cancel.request_id, cancel.tenant)
+        time = max(cancel.time, self._times.pop(name, cancel.time))
+        self._times[name] = time
         while len(self._times) > MAX_REMEMBERED or self._oldest <= time - self._max_request_seconds:
             self._times.popitem(last=False)
 
     def applies_to(self, request: Request) -> bool:
         """Whether the request had arrived when its id was cancelled: a later one of that id lives."""
-        return request.arrival <= self._times.get(request.request_id, -1.0)
+        names = ((request.request_id, None), (request.request_id, request.tenant))
+        return any(request.arrival <= self._times.get(name, -1.0) for name in names)
 
     def __len__(self) -> int:
         return len(self._times)

@@ -44,10 +44,16 @@ class CancelById(Struct, frozen=True):
     request_id: str
     time: float
     """When the cancel came."""
+    tenant: str | None = None
+    """Whose requests alone; None: whoever's, there are no keys."""
 
     def applies_to(self, request: Request) -> bool:
         """Whether it means this request."""
-        return request.request_id == self.request_id and request.arrival <= self.time
+        return (
+            request.request_id == self.request_id
+            and request.arrival <= self.time
+            and self.tenant in (None, request.tenant)
+        )
 
 
 class BlockUnload(Struct, frozen=True, tag=True):

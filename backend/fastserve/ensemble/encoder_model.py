@@ -13,14 +13,18 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from fastserve.config import is_stopping
+from fastserve.access.request_log import open_request_log
+from fastserve.config import is_stopping, read_config
 from fastserve.encoders.served_encoder import SETTINGS_PARAMETER, EncoderSettings
+from fastserve.ensemble.admitted_request import AdmittedRequest, admitted_request, encoder_record
+from fastserve.ensemble.door import Door, TenantQuotas
 from fastserve.ensemble.encoder_metrics import EncoderMetrics
 from fastserve.ensemble.messaging import error_response, numbers, send_response_or_error
 from fastserve.ensemble.server_death import leave_with_server
@@ -31,6 +35,7 @@ from fastserve.service_thread import ServiceThread
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fastserve.access.grant import Grant
     from fastserve.encoders.encoder import Encoder
     from fastserve.ensemble.encoder_request import EncoderRequest
 
@@ -43,10 +48,15 @@ class EncoderModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the encoder, and starts the threads."""
         leave_with_server()
-        config = json.loads(args["model_config"])
-        parameter = config["parameters"][SETTINGS_PARAMETER]["string_value"]
+        model_config, settings = json.loads(args["model_config"]), read_config()
+        self._model = args["model_name"]
+        self._door = Door(settings, self._model)
+        self._tenant_quotas = TenantQuotas(settings)
+        self._quotas_lock = threading.Lock()
+        self._request_log = open_request_log(settings)
+        parameter = model_config["parameters"][SETTINGS_PARAMETER]["string_value"]
         self._encoder = _load(msgspec.json.decode(parameter.encode(), type=EncoderSettings))
-        self._metrics = EncoderMetrics(args["model_name"])
+        self._metrics = EncoderMetrics(self._model)
         self._idle = threading.Semaphore(1)
         """Held from when a batch goes to the thread `compute` until that has computed it."""
         self._to_compute: queue.SimpleQueue[list[EncoderRequest] | None] = queue.SimpleQueue()
@@ -75,16 +85,34 @@ class EncoderModel:
         try:
             if is_stopping():
                 raise RequestError("the server is stopping and takes no more requests", ErrorCode.UNAVAILABLE)
-            return read_request(self._encoder, request, sender)
+            grant, parameters = self._door.read(request)
+            each = read_request(self._encoder, request, parameters, sender)
+            return replace(each, admitted=self._admit(each, request.request_id(), grant))
         except Exception as error:
             if not isinstance(error, RequestError):
                 logger.exception("a request could not be read")
             self._refuse(sender, error)
             return None
 
-    def _refuse(self, sender: Any, error: Exception) -> None:
-        self._metrics.count("rejected" if isinstance(error, RequestError) else "error")
+    def _admit(self, each: EncoderRequest, request_id: str, grant: Grant | None) -> AdmittedRequest:
+        """Charges a request to its tenant. Raises RequestError where that is over a quota."""
+        admitted = admitted_request(request_id, each.num_tokens, grant)
+        with self._quotas_lock:
+            self._tenant_quotas.refresh()
+            self._tenant_quotas.quotas.admit(admitted, admitted.arrival)
+        return admitted
+
+    def _refuse(self, sender: Any, error: Exception, admitted: AdmittedRequest | None = None) -> None:
+        self._end("rejected" if isinstance(error, RequestError) else "error", admitted, error)
         send_response_or_error(sender, error_response(error))
+
+    def _end(self, outcome: str, admitted: AdmittedRequest | None, error: Exception | None = None) -> None:
+        """Counts a request that ends; `admitted`: None where it was not let in."""
+        self._metrics.count(outcome)
+        if admitted is not None:
+            with self._quotas_lock:
+                self._tenant_quotas.quotas.end(admitted.uid, admitted.max_total_tokens)
+        self._request_log.write(encoder_record(self._model, outcome, admitted, error))
 
     def _compute_next(self) -> bool:
         batch = self._to_compute.get()
@@ -112,7 +140,7 @@ class EncoderModel:
         first = 0
         for each in batch:
             if isinstance(result, Exception):
-                self._refuse(each.sender, result)
+                self._refuse(each.sender, result, each.admitted)
                 continue
             count = self._num_rows(each)
             self._answer(each, result[first : first + count])
@@ -129,9 +157,9 @@ class EncoderModel:
             response = pb_utils.InferenceResponse(output_tensors=self._tensors(each, rows))
         except Exception as error:
             logger.exception("an answer could not be made")
-            self._refuse(each.sender, error)
+            self._refuse(each.sender, error, each.admitted)
             return
-        self._metrics.count("success")
+        self._end("success", each.admitted)
         send_response_or_error(each.sender, response)
 
     def _tensors(self, each: EncoderRequest, rows: Tensor) -> list[Any]:
@@ -160,6 +188,7 @@ class EncoderModel:
         self._to_compute.put(None)
         for thread in self._threads:
             thread.join()
+        self._request_log.close()
 
 
 def _load(settings: EncoderSettings) -> Encoder:

@@ -10,7 +10,7 @@ import triton_python_backend_utils as pb_utils
 
 from fastserve.encoders.encoder import Encoder
 from fastserve.encoders.ragged_batch import TokenSequence
-from fastserve.ensemble.messaging import read_parameters
+from fastserve.ensemble.admitted_request import AdmittedRequest
 from fastserve.errors import invalid
 from fastserve.text.validation import coerce, decode_text
 
@@ -36,11 +36,20 @@ class EncoderRequest:
     dimensions: int | None = None
     normalize: bool | None = None
     label_rows: Sequence[int] = ()
+    admitted: AdmittedRequest | None = None
+    """None until it is let in."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all its texts."""
+        return sum(map(len, self.sequences))
 
 
-def read_request(encoder: Encoder, request: Any, sender: Any) -> EncoderRequest:
+def read_request(
+    encoder: Encoder, request: Any, parameters: Mapping[str, Any], sender: Any
+) -> EncoderRequest:
     """Raises RequestError naming the input or the parameter."""
-    options = _options(encoder.task, request)
+    options = _options(encoder.task, parameters)
     truncate = coerce("truncate", options.get("truncate", False), bool)
     if encoder.task == "rerank":
         queries, documents = _texts(request, "query"), _texts(request, "document")
@@ -62,8 +71,8 @@ def read_request(encoder: Encoder, request: Any, sender: Any) -> EncoderRequest:
     return EncoderRequest(sender, texts, sequences, truncate, dimensions, normalize)
 
 
-def _options(task: str, request: Any) -> dict[str, Any]:
-    found = {name: value for name, value in read_parameters(request).items() if name not in OF_TRITON_SERVER}
+def _options(task: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: value for name, value in parameters.items() if name not in OF_TRITON_SERVER}
     for name, value in found.items():
         if name not in OPTIONS[task]:
             raise invalid(name, value, f"no such parameter; there are {', '.join(OPTIONS[task])}")

@@ -41,6 +41,7 @@ from fastserve.ensemble.response_stream import ResponseStream
 from fastserve.ensemble.response_streams import ResponseStreams
 from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
+from fastserve.ensemble.spent_requests import SpentRequests
 from fastserve.ensemble.tenant_tokens import TenantTokenCounter
 from fastserve.errors import ErrorCode, invalid
 from fastserve.scheduling.capacity import Ended, EngineCapacity, Finished, Preempted, ResumeList
@@ -75,6 +76,7 @@ class EngineModel:
             self._tell_finished,
         )
         self._cancelled = RecentCancellations(config.max_request_seconds)
+        self._spent = SpentRequests(config.max_request_seconds)
         self._counts_tenants = make_policy(config).overrides(Policy.on_tenant_service)
         """Whether the queue goes by what was computed for each tenant."""
         self._tenant_tokens = TenantTokenCounter()
@@ -140,6 +142,8 @@ class EngineModel:
         with self._lock:
             if request.uid in self._streams:
                 raise invalid("released", request.uid, "a request that is not served already")
+            if not self._spent.spend(request, time.monotonic()):
+                raise invalid("released", request.uid, "a request that has not been served before")
             is_cancelled = is_cancelled or self._cancelled.applies_to(request)
             if is_cancelled:
                 replica.count_dropped()

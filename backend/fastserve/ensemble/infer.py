@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from fastserve.access.request_log import open_request_log, refused
 from fastserve.config import read_config
 from fastserve.ensemble.control_messages import CancelById
+from fastserve.ensemble.door import Door
 from fastserve.ensemble.forwarding import FAILED, forwarded_id
 from fastserve.ensemble.messaging import (
     call,
@@ -55,8 +57,11 @@ POLL_SECONDS_EACH = 0.001
 class _ForwardedRequest:
     """A request on its way through `fastserve`, under an id of our own, by which it alone is cancelled."""
 
-    def __init__(self, request: Any, sender: Any) -> None:
+    def __init__(self, request: Any, sender: Any, tenant: str | None) -> None:
+        """`tenant`: by its client's key; None: there are no keys."""
         self.request = request
+        self.tenant = tenant
+        # With the client's key, by which `preprocess` lets it in.
         self.parameters = read_parameters(request)
         # HTTP `generate` gives the id as a parameter.
         self.client_id = request.request_id() or coerce("id", self.parameters.pop("id", ""), str)
@@ -91,6 +96,8 @@ class InferModel:
         leave_with_server()
         server_secret()  # made while there is shared memory for it
         config = read_config()
+        self._door = Door(config, MODEL)
+        self._request_log = open_request_log(config)
         threading.stack_size(STACK_BYTES)
         self._max_in_flight = min(config.max_queue_size + config.max_num_seqs, MAX_IN_FLIGHT)
         self._lost_after = config.max_request_seconds + LOST_AFTER_SECONDS
@@ -98,7 +105,8 @@ class InferModel:
         self._lock = threading.Lock()
         self._requests_total = requests_total()
         self._stopping = threading.Event()
-        self._cancels: queue.SimpleQueue[tuple[list[str], Any] | None] = queue.SimpleQueue()
+        self._cancels: queue.SimpleQueue[tuple[list[str], str | None, Any] | None] = queue.SimpleQueue()
+        """Ids, whose requests (None: anybody's), and who is to be answered."""
         on_health = partial(report_health, "fastserve_infer")
         self._canceller = ServiceThread("cancels", self._send_cancel, on_health=on_health)
         self._poller = ServiceThread("cancelled-clients", self._poll_clients, on_health=on_health)
@@ -114,16 +122,21 @@ class InferModel:
             except Exception as error:
                 if not isinstance(error, RequestError):
                     logger.exception("a request could not be read")
-                rejected = isinstance(error, RequestError)
-                self._requests_total.add(1, (Outcome.REJECTED if rejected else Outcome.ERROR).value)
+                outcome = Outcome.REJECTED if isinstance(error, RequestError) else Outcome.ERROR
+                self._requests_total.add(1, outcome.value)
+                self._request_log.write(
+                    refused(error, outcome.value, time.monotonic(), request_id=request.request_id())
+                )
                 send_response_or_error(sender, error_response(error))
 
     def _take(self, request: Any, sender: Any) -> None:
+        grant, _ = self._door.read(request)
+        tenant = None if grant is None else grant.tenant
         cancel = pb_utils.get_input_tensor_by_name(request, "cancel")
         if cancel is not None:
-            self._take_cancel(cancel.as_numpy()[0].decode(errors="replace"), request, sender)
+            self._take_cancel(cancel.as_numpy()[0].decode(errors="replace"), tenant, request, sender)
             return
-        forwarded = _ForwardedRequest(request, sender)
+        forwarded = _ForwardedRequest(request, sender, tenant)
         _check_stream(forwarded)
         with self._lock:
             if len(self._in_flight) >= self._max_in_flight:
@@ -152,26 +165,30 @@ class InferModel:
             self._in_flight.pop(forwarded.inner_id, None)
         forwarded.answer(response)
 
-    def _take_cancel(self, request_id: str, request: Any, sender: Any) -> None:
+    def _take_cancel(self, request_id: str, tenant: str | None, request: Any, sender: Any) -> None:
         others = sorted(tensor.name() for tensor in request.inputs() if tensor.name() != "cancel")
         if others:
             raise RequestError(f"`cancel`: got `{others[0]}` beside it; allowed: alone")
         if not request_id:
             raise invalid("cancel", request_id, "a request's id, which is not empty")
         with self._lock:
-            inner_ids = [each.inner_id for each in self._in_flight.values() if each.client_id == request_id]
-        self._cancels.put(([request_id, *inner_ids], sender))
+            inner_ids = [
+                each.inner_id
+                for each in self._in_flight.values()
+                if (each.client_id, each.tenant) == (request_id, tenant)
+            ]
+        self._cancels.put(([request_id, *inner_ids], tenant, sender))
 
     def _send_cancel(self) -> bool:
         """Sends the next cancellation to `engine`, and answers whoever asked for it."""
         cancel = self._cancels.get()
         if cancel is None:
             return False
-        request_ids, sender = cancel
+        request_ids, tenant, sender = cancel
         response = pb_utils.InferenceResponse(output_tensors=[strings("text_output", [""])])
         try:
             for request_id in request_ids:
-                call("engine", "cancel", CancelById(request_id, time.monotonic()))
+                call("engine", "cancel", CancelById(request_id, time.monotonic(), tenant))
         except RequestError as error:
             if sender is None:
                 self._cancels.put(cancel)  # nobody else asks for it again; this thread pauses after the error
@@ -188,7 +205,7 @@ class InferModel:
             return False
         for forwarded in in_flight:
             if forwarded.is_newly_cancelled():
-                self._cancels.put(([forwarded.inner_id], None))
+                self._cancels.put(([forwarded.inner_id], forwarded.tenant, None))
             if time.monotonic() - forwarded.arrival > self._lost_after:
                 lost = RequestError(f"the answer of `{MODEL}` has been lost", ErrorCode.INTERNAL)
                 self._answer(forwarded, error_response(lost))
@@ -200,6 +217,7 @@ class InferModel:
         self._cancels.put(None)
         for thread in (self._poller, self._canceller):
             thread.join()
+        self._request_log.close()
 
 
 def _check_stream(forwarded: _ForwardedRequest) -> None:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_CODES = {code: getattr(pb_utils.TritonError, code.value) for code in ErrorCode}
+_CODES = {code: getattr(pb_utils.TritonError, code.triton_code) for code in ErrorCode}
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -61,7 +61,11 @@ def _value(name: str, array: Any) -> Any:
 
 def read_parameters(request: Any) -> dict[str, Any]:
     """The request parameters, without those that Triton server adds of its own."""
-    parameters = json.loads(request.parameters() or "{}")
+    return own_parameters(json.loads(request.parameters() or "{}"))
+
+
+def own_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Those of `parameters` that Triton server has not added."""
     return {name: value for name, value in parameters.items() if not name.startswith("triton_")}
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from msgspec.structs import replace
 
+from fastserve.access.request_log import open_request_log, record_of
 from fastserve.checkpoints.model_files import locate
 from fastserve.config import read_config
 from fastserve.ensemble.forwarding import is_forwarded, send_failure
@@ -48,6 +50,9 @@ class RequestState:
     num_tokens: int = 0
     is_cancelled: bool = False
     """Its client has cancelled, and the stop is on its way to `engine`."""
+    num_cached_tokens: int = 0
+    answers: list[str] = field(default_factory=list)
+    """The text so far of each sequence, where the request log has texts."""
     failure: RequestError | None = None
     """Why no more is sent of it; its client is told with its last output."""
 
@@ -75,6 +80,7 @@ class PostprocessModel:
         self._states: dict[str, RequestState] = {}
         self._metrics = ResponseMetrics(RequestLabels(config))
         self._stops = StopSender()
+        self._request_log = open_request_log(config)
         self._next_sweep = 0.0
 
     def execute(self, requests: list[Any]) -> None:
@@ -118,12 +124,12 @@ class PostprocessModel:
             now = time.monotonic()
             if not output.final and state.is_newly_cancelled(triton_request, now):
                 self._stops.send(Cancel(output.uid, Outcome.CANCELLED))
-            response = self._push(state, output)
             if output.final:  # whoever has the whole answer finds it counted
                 self._count(state, output, now)
-                send_final(sender, response)
+                send_final(sender, self._push(state, output))
+                self._log(state, _outcome(output), now)
             else:  # each metric is a message to the server, for which tokens do not wait
-                send_final(sender, response)
+                send_final(sender, self._push(state, output))
                 self._count(state, output, now)
         elif output.final:
             raise state.failure
@@ -135,12 +141,32 @@ class PostprocessModel:
         if output.request is not None and num_tokens > 0:
             self._metrics.observe_first_token(output.request, now)
         state.num_tokens += num_tokens
+        for each in output.outputs:
+            state.num_cached_tokens = max(state.num_cached_tokens, each.num_cached_tokens)
         self._metrics.count_tokens(state.request, num_tokens, now)
         if output.final:
             self._metrics.report_tokens()
             del self._states[output.uid]
-            outcome = output.outputs[-1].outcome or Outcome.ERROR
-            self._metrics.observe_end(state.request, outcome, state.num_tokens, state.first_token, now)
+            self._metrics.observe_end(
+                state.request, _outcome(output), state.num_tokens, state.first_token, now
+            )
+
+    def _log(self, state: RequestState, outcome: Outcome, now: float, code: str = "") -> None:
+        """Writes the request into the request log. `code`: of the error that it has ended with."""
+        if not self._request_log.is_enabled:
+            return
+        record = record_of(state.request, outcome.value, now)
+        first_token = round(state.first_token - state.request.arrival, 6) if state.num_tokens else None
+        self._request_log.write(
+            replace(
+                record,
+                code=code,
+                cached_tokens=state.num_cached_tokens,
+                output_tokens=state.num_tokens,
+                first_token_seconds=first_token,
+                answers=state.answers or None,
+            )
+        )
 
     def _push(self, state: RequestState, output: RequestOutput) -> pb_utils.InferenceResponse | None:
         response = state.output_processor.push(output)
@@ -148,6 +174,9 @@ class PostprocessModel:
             self._stops.send(Cancel(output.uid, Outcome.STOP, index))
         if response is None:
             return None
+        if self._request_log.has_text:
+            before = state.answers or [""] * len(response.text)
+            state.answers = [text + new for text, new in zip(before, response.text, strict=True)]
         return pb_utils.InferenceResponse(output_tensors=_tensors(response, state.request.output))
 
     def _fail(
@@ -168,6 +197,8 @@ class PostprocessModel:
             send_error(sender, error)
             return
         self._end(output.uid)
+        if state is not None:
+            self._log(state, _outcome(output), time.monotonic(), error.code.value)
         if is_forwarded(state.request if state is not None else output.request):
             send_failure(sender, error)
         else:
@@ -189,8 +220,14 @@ class PostprocessModel:
                 self._end(uid)
 
     def finalize(self) -> None:
-        """Ends the thread."""
+        """Ends the threads."""
         self._stops.close()
+        self._request_log.close()
+
+
+def _outcome(output: RequestOutput) -> Outcome:
+    """How the request of a last output ended."""
+    return (output.outputs[-1].outcome if output.outputs else None) or Outcome.ERROR
 
 
 def _as_request_error(error: Exception) -> RequestError:

@@ -11,18 +11,20 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from fastserve.access.request_log import open_request_log, refused
 from fastserve.checkpoints.model_files import locate
 from fastserve.checkpoints.model_metadata import context_length, model_vocab_size
-from fastserve.config import is_stopping, read_config
+from fastserve.config import Config, is_stopping, read_config
+from fastserve.ensemble.door import Door
 from fastserve.ensemble.guide_checks import GuideChecks
-from fastserve.ensemble.messaging import error_response, message_response, read_inputs, read_parameters
+from fastserve.ensemble.messaging import error_response, message_response, read_inputs
 from fastserve.ensemble.metrics import requests_total
 from fastserve.ensemble.server_death import leave_with_server
 from fastserve.ensemble.shared_secret import server_secret
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.input_processor import InputProcessor, ParsedRequest
 from fastserve.text.tokenizer import load_tokenizer
-from fastserve.types import Outcome
+from fastserve.types import Outcome, Request
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,10 @@ class PreprocessModel:
         """Loads the tokenizer."""
         leave_with_server()
         server_secret()  # made while there is shared memory for it
-        self._input_processor = _load_input_processor()
+        config = read_config()
+        self._door = Door(config, "fastserve")
+        self._request_log = open_request_log(config)
+        self._input_processor = _load_input_processor(config)
         self._requests_total = requests_total()
         self._guide_checks = GuideChecks(self._answer)
 
@@ -49,7 +54,7 @@ class PreprocessModel:
                 self._guide_checks.submit(parsed, triton_request.get_response_sender())
                 return None
         except Exception as error:
-            return self._refusal(error)
+            return self._refusal(error, triton_request.request_id())
         return self._answer(parsed)
 
     def _answer(self, parsed: ParsedRequest) -> pb_utils.InferenceResponse:
@@ -57,34 +62,40 @@ class PreprocessModel:
             request = self._input_processor.check_guide(parsed)
             return message_response("request", request)
         except Exception as error:
-            return self._refusal(error)
+            return self._refusal(error, parsed.request.request_id, parsed.request)
 
-    def _refusal(self, error: Exception) -> pb_utils.InferenceResponse:
+    def _refusal(
+        self, error: Exception, request_id: str, request: Request | None = None
+    ) -> pb_utils.InferenceResponse:
         is_refused = isinstance(error, RequestError)
         if not is_refused:
             logger.error("a request could not be read", exc_info=error)
-        self._requests_total.add(1, (Outcome.REJECTED if is_refused else Outcome.ERROR).value)
+        outcome = (Outcome.REJECTED if is_refused else Outcome.ERROR).value
+        self._requests_total.add(1, outcome)
+        self._request_log.write(refused(error, outcome, time.monotonic(), request, request_id))
         return error_response(error)
 
     def _parse(self, triton_request: Any) -> ParsedRequest:
         if is_stopping():
             raise RequestError("the server is stopping and takes no more requests", ErrorCode.UNAVAILABLE)
-        return self._input_processor.parse(
+        grant, parameters = self._door.read(triton_request)
+        parsed = self._input_processor.parse(
             read_inputs(triton_request),
-            read_parameters(triton_request),
+            parameters,
             now=time.monotonic(),
             request_id=triton_request.request_id(),
             timeout_us=triton_request.timeout(),
         )
+        return parsed if grant is None else parsed._replace(request=grant.apply(parsed.request))
 
     def finalize(self) -> None:
         """Ends the threads and the process that compile guides."""
         self._guide_checks.close()
         self._input_processor.close()
+        self._request_log.close()
 
 
-def _load_input_processor() -> InputProcessor:
-    config = read_config()
+def _load_input_processor(config: Config) -> InputProcessor:
     files = locate(config.model)
     return InputProcessor(
         config,

@@ -14,8 +14,10 @@ import time
 from functools import partial
 from typing import Any
 
+from fastserve.access.request_log import open_request_log, refused
 from fastserve.config import read_config
 from fastserve.ensemble.control_messages import Released
+from fastserve.ensemble.door import TenantQuotas
 from fastserve.ensemble.forwarding import answer_queued, is_forwarded, send_rejected
 from fastserve.ensemble.messaging import dispatch_each, message_of, message_response, send_error, send_final
 from fastserve.ensemble.metrics import QueueMetrics
@@ -27,7 +29,7 @@ from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.scheduling.admission import AdmissionQueue
 from fastserve.scheduling.capacity import EngineCapacity, ReplicaCapacity
 from fastserve.scheduling.policies.registry import make_policy
-from fastserve.scheduling.quotas import QuotaError, Quotas
+from fastserve.scheduling.quotas import QuotaError
 from fastserve.scheduling.request_labels import RequestLabels
 from fastserve.service_thread import ServiceThread
 from fastserve.types import Outcome, Request
@@ -43,7 +45,9 @@ class SchedulerModel:
         leave_with_server()
         server_secret()  # made while there is shared memory for it
         config = read_config()
-        self._quotas, labels = Quotas(config.tenant_quotas), RequestLabels(config)
+        self._tenant_quotas, labels = TenantQuotas(config), RequestLabels(config)
+        self._quotas = self._tenant_quotas.quotas
+        self._request_log = open_request_log(config)
         self._admission = AdmissionQueue(
             make_policy(config), config.max_queue_size, config.max_queue_seconds, self._quotas, labels
         )
@@ -91,26 +95,32 @@ class SchedulerModel:
             self._enqueue(request, sender)
 
     def _enqueue(self, request: Request, sender: Any) -> None:
+        self._tenant_quotas.refresh()
         try:
+            self._tenant_quotas.check_key(request)
             self._admission.submit(request, time.monotonic())
         except RequestError as error:
             if isinstance(error, QuotaError):
                 self._metrics.count_rejected(request, error)
-            self._reject(sender, error, Outcome.REJECTED)
+            self._reject(sender, error, Outcome.REJECTED, request)
             return
         self._senders[request.uid] = sender
         if is_forwarded(request):
             answer_queued(request, sender)
 
-    def _reject(self, sender: Any, error: RequestError, outcome: Outcome) -> None:
+    def _reject(
+        self, sender: Any, error: RequestError, outcome: Outcome, request: Request | None = None
+    ) -> None:
         self._metrics.requests.add(1, outcome.value)
+        if request is not None:
+            self._request_log.write(refused(error, outcome.value, time.monotonic(), request))
         send_error(sender, error)
 
     def _fail_waiting(self, request: Request, error: RequestError, outcome: Outcome) -> None:
         """Fails a request that was in the queue; a forwarded one, which has had a response, by data."""
         sender = self._senders.pop(request.uid)
         if not (is_forwarded(request) and send_rejected(request, sender, error, outcome)):
-            self._reject(sender, error, outcome)
+            self._reject(sender, error, outcome, request)
 
     def _release(self, now: float) -> None:
         for released in self._admission.release(now):
@@ -164,3 +174,4 @@ class SchedulerModel:
             self._changed.notify()
         self._deadlines.join()
         self._resumes.close()
+        self._request_log.close()

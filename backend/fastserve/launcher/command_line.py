@@ -8,9 +8,11 @@ from pathlib import Path
 
 from fastserve.config import CONFIG_VARIABLE, MODEL_CONTROL_VARIABLE, STOPPING_VARIABLE
 from fastserve.encoders.served_encoder import ServedEncoder
+from fastserve.launcher.closed_apis import SET_WITH_KEYS, key_flags
 from fastserve.launcher.installation import Installation
 from fastserve.launcher.run_directory import RunDirectory
 from fastserve.launcher.start_checks import Ports, in_url
+from fastserve.launcher.tls import TlsFiles
 from fastserve.start_error import StartError
 
 SHARED_MEMORY_PER_MODEL = 4 << 20
@@ -27,6 +29,10 @@ SET_BY_FASTSERVE = {
     "http-port": "use --http-port before the `--`",
     "grpc-port": "use --grpc-port before the `--`",
     "metrics-port": "use --metrics-port before the `--`",
+    "grpc-use-ssl": "use --tls-cert and --tls-key before the `--`",
+    "grpc-server-cert": "use --tls-cert before the `--`",
+    "grpc-server-key": "use --tls-key before the `--`",
+    "grpc-root-cert": "use --tls-client-ca before the `--`",
     "log-verbose": "use --log-verbose before the `--`",
     "exit-timeout-secs": "use --exit-timeout-secs before the `--`",
     "backend-directory": "name another server with --tritonserver before the `--`",
@@ -50,6 +56,10 @@ class ServerOptions:
 
     host: str = "127.0.0.1"
     ports: Ports = field(default_factory=Ports)
+    metrics_host: str = ""
+    """Of the metrics port alone; empty: `host`."""
+    tls: TlsFiles | None = None
+    """Of the HTTP and the gRPC port; None: they are not encrypted."""
     model_repository: Path | None = None
     """None: FastServe's own."""
     tritonserver: str = ""
@@ -66,8 +76,21 @@ class ServerOptions:
     """Further words of `tritonserver`'s command line; see `check_server_flags`."""
 
 
-def check_server_flags(words: Sequence[str]) -> None:
-    """Raises StartError for a flag of `tritonserver` that FastServe sets itself, and for what is no flag."""
+@dataclass(frozen=True)
+class Addresses:
+    """Where `tritonserver` listens, in numbers."""
+
+    http: str
+    grpc: str
+    metrics: str
+    http_port: int
+
+
+def check_server_flags(words: Sequence[str], with_keys: bool = False) -> None:
+    """Raises StartError for a flag of `tritonserver` that FastServe sets itself, and for what is no flag.
+
+    `with_keys`: the server has a keys file.
+    """
     if words and not words[0].startswith("--"):
         raise StartError(f"got {words[0]!r}: flags of tritonserver, each with its --, follow a `--`")
     for word in words:
@@ -76,6 +99,9 @@ def check_server_flags(words: Sequence[str]) -> None:
         for name, instead in SET_BY_FASTSERVE.items():
             if word.startswith("--") and beginning and name.startswith(beginning):
                 raise StartError(f"--{name} of tritonserver is set by FastServe: {instead}")
+        for name, reason in SET_WITH_KEYS.items() if with_keys else ():
+            if word.startswith("--") and beginning and name.startswith(beginning):
+                raise StartError(f"--{name} of tritonserver: allowed without --keys-file only: {reason}")
         if PREFIX_SETTING in word:
             raise StartError(f"{PREFIX_SETTING}* of tritonserver is set by FastServe, to keep servers apart")
 
@@ -83,15 +109,15 @@ def check_server_flags(words: Sequence[str]) -> None:
 def command_line(
     installation: Installation,
     options: ServerOptions,
-    address: str,
+    addresses: Addresses,
     repositories: Sequence[Path],
     shared_memory_prefix: str,
+    with_keys: bool = False,
 ) -> list[str]:
     """The command. All models of the repositories are loaded; the server ends when one of them cannot be.
 
-    `address`: that of the host, in numbers.
+    `with_keys`: the server has a keys file.
     """
-    evhtp_address = f"ipv6:{address}" if ":" in address else address
     values: dict[str, object] = {
         **installation.directories,
         # Explicit: a model of ours may unload another, by which it says that the server is not ready.
@@ -100,10 +126,10 @@ def command_line(
         "disable-auto-complete-config": None,
         # Nothing is in flight any more when the server is told to leave: see `Drain`.
         "exit-timeout-secs": EXIT_SECONDS,
-        "http-address": evhtp_address,
-        "grpc-address": in_url(address),
-        "metrics-address": evhtp_address,
-        "http-port": options.ports.http,
+        "http-address": _evhtp_address(addresses.http),
+        "grpc-address": in_url(addresses.grpc),
+        "metrics-address": _evhtp_address(addresses.metrics),
+        "http-port": addresses.http_port,
         "grpc-port": options.ports.grpc,
         "metrics-port": options.ports.metrics,
         "log-verbose": options.log_verbose,
@@ -116,7 +142,16 @@ def command_line(
     stored = [f"--model-repository={repository}" for repository in repositories]
     flags = [f"--{name}" if value is None else f"--{name}={value}" for name, value in values.items()]
     backend_flags = [f"--backend-config=python,{name}={value}" for name, value in python_backend.items()]
+    if options.tls is not None:
+        flags += options.tls.grpc_flags()
+    if with_keys:
+        flags += key_flags()
     return [str(installation.executable), *stored, *flags, *backend_flags, *options.server_flags]
+
+
+def _evhtp_address(address: str) -> str:
+    """As the HTTP library of the server wants it."""
+    return f"ipv6:{address}" if ":" in address else address
 
 
 def environment(

@@ -62,6 +62,7 @@ class Drain:
         self._has_gauges = bool(entry_points)
         self._to_end: list[str] = []
         self._reached_zero = False
+        self._may_unload = False
         self._idle_since: tuple[float, float] | None = None
         """Since when the gauges say that nothing runs, and the CPU seconds of then."""
         stopping_file.touch()
@@ -78,6 +79,9 @@ class Drain:
             model = self._to_unload.pop(0)
             if unloads:
                 self._to_end.append(model)
+                self._may_unload = True
+        if not self._may_unload:  # with keys nobody may
+            return self._is_idle()
         self._to_end = [name for name in self._to_end if self._server.model_state(name) != UNLOADED]
         return not self._to_end or (self._has_gauges and self._is_idle())
 

@@ -9,7 +9,7 @@ import time
 
 import psutil
 
-from fastserve.launcher.server_process import NO_ANSWER, ServerProcess, is_alive
+from fastserve.launcher.server_process import NO_ANSWER, NOT_READY, ServerProcess, is_alive
 from fastserve.launcher.stall_detector import StallDetector
 
 DISCOVERY_SECONDS = 1.0
@@ -51,7 +51,7 @@ class HealthMonitor:
         state = self._server.model_state(model)
         if state == NO_ANSWER and not self._is_stalled():
             return False  # it loads models still, or the machine is slow: asked again at the next look
-        if state == "LOADING":
+        if state in ("LOADING", NOT_READY):
             return False  # its new stub is not there yet
         self._stall_detector = None
         del self._stubs[stub]

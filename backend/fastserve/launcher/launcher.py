@@ -8,6 +8,7 @@ with Server(Config(), ServerOptions(ports=free_ports())) as server:
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -18,10 +19,12 @@ import msgspec
 
 from fastserve.cache_directory import cache_directory
 from fastserve.config import Config
+from fastserve.launcher.access_checks import check_access
 from fastserve.launcher.ascii_paths import ascii_path
 from fastserve.launcher.command_line import (
     SHARED_MEMORY_PER_MODEL,
     SHARED_MEMORY_REGIONS,
+    Addresses,
     ServerOptions,
     check_server_flags,
     command_line,
@@ -34,8 +37,15 @@ from fastserve.launcher.repository import compile_models, model_names, model_rep
 from fastserve.launcher.run_directory import RunDirectory
 from fastserve.launcher.server_log import new_log
 from fastserve.launcher.server_process import ServerProcess
-from fastserve.launcher.start_checks import check_ports, check_shared_memory, in_url, resolve
+from fastserve.launcher.start_checks import (
+    check_ports,
+    check_shared_memory,
+    free_ports,
+    in_url,
+    resolve,
+)
 from fastserve.launcher.supervisor import Restart, Supervisor
+from fastserve.launcher.tls_relay import TlsRelay
 from fastserve.start_error import StartError
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -66,6 +76,7 @@ class Server:
         self._has_ended = False
         self._failure: Exception | None = None
         self._process: ServerProcess | None = None
+        self._relay: TlsRelay | None = None
         self._thread = threading.Thread(target=self._supervise, name="server")
 
     def start(self) -> None:
@@ -75,18 +86,31 @@ class Server:
         models = [encoder.name for encoder in options.encoders]
         if repository is not None:
             models += model_names(repository)
-        check_server_flags(options.server_flags)
+        check_server_flags(options.server_flags, bool(self.config.keys_file))
+        check_access(self.config)
         self._address = resolve(options.host)
-        check_ports(self._address, options.ports)
+        self._metrics_address = resolve(options.metrics_host) if options.metrics_host else self._address
+        check_ports(self._address, options.ports, self._metrics_address)
+        self._http_address = (self._address, options.ports.http)
+        if options.tls is not None:
+            self._http_address = ("127.0.0.1", free_ports().http)
+            context = options.tls.context()
         self.run_directory = RunDirectory()
         try:
             # After the run directory, whose making removes what dead runs hold of it.
             check_shared_memory(len(models) * SHARED_MEMORY_REGIONS * SHARED_MEMORY_PER_MODEL)
             self._prepare(repository, models)
+            if options.tls is not None:
+                self._relay = TlsRelay(self._listen(), context, self._http_address)
+                self._relay.start()
         except BaseException:
             self.run_directory.remove()
             raise
         self._thread.start()
+
+    def _listen(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+        return socket.create_server((self._address, self.options.ports.http), family=family)
 
     def _prepare(self, repository: Path | None, models: list[str]) -> None:
         run = self.run_directory
@@ -103,8 +127,14 @@ class Server:
             repositories.append(run.link("models", repository))
         if self.options.encoders:
             repositories.append(write_encoder_models(run, self.options.encoders, self.config))
+        http, http_port = self._http_address
         self._command = command_line(
-            installation, self.options, self._address, repositories, run.region_prefix
+            installation,
+            self.options,
+            Addresses(http, self._address, self._metrics_address, http_port),
+            repositories,
+            run.region_prefix,
+            with_keys=bool(self.config.keys_file),
         )
         try:
             self._log = new_log(cache_directory() / "logs", run.path.name)
@@ -176,7 +206,8 @@ class Server:
     @property
     def http_url(self) -> str:
         """Base URL of the HTTP service."""
-        return f"http://{in_url(self._address_to_call)}:{self.options.ports.http}"
+        scheme = "http" if self.options.tls is None else "https"
+        return f"{scheme}://{in_url(self._address_to_call)}:{self.options.ports.http}"
 
     @property
     def grpc_address(self) -> str:
@@ -186,7 +217,7 @@ class Server:
     @property
     def metrics_url(self) -> str:
         """URL of the metrics page."""
-        return f"http://{in_url(self._address_to_call)}:{self.options.ports.metrics}/metrics"
+        return f"http://{in_url(self._metrics_address_to_call)}:{self.options.ports.metrics}/metrics"
 
     @property
     def log_path(self) -> Path:
@@ -203,6 +234,10 @@ class Server:
     @property
     def _address_to_call(self) -> str:
         return ANY_ADDRESS.get(self._address, self._address)
+
+    @property
+    def _metrics_address_to_call(self) -> str:
+        return ANY_ADDRESS.get(self._metrics_address, self._metrics_address)
 
     # The supervisor's listener, called in its thread.
 
@@ -229,19 +264,21 @@ class Server:
         except Exception as error:  # handed over to whoever waits
             self._failure = error
         finally:
+            if self._relay is not None:
+                self._relay.close()
             self.run_directory.remove()
             with self._changed:
                 self._has_ended = True
                 self._changed.notify_all()
 
     def _start_process(self) -> ServerProcess:
-        ports, address = self.options.ports, self._address_to_call
+        http, http_port = self._http_address
         self._process = ServerProcess(
             self._command,
             self._environment,
             self._log.path,
-            (address, ports.http),
-            (address, ports.metrics),
+            (ANY_ADDRESS.get(http, http), http_port),
+            (self._metrics_address_to_call, self.options.ports.metrics),
             self.run_directory.region_prefix,
         )
         return self._process

@@ -26,6 +26,8 @@ KILL_SECONDS = 10.0
 """Time for killed processes to be gone."""
 NO_ANSWER = ""
 """Stands for the state of a model when the server does not tell it."""
+NOT_READY = "NOT READY"
+"""Any state but READY, where no more is told."""
 IN_FLIGHT = ("fastserve_requests_waiting", "fastserve_requests_running", "fastserve_requests_preempted")
 """Prefixes of the gauges that count requests."""
 
@@ -97,12 +99,15 @@ class ServerProcess:
             return False
 
     def model_state(self, model: str) -> str:
-        """READY, LOADING, UNLOADING, UNAVAILABLE or NO_ANSWER."""
+        """READY, LOADING, UNLOADING, UNAVAILABLE or NO_ANSWER; of a server with keys, which closes its
+        index, READY or NOT_READY."""
         try:
             status, body = self._request("POST", "/v2/repository/index")
+            if status != 200:
+                return "READY" if self._request("GET", f"/v2/models/{model}/ready")[0] == 200 else NOT_READY
         except REQUEST_ERRORS:
             return NO_ANSWER
-        models = json.loads(body) if status == 200 else []
+        models = json.loads(body)
         return next(
             (entry.get("state", "UNAVAILABLE") for entry in models if entry["name"] == model), NO_ANSWER
         )

@@ -43,21 +43,22 @@ def resolve(host: str) -> str:
         raise StartError(f"no address for {host}: {error.strerror}; give another with --host") from error
 
 
-def check_ports(address: str, ports: Ports) -> None:
+def check_ports(address: str, ports: Ports, metrics_address: str | None = None) -> None:
     """Raises StartError when a port is taken or given twice; the sentence names its flag.
 
-    `address` as `resolve` gives it.
+    `address` as `resolve` gives it; `metrics_address`: of the metrics port, if that has its own.
     """
     taken: dict[int, str] = {}
     for flag, port in ports.flags().items():
         if port in taken:
             raise StartError(f"{flag} and {taken[port]} are both {port}: give each its own port")
         taken[port] = flag
+        at = metrics_address if metrics_address and flag == "--metrics-port" else address
         try:
-            _bind_once(address, port)
+            _bind_once(at, port)
         except OSError as error:
             raise StartError(
-                f"cannot listen on {in_url(address)}:{port}: {error.strerror}; give another port with {flag}"
+                f"cannot listen on {in_url(at)}:{port}: {error.strerror}; give another port with {flag}"
             ) from error
 
 

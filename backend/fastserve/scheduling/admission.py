@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fastserve.config import Config
 from fastserve.errors import ErrorCode, RequestError, prompt_too_long
+from fastserve.scheduling.block_pool import root_hash
 from fastserve.scheduling.block_tables import tokens_to_reserve
 from fastserve.scheduling.capacity import (
     EngineCapacity,
@@ -318,4 +319,5 @@ class AdmissionQueue:
         """Once, when a replica may be chosen for it: hashing costs some 100 us for 1,000 tokens."""
         block_size = self._capacity.block_size if self._capacity else 0
         if block_size and waiting.request is not None and not waiting.hashes:
-            waiting.hashes = block_hashes(waiting.request.prompt_token_ids, block_size)
+            request = waiting.request
+            waiting.hashes = block_hashes(request.prompt_token_ids, block_size, root_hash(request.cache_salt))

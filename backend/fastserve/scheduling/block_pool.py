@@ -23,7 +23,7 @@ from hashlib import blake2b
 from fastserve.scheduling.host_cache import HostCache
 
 ROOT_HASH = bytes(16)
-"""The parent of a sequence's first block."""
+"""The parent of a sequence's first block, where nothing keeps it apart."""
 
 
 class OutOfBlocksError(Exception):
@@ -41,6 +41,11 @@ def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
     because a client chooses the tokens: with collisions it could read from other clients' prompts.
     """
     return blake2b(parent + struct.pack(f"<{len(token_ids)}q", *token_ids), digest_size=16).digest()
+
+
+def root_hash(cache_salt: str) -> bytes:
+    """The parent of the first block of requests with that salt: they share blocks with one another only."""
+    return blake2b(cache_salt.encode(), digest_size=16, person=b"salt").digest() if cache_salt else ROOT_HASH
 
 
 def private_root_hash(uid: str, index: int) -> bytes:

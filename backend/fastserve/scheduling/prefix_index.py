@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from fastserve.scheduling.block_pool import ROOT_HASH, hash_block
 
 
-def block_hashes(token_ids: list[int], block_size: int) -> list[bytes]:
-    """Chained hashes of the full blocks of a prompt, as the block pool makes them."""
+def block_hashes(token_ids: list[int], block_size: int, root: bytes = ROOT_HASH) -> list[bytes]:
+    """Chained hashes of the full blocks of a prompt, as the block pool makes them; `root`: `root_hash`'s."""
     hashes: list[bytes] = []
     for start in range(0, len(token_ids) - block_size + 1, block_size):
-        parent = hashes[-1] if hashes else ROOT_HASH
+        parent = hashes[-1] if hashes else root
         hashes.append(hash_block(parent, token_ids[start : start + block_size]))
     return hashes
 

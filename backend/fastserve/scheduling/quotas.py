@@ -1,4 +1,4 @@
-"""Quotas of tenants: what each may ask for, in requests and tokens a second and in tokens in flight.
+"""Quotas of tenants: what each may ask for, in requests and tokens a second and in flight.
 
 A rate is a token bucket (RFC 2215): it holds at most `burst = max(1, rate * burst_seconds)`, fills at `rate`,
 and a request is admitted if it holds what the request costs, which is then taken out. So in any `t` seconds
@@ -14,23 +14,43 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from fastserve.config import TenantQuota
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.types import Request
 
 DEFAULT = "*"
 """In the settings: each tenant that is not named."""
 MAX_TENANTS = 10_000
 """Not named in the settings, with buckets of their own: clients name tenants freely. The others share."""
 IN_FLIGHT_RETRY_SECONDS = 1.0
-"""To wait for tokens in flight: nobody knows when a request will end."""
+"""To wait for what is in flight: nobody knows when a request will end."""
 SWEEP_SECONDS = 1.0
 """Between two searches for tenants that can be forgotten, at least."""
 LOST_AFTER_SECONDS = 60.0
 """After its deadline a request of which no end was told has ended all the same."""
 _RESOLUTION = 1e-3
 """Of the seconds to wait that a client is told: rounded up, and one more against rounding here."""
+
+
+class Charged(Protocol):
+    """What quotas go by, of a request."""
+
+    @property
+    def uid(self) -> str:
+        """Its own."""
+
+    @property
+    def tenant(self) -> str:
+        """Who pays."""
+
+    @property
+    def deadline(self) -> float | None:
+        """When it has ended at the latest."""
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Its prompt's, and the most that its answers may have."""
 
 
 class QuotaError(RequestError):
@@ -73,14 +93,21 @@ class _Bucket:
 @dataclass(slots=True)
 class _Tenant:
     quota: TenantQuota
-    requests: _Bucket | None
-    tokens: _Bucket | None
+    requests: _Bucket | None = None
+    tokens: _Bucket | None = None
     tokens_in_flight: int = 0
+    requests_in_flight: int = 0
+
+    def set_quota(self, quota: TenantQuota, now: float) -> None:
+        """Another quota, with full buckets; what is in flight stays so."""
+        self.quota = quota
+        self.requests = _new_bucket(quota.requests_per_second, quota.burst_seconds, now)
+        self.tokens = _new_bucket(quota.tokens_per_second, quota.burst_seconds, now)
 
     def is_as_new(self, now: float) -> bool:
         """Whether forgetting it changes nothing."""
         buckets = [each for each in (self.requests, self.tokens) if each is not None]
-        return not self.tokens_in_flight and all(each.level_at(now) >= each.burst for each in buckets)
+        return not self.requests_in_flight and all(each.level_at(now) >= each.burst for each in buckets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +133,7 @@ class Quotas:
         """By uid."""
         self._last_sweep = -math.inf
 
-    def admit(self, request: Request, now: float) -> None:
+    def admit(self, request: Charged, now: float) -> None:
         """Charges a request to its tenant.
 
         Raises QuotaError if the tenant is over a quota now, and RequestError (INVALID_ARG) for a request that
@@ -118,7 +145,12 @@ class Quotas:
         if now >= self._last_sweep + LOST_AFTER_SECONDS:
             self._sweep(now)
         name = self._name(request.tenant, now)
-        tenant = self._tenants.get(name) or _new_tenant(quota, now)
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            tenant = _Tenant(quota)
+            tenant.set_quota(quota, now)
+        elif tenant.quota != quota:
+            tenant.set_quota(quota, now)
         num_tokens = request.max_total_tokens
         _check(request.tenant, tenant, num_tokens, now)
         self._tenants[name] = tenant
@@ -127,7 +159,13 @@ class Quotas:
             if bucket is not None:
                 bucket.take(amount, now)
         tenant.tokens_in_flight += num_tokens
+        tenant.requests_in_flight += 1
         self._in_flight[request.uid] = _InFlight(tenant, num_tokens, request.deadline)
+
+    def replace(self, quotas: Mapping[str, TenantQuota]) -> None:
+        """Other quotas hold from the next request on. What is in flight, and the level of each bucket whose
+        tenant's quota is the same, stays."""
+        self._quotas = dict(quotas)
 
     def end(self, uid: str, num_tokens: int) -> None:
         """A request has ended, for which so many tokens of prompt and answers were computed.
@@ -139,6 +177,7 @@ class Quotas:
             return
         tenant = in_flight.tenant
         tenant.tokens_in_flight -= in_flight.num_tokens
+        tenant.requests_in_flight -= 1
         if tenant.tokens is not None:
             tenant.tokens.put_back(max(0, in_flight.num_tokens - num_tokens))
 
@@ -170,14 +209,6 @@ class Quotas:
         self._tenants = {name: each for name, each in self._tenants.items() if not each.is_as_new(now)}
 
 
-def _new_tenant(quota: TenantQuota, now: float) -> _Tenant:
-    return _Tenant(
-        quota,
-        _new_bucket(quota.requests_per_second, quota.burst_seconds, now),
-        _new_bucket(quota.tokens_per_second, quota.burst_seconds, now),
-    )
-
-
 def _new_bucket(rate: float | None, burst_seconds: float, now: float) -> _Bucket | None:
     """A full one, which holds 1 at least: one request can always be admitted some time."""
     if rate is None:
@@ -197,6 +228,9 @@ def _check(name: str, tenant: _Tenant, num_tokens: int, now: float) -> None:
                 f"the request needs {num_tokens}"
             )
             errors.append(QuotaError(name, "tokens_in_flight", limit, IN_FLIGHT_RETRY_SECONDS))
+    if quota.requests_in_flight is not None and tenant.requests_in_flight >= quota.requests_in_flight:
+        limit = f"{quota.requests_in_flight} requests in flight"
+        errors.append(QuotaError(name, "requests_in_flight", limit, IN_FLIGHT_RETRY_SECONDS))
     if tenant.tokens is not None:
         _check_size(name, "tokens_per_second", num_tokens, int(tenant.tokens.burst))
         if wait := tenant.tokens.seconds_until(num_tokens, now):

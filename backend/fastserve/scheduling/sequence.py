@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fastserve.scheduling.block_pool import ROOT_HASH, hash_block
+from fastserve.scheduling.block_pool import hash_block, root_hash
 from fastserve.scheduling.policies.policy import Rank
 from fastserve.types import Request, RequestView
 
@@ -43,12 +43,16 @@ class Sequence:
     """The KV blocks of its tokens, in order."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of its full blocks, computed once each."""
-    root_hash: bytes = ROOT_HASH
-    """The parent of its first block: one of its own where no other sequence may find its blocks."""
+    root_hash: bytes = b""
+    """The parent of its first block: that of its request's salt, or one of its own where no other sequence
+    may find its blocks."""
     tail: Tail | None = None
     """The block that was half computed when it was preempted."""
     rank: Rank = ()
     """The policy's, at the last plan: the lowest runs first."""
+
+    def __post_init__(self) -> None:
+        self.root_hash = self.root_hash or root_hash(self.request.cache_salt)
 
     @property
     def num_tokens(self) -> int:

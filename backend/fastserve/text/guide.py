@@ -64,7 +64,7 @@ def parse_guide(values: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[str,
             raise unknown_name(f"member of `{name}`", key, _KINDS)
     kinds = [kind for kind in _KINDS if given.get(kind) not in (None, False)]
     if len(kinds) != 1:
-        raise invalid(name, kinds, f"exactly one of {', '.join(_KINDS)}")
+        raise RequestError(f"`{name}`: got {kinds}; allowed: exactly one of {', '.join(_KINDS)}")
     field = f"{name}.{kinds[0]}"
     return field, _guide(field, kinds[0], given[kinds[0]])
 

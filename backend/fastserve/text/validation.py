@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from fastserve.errors import RequestError, invalid
+from fastserve.errors import RequestError, invalid, shown
 from fastserve.text.type_words import type_words
 from fastserve.types import Request
 
@@ -29,13 +29,16 @@ def decode_text(field: str, value: object) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise invalid(field, value[error.start : error.end], "text without lone surrogates") from error
+            raise RequestError(
+                f"`{field}`: got a lone surrogate at character {error.start}; allowed: text without "
+                "lone surrogates"
+            ) from error
         return value
     if isinstance(value, bytes | bytearray):
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            at = f"{bytes(value[error.start : error.end])!r} at byte {error.start}"
+            at = f"what is no UTF-8 at byte {error.start}"
             raise RequestError(f"`{field}`: got {at}; allowed: text in UTF-8") from error
     raise invalid(field, value, "text")
 
@@ -50,7 +53,9 @@ def decode_json(field: str, value: object) -> Any:
         try:
             value = msgspec.json.decode(text)
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-            raise RequestError(f"`{field}`: got {_start(text)}; allowed: valid JSON ({error})") from error
+            raise RequestError(
+                f"`{field}`: got {shown(field, text)}; allowed: valid JSON ({error})"
+            ) from error
     _check_plain(field, value)
     return value
 
@@ -85,11 +90,11 @@ def unknown_name(what: str, name: object, allowed: Iterable[str], prefix: str = 
 
     `prefix`: what comes before the name, such as `messages[0].`.
     """
-    shown = str(name)[:60].encode(errors="backslashreplace").decode()
-    near = difflib.get_close_matches(shown, allowed, n=1, cutoff=0.5)
+    written = str(name)[:60].encode(errors="backslashreplace").decode()
+    near = difflib.get_close_matches(written, allowed, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`? " if near else ""
     return RequestError(
-        f"`{prefix}{shown}`: no such {what}; {hint}allowed: {', '.join(sorted(allowed)) or 'none'}"
+        f"`{prefix}{written}`: no such {what}; {hint}allowed: {', '.join(sorted(allowed)) or 'none'}"
     )
 
 
@@ -115,10 +120,6 @@ def _check_plain(field: str, value: object) -> None:
             pending += [(child, depth + 1) for child in item]
         elif item is not None and not isinstance(item, str | int | float):
             raise invalid(field, item, "values that JSON has")
-
-
-def _start(text: str) -> str:
-    return repr(text) if len(text) <= 60 else repr(text[:60]) + "..."
 
 
 @dataclass(frozen=True)
