@@ -14,9 +14,21 @@ from numba import njit, types
 
 from fastserve_kernels.cpu.kernels import vectors
 from fastserve_kernels.cpu.kernels.byte_products import add_byte_products
-from fastserve_kernels.cpu.kernels.elements import FLOAT, I8, I16, I32, I64, float32, invoke, same, widen
+from fastserve_kernels.cpu.kernels.elements import (
+    FLOAT,
+    I8,
+    I16,
+    I32,
+    I64,
+    choose_lanes,
+    float32,
+    invoke,
+    repeated,
+    same,
+    widen,
+)
 from fastserve_kernels.cpu.kernels.kernel import Elements, Floats
-from fastserve_kernels.cpu.kernels.masks import masked_load
+from fastserve_kernels.cpu.kernels.masks import load_elements, masked_load
 from fastserve_kernels.cpu.kernels.products import MAX_TOKENS, for_each_count, width_for, width_of
 from fastserve_kernels.cpu.kernels.vectors import (
     LANES,
@@ -25,15 +37,12 @@ from fastserve_kernels.cpu.kernels.vectors import (
     interleaved,
     intrinsic,
     load_masked,
-    multiply_add,
     pointer_cast,
     reduce_add,
-    reduce_max,
     splat,
 )
 from fastserve_kernels.cpu.kernels.vnni import (
     BYTES,
-    SUMS,
     VECTOR_ROWS,
     WORDS,
     Word,
@@ -52,6 +61,12 @@ Words = Any
 """A pointer to words."""
 QUAD_COLUMNS = 4 * VECTOR_ROWS
 """Columns of a vector of quads."""
+HALF_COLUMNS = QUAD_COLUMNS // 2
+"""Those of the smallest block."""
+TO_INTEGER = 1.5 * 2**23
+"""A float32 below 2^22 that this is added to is rounded, half to even, to its last bits."""
+OF_TOKENS = ir.VectorType(FLOAT, MAX_TOKENS)
+"""What there is one of for each token that is packed."""
 
 
 @intrinsic
@@ -90,6 +105,41 @@ def pack(x: Elements, start: int, stride: int, dim: int, padded: int, tokens: in
         _pack_words(x, start + i, stride, dim - i, tokens, to, unused, unused)
 
 
+@intrinsic
+def _largest_magnitude(typing: Any, x: Any, index: Any, left: Any) -> Any:
+    """Of HALF_COLUMNS elements from x[index] on, of which there are `left`, as float32; NaN if one of them is
+    infinite or no number. Magnitudes are in the order of their bits, in which infinity comes behind the
+    finite ones and NaN behind infinity."""
+    floats = types.CPointer(x.dtype)
+
+    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        source, index_, left_ = args
+        size = x.dtype.bitwidth
+        bits = ir.VectorType(ir.IntType(size), HALF_COLUMNS)
+        memory = ir.VectorType(FLOAT, HALF_COLUMNS) if x.dtype == float32 else bits
+        raw = load_elements(builder, builder.gep(source, [index_]), memory, left_)
+        magnitudes = builder.and_(builder.bitcast(raw, bits), same(bits, (1 << (size - 1)) - 1))
+        largest = invoke(builder, f"vector.reduce.umax.v{HALF_COLUMNS}i{size}", bits.element, magnitudes)
+        several = ir.VectorType(memory.element, 4)
+        wide = widen(builder, x.dtype, builder.bitcast(repeated(builder, largest, 4), several))
+        value = builder.extract_element(wide, I32(0))
+        is_finite = builder.fcmp_ordered("<", value, FLOAT(float("inf")))
+        return builder.select(is_finite, value, FLOAT(float("nan")))
+
+    return types.float32(floats, types.int64, types.int64), lower
+
+
+@njit(error_model="numpy")
+def _largest(x: Elements, first: int, columns: int) -> Any:
+    """The largest magnitude of so many elements; NaN if one is infinite or no number."""
+    largest = float32(0)
+    for i in range(0, columns, HALF_COLUMNS):
+        found = _largest_magnitude(x, first + i, columns - i)
+        if found > largest or found != found:  # what is no number stays
+            largest = found
+    return largest
+
+
 @njit(error_model="numpy")
 def quantize(
     x: Elements,
@@ -105,17 +155,9 @@ def quantize(
     """A group of tokens as quads, `padded` a multiple of 64. x_scales [tokens] become max|x| / 127 of each
     token; sums [tokens, VECTOR_ROWS] int32 the sums of the quads in lane i of each vector."""
     width = width_for(tokens)
-    zero = splat(float32(0), LANES)
     for t in range(tokens):
-        absmax = zero
-        nonfinite = zero
-        for i in range(0, dim, LANES):
-            part = load_masked(x, start + t * stride + i, dim - i)
-            absmax = _larger(absmax, part)
-            nonfinite = multiply_add(part, zero, nonfinite)
-        # A token that is not finite everywhere has the scale NaN.
-        x_scales[t] = reduce_max(absmax) / float32(127) + reduce_add(nonfinite)
-        vectors.store(sums, t * VECTOR_ROWS, zero)
+        x_scales[t] = _largest(x, start + t * stride, dim) / float32(127)
+        vectors.store(sums, t * VECTOR_ROWS, splat(float32(0), LANES))
     for i in range(0, padded, 4 * VECTOR_ROWS):
         _pack_words(x, start + i, stride, dim - i, tokens, at(words, i // 4 * width), x_scales, sums)
 
@@ -142,16 +184,12 @@ def quantize_groups(
     [padded / block, MAX_TOKENS]. What each block adds up to as it is rounded goes into sums [groups,
     MAX_TOKENS], `sum_stride` further on for the next block: MAX_TOKENS, or 0 where all are one group."""
     width = width_for(tokens)
-    zero = splat(float32(0), LANES)
     for t in range(tokens):
         sums[t] = 0
         for b in range((padded + block - 1) // block):
-            absmax, nonfinite = zero, zero
-            for i in range(b * block, min(dim, (b + 1) * block), LANES):
-                part = load_masked(x, start + t * stride + i, dim - i)
-                absmax = _larger(absmax, part)
-                nonfinite = multiply_add(part, zero, nonfinite)
-            x_scales[b * MAX_TOKENS + t] = reduce_max(absmax) / float32(127) + reduce_add(nonfinite)
+            columns = min(block, dim - b * block)
+            largest = _largest(x, start + t * stride + b * block, columns)
+            x_scales[b * MAX_TOKENS + t] = largest / float32(127)
             sums[b * sum_stride + t] = 0
     second = 1 if block < QUAD_COLUMNS else 0
     for i in range(0, padded, QUAD_COLUMNS):
@@ -164,17 +202,6 @@ def quantize_groups(
         _pack_grouped(
             x, start + i, stride, dim - i, weights, tokens, to, of_scales, next_scales, of_sums, next_sums
         )
-
-
-@intrinsic
-def _larger(typing: Any, a: Any, b: Any) -> Any:
-    """The larger magnitude in each lane."""
-
-    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        a_, b_ = (invoke(builder, "fabs.v16f32", SUMS, arg) for arg in args)
-        return builder.select(builder.fcmp_ordered(">", a_, b_), a_, b_)
-
-    return a(a, b), lower
 
 
 @intrinsic
@@ -215,11 +242,12 @@ def _pack_words(
     return types.void(x, integer, integer, integer, integer, target, x_scales, sums), lower
 
 
-def _store_interleaved(builder: ir.IRBuilder, rows: list[ir.Value], to: ir.Value) -> None:
-    """The words of each token side by side with those of the others."""
-    rows = rows + rows[-1:] * (width_of(len(rows)) - len(rows))
-    for i, row in enumerate(interleaved(builder, rows)):
+def _store_interleaved(builder: ir.IRBuilder, rows: list[ir.Value], to: ir.Value) -> list[ir.Value]:
+    """The words of each token side by side with those of the others; returns them so."""
+    rows = interleaved(builder, rows + rows[-1:] * (width_of(len(rows)) - len(rows)))
+    for i, row in enumerate(rows):
         store(builder, row, to, I64(i))
+    return rows
 
 
 @intrinsic
@@ -244,17 +272,18 @@ def _pack_grouped(
         source, start_, stride_, left_, _, token_count, to, *of_halves = args
 
         def body(tokens_: int) -> None:
+            width = width_of(tokens_)
+            scales = [load(builder, pointer, I64(0), OF_TOKENS) for pointer in of_halves[:2]]
+            inverses = [_inverses(builder, each) for each in scales]
             rows = []
             for t in range(tokens_):
                 place = builder.gep(source, [builder.add(start_, builder.mul(stride_, I64(t)))])
-                scales, sums = (
-                    [builder.gep(pointer, [I64(t)]) for pointer in of_halves[i : i + 2]] for i in (0, 2)
-                )
-                found = [builder.load(scale) for scale in scales]
-                quads = _round_halves(builder, x.dtype, place, left_, found)
-                _add_halves(builder, quads, found, sums)
+                of_token = [builder.extract_element(each, I32(t)) for each in inverses]
+                quads = _round_halves(builder, x.dtype, place, left_, of_token)
                 rows.append(builder.bitcast(_permuted(builder, quads) if is_permuted else quads, WORDS))
-            _store_interleaved(builder, rows, to)
+            words = _store_interleaved(builder, rows, to)
+            for half, (of_half, sums) in enumerate(zip(scales, of_halves[2:], strict=True)):
+                _add_half(builder, words, half, choose_lanes(builder, of_half, of_half, range(width)), sums)
 
         for_each_count(builder, token_count, body)
         return context.get_dummy_value()
@@ -263,34 +292,45 @@ def _pack_grouped(
     return types.void(x, integer, integer, integer, weights, integer, target, *arguments), lower
 
 
+def _inverses(builder: ir.IRBuilder, scales: ir.Value) -> ir.Value:
+    """1 / scale of each token; 0 where the scale is 0 or no number."""
+    is_normal = builder.fcmp_ordered(">", scales, same(OF_TOKENS, SMALLEST_STEP))
+    return builder.select(is_normal, builder.fdiv(same(OF_TOKENS, 1.0), scales), same(OF_TOKENS, 0.0))
+
+
 def _round_halves(
-    builder: ir.IRBuilder, element: types.Type, place: ir.Value, left: ir.Value, scales: list[ir.Value]
+    builder: ir.IRBuilder, element: types.Type, place: ir.Value, left: ir.Value, inverses: list[ir.Value]
 ) -> ir.Value:
-    """The next QUAD_COLUMNS of a row of which there are `left` elements, each half over its scale, as bytes;
-    0 where the scale is 0 or no number."""
+    """The next QUAD_COLUMNS of a row of which there are `left` elements, each half times its inverse, as
+    bytes."""
     floats, integers = ir.VectorType(FLOAT, QUAD_COLUMNS), ir.VectorType(I32, QUAD_COLUMNS)
     kind = ir.VectorType(FLOAT if element == float32 else I16, QUAD_COLUMNS)
-    values = widen(builder, element, masked_load(builder, place, kind, left))
-    inverses = []
-    for scale in scales:
-        is_normal = builder.fcmp_ordered(">", scale, FLOAT(SMALLEST_STEP))
-        inverse = builder.select(is_normal, builder.fdiv(FLOAT(1.0), scale), FLOAT(0.0))
-        inverses.append(broadcast(builder, inverse, QUAD_COLUMNS // 2))
-    lanes = ir.Constant(integers, list(range(QUAD_COLUMNS)))
-    by = builder.shuffle_vector(*inverses, lanes)
-    rounded = invoke(builder, f"rint.v{QUAD_COLUMNS}f32", floats, builder.fmul(values, by))
-    return builder.trunc(builder.fptosi(rounded, integers), BYTES)
+    values = widen(builder, element, load_elements(builder, place, kind, left))
+    low, high = (broadcast(builder, each, HALF_COLUMNS) for each in inverses)
+    by = choose_lanes(builder, low, high, range(QUAD_COLUMNS))
+    rounded = builder.fadd(builder.fmul(values, by), same(floats, TO_INTEGER))
+    return builder.trunc(builder.bitcast(rounded, integers), BYTES)
 
 
-def _add_halves(builder: ir.IRBuilder, quads: ir.Value, scales: list[ir.Value], sums: list[ir.Value]) -> None:
-    """Adds what each half of the bytes adds up to, times its scale, to its sum."""
-    added = _add_bytes(builder, same(WORDS, 0), builder.bitcast(quads, WORDS))
-    half = VECTOR_ROWS // 2
-    for number, (scale, total) in enumerate(zip(scales, sums, strict=True)):
-        lanes = ir.Constant(ir.VectorType(I32, half), [number * half + i for i in range(half)])
-        part = builder.shuffle_vector(added, added, lanes)
-        of_half = builder.sitofp(invoke(builder, f"vector.reduce.add.v{half}i32", I32, part), FLOAT)
-        builder.store(builder.fadd(builder.load(total), builder.fmul(of_half, scale)), total)
+def _add_half(
+    builder: ir.IRBuilder, words: list[ir.Value], half: int, scales: ir.Value, sums: ir.Value
+) -> None:
+    """Adds what half of the columns of each token add up to, times its scale, to its sum. `words`: those of
+    all tokens side by side; scales: of as many tokens; sums: where theirs lie."""
+    width = scales.type.count
+    if width == 1:
+        found = _add_bytes(builder, same(WORDS, 0), words[0])
+        count = VECTOR_ROWS // 2
+        found = choose_lanes(builder, found, found, range(half * count, (half + 1) * count))
+    else:
+        found = same(WORDS, 0)
+        for each in words[half * width // 2 : (half + 1) * width // 2]:
+            found = _add_bytes(builder, found, each)
+    while (count := found.type.count) > width:  # lanes of a token lie `width` apart
+        parts = range(count // 2), range(count // 2, count)
+        found = builder.add(*(choose_lanes(builder, found, found, part) for part in parts))
+    of_half = builder.fmul(builder.sitofp(found, scales.type), scales)
+    store(builder, builder.fadd(load(builder, sums, I64(0), scales.type), of_half), sums, I64(0))
 
 
 def _permuted(builder: ir.IRBuilder, quads: ir.Value) -> ir.Value:
