@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,load,examples]' --constraint constraints.txt
 	touch $@
 
-# exec: Ctrl-C and SIGTERM reach the server's launcher itself. ARGS="--http-port 9000 --model DIR"
+# exec: Ctrl-C and SIGTERM reach the server's launcher itself. ARGS="--http-port 8080 --model DIR"
 serve: setup
 	@exec $(BIN)/fastserve serve $(ARGS)
 

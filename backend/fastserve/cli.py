@@ -14,6 +14,7 @@ from fastserve.start_error import StartError
 COMMANDS = {
     "serve": "serve a model through Triton server",
     "generate": "continue a text",
+    "openai": "OpenAI's API in front of a Triton server that has FastServe's models",
     "chat": "converse with a model in the terminal",
     "compress": "make a checkpoint smaller, and report what it cost",
     "evaluate": "measure a model's perplexity, its distance to another, and tasks of lm-eval",

@@ -36,6 +36,8 @@ class RunningServer:
     http_url: str
     grpc_url: str
     metrics_url: str
+    openai_url: str | None = None
+    """Base URL of OpenAI's API, where the server has it."""
 
     def metrics(self) -> dict[str, float]:
         """Every sample of FastServe's own metrics by its name with labels, as Prometheus reads them."""
@@ -108,10 +110,11 @@ def running(
     model_repository: Path | None = None,
     encoders: tuple[ServedEncoder, ...] = (),
     encoders_only: bool = False,
+    openai: bool = False,
     **settings: Any,
 ) -> Iterator[RunningServer]:
-    """A server of its own with these settings."""
-    ports = Ports(*free_ports(3))
+    """A server of its own with these settings. `openai`: with OpenAI's API."""
+    ports = Ports(*free_ports(4)) if openai else Ports(*free_ports(3))
     options = ServerOptions(
         ports=ports,
         exit_timeout_seconds=exit_timeout_seconds,
@@ -122,7 +125,9 @@ def running(
     with Server(Config(model=str(model.checkpoint), **settings), options) as launcher:
         launcher.wait_ready(START_SECONDS)
         server = RunningServer(
-            launcher, *(f"127.0.0.1:{port}" for port in (ports.http, ports.grpc, ports.metrics))
+            launcher,
+            *(f"127.0.0.1:{port}" for port in (ports.http, ports.grpc, ports.metrics)),
+            openai_url=f"http://127.0.0.1:{ports.openai}/v1" if openai else None,
         )
         server.wait_for_metrics_port(START_SECONDS)
         yield server
@@ -139,5 +144,5 @@ def launch(default_model: ModelFiles) -> Launch:
 
 @pytest.fixture(scope="session")
 def server(launch: Launch) -> Iterator[RunningServer]:
-    with launch() as running_server:
+    with launch(openai=True) as running_server:
         yield running_server

@@ -30,6 +30,7 @@ from fastserve.launcher.command_line import (
 from fastserve.launcher.drain import Drain
 from fastserve.launcher.encoder_repository import write_encoder_models
 from fastserve.launcher.installation import server_installation
+from fastserve.launcher.openai_process import OpenAIProcess
 from fastserve.launcher.repository import compile_models, model_names, model_repository
 from fastserve.launcher.run_directory import RunDirectory
 from fastserve.launcher.server_log import new_log
@@ -40,6 +41,8 @@ from fastserve.start_error import StartError
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """An address that means "all" cannot be connected to everywhere; the loopback address can."""
+OPENAI_START_SECONDS = 60.0
+"""For OpenAI's API to take connections, counted from when the server is ready."""
 
 
 def echo(line: str) -> None:
@@ -66,6 +69,7 @@ class Server:
         self._has_ended = False
         self._failure: Exception | None = None
         self._process: ServerProcess | None = None
+        self._openai: OpenAIProcess | None = None
         self._thread = threading.Thread(target=self._supervise, name="server")
 
     def start(self) -> None:
@@ -86,6 +90,8 @@ class Server:
         except BaseException:
             self.run_directory.remove()
             raise
+        if self._openai is not None:
+            self._openai.start()
         self._thread.start()
 
     def _prepare(self, repository: Path | None, models: list[str]) -> None:
@@ -110,6 +116,15 @@ class Server:
             self._log = new_log(cache_directory() / "logs", run.path.name)
         except OSError as error:
             raise StartError(f"cannot write the server's log: {error}") from error
+        if self.options.ports.openai:
+            self._openai = OpenAIProcess(
+                self._address,
+                self.options.ports.openai,
+                self.grpc_address,
+                self.options.served_model_name,
+                self._log.path,
+                self._show,
+            )
         self._supervisor = Supervisor(
             self._start_process,
             drain=lambda process: Drain(process, models, stopping_file),
@@ -129,6 +144,8 @@ class Server:
         if self._failure:
             raise self._failure
         if self._ready_after is not None:
+            if self._openai is not None:
+                self._openai.wait_listening(OPENAI_START_SECONDS)
             return self._ready_after
         if self._has_ended:
             raise StartError("the server was stopped before it was ready")
@@ -229,6 +246,8 @@ class Server:
         except Exception as error:  # handed over to whoever waits
             self._failure = error
         finally:
+            if self._openai is not None:
+                self._openai.stop()
             self.run_directory.remove()
             with self._changed:
                 self._has_ended = True
