@@ -16,6 +16,7 @@ DOCUMENTS = [
     "client/README.md",
     "docs/architecture.md",
     "docs/api.md",
+    "docs/openai.md",
     "findings/README.md",
     "docs/architecture.md",
     "docs/log.md",

@@ -69,7 +69,8 @@ class Server:
         self._has_ended = False
         self._failure: Exception | None = None
         self._process: ServerProcess | None = None
-        self._openai: OpenAIProcess | None = None
+        self.openai: OpenAIProcess | None = None
+        """What offers OpenAI's API, where there is a port for it."""
         self._thread = threading.Thread(target=self._supervise, name="server")
 
     def start(self) -> None:
@@ -90,8 +91,8 @@ class Server:
         except BaseException:
             self.run_directory.remove()
             raise
-        if self._openai is not None:
-            self._openai.start()
+        if self.openai is not None:
+            self.openai.start()
         self._thread.start()
 
     def _prepare(self, repository: Path | None, models: list[str]) -> None:
@@ -117,7 +118,7 @@ class Server:
         except OSError as error:
             raise StartError(f"cannot write the server's log: {error}") from error
         if self.options.ports.openai:
-            self._openai = OpenAIProcess(
+            self.openai = OpenAIProcess(
                 self._address,
                 self.options.ports.openai,
                 self.grpc_address,
@@ -144,8 +145,8 @@ class Server:
         if self._failure:
             raise self._failure
         if self._ready_after is not None:
-            if self._openai is not None:
-                self._openai.wait_listening(OPENAI_START_SECONDS)
+            if self.openai is not None:
+                self.openai.wait_listening(OPENAI_START_SECONDS)
             return self._ready_after
         if self._has_ended:
             raise StartError("the server was stopped before it was ready")
@@ -246,8 +247,8 @@ class Server:
         except Exception as error:  # handed over to whoever waits
             self._failure = error
         finally:
-            if self._openai is not None:
-                self._openai.stop()
+            if self.openai is not None:
+                self.openai.stop()
             self.run_directory.remove()
             with self._changed:
                 self._has_ended = True
