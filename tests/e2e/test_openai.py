@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -147,3 +148,54 @@ def test_the_process_is_started_anew(server: RunningServer, client: openai.OpenA
         time.sleep(0.02)
     process.wait_listening(30.0)
     assert client.models.retrieve(MODEL).id == MODEL
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"$ref": "#/$defs/city"}, "unit": {"enum": ["C", "F"]}},
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+            "$defs": {"city": {"type": "string", "maxLength": 12}},
+        },
+    },
+}
+QUESTION: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [("required", "tool_calls"), ({"type": "function", "function": {"name": "get_weather"}}, "stop")],
+)
+def test_a_forced_call_streamed_is_the_whole_one(client: openai.OpenAI, choice: Any, reason: str) -> None:
+    options: Any = {
+        "model": MODEL,
+        "messages": QUESTION,
+        "tools": [WEATHER],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "temperature": 0.0,
+        "max_completion_tokens": 120,
+    }
+    [whole] = client.chat.completions.create(**options).choices
+    assert whole.finish_reason == reason
+    [call] = whole.message.tool_calls or []
+    assert call.type == "function"
+    assert set(json.loads(call.function.arguments)) == {"city", "unit"}
+    name = arguments = ""
+    for chunk in client.chat.completions.create(**options, stream=True):
+        for part in chunk.choices[0].delta.tool_calls or []:
+            assert part.function is not None
+            name += part.function.name or ""
+            arguments += part.function.arguments or ""
+    assert (name, arguments) == (call.function.name, call.function.arguments) == ("get_weather", arguments)
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "Sunny, 20 C"}
+    history = [*QUESTION, whole.message.model_dump(exclude_none=True), result]
+    follow_up: Any = {"model": MODEL, "tools": [WEATHER], "tool_choice": "none", "max_completion_tokens": 8}
+    answer = client.chat.completions.create(messages=history, **follow_up)
+    assert answer.choices[0].message.content
+    assert answer.choices[0].message.tool_calls is None

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import socket
 import sys
+from pathlib import Path
 
 import uvicorn
 
+from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.model_files import locate
 from fastserve.openai_api.app import create_app
+from fastserve.openai_api.tool_formats import tool_format_of
 from fastserve.start_error import StartError
 from fastserve_client import AsyncClient
 
-ERRORS = (ValueError,)
+ERRORS = (ValueError, ModelError)
 DEFAULT_PORT = 9000
 KEEP_ALIVE_SECONDS = 75
 """A connection may idle; longer than the pools of common clients keep one, so that they close it."""
@@ -34,13 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what requests call the model (default: %(default)s)",
     )
+    parser.add_argument(
+        "--model",
+        metavar="TEXT",
+        help="the served model, as `fastserve serve` takes it; empty: the default one. Its chat template says "
+        "how it writes tool calls: without this, tools are refused",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serves until SIGINT or SIGTERM. Raises StartError where the port is taken."""
+    """Serves until SIGINT or SIGTERM. Raises StartError where the port is taken, ModelError for `--model`."""
     listener = _listen(arguments.host, arguments.port)
     # A full queue is the client's to wait for: no request is sent again here.
-    app = create_app(lambda: AsyncClient(arguments.url, retries=0), arguments.served_model_name)
+    form = None if arguments.model is None else tool_format_of(_chat_template(locate(arguments.model).tokenizer))
+    app = create_app(lambda: AsyncClient(arguments.url, retries=0), arguments.served_model_name, form)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -62,3 +74,16 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise StartError(f"cannot listen on {host}:{port}: {error.strerror}; give another --port") from error
+
+
+def _chat_template(directory: Path) -> str | None:
+    """The chat template of a tokenizer's directory; of several, that for tools. None: there is none."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text()
+    config = directory / "tokenizer_config.json"
+    template = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):
+        named = {each["name"]: each["template"] for each in template}
+        template = named.get("tool_use", named.get("default"))
+    return template

@@ -122,6 +122,7 @@ class Server:
                 self._address,
                 self.options.ports.openai,
                 self.grpc_address,
+                self.config.model,
                 self.options.served_model_name,
                 self._log.path,
                 self._show,

@@ -26,11 +26,19 @@ class OpenAIProcess:
     """A thread starts the process, and again when it ends; the kernel ends it with that thread."""
 
     def __init__(
-        self, host: str, port: int, grpc_address: str, model_name: str, log: Path, show: Callable[[str], None]
+        self,
+        host: str,
+        port: int,
+        grpc_address: str,
+        model: str,
+        model_name: str,
+        log: Path,
+        show: Callable[[str], None],
     ) -> None:
+        """`model`: the path; `model_name`: what requests call it."""
         self._address = (host, port)
         self._command = [sys.executable, "-c", PROGRAM, "openai", f"--url={grpc_address}", f"--host={host}"]
-        self._command += [f"--port={port}", f"--served-model-name={model_name}"]
+        self._command += [f"--port={port}", f"--served-model-name={model_name}", f"--model={model}"]
         self._log, self._show = log, show
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None

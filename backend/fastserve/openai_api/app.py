@@ -18,6 +18,7 @@ from fastserve.openai_api.errors import ApiError
 from fastserve.openai_api.front_door import FrontDoor, GenerationClient
 from fastserve.openai_api.models import health, list_models, show_model
 from fastserve.openai_api.responses import CLIENT_GONE, ClientGone, error_response
+from fastserve.openai_api.tool_formats import ToolFormat
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +31,18 @@ ROUTES = [
 ]
 
 
-def create_app(new_client: Callable[[], GenerationClient], model_name: str) -> Starlette:
-    """The application. `new_client` is called inside the event loop, which the client then belongs to."""
+def create_app(
+    new_client: Callable[[], GenerationClient], model_name: str, tool_format: ToolFormat | None = None
+) -> Starlette:
+    """The application. `new_client` is called inside the event loop, which the client then belongs to.
+
+    `tool_format`: how the model writes tool calls; without it, tools are refused.
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         client = new_client()
-        app.state.door = FrontDoor(client, model_name)
+        app.state.door = FrontDoor(client, model_name, tool_format)
         try:
             yield
         finally:

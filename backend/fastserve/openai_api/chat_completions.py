@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from fastserve.openai_api import sse
 from fastserve.openai_api.body import read_body
+from fastserve.openai_api.chat_tools import ChatTools, ChoiceCalls, Tool
 from fastserve.openai_api.errors import refusal, server_refusal
 from fastserve.openai_api.front_door import FrontDoor
 from fastserve.openai_api.generation_fields import GenerationFields, call_options, client_names
@@ -39,6 +40,9 @@ class ChatRequest(GenerationFields, kw_only=True):
     reasoning_effort: str | None = None
     """A variable of the template."""
     modalities: list[str] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 async def chat_completions(request: Request) -> Response:
@@ -47,7 +51,10 @@ async def chat_completions(request: Request) -> Response:
     body = await read_body(request, ChatRequest)
     door.check_model(body.model)
     options = chat_options(body, request.headers)
-    answer = _ChatAnswer(door.model_name, body)
+    is_parallel = body.parallel_tool_calls is not False
+    tools = ChatTools(door.tool_format, body.tools, body.tool_choice, is_parallel)
+    tools.add_to(options)
+    answer = _ChatAnswer(door.model_name, body, tools)
     options["request_id"] = answer.id
     try:
         if body.stream:
@@ -89,8 +96,9 @@ def _as_known_role(message: dict[str, Any]) -> dict[str, Any]:
 class _ChatAnswer:
     """The answer to one request, whole or in events."""
 
-    def __init__(self, model: str, body: ChatRequest) -> None:
-        self._body = body
+    def __init__(self, model: str, body: ChatRequest, tools: ChatTools) -> None:
+        self._body, self._tools = body, tools
+        self._calls: dict[int, ChoiceCalls | None] = {}
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
@@ -108,12 +116,25 @@ class _ChatAnswer:
         return self._object("chat.completion", choices) | {"usage": usage_of([answer])}
 
     def _choice(self, index: int, completion: Completion) -> dict[str, Any]:
+        calls = self._calls_of(index)
+        message = {"content": completion.text} if calls is None else calls.message(completion.text)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "message": {"role": "assistant", "refusal": None} | message,
             "logprobs": self._logprobs(completion),
-            "finish_reason": completion.finish_reason,
+            "finish_reason": self._finish_reason(index, completion),
         }
+
+    def _calls_of(self, index: int) -> ChoiceCalls | None:
+        if index not in self._calls:
+            self._calls[index] = self._tools.new_calls()
+        return self._calls[index]
+
+    def _finish_reason(self, index: int, completion: Completion) -> str | None:
+        """OpenAI's: `stop`, `length`, or `tool_calls` where the model chose to call."""
+        calls = self._calls_of(index)
+        is_called = calls is not None and calls.is_called and not self._tools.is_named
+        return "tool_calls" if is_called and completion.finish_reason == "stop" else completion.finish_reason
 
     async def events(self, door: FrontDoor, options: dict[str, Any]) -> AsyncIterator[bytes]:
         """The answer as it comes. The first event raises FastServeError; later errors are the last event."""
@@ -140,12 +161,15 @@ class _ChatAnswer:
         yield sse.DONE
 
     def _completion_events(self, index: int, completion: Completion) -> list[bytes]:
-        logprobs = self._logprobs(completion)
-        events = []
-        if completion.text or logprobs:
-            events.append(self._event(index, {"content": completion.text}, logprobs))
+        logprobs, calls = self._logprobs(completion), self._calls_of(index)
+        deltas = [{"content": completion.text}] if completion.text else []
+        if calls is not None:
+            deltas = calls.deltas(completion.text, completion.finish_reason is not None)
+        if logprobs and not deltas:
+            deltas = [{"content": ""}]
+        events = [self._event(index, each, None if place else logprobs) for place, each in enumerate(deltas)]
         if completion.finish_reason is not None:
-            events.append(self._event(index, {}, finish_reason=completion.finish_reason))
+            events.append(self._event(index, {}, finish_reason=self._finish_reason(index, completion)))
         return events
 
     def _event(

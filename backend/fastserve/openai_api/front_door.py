@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fastserve.openai_api.errors import unknown_model
+from fastserve.openai_api.tool_formats import ToolFormat
 from fastserve_client import Chunk, Generation
 
 
@@ -42,6 +43,8 @@ class FrontDoor:
 
     client: GenerationClient
     model_name: str
+    tool_format: ToolFormat | None = None
+    """How the model writes tool calls; None: not known."""
     created: int = field(default_factory=lambda: int(time.time()))
     """When this began to serve the model, in seconds since 1970."""
 
