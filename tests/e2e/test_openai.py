@@ -13,9 +13,9 @@ from typing import Any
 import openai
 import pytest
 from pydantic import BaseModel
+from tests.e2e.conftest import RunningServer
 
 from fastserve_client import Client
-from tests.e2e.conftest import RunningServer
 
 IDLE_SECONDS = 10.0
 MODEL = "fastserve"

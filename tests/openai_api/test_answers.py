@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from tests.openai_api.conftest import MODEL, FakeClient, completion
+from tests.openai_api.test_requests import CHAT, TEXT, chat, complete
 
 from fastserve.openai_api.app import create_app
 from fastserve_client import Chunk, FastServeError, Generation, Logprob
-from tests.openai_api.conftest import MODEL, FakeClient, completion
-from tests.openai_api.test_requests import CHAT, TEXT, chat, complete
 
 
 def events(answer: Any) -> list[Any]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-
 from tests.openai_api.conftest import MODEL, FakeClient
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}

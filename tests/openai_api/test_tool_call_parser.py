@@ -31,23 +31,40 @@ def parsed(form: ToolFormat, pieces: list[str]) -> Found:
 
 
 CASES: list[tuple[ToolFormat, str, Found]] = [
-    (HERMES, 'A <b> c\n<tool_call>\n{"name": "f", "arguments": {"x": "}<"}}\n</tool_call>', ("A <b> c", [("f", '{"x": "}<"}')])),
     (
         HERMES,
-        '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n<tool_call>{"name":"g","arguments":{"a":[1]}}</tool_call>',
+        'A <b> c\n<tool_call>\n{"name": "f", "arguments": {"x": "}<"}}\n</tool_call>',
+        ("A <b> c", [("f", '{"x": "}<"}')]),
+    ),
+    (
+        HERMES,
+        '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n'
+        '<tool_call>{"name":"g","arguments":{"a":[1]}}</tool_call>',
         ("", [("f", "{}"), ("g", '{"a":[1]}')]),
     ),
     (HERMES, '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', ("", [("f", '{"a": 1}')])),
     (HERMES, '<tool_call>[{"name": "f", "arguments": "{}"}]</tool_call>', ("", [("f", "{}")])),
     (HERMES, "Only text, and a <tool", ("Only text, and a <tool", [])),
     (HERMES, '<tool_call>{"name": "f", "arguments": {"a": "cut', ("", [("f", '{"a": "cut')])),
-    (LLAMA, '{"name": "f", "parameters": {"a": 1}}; {"name": "g", "parameters": {}}', ("", [("f", '{"a": 1}'), ("g", "{}")])),
+    (
+        LLAMA,
+        '{"name": "f", "parameters": {"a": 1}}; {"name": "g", "parameters": {}}',
+        ("", [("f", '{"a": 1}'), ("g", "{}")]),
+    ),
     (LLAMA, '<|python_tag|>{"name": "f", "parameters": {}}', ("", [("f", "{}")])),
     (LLAMA, '{"city": "Paris"}', ('{"city": "Paris"}', [])),
     (LLAMA, 'Hello {"name": 1}', ('Hello {"name": 1}', [])),
-    (MISTRAL, '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]', ("", [("f", '{"a": 1}'), ("g", "{}")])),
-    (MISTRAL, '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g{"b": 2}', ("", [("f", '{"a": 1}'), ("g", '{"b": 2}')])),
-]  # fmt: skip
+    (
+        MISTRAL,
+        '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]',
+        ("", [("f", '{"a": 1}'), ("g", "{}")]),
+    ),
+    (
+        MISTRAL,
+        '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g{"b": 2}',
+        ("", [("f", '{"a": 1}'), ("g", '{"b": 2}')]),
+    ),
+]
 
 
 @pytest.mark.parametrize(("form", "text", "found"), CASES)

@@ -13,7 +13,7 @@ import uvicorn
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import locate
 from fastserve.openai_api.app import create_app
-from fastserve.openai_api.tool_formats import tool_format_of
+from fastserve.openai_api.tool_formats import ToolFormat, tool_format_of
 from fastserve.start_error import StartError
 from fastserve_client import AsyncClient
 
@@ -42,16 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="TEXT",
-        help="the served model, as `fastserve serve` takes it; empty: the default one. Its chat template says "
-        "how it writes tool calls: without this, tools are refused",
+        help="the served model, as `fastserve serve` takes it; empty: the default one. Its chat template "
+        "says how it writes tool calls: without this, tools are refused",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM. Raises StartError where the port is taken, ModelError for `--model`."""
     listener = _listen(arguments.host, arguments.port)
+    form = _tool_format(arguments.model)
     # A full queue is the client's to wait for: no request is sent again here.
-    form = None if arguments.model is None else tool_format_of(_chat_template(locate(arguments.model).tokenizer))
     app = create_app(lambda: AsyncClient(arguments.url, retries=0), arguments.served_model_name, form)
     server = uvicorn.Server(
         uvicorn.Config(
@@ -74,6 +74,11 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise StartError(f"cannot listen on {host}:{port}: {error.strerror}; give another --port") from error
+
+
+def _tool_format(model: str | None) -> ToolFormat | None:
+    """How the model writes tool calls; None: not known. Raises ModelError."""
+    return None if model is None else tool_format_of(_chat_template(locate(model).tokenizer))
 
 
 def _chat_template(directory: Path) -> str | None:

@@ -36,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the server, and one per setting of the engine."""
     ports, options = Ports(), ServerOptions()
     server = parser.add_argument_group("server")
-    server.add_argument(
-        "--host", default=options.host, help="address of all ports (default: %(default)s)"
-    )
+    server.add_argument("--host", default=options.host, help="address of all ports (default: %(default)s)")
     server.add_argument(
         "--http-port", type=int, default=ports.http, metavar="N", help="(default: %(default)s)"
     )

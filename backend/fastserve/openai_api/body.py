@@ -16,7 +16,7 @@ Body = TypeVar("Body")
 
 
 async def read_body(request: Request, kind: type[Body]) -> Body:
-    """The body. Raises ApiError: 400 for what is no JSON or not of that type, 413 for one that is too long."""
+    """The body. Raises ApiError: 400 for what is no such JSON, 413 for a body that is too long."""
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)

@@ -89,7 +89,9 @@ class ChatTools:
             options["skip_special_tokens"] = False
         if form is not None and self._forced:
             if "structured_outputs" in options:
-                raise refusal("tool_choice", "got a guide beside it, which no call could follow; allowed: auto")
+                raise refusal(
+                    "tool_choice", "got a guide beside it, which calls cannot follow; allowed: auto"
+                )
             functions = [function.json() for function in self._forced]
             several = self._is_parallel and not self.is_named
             options["structured_outputs"] = {"grammar": forced_grammar(form, functions, several)}

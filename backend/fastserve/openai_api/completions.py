@@ -65,7 +65,7 @@ def prompts_of(body: CompletionRequest) -> list[Prompt]:
     if given and all(isinstance(each, int) for each in given):
         return [given]  # type: ignore[list-item]
     if not given or any(isinstance(each, int) for each in given):
-        raise refusal("prompt", "got no prompt, or token ids among prompts; allowed: a text, token ids, or a list")
+        raise refusal("prompt", "got none, or token ids among texts; allowed: a text, token ids, or a list")
     if len(given) > MAX_PROMPTS:
         raise refusal("prompt", f"got {len(given)} prompts; allowed: at most {MAX_PROMPTS}")
     return given  # type: ignore[return-value]
@@ -110,7 +110,8 @@ class _CompletionAnswer:
 
     async def json(self) -> dict[str, Any]:
         """The whole answer. One that fails ends the others."""
-        calls = [asyncio.ensure_future(self._door.client.generate(**self._call(each))) for each in self._prompts]
+        generate = self._door.client.generate
+        calls = [asyncio.ensure_future(generate(**self._call(each))) for each in self._prompts]
         try:
             answers = await asyncio.gather(*calls)
         finally:

@@ -15,7 +15,7 @@ def _likeliest(position: Position, count: int) -> list[Logprob]:
 
 
 def chat_logprobs(completion: Completion, count: int) -> dict[str, Any] | None:
-    """`logprobs` of a chat's choice, with the `count` likeliest tokens at each position; None for no token."""
+    """`logprobs` of a chat's choice, with the `count` likeliest at each token; None without a token."""
     if not completion.token_ids or completion.logprobs is None:
         return None
     pairs = zip(completion.token_ids, completion.logprobs, strict=True)
@@ -36,6 +36,10 @@ def _chat_token(entry: Logprob) -> dict[str, Any]:
     }
 
 
+def _empty_shape() -> dict[str, list[Any]]:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
 class CompletionLogprobs:
     """`logprobs` of the choices of a text completion; offsets go on from chunk to chunk."""
 
@@ -46,14 +50,14 @@ class CompletionLogprobs:
 
     def json(self, token_ids: Sequence[int], positions: Sequence[Position]) -> dict[str, Any]:
         """The shape: a list of each of tokens, log-probabilities, likeliest ones and offsets."""
-        shape: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        shape = _empty_shape()
         for token_id, position in zip(token_ids, positions, strict=True):
             self._append(shape, position[token_id].decoded_token, position[token_id].logprob, position)
         return shape
 
     def of_prompt(self, positions: Sequence[Position], text: str) -> dict[str, Any]:
         """The same for a prompt of this text: nothing is known of its first token but its text."""
-        shape: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        shape = _empty_shape()
         chosen = [next(iter(position.values())) for position in positions[1:]]
         rest = "".join(entry.decoded_token for entry in chosen)
         first = text.removesuffix(rest) if text.endswith(rest) else ""

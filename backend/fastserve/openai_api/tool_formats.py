@@ -1,4 +1,4 @@
-"""How models write tool calls: read from a chat template, shown to models whose template knows none, forced."""
+"""How models write tool calls: read from a template, told to those that know none, forced."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def tool_format_of(template: str | None) -> ToolFormat | None:
 
 
 def forced_grammar(form: ToolFormat, functions: Sequence[Mapping[str, Any]], is_parallel: bool) -> str:
-    """llguidance's Lark grammar of answers that are calls of these functions: one, or with `is_parallel` more.
+    """The Lark grammar, for llguidance, of one call of these functions, or of several (`is_parallel`).
 
     Each schema has a `%json` of its own, so that what it refers to stays in its root.
     """
