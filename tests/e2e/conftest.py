@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,11 +124,10 @@ def running(
     )
     with Server(Config(model=str(model.checkpoint), **settings), options) as launcher:
         launcher.wait_ready(START_SECONDS)
-        server = RunningServer(
-            launcher,
-            *(f"127.0.0.1:{port}" for port in (ports.http, ports.grpc, ports.metrics)),
-            openai_url=f"http://127.0.0.1:{ports.openai}/v1" if openai else None,
-        )
+        urls = [f"127.0.0.1:{port}" for port in (ports.http, ports.grpc, ports.metrics)]
+        server = RunningServer(launcher, *urls)
+        if openai:
+            server = replace(server, openai_url=f"http://127.0.0.1:{ports.openai}/v1")
         server.wait_for_metrics_port(START_SECONDS)
         yield server
 

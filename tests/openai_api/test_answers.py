@@ -26,7 +26,7 @@ def events(answer: Any) -> list[Any]:
 def test_a_whole_chat(api: TestClient) -> None:
     answer = chat(api, logprobs=True, top_logprobs=1).json()
     [choice] = answer["choices"]
-    assert choice["message"] == {"role": "assistant", "content": "Hi", "refusal": None}
+    assert choice["message"] == {"role": "assistant", "content": "Hi", "refusal": None, "annotations": []}
     assert choice["finish_reason"] == "stop"
     first = {"token": "<1>", "logprob": -1.0, "bytes": [60, 49, 62]}
     assert choice["logprobs"]["content"][0] == first | {"top_logprobs": [first]}

@@ -21,7 +21,7 @@ def complete(api: TestClient, **fields: Any) -> Any:
 
 
 def test_fields_reach_the_ensemble_under_its_names(api: TestClient, fake: FakeClient) -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "temperature": 0.5,
         "top_p": 0.9,
         "top_k": 3,
@@ -35,7 +35,7 @@ def test_fields_reach_the_ensemble_under_its_names(api: TestClient, fake: FakeCl
         "min_tokens": 1,
         "ignore_eos": True,
     }
-    extra = {"user": "ada", "priority": 3, "deadline_ms": 1500, "max_completion_tokens": 9}
+    extra: dict[str, Any] = {"user": "ada", "priority": 3, "deadline_ms": 1500, "max_completion_tokens": 9}
     assert chat(api, **fields, **extra).status_code == 200
     [call] = fake.calls
     assert {name: call[name] for name in fields} == fields
@@ -82,7 +82,7 @@ def test_developer_is_the_template_s_system(api: TestClient, fake: FakeClient) -
     ["metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prediction"],
 )
 def test_what_changes_nothing_is_taken(api: TestClient, fake: FakeClient, field: str) -> None:
-    value = {"metadata": {}, "store": False, "prediction": {}}.get(field, "x")
+    value: Any = {"metadata": {}, "store": False, "prediction": {}}.get(field, "x")
     assert chat(api, **{field: value}).status_code == 200
     assert field not in fake.calls[0]
 
@@ -108,6 +108,7 @@ def test_what_changes_nothing_is_taken(api: TestClient, fake: FakeClient, field:
         ({"deadline_ms": 0}, "deadline_ms"),
         ({"priority": 2**31}, "priority"),
         ({"messages": "Hello"}, "messages"),
+        ({"model": None}, "model"),
     ],
 )
 def test_what_a_chat_does_not_take_is_named(

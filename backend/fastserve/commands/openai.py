@@ -71,9 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise StartError(f"cannot listen on {host}:{port}: {error.strerror}; give another --port") from error
+    # Connections inherit it. asyncio sets it only where a socket's protocol is named, which theirs is not:
+    # an event that is sent behind the headers would wait 40 ms for their acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _tool_format(model: str | None) -> ToolFormat | None:

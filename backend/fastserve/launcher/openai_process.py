@@ -47,7 +47,7 @@ class OpenAIProcess:
     @property
     def pid(self) -> int | None:
         """The process that runs now, if any."""
-        return self._process and self._process.pid
+        return None if self._process is None else self._process.pid
 
     def start(self) -> None:
         """Starts it, and returns."""

@@ -41,6 +41,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        """The client lives as long as the application."""
         client = new_client()
         app.state.door = FrontDoor(client, model_name, tool_format)
         try:

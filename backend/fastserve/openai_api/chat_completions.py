@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -120,7 +120,7 @@ class _ChatAnswer:
         message = {"content": completion.text} if calls is None else calls.message(completion.text)
         return {
             "index": index,
-            "message": {"role": "assistant", "refusal": None} | message,
+            "message": {"role": "assistant", "refusal": None, "annotations": []} | message,
             "logprobs": self._logprobs(completion),
             "finish_reason": self._finish_reason(index, completion),
         }
@@ -136,7 +136,7 @@ class _ChatAnswer:
         is_called = calls is not None and calls.is_called and not self._tools.is_named
         return "tool_calls" if is_called and completion.finish_reason == "stop" else completion.finish_reason
 
-    async def events(self, door: FrontDoor, options: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def events(self, door: FrontDoor, options: dict[str, Any]) -> AsyncGenerator[bytes, None]:
         """The answer as it comes. The first event raises FastServeError; later errors are the last event."""
         usage, has_begun = Usage(), False
         stream = door.client.stream(**options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
@@ -124,7 +124,7 @@ class _CompletionAnswer:
         ]
         return self._object(choices) | {"usage": usage_of(answers)}
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as it comes. The first event raises FastServeError; later errors are the last event."""
         usage, begun = Usage(len(self._prompts)), set()
         chunks = merged([self._door.client.stream(**self._call(each)) for each in self._prompts])
@@ -145,7 +145,7 @@ class _CompletionAnswer:
                 raise
             yield sse.event(server_refusal(error, self.names).body)
         finally:
-            await chunks.aclose()  # type: ignore[attr-defined]
+            await chunks.aclose()
         yield sse.DONE
 
     def _choice(self, index: int, completion: Completion, answer: Generation, begins: bool) -> dict[str, Any]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fastserve.openai_api.errors import unknown_model
 from fastserve.openai_api.tool_formats import ToolFormat
-from fastserve_client import Chunk, Generation
+from fastserve_client import Chunk, Generation, Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Stream(Protocol):
@@ -24,10 +27,10 @@ class Stream(Protocol):
 class GenerationClient(Protocol):
     """What the API needs of `fastserve_client.AsyncClient`; the methods raise FastServeError."""
 
-    async def generate(self, prompt: str | None = None, **options: Any) -> Generation:
+    async def generate(self, prompt: str | None = None, **options: Unpack[Options]) -> Generation:
         """The whole answer."""
 
-    def stream(self, prompt: str | None = None, **options: Any) -> Stream:
+    def stream(self, prompt: str | None = None, **options: Unpack[Options]) -> Stream:
         """The answer as it comes."""
 
     async def is_ready(self, timeout: float | None = None) -> bool:
@@ -48,7 +51,7 @@ class FrontDoor:
     created: int = field(default_factory=lambda: int(time.time()))
     """When this began to serve the model, in seconds since 1970."""
 
-    def check_model(self, name: str | None) -> None:
+    def check_model(self, name: str) -> None:
         """Raises ApiError (404) for the name of another model."""
-        if name is not None and name != self.model_name:
+        if name != self.model_name:
             raise unknown_model(name, self.model_name)

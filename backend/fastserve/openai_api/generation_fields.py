@@ -61,7 +61,7 @@ class ResponseFormat(Struct, forbid_unknown_fields=True):
 class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields of both bodies. None: not given, or null, which is OpenAI's default."""
 
-    model: str | None = None
+    model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None

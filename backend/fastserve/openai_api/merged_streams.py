@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from fastserve.openai_api.front_door import Stream
 from fastserve_client import Chunk
 
 
-async def merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Chunk]]:
+async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Chunk], None]:
     """The chunks of all streams as they come, each with its stream's index.
 
     Raises the first FastServeError. When this ends, however it does, every stream is closed.
@@ -18,6 +18,7 @@ async def merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Chunk]]:
     chunks: asyncio.Queue[tuple[int, Chunk | BaseException | None]] = asyncio.Queue(maxsize=1)
 
     async def read(index: int, stream: Stream) -> None:
+        """Hands on the chunks of one stream, and None or an error at its end."""
         try:
             async for chunk in stream:
                 await chunks.put((index, chunk))

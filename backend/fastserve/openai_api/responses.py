@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
 import msgspec
@@ -34,7 +34,7 @@ def error_response(error: ApiError) -> Response:
     return json_response(error.body, error.status, error.headers)
 
 
-async def until_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+async def until_gone(request: Request, work: Awaitable[Answer]) -> Answer:
     """What `work` returns. A client that leaves meanwhile cancels it. Raises ClientGone."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
@@ -58,7 +58,8 @@ async def _disconnected(request: Request) -> None:
 class EventStream(StreamingResponse):
     """Events as they come. The first one is made before the status is sent, so that a refusal has its own."""
 
-    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str] | None = None) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str] | None = None) -> None:
+        self._events = events
         super().__init__(events, headers=sse.HEADERS | (headers or {}), media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,25 +75,25 @@ class EventStream(StreamingResponse):
                 each.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await sending
-            await self.body_iterator.aclose()  # type: ignore[union-attr]
+            await self._events.aclose()
 
 
 async def event_stream(
-    request: Request, events: AsyncIterator[bytes], headers: dict[str, str] | None = None
+    request: Request, events: AsyncGenerator[bytes, None], headers: dict[str, str] | None = None
 ) -> Response:
     """The stream, once its first event has come. Raises what making that raises, and ClientGone."""
     try:
-        first = await until_gone(request, events.__anext__())  # type: ignore[arg-type]
+        first = await until_gone(request, anext(events))
     except BaseException:
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
         raise
     return EventStream(_with_first(first, events), headers)
 
 
-async def _with_first(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _with_first(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     try:
         yield first
         async for each in events:
             yield each
     finally:
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
