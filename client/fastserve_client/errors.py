@@ -7,7 +7,7 @@ import re
 # The Triton server's gRPC streams say no code, and over HTTP `generate` it answers 400 whatever the code of a
 # model's error was: so FastServe writes the code before the sentence. The ensemble adds its name before that.
 _ENSEMBLE = re.compile(r"^in ensemble '[^']*', ")
-_CODE = re.compile(r"^(INVALID_ARG|UNAVAILABLE|CANCELLED|INTERNAL): ")
+_CODE = re.compile(r"^(INVALID_ARG|UNAUTHENTICATED|PERMISSION_DENIED|UNAVAILABLE|CANCELLED|INTERNAL): ")
 # No header or field of an error comes through the Triton server either: the seconds stand in the sentence.
 _RETRY_AFTER = re.compile(r"; try again in (\d+(?:\.\d+)?) s$")
 # What the Triton server itself says of a model that it has and that is not loaded now.
@@ -18,8 +18,9 @@ class FastServeError(Exception):
     """A call that failed.
 
     `code` is the status code of the Triton server (`INVALID_ARG`, `UNAVAILABLE`, `CANCELLED`, `INTERNAL`,
-    `NOT_FOUND`, `UNSUPPORTED`) or `DEADLINE_EXCEEDED`; `message` is the server's sentence. `retry_after`: the
-    seconds after which the server says that the request may come again; None where it does not say.
+    `NOT_FOUND`, `UNSUPPORTED`), FastServe's own about keys (`UNAUTHENTICATED`, `PERMISSION_DENIED`) or
+    `DEADLINE_EXCEEDED`; `message` is the server's sentence. `retry_after`: the seconds after which the server
+    says that the request may come again; None where it does not say.
     """
 
     def __init__(self, code: str, message: str) -> None:

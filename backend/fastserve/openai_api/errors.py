@@ -13,7 +13,6 @@ from fastserve_client import FastServeError
 _FIELD = re.compile(r"^`([^`]+)`")
 """FastServe's sentences about a field begin with its name."""
 _BUSY = re.compile(r"^(the queue is full|no room within)")
-_UNAUTHENTICATED = re.compile(r"^unauthenticated\b", re.IGNORECASE)
 _AT = re.compile(r" - at `(?:key in )?\$\.?(.*?)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(.*)`$")
 _MISSING = re.compile(r"^Object missing required field `(.*)`$")
@@ -21,7 +20,6 @@ _MISSING = re.compile(r"^Object missing required field `(.*)`$")
 _STATUS = {
     "INVALID_ARG": (400, "invalid_request_error"),
     "UNSUPPORTED": (400, "invalid_request_error"),
-    "UNAUTHENTICATED": (401, "authentication_error"),
     "PERMISSION_DENIED": (403, "permission_error"),
     "NOT_FOUND": (404, "not_found_error"),
     "CANCELLED": (499, "cancelled_error"),
@@ -85,7 +83,7 @@ def server_refusal(error: FastServeError, names: dict[str, str] | None = None) -
     if found := _FIELD.match(message):
         param = (names or {}).get(found[1], found[1])
         message = f"`{param}`{message[found.end() :]}"
-    if _UNAUTHENTICATED.match(message):
+    if error.code == "UNAUTHENTICATED":
         return ApiError(401, "authentication_error", message, code="invalid_api_key")
     if error.code == "UNAVAILABLE" and (error.retry_after is not None or _BUSY.match(message)):
         seconds = 1.0 if error.retry_after is None else error.retry_after
