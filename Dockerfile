@@ -1,7 +1,7 @@
 # FastServe on CPUs, with its Triton server and the default model inside: it starts without a network.
 #
 #   docker build --tag fastserve .
-#   docker run --init --shm-size=1g --stop-timeout=60 -p 8000:8000 -p 8001:8001 -p 8002:8002 fastserve
+#   docker run --init --shm-size=1g --stop-timeout=60 -p 8000:8000 -p 8001:8001 -p 8002:8002 -p 9000:9000 fastserve
 #   docker run ... -v /models:/models:ro fastserve --model /models/Llama-3.2-1B-Instruct
 #
 # --shm-size: Triton server passes tensors to its steps through /dev/shm, and Docker gives 64 MiB.
@@ -33,7 +33,7 @@ RUN python -c "from fastserve.assets import server_files; server_files()" && \
     python -c "from fastserve.checkpoints.model_files import locate; locate('')"
 
 # HTTP, gRPC, metrics.
-EXPOSE 8000 8001 8002
+EXPOSE 8000 8001 8002 9000
 HEALTHCHECK --start-period=120s --interval=10s --timeout=5s \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=4)"]
 ENTRYPOINT ["fastserve", "serve", "--host", "0.0.0.0"]

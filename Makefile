@@ -14,10 +14,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "$(PYTHON) with venv is missing: install python3.11 and python3.11-venv (Debian, Ubuntu)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,load,examples]' --constraint constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,load]' --constraint constraints.txt
 	touch $@
 
-# exec: Ctrl-C and SIGTERM reach the server's launcher itself. ARGS="--http-port 9000 --model DIR"
+# exec: Ctrl-C and SIGTERM reach the server's launcher itself. ARGS="--http-port 8080 --model DIR"
 serve: setup
 	@exec $(BIN)/fastserve serve $(ARGS)
 

@@ -1,6 +1,6 @@
 """The engine inside a web application of one's own, without Triton server.
 
-    pip install 'fastserve[examples]'
+    pip install fastserve
     python examples/embed_in_web_app.py
     curl -N http://127.0.0.1:8080/generate -d '{"prompt": "Once there was", "max_tokens": 99, "priority": 5}'
 

@@ -17,6 +17,7 @@ DOCUMENTS = [
     "docs/architecture.md",
     "docs/access.md",
     "docs/api.md",
+    "docs/openai.md",
     "findings/README.md",
     "docs/architecture.md",
     "docs/log.md",

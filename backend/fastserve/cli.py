@@ -15,6 +15,7 @@ COMMANDS = {
     "serve": "serve a model through Triton server",
     "keys": "add, list and revoke the keys of a server's clients",
     "generate": "continue a text",
+    "openai": "OpenAI's API in front of a Triton server that has FastServe's models",
     "chat": "converse with a model in the terminal",
     "compress": "make a checkpoint smaller, and report what it cost",
     "evaluate": "measure a model's perplexity, its distance to another, and tasks of lm-eval",

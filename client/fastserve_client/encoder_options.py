@@ -21,6 +21,8 @@ class EncoderOptions(TypedDict, total=False):
     HIGH (10), one of FastServe's p is the level HIGH - p + 1."""
     timeout: float
     """Seconds for the whole call."""
+    headers: Mapping[str, str] | None
+    """Of this call, beside those of the client."""
 
 
 class EmbedOptions(EncoderOptions, total=False):
@@ -79,6 +81,7 @@ def _request(
         options.get("model", task),
         columns,
         options.get("priority_level", 0),
+        options.get("headers"),
         truncate=options.get("truncate"),
         **parameters,
     )

@@ -104,7 +104,11 @@ class EncoderRequest(Request):
 
 
 def encoder_request(
-    model: str, columns: Mapping[str, Sequence[str]], priority: int, **parameters: Any
+    model: str,
+    columns: Mapping[str, Sequence[str]],
+    priority: int,
+    headers: Mapping[str, str] | None = None,
+    **parameters: Any,
 ) -> EncoderRequest:
     """The request; parameters that are None are left to the server.
 
@@ -116,7 +120,7 @@ def encoder_request(
         if not texts:
             raise ValueError(f"`{name}`: got none; allowed: at least one text")
     given = {name: value for name, value in parameters.items() if value is not None}
-    return EncoderRequest(model, {}, "", columns, given, priority)
+    return EncoderRequest(model, {}, "", columns, given, priority, headers=headers or {})
 
 
 def infer_outputs(body: bytes) -> Outputs:

@@ -18,9 +18,9 @@ class FastServeError(Exception):
     """A call that failed.
 
     `code` is the status code of the Triton server (`INVALID_ARG`, `UNAVAILABLE`, `CANCELLED`, `INTERNAL`,
-    `NOT_FOUND`, `UNSUPPORTED`), `UNAUTHENTICATED` or `PERMISSION_DENIED` of FastServe's keys, or
-    `DEADLINE_EXCEEDED`; `message` is the server's sentence. `retry_after`: the
-    seconds after which the server says that the request may come again; None where it does not say.
+    `NOT_FOUND`, `UNSUPPORTED`), FastServe's own about keys (`UNAUTHENTICATED`, `PERMISSION_DENIED`) or
+    `DEADLINE_EXCEEDED`; `message` is the server's sentence. `retry_after`: the seconds after which the server
+    says that the request may come again; None where it does not say.
     """
 
     def __init__(self, code: str, message: str) -> None:

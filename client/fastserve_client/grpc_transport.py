@@ -54,7 +54,8 @@ class _Calls:
 
     def infer(self, request: Request, timeout: float | None) -> Any:
         messages: Iterator[service_pb2.ModelInferRequest] = iter([request.to_grpc(timeout)])
-        return self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=self._metadata)
+        metadata = self._metadata + [(name.lower(), value) for name, value in request.headers.items()]
+        return self._stub.ModelStreamInfer(messages, timeout=timeout, metadata=metadata)
 
     def ready(self, timeout: float | None) -> Any:
         return self._stub.ServerReady(

@@ -54,7 +54,8 @@ class HttpCall:
             self._connection.connect()
             self._socket: socket.socket = self._connection.sock
             body = request.to_json(deadline.remaining(), transport.authorization)
-            self._connection.request("POST", path_of(request), body, {**JSON_BODY, **transport.headers})
+            headers = {**JSON_BODY, **transport.headers, **request.headers}
+            self._connection.request("POST", path_of(request), body, headers)
         except FAILURES as error:
             self._connection.close()
             raise connection_error(error) from error
@@ -235,7 +236,7 @@ class AsyncHttpTransport:
         return await self._session.post(
             path_of(request),
             data=request.to_json(timeout, self._authorization),
-            headers=JSON_BODY,
+            headers={**JSON_BODY, **request.headers},
             timeout=_client_timeout(timeout),
         )
 

@@ -6,7 +6,7 @@ knows best what it serves, and names what it does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 
@@ -74,6 +74,8 @@ class Options(Sampling, total=False):
     """A hint for the scheduler, at most `max_tokens`: how long the answer will be. It ends nothing."""
     timeout: float | None
     """Seconds from the call to its last response; the server abandons the request then too."""
+    headers: Mapping[str, str] | None
+    """Of this call, beside those of the client."""
     request_id: str | None
     """By which `cancel` finds the request; a new random one unless given."""
     return_token_ids: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tritonclient.grpc import service_pb2
@@ -27,6 +27,8 @@ class Request:
     model: str
     inputs: Mapping[str, InputValue]
     request_id: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    """Of this call, beside the client's; over gRPC they are metadata."""
 
     @property
     def http_endpoint(self) -> str:
@@ -100,10 +102,11 @@ def generation_request(prompt: str | None, stream: bool, options: Options) -> Re
         if (value := sampling.pop(name, None)) is not None:
             inputs[name] = value
     request_id = sampling.pop("request_id", None) or uuid.uuid4().hex
+    headers = sampling.pop("headers", None) or {}
     sampling.pop("timeout", None)
     if sampling:
         inputs["sampling_parameters"] = json.dumps(sampling)
-    return Request(MODEL, inputs, request_id)
+    return Request(MODEL, inputs, request_id, headers=headers)
 
 
 def cancellation_request(request_id: str) -> Request:

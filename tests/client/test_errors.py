@@ -15,6 +15,7 @@ from fastserve_client.errors import server_error
         ("UNAVAILABLE", "in ensemble 'fastserve', the queue is full", "UNAVAILABLE", "the queue is full"),
         ("INVALID_ARG", "in ensemble 'fastserve', UNAVAILABLE: full", "UNAVAILABLE", "full"),
         ("INVALID_ARG", "in ensemble 'fastserve', INVALID_ARG: `n`: got 0", "INVALID_ARG", "`n`: got 0"),
+        ("INVALID_ARG", "in ensemble 'fastserve', UNAUTHENTICATED: no key", "UNAUTHENTICATED", "no key"),
         ("INTERNAL", "KeyError: 'x'", "INTERNAL", "KeyError: 'x'"),
         (
             "NOT_FOUND",

@@ -86,6 +86,7 @@ def test_what_is_sent(caller: Caller) -> None:
         priority=5,
         tenant="blue",
         expected_output_tokens=6,
+        headers={"Authorization": "Bearer key"},
         timeout=5,
         request_id="r1",
         logprobs=1,
@@ -114,6 +115,7 @@ def test_what_is_sent(caller: Caller) -> None:
     assert received.timeout_us is not None
     assert 0 < received.timeout_us <= 5_000_000
     assert received.headers["x-api-key"] == "secret"
+    assert received.headers["authorization"] == "Bearer key"
 
 
 def test_the_other_prompts(caller: Caller) -> None:

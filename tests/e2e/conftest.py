@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ class RunningServer:
     http_url: str
     grpc_url: str
     metrics_url: str
+    openai_url: str | None = None
+    """Base URL of OpenAI's API, where the server has it."""
 
     def metrics(self) -> dict[str, float]:
         """Every sample of FastServe's own metrics by its name with labels, as Prometheus reads them."""
@@ -110,10 +112,11 @@ def running(
     encoders: tuple[ServedEncoder, ...] = (),
     encoders_only: bool = False,
     tls: TlsFiles | None = None,
+    openai: bool = False,
     **settings: Any,
 ) -> Iterator[RunningServer]:
-    """A server of its own with these settings."""
-    ports = Ports(*free_ports(3))
+    """A server of its own with these settings. `openai`: with OpenAI's API."""
+    ports = Ports(*free_ports(4)) if openai else Ports(*free_ports(3))
     options = ServerOptions(
         ports=ports,
         exit_timeout_seconds=exit_timeout_seconds,
@@ -124,9 +127,10 @@ def running(
     )
     with Server(Config(model=str(model.checkpoint), **settings), options) as launcher:
         launcher.wait_ready(START_SECONDS)
-        server = RunningServer(
-            launcher, *(f"127.0.0.1:{port}" for port in (ports.http, ports.grpc, ports.metrics))
-        )
+        urls = [f"127.0.0.1:{port}" for port in (ports.http, ports.grpc, ports.metrics)]
+        server = RunningServer(launcher, *urls)
+        if openai:
+            server = replace(server, openai_url=f"http://127.0.0.1:{ports.openai}/v1")
         server.wait_for_metrics_port(START_SECONDS)
         yield server
 
@@ -142,5 +146,5 @@ def launch(default_model: ModelFiles) -> Launch:
 
 @pytest.fixture(scope="session")
 def server(launch: Launch) -> Iterator[RunningServer]:
-    with launch() as running_server:
+    with launch(openai=True) as running_server:
         yield running_server

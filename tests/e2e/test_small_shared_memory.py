@@ -83,7 +83,7 @@ def small_server(default_model: ModelFiles, soak: bool) -> Iterator[SmallServer]
     ports = free_ports(3)
     flags = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
     program = str(Path(sys.executable).with_name("fastserve"))
-    serve = [program, "serve", f"--model={default_model.checkpoint}", *flags]
+    serve = [program, "serve", f"--model={default_model.checkpoint}", *flags, "--openai-port=0"]
     process = subprocess.Popen(["unshare", "-m", "sh", "-c", IN_A_SMALL_SHM + '"$@"', "sh", *serve])
     server = SmallServer(process, f"127.0.0.1:{ports[0]}", f"127.0.0.1:{ports[1]}")
     try:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from fastserve import cli
+from fastserve.commands.serve import OPENAI_PORT
 from fastserve.launcher.installation import GLIBC_NEEDED
 from fastserve.launcher.start_checks import Ports
 
@@ -51,7 +52,7 @@ def test_its_system_can_run_the_embedded_server(instructions: list[tuple[str, st
 
 def test_its_ports_user_and_command(instructions: list[tuple[str, str]]) -> None:
     ports = Ports()
-    assert of(instructions, "EXPOSE") == [f"{ports.http} {ports.grpc} {ports.metrics}"]
+    assert of(instructions, "EXPOSE") == [f"{ports.http} {ports.grpc} {ports.metrics} {OPENAI_PORT}"]
     (health,) = of(instructions, "HEALTHCHECK")
     assert f"http://127.0.0.1:{ports.http}/v2/health/ready" in health
     assert of(instructions, "USER") == ["1000"]

@@ -30,7 +30,7 @@ def test_free_ports_are_three_and_pass_the_check() -> None:
     check_ports(HOST, ports)
 
 
-@pytest.mark.parametrize("which", ["http", "grpc", "metrics"])
+@pytest.mark.parametrize("which", ["http", "grpc", "metrics", "openai"])
 def test_a_port_in_use_is_named_by_its_flag(which: str) -> None:
     with socket.create_server((HOST, 0)) as taken:
         numbers = vars(free_ports()) | {which: taken.getsockname()[1]}

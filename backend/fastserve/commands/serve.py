@@ -23,6 +23,7 @@ from fastserve.launcher.tls import tls_files
 from fastserve.scheduling.policies.registry import make_policy
 
 ERRORS = (ModelError,)
+OPENAI_PORT = 9000
 EXAMPLE = '{"text_input": "The capital of France is", "parameters": {"temperature": 0, "max_tokens": 20}}'
 
 ENCODER_EXAMPLES = {
@@ -36,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the server, and one per setting of the engine."""
     ports, options = Ports(), ServerOptions()
     server = parser.add_argument_group("server")
-    server.add_argument(
-        "--host", default=options.host, help="address of all three ports (default: %(default)s)"
-    )
+    server.add_argument("--host", default=options.host, help="address of all ports (default: %(default)s)")
     server.add_argument(
         "--http-port", type=int, default=ports.http, metavar="N", help="(default: %(default)s)"
     )
@@ -60,6 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="PEM authority of clients' certificates: who has none is not let in",
+    )
+    server.add_argument(
+        "--openai-port",
+        type=int,
+        default=OPENAI_PORT,
+        metavar="N",
+        help="of OpenAI's API; 0: none, as with --encoders-only (default: %(default)s)",
+    )
+    server.add_argument(
+        "--served-model-name",
+        default=options.served_model_name,
+        metavar="NAME",
+        help="what requests to OpenAI's API call the model (default: %(default)s)",
     )
     server.add_argument(
         "--model-repository", type=Path, metavar="DIR", help="of Triton server (default: FastServe's own)"
@@ -143,7 +155,13 @@ def _options(arguments: argparse.Namespace, encoders: tuple[ServedEncoder, ...] 
         host=arguments.host,
         metrics_host=arguments.metrics_host,
         tls=tls_files(arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca),
-        ports=Ports(arguments.http_port, arguments.grpc_port, arguments.metrics_port),
+        ports=Ports(
+            arguments.http_port,
+            arguments.grpc_port,
+            arguments.metrics_port,
+            0 if arguments.encoders_only else arguments.openai_port,
+        ),
+        served_model_name=arguments.served_model_name,
         model_repository=arguments.model_repository,
         tritonserver=arguments.tritonserver,
         log_verbose=arguments.log_verbose,

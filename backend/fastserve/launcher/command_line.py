@@ -66,6 +66,8 @@ class ServerOptions:
     """A program, or `embedded`; empty: found by `server_installation`."""
     log_verbose: int = 0
     """Triton server's own; above 0, all of its log goes to the terminal."""
+    served_model_name: str = "fastserve"
+    """What requests to OpenAI's API call the model."""
     exit_timeout_seconds: int = 30
     """For requests in flight, when the server is asked to stop."""
     encoders: tuple[ServedEncoder, ...] = ()

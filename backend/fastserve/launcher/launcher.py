@@ -33,6 +33,7 @@ from fastserve.launcher.command_line import (
 from fastserve.launcher.drain import Drain
 from fastserve.launcher.encoder_repository import write_encoder_models
 from fastserve.launcher.installation import server_installation
+from fastserve.launcher.openai_process import OpenAIProcess
 from fastserve.launcher.repository import compile_models, model_names, model_repository
 from fastserve.launcher.run_directory import RunDirectory
 from fastserve.launcher.server_log import new_log
@@ -50,6 +51,8 @@ from fastserve.start_error import StartError
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """An address that means "all" cannot be connected to everywhere; the loopback address can."""
+OPENAI_START_SECONDS = 60.0
+"""For OpenAI's API to take connections, counted from when the server is ready."""
 
 
 def echo(line: str) -> None:
@@ -77,6 +80,8 @@ class Server:
         self._failure: Exception | None = None
         self._process: ServerProcess | None = None
         self._relay: TlsRelay | None = None
+        self.openai: OpenAIProcess | None = None
+        """What offers OpenAI's API, where there is a port for it."""
         self._thread = threading.Thread(target=self._supervise, name="server")
 
     def start(self) -> None:
@@ -106,6 +111,8 @@ class Server:
         except BaseException:
             self.run_directory.remove()
             raise
+        if self.openai is not None:
+            self.openai.start()
         self._thread.start()
 
     def _listen(self) -> socket.socket:
@@ -140,6 +147,16 @@ class Server:
             self._log = new_log(cache_directory() / "logs", run.path.name)
         except OSError as error:
             raise StartError(f"cannot write the server's log: {error}") from error
+        if self.options.ports.openai:
+            self.openai = OpenAIProcess(
+                self._address,
+                self.options.ports.openai,
+                self.grpc_address,
+                self.config.model,
+                self.options.served_model_name,
+                self._log.path,
+                self._show,
+            )
         self._supervisor = Supervisor(
             self._start_process,
             drain=lambda process: Drain(process, models, stopping_file),
@@ -159,6 +176,8 @@ class Server:
         if self._failure:
             raise self._failure
         if self._ready_after is not None:
+            if self.openai is not None:
+                self.openai.wait_listening(OPENAI_START_SECONDS)
             return self._ready_after
         if self._has_ended:
             raise StartError("the server was stopped before it was ready")
@@ -266,6 +285,8 @@ class Server:
         finally:
             if self._relay is not None:
                 self._relay.close()
+            if self.openai is not None:
+                self.openai.stop()
             self.run_directory.remove()
             with self._changed:
                 self._has_ended = True

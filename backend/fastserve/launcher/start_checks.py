@@ -19,10 +19,13 @@ class Ports:
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
+    openai: int = 0
+    """Of OpenAI's API, which a process of its own offers; 0: it is not offered."""
 
     def flags(self) -> dict[str, int]:
-        """The flag of each port."""
-        return {"--http-port": self.http, "--grpc-port": self.grpc, "--metrics-port": self.metrics}
+        """The flag of each port that is used."""
+        flags = {"--http-port": self.http, "--grpc-port": self.grpc, "--metrics-port": self.metrics}
+        return flags | ({"--openai-port": self.openai} if self.openai else {})
 
 
 def free_ports(address: str = "127.0.0.1") -> Ports:

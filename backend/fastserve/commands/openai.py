@@ -1,0 +1,98 @@
+"""`fastserve openai`: OpenAI's API in front of a Triton server that has FastServe's models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from fastserve.checkpoints.model_error import ModelError
+from fastserve.checkpoints.model_files import locate
+from fastserve.openai_api.app import create_app
+from fastserve.openai_api.tool_formats import ToolFormat, tool_format_of
+from fastserve.start_error import StartError
+from fastserve_client import AsyncClient
+
+ERRORS = (ValueError, ModelError)
+DEFAULT_PORT = 9000
+KEEP_ALIVE_SECONDS = 75
+"""A connection may idle; longer than the pools of common clients keep one, so that they close it."""
+BACKLOG = 2048
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the server is, and where to listen."""
+    parser.add_argument(
+        "--url", default="127.0.0.1:8001", metavar="HOST:PORT", help="its gRPC port (default: %(default)s)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, metavar="N", help="to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--served-model-name",
+        default="fastserve",
+        metavar="NAME",
+        help="what requests call the model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="TEXT",
+        help="the served model, as `fastserve serve` takes it; empty: the default one. Its chat template "
+        "says how it writes tool calls: without this, tools are refused",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until SIGINT or SIGTERM. Raises StartError where the port is taken, ModelError for `--model`."""
+    listener = _listen(arguments.host, arguments.port)
+    form = _tool_format(arguments.model)
+    # A full queue is the client's to wait for: no request is sent again here.
+    app = create_app(lambda: AsyncClient(arguments.url, retries=0), arguments.served_model_name, form)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="on",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            server_header=False,
+        )
+    )
+    print(f"OpenAI's API on port {arguments.port}", file=sys.stderr, flush=True)
+    server.run(sockets=[listener])
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}; give another --port") from error
+    # Connections inherit it. asyncio sets it only where a socket's protocol is named, which theirs is not:
+    # an event that is sent behind the headers would wait 40 ms for their acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _tool_format(model: str | None) -> ToolFormat | None:
+    """How the model writes tool calls; None: not known. Raises ModelError."""
+    return None if model is None else tool_format_of(_chat_template(locate(model).tokenizer))
+
+
+def _chat_template(directory: Path) -> str | None:
+    """The chat template of a tokenizer's directory; of several, that for tools. None: there is none."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text()
+    config = directory / "tokenizer_config.json"
+    template = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):
+        named = {each["name"]: each["template"] for each in template}
+        template = named.get("tool_use", named.get("default"))
+    return template
