@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -141,6 +141,10 @@ class Engine:
     def block_copy_seconds(self) -> float:
         """Measured, of one KV block to host memory or back; 0 without such memory."""
         return self._scheduler.pool.host.copy_seconds
+
+    def on_loss(self, tell: Callable[[Exception], None]) -> None:
+        """Has `tell` called, from another thread, when a rank that computes with this one has ended."""
+        self._runner.on_loss = tell
 
     def add(self, message: Add) -> None:
         """Takes a request in. One that cannot be served ends with a failure at the next step.

@@ -12,7 +12,8 @@ from torch import Tensor
 from fastserve.checkpoints.checkpoint import Checkpoint
 from fastserve.checkpoints.online_quantization import quantize
 from fastserve.checkpoints.weight_rows import stack_rows
-from fastserve.models.linear import AnyLinear, Linear, MixedFormatLinear
+from fastserve.checkpoints.weight_shards import shard_columns
+from fastserve.models.linear import Linear, LocalLinear, MixedFormatLinear
 from fastserve_kernels.formats import Dense, Weight
 from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.preparation import QUANTIZES_ACTIVATIONS, prepare
@@ -32,9 +33,16 @@ class LinearReader:
     quantizes_activations: Callable[[], bool]
     """See `prepare`; it is asked if a weight can have them so."""
 
-    def linear(self, has_bias: bool, *names: str, quantize: Quantize = quantize) -> AnyLinear:
-        """The linear layers of these names as one: their rows one below the other."""
+    def linear(
+        self, has_bias: bool, *names: str, quantize: Quantize = quantize, columns: range | None = None
+    ) -> LocalLinear:
+        """The linear layers of these names as one: their rows one below the other.
+
+        `columns`: adjacent ones, of a rank; they are quantized as the whole weight is. None: all.
+        """
         weights = stack_rows(self._weights([f"{name}.weight" for name in names], quantize))
+        if columns is not None:
+            weights = [shard_columns(weight, columns) for weight in weights]
         biases: Sequence[Tensor | None] = [None] * len(weights)
         if has_bias:
             bias = self.fused(*(f"{name}.bias" for name in names))
