@@ -211,6 +211,7 @@ class EngineThread:
         self._engine = engine
         self._inbox: queue.SimpleQueue[ToWorker | Exception] = queue.SimpleQueue()
         self.send = self._inbox.put
+        engine.on_loss(self._inbox.put)
         self._lock = threading.Lock()
         self._tasks: dict[str, _InFlight] = {}
         self.error: BaseException | None = None
