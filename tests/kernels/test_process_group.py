@@ -105,7 +105,10 @@ def test_a_recording_has_it_as_one_kernel_of_any_number_of_rows(threads: int) ->
         torch.set_num_threads(threads)
         static = torch.full((count, 96), float(group.rank + 1))
         total, program = record(
-            lambda rows: group.all_reduce(group.all_reduce(static[:rows])), count, CPU_IMPLEMENTATIONS, Arena()
+            lambda rows: group.all_reduce(group.all_reduce(static[:rows])),
+            count,
+            CPU_IMPLEMENTATIONS,
+            Arena(),
         )
         found = []
         for rows in (count, 3, 64):
@@ -148,5 +151,5 @@ def test_a_sleeper_is_woken_when_a_rank_is_gone() -> None:
 
 def test_what_no_slot_holds_is_refused() -> None:
     (group,) = shared_memory(1)
-    with pytest.raises(ValueError, match=f"allowed: {SLOT_BYTES - 64}"):
+    with pytest.raises(ValueError, match=rf"allowed: {SLOT_BYTES - 64}"):
         group.broadcast(torch.empty(SLOT_BYTES, dtype=torch.int64))

@@ -143,7 +143,7 @@ def test_head_counts_that_do_not_divide_are_refused(ranks: int, save_model: Any)
 
 def test_what_transformers_runs_is_refused(save_model: Any) -> None:
     directory, _ = save_model("gpt2", n_embd=48, n_head=4, n_layer=1, n_positions=64)
-    with pytest.raises(ModelError, match="tensor_parallel_size: got 2; allowed for .*: 1, because"):
+    with pytest.raises(ModelError, match=r"tensor_parallel_size: got 2; allowed for .*: 1, because"):
         on_each(shared_memory(2), lambda group: load_model(str(directory), group=group))
 
 
@@ -191,5 +191,5 @@ def test_parts_of_a_weight_are_its_numbers(name: str, cuts: tuple[int, int]) -> 
 
 def test_groups_that_cannot_be_cut_are_refused() -> None:
     weight = formats.Int4.pack(torch.randn(4, 256), 64)
-    with pytest.raises(ModelError, match="Int4 cannot be cut at columns 0 and 40 of 256 .* multiples of 32"):
+    with pytest.raises(ModelError, match=r"Int4 cannot be cut at columns 0 and 40 of 256 .* multiples of 32"):
         shard_columns(weight, range(40))

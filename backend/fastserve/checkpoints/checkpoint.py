@@ -32,5 +32,6 @@ class Checkpoint(Protocol):
         """A matrix [N, K] in the format in which the file holds it; None for ordinary numbers, and for codes
         that no format of ours holds, which `read` dequantizes.
 
-        `exact`: scales are rounded no further than to float32. `rows`: see `read`. Raises ModelError for wrong tensors.
+        `exact`: scales are rounded no further than to float32. `rows`: see `read`. Raises ModelError for
+        wrong tensors.
         """

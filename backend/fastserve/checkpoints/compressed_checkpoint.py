@@ -103,7 +103,8 @@ class CompressedCheckpoint:
             destination.copy_(weight.dequantize())
 
     def read_packed(self, name: str, exact: bool, rows: range | None = None) -> Weight | None:
-        """A matrix, or some rows of it, in the format in which the file holds it, to the bit; None for ordinary tensors.
+        """A matrix, or some rows of it, in the format in which the file holds it, to the bit; None for
+        ordinary tensors.
 
         Raises ModelError if its tensors are wrong, or if no format of ours holds it.
         """

@@ -101,7 +101,9 @@ def load_runner(
     runner = ModelRunner(
         model,
         config.block_size,
-        config.kv_cache_bytes if group is None else (config.kv_cache_bytes or DEFAULT_CPU_CACHE_BYTES) // ranks,
+        config.kv_cache_bytes
+        if group is None
+        else (config.kv_cache_bytes or DEFAULT_CPU_CACHE_BYTES) // ranks,
         kv_dtype,
         kv_scales,
         swap_space_bytes=config.swap_space_bytes // ranks,

@@ -1,6 +1,6 @@
 """The process of a rank other than the first: loads its part of the model and does what rank 0 says.
 
-It is started by `ranks` with two file descriptors, that of its socket to rank 0 and that of the group's memory.
+It is started by `ranks` with two file descriptors: of its socket to rank 0, and of the group's memory.
 """
 
 from __future__ import annotations

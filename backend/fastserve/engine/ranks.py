@@ -1,8 +1,8 @@
-"""The processes that compute a model together with this one, and what becomes of all when one of them ends.
+"""The processes that compute a model together with this one, and what becomes of all when one ends.
 
-Each rank has a socket to rank 0, over which nothing is sent: it ends with the process that has the other end. A
-rank whose leader is gone leaves at once. When another rank is gone, rank 0 aborts the group, so that nobody waits
-for it, and whoever steps the engine gets RankLostError.
+Each rank has a socket to rank 0, over which nothing is sent: it ends with the process that has the other
+end. A rank whose leader is gone leaves at once. When another rank is gone, rank 0 aborts the group, so that
+nobody waits for it, and whoever steps the engine gets RankLostError.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Not `-m`, which puts the working directory first on the path: one with a folder `kernels` confuses transformers.
+# Not `-m`, which puts the working directory first on the path: a folder `kernels` there confuses transformers.
 PROGRAM = """
 import sys
 sys.path[:] = [path for path in sys.path if path]
@@ -44,13 +44,18 @@ EXIT_SECONDS = 5.0
 class Ranks:
     """The ranks beside rank 0, which is this process."""
 
-    def __init__(self, group: SharedMemoryGroup, members: list[tuple[subprocess.Popen, socket.socket]]) -> None:
+    def __init__(
+        self, group: SharedMemoryGroup, members: list[tuple[subprocess.Popen, socket.socket]]
+    ) -> None:
         self.group = group
         self._runner: weakref.ref[ModelRunner] | None = None
         self._is_closed = threading.Event()
         self.pids = [process.pid for process, _ in members]
         watch = threading.Thread(
-            target=_watch, args=(members, group, self._is_closed, weakref.ref(self)), name="ranks", daemon=True
+            target=_watch,
+            args=(members, group, self._is_closed, weakref.ref(self)),
+            name="ranks",
+            daemon=True,
         )
         watch.start()
         self._end = weakref.finalize(self, _close, members, self._is_closed)
@@ -89,7 +94,15 @@ def _start(
         descriptors = (theirs.fileno(), memory)
         numbers = map(str, (*descriptors, replica, rank))
         settings = msgspec.json.encode(config).decode()
-        command = [sys.executable, "-c", PROGRAM, *numbers, settings, str(files.checkpoint), str(files.tokenizer)]
+        command = [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            *numbers,
+            settings,
+            str(files.checkpoint),
+            str(files.tokenizer),
+        ]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors)
     return process, ours
 

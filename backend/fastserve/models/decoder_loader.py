@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+
 from fastserve.checkpoints.checkpoint import Checkpoint
 from fastserve.checkpoints.decoder_config import DecoderConfig
 from fastserve.checkpoints.online_quantization import quantize_head

@@ -19,6 +19,8 @@ from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.preparation import QUANTIZES_ACTIVATIONS, prepare
 
 Quantize = Callable[[str, Tensor, str], Weight]
+ROWS_AT_ONCE = 4096
+"""Of a matrix that is quantized when it is loaded."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class LinearReader:
         """The matrices of these names, from the first rows of the fused one to the last; fused already where
         all are numbers."""
         if self.quantization != "auto":
-            return [quantize(names[0], self.fused(*names), self.quantization)]
+            # Some rows at a time, since rounding takes several times the memory of what it rounds.
+            pieces = self.fused(*names).split(ROWS_AT_ONCE)
+            return stack_rows([quantize(names[0], piece, self.quantization) for piece in pieces])
         exact = self.dtype == torch.float32
         packed = [self.checkpoint.read_packed(name, exact) for name in names]
         if all(weight is None for weight in packed):

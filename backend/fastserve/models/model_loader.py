@@ -102,8 +102,8 @@ def check_rank_count(path: Path, world_size: int) -> None:
 
 def _not_shared(path: Path, world_size: int, reason: str | None) -> ModelError:
     return ModelError(
-        f"tensor_parallel_size: got {world_size}; allowed for {path}: 1, because transformers' own code runs it "
-        f"({reason})"
+        f"tensor_parallel_size: got {world_size}; allowed for {path}: 1, because transformers' own code runs "
+        f"it ({reason})"
     )
 
 

@@ -1,8 +1,8 @@
-"""How a decoder is cut for several ranks that compute it together (Shoeybi et al., Megatron-LM, arXiv 1909.08053).
+"""How a decoder is cut for several ranks that compute it together (Megatron-LM, arXiv 1909.08053).
 
-Each rank has some of the heads, of the MLP's inner channels and of the vocabulary: rows of the projections that
-make them (column-parallel, in the notation y = x W^T), columns of those that take them in (row-parallel), whose
-products are summed over the ranks. So a layer has two all-reduces, and the embedding one.
+Each rank has some of the heads, of the MLP's inner channels and of the vocabulary. The projections that make
+them are column-parallel: of W [N, K] a rank has some rows. Those that take them in are row-parallel: it has
+some columns, and the products are summed over the ranks. So a layer has two all-reduces, the embedding one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from fastserve.checkpoints.model_error import ModelError
 from fastserve_kernels.process_group import ProcessGroup
 
 ALIGNMENTS = (128, 64, 32)
-"""Inner channels and token ids are dealt out by so many, by the first size with which all ranks get as many: the
-groups of quantized weights that share a scale stay whole."""
+"""Inner channels and token ids are dealt out by so many, by the first size with which all ranks get as many:
+the groups of quantized weights that share a scale stay whole."""
 ALIGNED = 32
 """By so many where no size does that: a smaller piece of a group has no kernel."""
 MAX_RANKS = 64

@@ -1,10 +1,10 @@
 """Sums over processes of one machine, through memory that they share.
 
-Each process has a slot, in fact two that it uses by turns, and a line of flags for each piece of the tensor. It
-copies a piece into its slot and sets the piece's flag to the number of the call; then it adds up the pieces of
-all slots, in the order of the processes, as soon as their flags have that number. So the bits of a sum depend on
-nothing but the summands, and one call needs one wait: with two slots a process can write again when all others
-have begun the next call, which they have when it has seen their flags.
+Each process has a slot, in fact two that it uses by turns, and a flag for each piece of the tensor. It copies
+a piece into its slot and sets the piece's flag to the number of the call; then it adds up the pieces of all
+slots, in the order of the processes, as soon as their flags have that number. So the bits of a sum depend on
+nothing but the summands, and one call needs one wait: with two slots a process may write again when all
+others have begun the next call, and it has seen that by their flags.
 
 Threads take the pieces as work items, all copies before all sums: a copy waits for nobody.
 """
@@ -43,8 +43,8 @@ ABORTED = 0
 """The word of the head that is not 0 when a process is gone: nobody waits any more, and sums are wrong."""
 HEAD_WORDS = 8
 SEQUENCE, DONE, SECONDS, NANOSECONDS = range(4)
-"""The words of a process's own state: calls that it has finished; work items of this call that are done; how long
-a sleeper sleeps before it looks whether a process is gone."""
+"""The words of a process's own state: calls that it has finished; work items of this call that are done; how
+long a sleeper sleeps before it looks whether a process is gone."""
 STATE_WORDS = 8
 SPINS = 2000
 """How often a thread looks before it sleeps: 0.1 ms on an EPYC 9005, whose pause is 47 ns."""

@@ -1,4 +1,4 @@
-"""What threads, and processes that share memory, tell one another by: words that are read and written whole."""
+"""Words by which threads, and processes that share memory, tell one another something."""
 
 from __future__ import annotations
 
