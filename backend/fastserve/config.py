@@ -249,14 +249,14 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 def check_ranks(config: Config) -> None:
-    """Raises ConfigError if ranks, or their threads, are more than the cores: they would wait for one another."""
+    """Raises ConfigError if ranks, or their threads, are more than the cores: they would wait for others."""
     ranks, cores = config.tensor_parallel_size * config.replicas, len(os.sched_getaffinity(0))
     if config.tensor_parallel_size > 1 and ranks * max(1, config.num_threads) > cores:
         threads = f" of {config.num_threads} threads" if config.num_threads > 1 else ""
         raise ConfigError(
             f"`tensor_parallel_size`: got {config.tensor_parallel_size} for {config.replicas} "
-            f"replica(s){threads}; allowed: as many in all as there are cores, {cores}: fewer ranks, replicas "
-            "or `num_threads`"
+            f"replica(s){threads}; allowed: as many in all as there are cores, {cores}: fewer ranks, "
+            "replicas or `num_threads`"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ class GlooProcessGroup:
         """`store`: where ranks find one another, a `TCPStore` say; `timeout`: of each call."""
         self.rank = rank
         self.world_size = world_size
-        self._group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+        self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, timeout)
         self._is_aborted = False
 
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def test_tokens_are_those_of_one(make_engine: Any, ranked: Any, helpers: Any, pr
 def test_blocks_go_to_host_memory_and_back_on_all_ranks(ranked: Any, helpers: Any, prompts: Any) -> None:
     """The tokens that follow a prompt whose cached blocks were away and came back to other places."""
     runner, ids = ranked._runner, torch.tensor(prompts[3][:40])
-    scores = []
+    scores: list[torch.Tensor] = []
     for tables in ([[0, 1, 2]], [[5, 6, 7]]):
         if not scores:
             runner.forward(ids[:32], AttentionMetadata.build([32], [32], tables, 16, "cpu"))
@@ -124,7 +124,7 @@ def test_the_group_ends_with_a_rank(ranked: Any, helpers: Any, prompts: Any) -> 
     ],
 )
 def test_more_than_the_cores_is_refused(
-    settings: dict[str, int], words: str, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     check_ranks(Config(tensor_parallel_size=2))

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -64,6 +65,10 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
+def sum_of(parts: list[Tensor], group: ProcessGroup) -> Tensor:
+    return group.all_reduce(parts[group.rank])
+
+
 def in_order(parts: list[Tensor]) -> Tensor:
     """The float32 sum, rounded once."""
     total = parts[0].float()
@@ -80,9 +85,9 @@ def test_all_ranks_get_the_sum_in_the_order_of_ranks(make_groups: Any, world_siz
     for number, (rows, width) in enumerate([(1, 576), (16, 576), (300, 50), (5, 5000), (2, 7), (40, 576)]):
         parts = [torch.randn(rows, width).to(DTYPES[number % 3]) for _ in groups]
         expected = in_order(parts)
-        for total in on_each(groups, lambda group, parts=parts: group.all_reduce(parts[group.rank])):
+        for total in on_each(groups, partial(sum_of, parts)):
             assert torch.equal(total, expected)
-        alone = on_each(groups, lambda group, parts=parts: group.all_reduce(parts[group.rank][-1:]))
+        alone = on_each(groups, partial(sum_of, [part[-1:] for part in parts]))
         assert torch.equal(alone[0][0], expected[-1])
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.weight_shards import shard_columns, shard_rows
 from fastserve.models.decoder import Decoder
+from fastserve.models.linear import parts_of
 from fastserve.models.model_loader import load_model
 from fastserve_kernels import formats
 from fastserve_kernels.cpu.shared_memory_group import SharedMemoryGroup, make_shared_memory
@@ -125,9 +126,9 @@ def test_a_rank_has_its_share(save_model: Any) -> None:
         model = load_model(str(directory), "float32", group=group, quantization="int8")
         assert isinstance(model, Decoder)
         layers = list(model.weights.layers)
-        linears = [each for layer in layers for each in (layer.qkv_proj, layer.gate_up_proj)]
-        inner = [getattr(each, "linear", each) for each in (layers[0].o_proj, layers[0].down_proj)]
-        return sum(each.weight.nbytes for each in [*linears, *inner])
+        linears = [each for layer in layers for each in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj)]
+        linears += [model.weights.lm_head, *(layer.down_proj for layer in layers)]
+        return sum(part.weight.nbytes for each in linears for part in parts_of(each))
 
     shares = on_each(shared_memory(4), num_bytes)
     assert sum(shares) <= 1.15 * num_bytes(None)

@@ -58,7 +58,7 @@ class RankedModelRunner(ModelRunner):
 
     @contextmanager
     def _together(self, words: Tensor) -> Iterator[None]:
-        """Tells the others; an exception in the midst of it ends the group, since they would wait for ever."""
+        """Tells the others; an exception in the midst of it ends the group: they would wait for ever."""
         group = self._ranks.group
         try:
             group.broadcast(words)

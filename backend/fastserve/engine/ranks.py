@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Not `-m`, which puts the working directory first on the path: a folder `kernels` there confuses transformers.
+# Not `-m`, which puts the working directory on the path: a folder `kernels` there confuses transformers.
 PROGRAM = """
 import sys
 sys.path[:] = [path for path in sys.path if path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from multiprocessing.reduction import DupFd
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,7 +55,7 @@ def measured(rows: Sequence[int] = ROWS) -> Iterator[Timing]:
     os.close(memory)
 
 
-def _other_rank(memory: DupFd, store: str, rows: Sequence[int]) -> None:
+def _other_rank(memory: Any, store: str, rows: Sequence[int]) -> None:
     for _ in _timings(memory.detach(), store, 1, rows):
         pass
 
@@ -61,17 +63,21 @@ def _other_rank(memory: DupFd, store: str, rows: Sequence[int]) -> None:
 def _timings(memory: int, store: str, rank: int, rows: Sequence[int]) -> Iterator[Timing]:
     torch.set_num_threads(1)
     ours = SharedMemoryGroup(memory, rank, RANKS)
-    gloo = dist.ProcessGroupGloo(dist.FileStore(store, RANKS), rank, RANKS, timedelta(seconds=60))
+    gloo: Any = dist.ProcessGroupGloo(dist.FileStore(store, RANKS), rank, RANKS, timedelta(seconds=60))
     with torch.inference_mode():
         for count in rows:
-            x = torch.ones(count, WIDTH, dtype=torch.bfloat16)
+            x = torch.zeros(count, WIDTH, dtype=torch.bfloat16)
             recorded = _recorded(ours, x)
             yield Timing(
                 count,
-                _median(lambda x=x: ours.all_reduce(x)),
+                _median(functools.partial(ours.all_reduce, x)),
                 _median(recorded) / CALLS_OF_A_PROGRAM,
-                _median(lambda x=x: gloo.allreduce([x.clone()]).wait()),
+                _median(functools.partial(_gloo_all_reduce, gloo, x)),
             )
+
+
+def _gloo_all_reduce(gloo: Any, x: Tensor) -> None:
+    gloo.allreduce([x]).wait()
 
 
 def _recorded(group: SharedMemoryGroup, x: Tensor) -> Callable[[], object]:
