@@ -115,12 +115,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do; when the last request has ended, that is to check the books."""
-        return bool(
-            self._scheduler.has_sequences
-            or self._guide_queue
-            or self._outputs
-            or (self._is_unchecked and not self._active)
-        )
+        is_to_check = self._is_unchecked and not self._active
+        return bool(self._scheduler.has_sequences or self._guide_queue or self._outputs or is_to_check)
 
     @property
     def num_preempted(self) -> int:
