@@ -134,8 +134,18 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             ge=1, le=64, description="workers, each with the model: one a GPU, or with a share of the cores"
         ),
     ] = 1
+    tensor_parallel_size: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=64,
+            description="processes (ranks) that compute each replica's model together, a part of "
+            "every layer each",
+        ),
+    ] = 1
     num_threads: Annotated[
-        int, Meta(ge=0, description="of each worker on a CPU; 0: as many as its share of the cores")
+        int,
+        Meta(ge=0, description="of each worker, and rank, on a CPU; 0: as many as its share of the cores"),
     ] = 0
     policy: Annotated[
         str,
@@ -236,6 +246,18 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 f"`priority_range`: got {low},{high}; allowed: LOW,HIGH with LOW at most 0 and HIGH at least "
                 "0, the priority of requests that name none"
             )
+
+
+def check_ranks(config: Config) -> None:
+    """Raises ConfigError if ranks, or their threads, are more than the cores: they would wait for others."""
+    ranks, cores = config.tensor_parallel_size * config.replicas, len(os.sched_getaffinity(0))
+    if config.tensor_parallel_size > 1 and ranks * max(1, config.num_threads) > cores:
+        threads = f" of {config.num_threads} threads" if config.num_threads > 1 else ""
+        raise ConfigError(
+            f"`tensor_parallel_size`: got {config.tensor_parallel_size} for {config.replicas} "
+            f"replica(s){threads}; allowed: as many in all as there are cores, {cores}: fewer ranks, "
+            "replicas or `num_threads`"
+        )
 
 
 def read_config() -> Config:

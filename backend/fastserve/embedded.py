@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from fastserve.checkpoints.model_files import locate
 from fastserve.checkpoints.model_metadata import model_vocab_size
-from fastserve.config import Config, ConfigError
+from fastserve.config import Config, ConfigError, check_ranks
 from fastserve.engine.engine import Engine
 from fastserve.engine.engine_loader import load_engine
 from fastserve.engine.worker import run_engine
@@ -77,8 +77,9 @@ class Model:
     def load(cls, path: str = "", **settings: Any) -> Model:
         """Loads a Hugging Face directory, a GGUF file or a hub name; nothing: the default model.
 
-        `settings` are the fields of `fastserve.config.Config`. Raises ModelError, and ConfigError for what
-        only a server has: tenant quotas, keys, the request log, and more replicas than one.
+        `settings` are the fields of `fastserve.config.Config`. Raises ModelError, and ConfigError for more
+        ranks than cores, and for what only a server has: tenant quotas, keys, the request log, and more
+        replicas than one.
         """
         config = Config(model=path, **settings)
         for name in ("tenant_quotas", "keys_file", "request_log"):
@@ -86,6 +87,7 @@ class Model:
                 raise ConfigError(f"`{name}`: got some; allowed: none without the server, whose it is")
         if config.replicas != 1:
             raise ConfigError(f"replicas: got {config.replicas}; allowed: 1 without Triton server")
+        check_ranks(config)
         files = locate(config.model)
         engine = load_engine(config, files)
         tokenizer = load_tokenizer(files)
@@ -209,6 +211,7 @@ class EngineThread:
         self._engine = engine
         self._inbox: queue.SimpleQueue[ToWorker | Exception] = queue.SimpleQueue()
         self.send = self._inbox.put
+        engine.on_loss(self._inbox.put)
         self._lock = threading.Lock()
         self._tasks: dict[str, _InFlight] = {}
         self.error: BaseException | None = None

@@ -115,7 +115,9 @@ def _tune(given: argparse.Namespace) -> int:
 
 def _add_bench(commands: Subparsers[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("bench", help="measure the operators on this machine's device")
-    parser.add_argument("what", nargs="?", choices=("operators", "decode-step"), default="operators")
+    parser.add_argument(
+        "what", nargs="?", choices=("operators", "decode-step", "all-reduce"), default="operators"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="", help="a GPU if there is one")
     parser.add_argument(
         "--operator", type=_names, default=[], help="A,B; on a CPU formats; all if none is named"

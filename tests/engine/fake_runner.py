@@ -26,9 +26,6 @@ class FakeModel:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.clone()
-
 
 class FakeRunner:
     """A model runner without a model: the scores after a token are random, seeded by all tokens before it.
@@ -54,6 +51,9 @@ class FakeRunner:
     def probe(self) -> None:
         if self.is_lost:
             raise RuntimeError("the device is lost")
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.clone()
 
     def copy_blocks(self, plan: StepPlan) -> None:
         for block, host_block in plan.copies_out:

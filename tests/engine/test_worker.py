@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ class Engine:
     max_model_len = 16
     block_size = 16
     num_preempted = 0
+
+    def on_loss(self, tell: Callable[[Exception], None]) -> None:
+        pass
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 from fastserve.checkpoints.model_files import ModelFiles
@@ -22,6 +23,9 @@ class FakeEngine:
     block_size = 16
     num_preempted = 0
     gives_way = False
+
+    def on_loss(self, tell: Callable[[Exception], None]) -> None:
+        pass
 
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens

@@ -110,7 +110,8 @@ def test_opcheck_of_quantized_caches(name: str, dtype: torch.dtype, make_batch: 
 
 def test_every_operator_is_here() -> None:
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "fastserve::" in name}
-    assert defined == {*FORMATS, *OTHERS}
+    of_ranks = {"all_reduce_shared"}  # defined with its group: test_process_group.py
+    assert defined - of_ranks == {*FORMATS, *OTHERS}
 
 
 def has_implementation(name: str, key: str) -> bool:

@@ -19,7 +19,7 @@ from fastserve.engine.sampler import argmax
 from fastserve.models.captured_step import capture_step
 from fastserve.models.decoder import Decoder
 from fastserve.models.kv_cache import KVCaches
-from fastserve.models.linear import AnyLinear, MixedFormatLinear
+from fastserve.models.linear import AnyLinear, parts_of
 from fastserve_kernels.attention_metadata import AttentionMetadata
 from fastserve_kernels.bench.cpu import ceilings
 from fastserve_kernels.formats.prepared import Prepared
@@ -173,8 +173,7 @@ class _Profiler:
 
 
 def _weights(linear: AnyLinear) -> list[Prepared]:
-    parts = linear.parts if isinstance(linear, MixedFormatLinear) else (linear,)
-    return [part.weight for part in parts]
+    return [part.weight for part in parts_of(linear)]
 
 
 def _median(call: Callable[[], object]) -> float:

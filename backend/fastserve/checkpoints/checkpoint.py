@@ -22,12 +22,16 @@ class Checkpoint(Protocol):
     def dtype(self) -> torch.dtype:
         """The dtype to serve it in, unless the operator says otherwise. Raises ModelError if it has none."""
 
-    def read(self, name: str, destination: Tensor) -> None:
-        """Writes a tensor into `destination` of the same shape, converted to its dtype."""
+    def read(self, name: str, destination: Tensor, rows: range | None = None) -> None:
+        """Writes a tensor into `destination` of the same shape, converted to its dtype.
 
-    def read_packed(self, name: str, exact: bool) -> Weight | None:
+        `rows`: adjacent ones, whole heads of a projection, which `destination` is for; None: all.
+        """
+
+    def read_packed(self, name: str, exact: bool, rows: range | None = None) -> Weight | None:
         """A matrix [N, K] in the format in which the file holds it; None for ordinary numbers, and for codes
         that no format of ours holds, which `read` dequantizes.
 
-        `exact`: scales are rounded no further than to float32. Raises ModelError for wrong tensors.
+        `exact`: scales are rounded no further than to float32. `rows`: see `read`. Raises ModelError for
+        wrong tensors.
         """

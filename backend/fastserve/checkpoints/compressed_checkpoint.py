@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.safetensors_checkpoint import SafetensorsCheckpoint
+from fastserve.checkpoints.weight_shards import shard_rows
 from fastserve_kernels.formats import Weight
 
 
@@ -93,16 +94,17 @@ class CompressedCheckpoint:
         """The dtype of the largest ordinary tensor. Raises ModelError if we do not compute in it."""
         return self._files.dtype_of(self._plain)
 
-    def read(self, name: str, destination: Tensor) -> None:
-        """Writes a tensor into `destination` of the same shape, converted to its dtype."""
-        weight = self.read_packed(name, exact=True)
+    def read(self, name: str, destination: Tensor, rows: range | None = None) -> None:
+        """See `Checkpoint`."""
+        weight = self.read_packed(name, exact=True, rows=rows)
         if weight is None:
-            self._files.read(name, destination)
+            self._files.read(name, destination, rows)
         else:
             destination.copy_(weight.dequantize())
 
-    def read_packed(self, name: str, exact: bool) -> Weight | None:
-        """A matrix in the format in which the file holds it, to the bit; None for ordinary tensors.
+    def read_packed(self, name: str, exact: bool, rows: range | None = None) -> Weight | None:
+        """A matrix, or some rows of it, in the format in which the file holds it, to the bit; None for
+        ordinary tensors.
 
         Raises ModelError if its tensors are wrong, or if no format of ours holds it.
         """
@@ -110,9 +112,10 @@ class CompressedCheckpoint:
             return None
         module = self._stored[name]
         try:
-            return self._layout.load_weight(module)
+            weight = self._layout.load_weight(module)
         except ValueError as error:
             raise ModelError(f"{module.name}: {error}") from error
+        return weight if rows is None else shard_rows(weight, rows)
 
 
 def _modules(files: SafetensorsCheckpoint) -> list[ModuleTensors]:

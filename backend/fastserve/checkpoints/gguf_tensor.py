@@ -21,6 +21,15 @@ def dequantize_into(tensor: ReaderTensor, destination: Tensor) -> None:
         target.copy_(torch.from_numpy(values).view(target.shape))
 
 
+def rows_of(tensor: ReaderTensor, rows: range) -> ReaderTensor:
+    """Adjacent rows of a tensor as a tensor; nothing is read."""
+    data = tensor.data.reshape(tensor.shape[-1], -1)[rows.start : rows.stop]
+    shape = tensor.shape.copy()
+    shape[-1] = len(rows)
+    size = int(shape.prod())
+    return tensor._replace(data=data, shape=shape, n_elements=size, n_bytes=data.nbytes)
+
+
 def deinterleave(rows: Tensor, heads: int) -> Tensor:
     """The rows [heads * head_dim, ...] of queries or keys with one half of each head after the other, as
     transformers rotates them. In a file of llama.cpp's Llama the halves alternate: it rotates neighbours."""

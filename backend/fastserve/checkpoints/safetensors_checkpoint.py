@@ -56,21 +56,24 @@ class SafetensorsCheckpoint:
             )
         return dtype
 
-    def read(self, name: str, destination: Tensor) -> None:
-        """Writes a tensor into `destination` of the same shape, converted to its dtype."""
-        destination.copy_(self.tensor(name))
+    def read(self, name: str, destination: Tensor, rows: range | None = None) -> None:
+        """See `Checkpoint`."""
+        destination.copy_(self.tensor(name, rows))
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor as the file holds it, on the CPU."""
+    def tensor(self, name: str, rows: range | None = None) -> Tensor:
+        """A tensor as the file holds it, or some rows of it, on the CPU."""
         path, stored_name = self._stored_at[name]
         if self._opened is None or self._opened[0] != path or self._bytes_read > MAPPED_BYTES:
             self._opened, self._bytes_read = None, 0
             self._opened = path, open_safetensors(path, "pt")
-        tensor = self._opened[1].get_tensor(stored_name)
+        if rows is None:
+            tensor = self._opened[1].get_tensor(stored_name)
+        else:
+            tensor = self._opened[1].get_slice(stored_name)[rows.start : rows.stop]
         self._bytes_read += tensor.nbytes
         return tensor
 
-    def read_packed(self, name: str, exact: bool) -> None:
+    def read_packed(self, name: str, exact: bool, rows: range | None = None) -> None:
         """None: these files hold ordinary numbers."""
 
 

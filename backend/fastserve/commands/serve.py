@@ -12,7 +12,7 @@ import msgspec
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import locate
 from fastserve.commands.encoder_options import add_encoder_flags, served_encoders
-from fastserve.config import Config
+from fastserve.config import Config, check_ranks
 from fastserve.config_flags import add_config_flags, config_from
 from fastserve.encoders.served_encoder import ServedEncoder
 from fastserve.launcher.command_line import ServerOptions
@@ -115,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     encoders = served_encoders(arguments, config)
     if not arguments.encoders_only:
         config = _with_model_on_disk(config)
+        _check_ranks(config)
     server = Server(config, _options(arguments, encoders))
     server.start()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -133,6 +134,15 @@ def _with_model_on_disk(config: Config) -> Config:
         config = msgspec.structs.replace(config, model=str(Path(config.model).resolve()))
     locate(config.model)
     return config
+
+
+def _check_ranks(config: Config) -> None:
+    """Raises ConfigError or ModelError if there are more ranks than cores, or than the model can have."""
+    if config.tensor_parallel_size > 1:
+        from fastserve.models.model_loader import check_rank_count  # here: torch takes seconds to import
+
+        check_ranks(config)
+        check_rank_count(locate(config.model).checkpoint, config.tensor_parallel_size)
 
 
 def _example(server: Server) -> str:

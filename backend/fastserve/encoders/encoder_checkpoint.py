@@ -34,13 +34,13 @@ class EncoderCheckpoint:
         """That of the checkpoint."""
         return self._checkpoint.dtype
 
-    def read(self, name: str, destination: Tensor) -> None:
+    def read(self, name: str, destination: Tensor, rows: range | None = None) -> None:
         """See `Checkpoint`."""
-        self._checkpoint.read(self._stored[name], destination)
+        self._checkpoint.read(self._stored[name], destination, rows)
 
-    def read_packed(self, name: str, exact: bool) -> Weight | None:
+    def read_packed(self, name: str, exact: bool, rows: range | None = None) -> Weight | None:
         """See `Checkpoint`."""
-        return self._checkpoint.read_packed(self._stored[name], exact)
+        return self._checkpoint.read_packed(self._stored[name], exact, rows)
 
     def check(self, expected: Shapes, names: TensorNames) -> None:
         """Raises ModelError if tensors are missing, misshapen, or of a part of the body that is not computed.

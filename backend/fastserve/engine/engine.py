@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -115,12 +115,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do; when the last request has ended, that is to check the books."""
-        return bool(
-            self._scheduler.has_sequences
-            or self._guide_queue
-            or self._outputs
-            or (self._is_unchecked and not self._active)
-        )
+        is_to_check = self._is_unchecked and not self._active
+        return bool(self._scheduler.has_sequences or self._guide_queue or self._outputs or is_to_check)
 
     @property
     def num_preempted(self) -> int:
@@ -141,6 +137,10 @@ class Engine:
     def block_copy_seconds(self) -> float:
         """Measured, of one KV block to host memory or back; 0 without such memory."""
         return self._scheduler.pool.host.copy_seconds
+
+    def on_loss(self, tell: Callable[[Exception], None]) -> None:
+        """Has `tell` called, from another thread, when a rank that computes with this one has ended."""
+        self._runner.on_loss = tell
 
     def add(self, message: Add) -> None:
         """Takes a request in. One that cannot be served ends with a failure at the next step.

@@ -6,19 +6,23 @@ import os
 
 import torch
 
+from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.checkpoints.model_metadata import eos_token_ids
 from fastserve.config import Config
 from fastserve.engine.engine import Engine
 from fastserve.engine.guides import GuideCompiler
 from fastserve.engine.kv_scales import choose_kv_cache
-from fastserve.engine.model_runner import ModelRunner
+from fastserve.engine.model_runner import DEFAULT_CPU_CACHE_BYTES, ModelRunner
+from fastserve.engine.ranked_model_runner import RankedModelRunner
+from fastserve.engine.ranks import start_ranks
 from fastserve.engine.sampler import Sampler
 from fastserve.engine.speculator import Speculator
 from fastserve.models.model_loader import load_model
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
 from fastserve.scheduling.policies.registry import make_policy
+from fastserve_kernels.process_group import ProcessGroup
 
 MAX_CAPTURED_TOKENS = 2048
 """Of a step that is recorded, which takes 25 kB of memory for each with the default model. In a larger one
@@ -30,29 +34,23 @@ def load_engine(
 ) -> Engine:
     """Loads the model, makes its KV cache and runs it once. Raises ModelError.
 
-    `replica`: which of `config.replicas` it is. `has_common_queue`: see `Engine`.
+    `replica`: which of `config.replicas` it is. `has_common_queue`: see `Engine`. With several ranks this
+    process is the first, and starts the others.
     """
-    device = choose_device(config.device, replica)
-    takes_all_cores = False
-    if device.type == "cpu":
-        share = len(os.sched_getaffinity(0)) // config.replicas
-        torch.set_num_threads(config.num_threads or max(1, share))
-        takes_all_cores = torch.get_num_threads() * config.replicas >= len(os.sched_getaffinity(0))
-    checkpoint, length = str(files.checkpoint), config.max_model_len
-    model = load_model(
-        checkpoint, config.dtype, device, length, config.quantization, config.activation_quantization
+    if config.tensor_parallel_size > 1:
+        ranks = start_ranks(config, files, replica)
+        try:
+            runner: ModelRunner = RankedModelRunner(load_runner(config, files, replica, ranks.group), ranks)
+        except BaseException:
+            ranks.close()
+            raise
+    else:
+        runner = load_runner(config, files, replica)
+    model = runner.model
+    num_workers = config.replicas * config.tensor_parallel_size
+    takes_all_cores = model.device.type == "cpu" and (
+        torch.get_num_threads() * num_workers >= len(os.sched_getaffinity(0))
     )
-    kv_dtype, kv_scales = choose_kv_cache(config.kv_cache_dtype, files, model)
-    runner = ModelRunner(
-        model,
-        config.block_size,
-        config.kv_cache_bytes,
-        kv_dtype,
-        kv_scales,
-        swap_space_bytes=config.swap_space_bytes,
-        num_sharing=sum(choose_device(config.device, each) == device for each in range(config.replicas)),
-    )
-    runner.warm_up(max(max_decode_tokens(config), min(config.max_num_batched_tokens, MAX_CAPTURED_TOKENS)))
     pool = BlockPool(
         runner.num_blocks, config.block_size, config.enable_prefix_caching, runner.num_host_blocks
     )
@@ -74,6 +72,45 @@ def load_engine(
     return Engine(
         runner, scheduler, sampler, guides, speculator, max_model_len, has_common_queue, takes_all_cores
     )
+
+
+def load_runner(
+    config: Config, files: ModelFiles, replica: int, group: ProcessGroup | None = None
+) -> ModelRunner:
+    """Loads the model, or a rank's part of it, makes its KV cache and runs it once. Raises ModelError.
+
+    All ranks of `group` call it with the same arguments.
+    """
+    ranks = 1 if group is None else group.world_size
+    device = choose_device(config.device, replica)
+    if device.type == "cpu":
+        share = len(os.sched_getaffinity(0)) // (config.replicas * ranks)
+        torch.set_num_threads(config.num_threads or max(1, share))
+    elif group is not None:
+        raise ModelError(f"tensor_parallel_size: got {ranks}; allowed on {device.type}: 1")
+    model = load_model(
+        str(files.checkpoint),
+        config.dtype,
+        device,
+        config.max_model_len,
+        config.quantization,
+        config.activation_quantization,
+        group=group,
+    )
+    kv_dtype, kv_scales = choose_kv_cache(config.kv_cache_dtype, files, model)
+    runner = ModelRunner(
+        model,
+        config.block_size,
+        config.kv_cache_bytes
+        if group is None
+        else (config.kv_cache_bytes or DEFAULT_CPU_CACHE_BYTES) // ranks,
+        kv_dtype,
+        kv_scales,
+        swap_space_bytes=config.swap_space_bytes // ranks,
+        num_sharing=sum(choose_device(config.device, each) == device for each in range(config.replicas)),
+    )
+    runner.warm_up(max(max_decode_tokens(config), min(config.max_num_batched_tokens, MAX_CAPTURED_TOKENS)))
+    return runner
 
 
 def num_speculative_tokens(config: Config) -> int:

@@ -19,6 +19,7 @@ from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import ModelFiles
 from fastserve.corpus.windows import calibration_text, token_windows
 from fastserve.models.causal_lm import CausalLM
+from fastserve.models.decoder import Decoder
 from fastserve.models.kv_cache import KV_CACHE_DTYPES, make_kv_caches
 from fastserve.models.kv_cache_quantization import candidate_scales, least_error, squared_errors
 from fastserve_kernels.attention_metadata import AttentionMetadata
@@ -36,7 +37,12 @@ def choose_kv_cache(
     `wanted`: "int8", "fp8", or "auto": what the checkpoint names, else the model's dtype. Raises ModelError
     if it is not what the checkpoint has scales for.
     """
-    scheme = read_kv_cache_scheme(files.checkpoint, model.kv_cache_shapes(1, 1))
+    parallel = model.parallel if isinstance(model, Decoder) else None
+    shapes = model.kv_cache_shapes(1, 1)
+    if parallel is not None:  # the checkpoint's scales are those of all ranks' heads
+        shape = (1, 1, parallel.config.num_kv_heads, parallel.config.head_dim)
+        shapes = [(shape, shape)] * len(shapes)
+    scheme = read_kv_cache_scheme(files.checkpoint, shapes)
     if scheme is not None and wanted not in ("auto", scheme.dtype):
         raise ModelError(
             f"kv_cache_dtype: got {wanted!r}; allowed for {files.checkpoint}: auto, {scheme.dtype}, because "
@@ -47,7 +53,8 @@ def choose_kv_cache(
         return model.dtype, None
     dtype = KV_CACHE_DTYPES[name]
     if scheme is not None and scheme.scales is not None:
-        return dtype, scheme.scales
+        mine = slice(None) if parallel is None else slice(parallel.kv_heads.start, parallel.kv_heads.stop)
+        return dtype, [KVScales(each.k[mine].clone(), each.v[mine].clone()) for each in scheme.scales]
     return dtype, measure_scales(model, dtype, _windows(files.tokenizer, model))
 
 

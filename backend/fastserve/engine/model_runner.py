@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +54,8 @@ class ModelRunner:
         one_block = model.kv_cache_shapes(1, block_size)
         self._probe_caches = make_kv_caches(one_block, kv_dtype, model.device, kv_scales)
         self._captured_step: CapturedStep | None = None
+        self.on_loss: Callable[[Exception], None] = lambda error: None
+        """Called, from another thread, with what has ended another rank (`RankedModelRunner`)."""
 
     def _default_cache_bytes(self, num_sharing: int) -> int:
         if self.model.device.type != "cuda":
@@ -114,7 +117,6 @@ class ModelRunner:
         """Copies the KV blocks that the plan swaps out, then those that it swaps in."""
         self._host.copy(plan.copies_out, plan.copies_in)
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> torch.Tensor:
         """Computes the plan's tokens, proposed ones among them, and writes their keys and values.
 
@@ -137,8 +139,16 @@ class ModelRunner:
             self.block_size,
             self.model.device,
         )
-        ids = torch.tensor(token_ids, dtype=torch.int64, device=self.model.device)
+        return self.forward(torch.tensor(token_ids, dtype=torch.int64, device=self.model.device), metadata)
+
+    @torch.inference_mode()
+    def forward(self, token_ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        """The hidden states [T, hidden size] of token_ids [T]; good until the next call."""
         captured = self._captured_step
         if captured is not None and len(token_ids) <= captured.max_num_tokens:
-            return captured.forward(ids, metadata)
-        return self.model.forward(ids, metadata, self.kv_caches)
+            return captured.forward(token_ids, metadata)
+        return self.model.forward(token_ids, metadata, self.kv_caches)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The scores [n, vocab] float32 of the token that follows each row of `hidden` [n, hidden size]."""
+        return self.model.logits(hidden)

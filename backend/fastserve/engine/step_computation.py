@@ -60,7 +60,7 @@ class StepComputation:
         if False in finite:
             return not_finite(item.sequence.num_computed_tokens + finite.index(False))
         if state.prompt_logprobs is not None:
-            return state.prompt_logprobs.extend(hidden, self._runner.model.logits)
+            return state.prompt_logprobs.extend(hidden, self._runner.logits)
         return None
 
     def _sample_first(
@@ -70,7 +70,7 @@ class StepComputation:
         first = [each[0] for each in rows]
         others = [row for each in rows for row in each[1:]]
         numbers = torch.tensor([*first, *others], device=hidden.device)
-        logits = self._runner.model.logits(hidden[numbers])
+        logits = self._runner.logits(hidden[numbers])
         tokens = self._sampler.sample(logits[: len(first)], states)
         following = iter(logits[len(first) :])
         for token, each in zip(tokens, rows, strict=True):

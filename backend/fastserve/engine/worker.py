@@ -97,6 +97,7 @@ def _worker_main(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C at the terminal is the launcher's to handle
     engine = load(config, files, replica)
     pipe = WorkerPipe(connection)
+    engine.on_loss(pipe.inbox.put)
     try:
         pipe.send(Ready(uuid.uuid4().hex, engine.max_model_len, engine.block_size, engine.stats()))
         run_engine(engine, pipe.inbox, pipe.send)

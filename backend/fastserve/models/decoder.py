@@ -13,6 +13,7 @@ from fastserve.checkpoints.decoder_config import DecoderConfig
 from fastserve.checkpoints.kv_cache_scheme import KVCacheShapes
 from fastserve.models.kv_cache import KVCaches
 from fastserve.models.linear import AnyLinear
+from fastserve.models.tensor_parallel import TensorParallel
 from fastserve_kernels import ops
 from fastserve_kernels.attention_metadata import AttentionMetadata
 from fastserve_kernels.kv_cache import KVCache
@@ -68,9 +69,19 @@ class _Batch(NamedTuple):
 class Decoder:
     """A `CausalLM` of the Llama family."""
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights, max_position: int) -> None:
-        """Serves sequences of up to `max_position` tokens: the rotary tables are made for so many."""
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: DecoderWeights,
+        max_position: int,
+        parallel: TensorParallel | None = None,
+    ) -> None:
+        """Serves sequences of up to `max_position` tokens: the rotary tables are made for so many.
+
+        `parallel`: which part of a decoder it is, where several ranks compute one.
+        """
         self.config = config
+        self.parallel = parallel
         self.weights = weights
         self.max_position = max_position
         self.vocab_size = config.vocab_size

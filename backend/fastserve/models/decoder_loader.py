@@ -6,15 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from fastserve.checkpoints.checkpoint import Checkpoint
 from fastserve.checkpoints.decoder_config import DecoderConfig
 from fastserve.checkpoints.online_quantization import quantize_head
-from fastserve.models.decoder import Decoder, DecoderLayer, DecoderWeights
+from fastserve.checkpoints.sharded_checkpoint import ShardedCheckpoint
+from fastserve.models.decoder import Decoder, DecoderLayer, DecoderWeights, EmbeddingTable
 from fastserve.models.decoder_tensors import EMBEDDING, HEAD, check_tensors, has_own_head
 from fastserve.models.lazy_weights import LazyEmbedding, LazyLayers
+from fastserve.models.linear import AnyLinear, ParallelLMHead, RowParallelLinear, VocabParallelEmbedding
 from fastserve.models.linear_reader import LinearReader
+from fastserve.models.tensor_parallel import TensorParallel
+from fastserve_kernels.process_group import ProcessGroup
 
 
 def load_decoder(
@@ -26,8 +29,11 @@ def load_decoder(
     quantization: str,
     quantizes_activations: Callable[[], bool],
     one_layer_at_a_time: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Decoder:
     """A decoder in `dtype` on `device`, for sequences of up to `max_position` tokens.
+
+    `group`: of the ranks that have a part of it each; None: it is whole.
 
     `quantizes_activations`: see `prepare`; it is asked if a weight can have them so. `quantization` and
     `one_layer_at_a_time` are those of `load_model`. Raises ModelError if tensors are missing, misshapen or
@@ -36,8 +42,13 @@ def load_decoder(
     if config.tie_word_embeddings and has_own_head(checkpoint, dtype):
         config = replace(config, tie_word_embeddings=False)
     check_tensors(config, checkpoint)
+    parallel = None
+    if group is not None:
+        parallel = TensorParallel(config, group)
+        config, checkpoint = parallel.local_config, ShardedCheckpoint(checkpoint, parallel.rows_of)
     reader = LinearReader(checkpoint, dtype, device, quantization, quantizes_activations)
-    return Decoder(config, _WeightLoader(config, reader).load(one_layer_at_a_time), max_position)
+    weights = _WeightLoader(config, reader, parallel).load(one_layer_at_a_time)
+    return Decoder(config, weights, max_position, parallel)
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class _WeightLoader:
 
     config: DecoderConfig
     reader: LinearReader
+    parallel: TensorParallel | None
 
     @property
     def _embedding_name(self) -> str:
@@ -59,24 +71,45 @@ class _WeightLoader:
             embedding=LazyEmbedding(self._embedding) if one_layer_at_a_time else self._embedding(),
             layers=layers if one_layer_at_a_time else layers[:],
             final_norm=self.reader.fused("model.norm.weight"),
-            lm_head=self.reader.linear(False, head, quantize=quantize_head),
+            lm_head=self._head(head),
         )
 
-    def _embedding(self) -> Tensor:
-        return self.reader.fused(self._embedding_name)
+    def _head(self, name: str) -> AnyLinear:
+        local, parallel = self.reader.linear(False, name, quantize=quantize_head), self.parallel
+        if parallel is None:
+            return local
+        widths = [len(parallel.vocabulary_of(rank)) for rank in range(parallel.group.world_size)]
+        return ParallelLMHead(local, parallel.group, widths)
+
+    def _embedding(self) -> EmbeddingTable:
+        local, parallel = self.reader.fused(self._embedding_name), self.parallel
+        if parallel is None:
+            return local
+        first = parallel.vocabulary_of(parallel.group.rank).start
+        return VocabParallelEmbedding(local, first, parallel.group)
+
+    def _row_parallel(self, has_bias: bool, name: str, columns: range | None) -> AnyLinear:
+        """`columns`: of this rank; rank 0 alone adds the bias."""
+        if self.parallel is None or columns is None:
+            return self.reader.linear(has_bias, name)
+        group = self.parallel.group
+        local = self.reader.linear(has_bias and group.rank == 0, name, columns=columns)
+        return RowParallelLinear(local, group)
 
     def _layer(self, index: int) -> DecoderLayer:
         config, prefix = self.config, f"model.layers.{index}."
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        fused, linear = self.reader.fused, self.reader.linear
+        fused, linear, parallel = self.reader.fused, self.reader.linear, self.parallel
+        heads = None if parallel is None else parallel.attention_columns
+        inner = None if parallel is None else parallel.inner_channels
         return DecoderLayer(
             input_layernorm=fused(f"{prefix}input_layernorm.weight"),
             qkv_proj=linear(config.qkv_bias, *(f"{attention}{name}_proj" for name in "qkv")),
             q_norm=fused(f"{attention}q_norm.weight") if config.qk_norm else None,
             k_norm=fused(f"{attention}k_norm.weight") if config.qk_norm else None,
-            o_proj=linear(config.o_proj_bias, f"{attention}o_proj"),
+            o_proj=self._row_parallel(config.o_proj_bias, f"{attention}o_proj", heads),
             post_attention_layernorm=fused(f"{prefix}post_attention_layernorm.weight"),
             gate_up_proj=linear(config.mlp_bias, f"{mlp}gate_proj", f"{mlp}up_proj"),
-            down_proj=linear(config.mlp_bias, f"{mlp}down_proj"),
+            down_proj=self._row_parallel(config.mlp_bias, f"{mlp}down_proj", inner),
             sliding_window=config.sliding_windows[index],
         )

@@ -13,6 +13,8 @@ from fastserve.checkpoints.tensor_problems import shorten, tensor_problems
 
 Shapes = dict[str, tuple[int, ...]]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS_AT_ONCE = 4096
+"""Of two matrices that are compared."""
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +25,22 @@ def has_own_head(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
     shape = checkpoint.shapes.get(EMBEDDING)
     if shape is None or HEAD not in checkpoint.shapes:
         return False
-    if shape == checkpoint.shapes[HEAD]:
-        embedding, head = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-        checkpoint.read(EMBEDDING, embedding)
-        checkpoint.read(HEAD, head)
-        if torch.equal(embedding, head):
-            return False
+    if shape == checkpoint.shapes[HEAD] and _are_equal(EMBEDDING, HEAD, checkpoint, dtype):
+        return False
     logger.warning("%s is not %s, though tie_word_embeddings is true: both are used", HEAD, EMBEDDING)
+    return True
+
+
+def _are_equal(one: str, other: str, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Whether two matrices of one shape have the same numbers; they are read some rows at a time."""
+    num_rows, width = checkpoint.shapes[one]
+    for start in range(0, num_rows, ROWS_AT_ONCE):
+        rows = range(start, min(start + ROWS_AT_ONCE, num_rows))
+        parts = [torch.empty(len(rows), width, dtype=dtype) for _ in range(2)]
+        for name, part in zip((one, other), parts, strict=True):
+            checkpoint.read(name, part, rows)
+        if not torch.equal(*parts):
+            return False
     return True
 
 

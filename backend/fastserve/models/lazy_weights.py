@@ -11,13 +11,13 @@ from typing import overload
 from torch import Tensor
 
 from fastserve import heap
-from fastserve.models.decoder import DecoderLayer
+from fastserve.models.decoder import DecoderLayer, EmbeddingTable
 
 
 class LazyEmbedding:
     """The embedding [vocab, hidden] of a decoder, read anew by `read` for each lookup."""
 
-    def __init__(self, read: Callable[[], Tensor]) -> None:
+    def __init__(self, read: Callable[[], EmbeddingTable]) -> None:
         self._read = read
 
     def __getitem__(self, rows: Tensor) -> Tensor:

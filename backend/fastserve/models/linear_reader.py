@@ -12,12 +12,15 @@ from torch import Tensor
 from fastserve.checkpoints.checkpoint import Checkpoint
 from fastserve.checkpoints.online_quantization import quantize
 from fastserve.checkpoints.weight_rows import stack_rows
-from fastserve.models.linear import AnyLinear, Linear, MixedFormatLinear
+from fastserve.checkpoints.weight_shards import shard_columns
+from fastserve.models.linear import Linear, LocalLinear, MixedFormatLinear
 from fastserve_kernels.formats import Dense, Weight
 from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.preparation import QUANTIZES_ACTIVATIONS, prepare
 
 Quantize = Callable[[str, Tensor, str], Weight]
+ROWS_AT_ONCE = 4096
+"""Of a matrix that is quantized when it is loaded."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,16 @@ class LinearReader:
     quantizes_activations: Callable[[], bool]
     """See `prepare`; it is asked if a weight can have them so."""
 
-    def linear(self, has_bias: bool, *names: str, quantize: Quantize = quantize) -> AnyLinear:
-        """The linear layers of these names as one: their rows one below the other."""
+    def linear(
+        self, has_bias: bool, *names: str, quantize: Quantize = quantize, columns: range | None = None
+    ) -> LocalLinear:
+        """The linear layers of these names as one: their rows one below the other.
+
+        `columns`: adjacent ones, of a rank; they are quantized as the whole weight is. None: all.
+        """
         weights = stack_rows(self._weights([f"{name}.weight" for name in names], quantize))
+        if columns is not None:
+            weights = [shard_columns(weight, columns) for weight in weights]
         biases: Sequence[Tensor | None] = [None] * len(weights)
         if has_bias:
             bias = self.fused(*(f"{name}.bias" for name in names))
@@ -59,7 +69,9 @@ class LinearReader:
         """The matrices of these names, from the first rows of the fused one to the last; fused already where
         all are numbers."""
         if self.quantization != "auto":
-            return [quantize(names[0], self.fused(*names), self.quantization)]
+            # Some rows at a time, since rounding takes several times the memory of what it rounds.
+            pieces = self.fused(*names).split(ROWS_AT_ONCE)
+            return stack_rows([quantize(names[0], piece, self.quantization) for piece in pieces])
         exact = self.dtype == torch.float32
         packed = [self.checkpoint.read_packed(name, exact) for name in names]
         if all(weight is None for weight in packed):

@@ -24,8 +24,10 @@ from fastserve.checkpoints.transformers_config import read_transformers_config
 from fastserve.models.causal_lm import CausalLM, resolve_max_model_len
 from fastserve.models.decoder import Decoder
 from fastserve.models.decoder_loader import load_decoder
-from fastserve.models.linear import AnyLinear, Linear
+from fastserve.models.linear import AnyLinear, parts_of
+from fastserve.models.tensor_parallel import check_head_counts
 from fastserve_kernels.cpu.kernels import cpu_features
+from fastserve_kernels.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,6 +43,7 @@ def load_model(
     quantization: str = "auto",
     activation_quantization: str = "none",
     one_layer_at_a_time: bool = False,
+    group: ProcessGroup | None = None,
 ) -> CausalLM:
     """Loads a Hugging Face directory (safetensors), a GGUF file or a model of the hub.
 
@@ -53,6 +56,7 @@ def load_model(
     w8a8, which always does; "auto": they are where that is measured to be faster, in bfloat16.
     `one_layer_at_a_time`: our decoder's layers are read from the file in each forward pass, for passes over
     many tokens; what transformers' own code runs is loaded whole.
+    `group`: of the ranks that load a part of it each, all with the same arguments; our decoder only.
 
     Raises ModelError if the model cannot be found, read or served.
     """
@@ -74,23 +78,44 @@ def load_model(
         quantization,
         activation_quantization,
         one_layer_at_a_time,
+        group,
     )
     return loader.load_gguf() if path.is_file() else loader.load_directory()
 
 
+def check_rank_count(path: Path, world_size: int) -> None:
+    """Raises ModelError if so many ranks cannot share the model at this path."""
+    if path.is_file():
+        file = GgufFile(path)
+        if file.architecture in DECODERS:
+            check_head_counts(gguf_decoder_config(file), world_size)
+            return
+        reason: str | None = f"its architecture is {file.architecture!r}"
+    else:
+        config = read_transformers_config(path)
+        reason = unsupported_reason(config)
+        if reason is None:
+            check_head_counts(DecoderConfig.from_transformers(config), world_size)
+            return
+    raise _not_shared(path, world_size, reason)
+
+
+def _not_shared(path: Path, world_size: int, reason: str | None) -> ModelError:
+    return ModelError(
+        f"tensor_parallel_size: got {world_size}; allowed for {path}: 1, because transformers' own code runs "
+        f"it ({reason})"
+    )
+
+
 def quantizes_activations(decoder: Decoder) -> bool:
     """Whether any of its weights meets activations of 8 bits, in groups."""
-    return any(part.weight.operator.endswith("_a8") for each in _linears(decoder) for part in _parts(each))
+    return any(part.weight.operator.endswith("_a8") for each in _linears(decoder) for part in parts_of(each))
 
 
 def _linears(decoder: Decoder) -> Iterator[AnyLinear]:
     yield decoder.weights.lm_head
     for layer in decoder.weights.layers:
         yield from (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
-
-
-def _parts(linear: AnyLinear) -> tuple[Linear, ...]:
-    return (linear,) if isinstance(linear, Linear) else linear.parts
 
 
 @dataclass(frozen=True)
@@ -105,12 +130,13 @@ class _ModelLoader:
     quantization: str
     activation_quantization: str
     one_layer_at_a_time: bool
+    group: ProcessGroup | None
 
     def load_directory(self) -> CausalLM:
         config = read_transformers_config(self.path)
         reason = unsupported_reason(config)
         if reason is not None:
-            self._check_not_quantized(reason)
+            self._check_ours(reason)
             return self._load_transformers_model(config)
         method = quant_method(config)
         if method is not None and self.quantization != "auto":
@@ -126,7 +152,7 @@ class _ModelLoader:
         if file.architecture in DECODERS:
             return self._load_decoder(gguf_decoder_config(file), GgufCheckpoint(file))
         config = gguf_config(file)
-        self._check_not_quantized(f"its architecture is {file.architecture!r}")
+        self._check_ours(f"its architecture is {file.architecture!r}")
         return self._load_transformers_model(config, file)
 
     def _load_decoder(self, config: DecoderConfig, checkpoint: Checkpoint) -> CausalLM:
@@ -140,6 +166,7 @@ class _ModelLoader:
             self.quantization,
             self._choose_activations(dtype),
             self.one_layer_at_a_time,
+            self.group,
         )
         if self.activation_quantization == "int8" and not quantizes_activations(decoder):
             raise ModelError(
@@ -162,7 +189,12 @@ class _ModelLoader:
             return lambda: False
         from fastserve_kernels.integer_products import integer_products_pay  # here: a GPU needs no numba
 
-        return lambda: integer_products_pay(dtype)
+        if self.group is None:
+            return lambda: integer_products_pay(dtype)
+        is_leader = self.group.rank == 0
+        # Of all ranks one measures, while the others wait: they must compute in one way.
+        pay = self.group.broadcast(torch.tensor([integer_products_pay(dtype)]).long() if is_leader else None)
+        return lambda: bool(pay)
 
     def _load_transformers_model(self, config: PretrainedConfig, gguf: GgufFile | None = None) -> CausalLM:
         # Imported here: they bring all of transformers' modelling code, which our decoder does not need.
@@ -175,9 +207,11 @@ class _ModelLoader:
         state = read_state_dict(gguf, config, dtype)
         return load_transformers_model(self.path, config, dtype, self.device, self.max_model_len, state)
 
-    def _check_not_quantized(self, reason: str) -> None:
+    def _check_ours(self, reason: str) -> None:
         """Raises ModelError if weights or activations of a model that transformers' code runs are to be
-        rounded."""
+        rounded, or if it is to be shared by several ranks."""
+        if self.group is not None:
+            raise _not_shared(self.path, self.group.world_size, reason)
         if self.activation_quantization == "int8":
             raise ModelError(
                 f"activation_quantization: got 'int8'; allowed for {self.path}: auto, none, because "

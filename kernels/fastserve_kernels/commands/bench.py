@@ -1,4 +1,5 @@
-"""`fastserve-kernels bench`: the operators of this machine's device, or a whole decode step on a GPU."""
+"""`fastserve-kernels bench`: the operators of this machine's device, a whole decode step on a GPU, or the
+all-reduce of ranks on CPUs."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fastserve_kernels.bench import cpu
+from fastserve_kernels.bench import all_reduce, cpu
 from fastserve_kernels.bench.plot import roofline
 from fastserve_kernels.bench.report import Ceilings, Report, Row
 from fastserve_kernels.bench.shapes import ROWS, cases, model_named
@@ -29,7 +30,7 @@ class Arguments:
     """The arguments of `fastserve-kernels bench`; what is empty has a default that depends on the device."""
 
     what: str
-    """operators or decode-step."""
+    """operators, decode-step or all-reduce."""
     device: str
     """cpu, cuda, or empty: a GPU if there is one."""
     operator: Sequence[str]
@@ -47,6 +48,9 @@ def run(arguments: Arguments) -> int:
 
     Raises ValueError for what is not known, or needs a GPU where there is none.
     """
+    if arguments.what == "all-reduce":
+        print(all_reduce.report(list(all_reduce.measured(arguments.m or all_reduce.ROWS)), arguments.json))
+        return 0
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.plot and arguments.out is None:
         raise ValueError("--plot needs --out, whose name the picture takes")

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
-import sys
 from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
@@ -22,8 +20,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 
+from fastserve_kernels.cpu.kernels.atomics import FUTEX, atomic_add, atomic_load, pause, sched_yield, syscall
 from fastserve_kernels.cpu.kernels.elements import I64
 from fastserve_kernels.cpu.kernels.kernel import KERNEL_NAMES, compile_entry, run_in_parallel
 from fastserve_kernels.cpu.kernels.vectors import at, intrinsic
@@ -36,16 +34,9 @@ its work items; threads that are in it; whether all its work items are done; thr
 SPINS = 2000
 """How often a thread looks before it sleeps: 0.1 ms on an EPYC 9005, whose pause is 47 ns."""
 
-FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0
-"""The number of the system call by which threads sleep and wake one another; 0: they only yield."""
 FUTEX_WAIT, FUTEX_WAKE = 128, 129
 """Among threads of one process."""
 ALL = 1 << 30
-
-_syscall: Any = types.ExternalFunction(
-    "syscall", types.int64(types.int64, types.CPointer(types.int64), *[types.int64] * 3)
-)
-_sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
 @intrinsic
@@ -62,59 +53,26 @@ def _invoke(typing: Any, function: Any, arguments: Any) -> Any:
     return types.void(types.int64, types.int64), lower
 
 
-@intrinsic
-def _atomic_add(typing: Any, pointer: Any, number: Any) -> Any:
-    """Adds to the word there; gives what it was."""
-
-    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return builder.atomic_rmw("add", args[0], args[1], "seq_cst")
-
-    return types.int64(pointer, types.int64), lower
-
-
-@intrinsic
-def _atomic_load(typing: Any, pointer: Any) -> Any:
-    """The word there: what was written before it was set is seen after this."""
-
-    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return builder.load_atomic(args[0], "seq_cst", 8)
-
-    return types.int64(pointer), lower
-
-
-@intrinsic
-def _pause(typing: Any) -> Any:
-    """Leaves the core to its other hyperthread for a moment."""
-
-    def lower(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        kind = ir.FunctionType(ir.VoidType(), [])
-        if platform.machine() == "x86_64":
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
-        return context.get_dummy_value()
-
-    return types.void(), lower
-
-
 @njit(error_model="numpy")
 def _wait(call: Any) -> None:
     done = at(call, DONE)
     for _ in range(SPINS):
-        if _atomic_load(done) != 0:
+        if atomic_load(done) != 0:
             return
-        _pause()
-    _atomic_add(at(call, SLEEPERS), 1)
-    while _atomic_load(done) == 0:
+        pause()
+    atomic_add(at(call, SLEEPERS), 1)
+    while atomic_load(done) == 0:
         if FUTEX > 0:
-            _syscall(FUTEX, done, FUTEX_WAIT, 0, 0)
+            syscall(FUTEX, done, FUTEX_WAIT, 0, 0)
         else:
-            _sched_yield()
+            sched_yield()
 
 
 @njit(error_model="numpy")
 def _finish(call: Any) -> None:
-    _atomic_add(at(call, DONE), 1)
-    if FUTEX > 0 and _atomic_load(at(call, SLEEPERS)) > 0:
-        _syscall(FUTEX, at(call, DONE), FUTEX_WAKE, ALL, 0)
+    atomic_add(at(call, DONE), 1)
+    if FUTEX > 0 and atomic_load(at(call, SLEEPERS)) > 0:
+        syscall(FUTEX, at(call, DONE), FUTEX_WAKE, ALL, 0)
 
 
 @intrinsic
@@ -132,10 +90,10 @@ def _run(program: Any) -> None:
     """What each thread does. `program`: the number of calls; a line further on, the words of each."""
     for i in range(program[0]):
         call = at(program, (i + 1) * CALL_WORDS)
-        if _atomic_load(at(call, DONE)) == 0:
-            _atomic_add(at(call, ACTIVE), 1)
+        if atomic_load(at(call, DONE)) == 0:
+            atomic_add(at(call, ACTIVE), 1)
             _invoke(call[FUNCTION], call[ARGUMENTS])
-            if _atomic_add(at(call, ACTIVE), -1) == 1:
+            if atomic_add(at(call, ACTIVE), -1) == 1:
                 _finish(call)
             else:
                 _wait(call)
