@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from fastserve import cli
 from fastserve.commands import serve
+from fastserve.commands.serve import OPENAI_PORT
+from fastserve.config import ConfigError
 from fastserve.launcher.command_line import (
     SET_BY_FASTSERVE,
     Addresses,
@@ -81,6 +84,17 @@ def test_what_follows_two_dashes_goes_to_the_server(monkeypatch: pytest.MonkeyPa
     assert cli.main(["serve", "--http-port", "9000"]) == 0
     assert [each.server_flags for each in options] == [("--trace-config", "rate=1", "--log-info=0"), ()]
     assert options[0].ports.http == 9000
+
+
+def test_openai_s_api_is_off_where_it_cannot_be_had() -> None:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    assert serve._openai_port(parser.parse_args([])) == OPENAI_PORT
+    assert serve._openai_port(parser.parse_args(["--openai-port", "0"])) == 0
+    for flags in (["--encoders-only"], ["--tls-cert", "cert.pem"]):
+        assert serve._openai_port(parser.parse_args(flags)) == 0
+        with pytest.raises(ConfigError, match=f"openai_port: got 9001; allowed: 0 with {flags[0]}"):
+            serve._openai_port(parser.parse_args(["--openai-port", "9001", *flags]))
 
 
 def test_the_help_shows_where_they_go(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,8 @@ import pytest
 from starlette.testclient import TestClient
 from tests.openai_api.conftest import MODEL, FakeClient
 
+from fastserve.openai_api.app import create_app
+
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
 TEXT: dict[str, Any] = {"model": MODEL, "prompt": "Hello"}
 
@@ -170,3 +172,12 @@ def test_a_body_that_is_no_request(api: TestClient, body: bytes) -> None:
     answer = api.post("/v1/chat/completions", content=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("has_keys", "tenant"), [(False, "ada"), (True, None)])
+def test_a_user_is_the_tenant_unless_keys_say_that(
+    fake: FakeClient, has_keys: bool, tenant: str | None
+) -> None:
+    with TestClient(create_app(lambda: fake, MODEL, has_keys=has_keys)) as api:
+        chat(api, user="ada")
+    assert fake.calls[0].get("tenant") == tenant

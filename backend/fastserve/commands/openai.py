@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what requests call the model (default: %(default)s)",
     )
     parser.add_argument(
+        "--has-keys",
+        action="store_true",
+        help="the server asks for keys, which say the tenant: `user` then says nothing",
+    )
+    parser.add_argument(
         "--model",
         metavar="TEXT",
         help="the served model, as `fastserve serve` takes it; empty: the default one. Its chat template "
@@ -52,7 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     listener = _listen(arguments.host, arguments.port)
     form = _tool_format(arguments.model)
     # A full queue is the client's to wait for: no request is sent again here.
-    app = create_app(lambda: AsyncClient(arguments.url, retries=0), arguments.served_model_name, form)
+    app = create_app(
+        lambda: AsyncClient(arguments.url, retries=0), arguments.served_model_name, form, arguments.has_keys
+    )
     server = uvicorn.Server(
         uvicorn.Config(
             app,

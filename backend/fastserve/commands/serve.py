@@ -12,7 +12,7 @@ import msgspec
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import locate
 from fastserve.commands.encoder_options import add_encoder_flags, served_encoders
-from fastserve.config import Config, check_ranks
+from fastserve.config import Config, ConfigError, check_ranks
 from fastserve.config_flags import add_config_flags, config_from
 from fastserve.encoders.served_encoder import ServedEncoder
 from fastserve.launcher.command_line import ServerOptions
@@ -63,9 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--openai-port",
         type=int,
-        default=OPENAI_PORT,
         metavar="N",
-        help="of OpenAI's API; 0: none, as with --encoders-only (default: %(default)s)",
+        help=f"of OpenAI's API; 0: none (default: {OPENAI_PORT}; 0 with --encoders-only or --tls-cert)",
     )
     server.add_argument(
         "--served-model-name",
@@ -160,6 +159,17 @@ def _example(server: Server) -> str:
     return f"{' '.join(words)} {server.http_url}/v2/models/{model}/generate -d '{body}'"
 
 
+def _openai_port(arguments: argparse.Namespace) -> int:
+    """0: none. Raises ConfigError where it cannot be had."""
+    port: int | None = arguments.openai_port
+    for flag, is_given in (("encoders-only", arguments.encoders_only), ("tls-cert", arguments.tls_cert)):
+        if is_given:
+            if port:
+                raise ConfigError(f"openai_port: got {port}; allowed: 0 with --{flag}")
+            return 0
+    return OPENAI_PORT if port is None else port
+
+
 def _options(arguments: argparse.Namespace, encoders: tuple[ServedEncoder, ...] = ()) -> ServerOptions:
     return ServerOptions(
         host=arguments.host,
@@ -169,7 +179,7 @@ def _options(arguments: argparse.Namespace, encoders: tuple[ServedEncoder, ...] 
             arguments.http_port,
             arguments.grpc_port,
             arguments.metrics_port,
-            0 if arguments.encoders_only else arguments.openai_port,
+            _openai_port(arguments),
         ),
         served_model_name=arguments.served_model_name,
         model_repository=arguments.model_repository,

@@ -154,6 +154,7 @@ class Server:
                 self.grpc_address,
                 self.config.model,
                 self.options.served_model_name,
+                bool(self.config.keys_file),
                 self._log.path,
                 self._show,
             )

@@ -32,13 +32,15 @@ class OpenAIProcess:
         grpc_address: str,
         model: str,
         model_name: str,
+        has_keys: bool,
         log: Path,
         show: Callable[[str], None],
     ) -> None:
-        """`model`: the path; `model_name`: what requests call it."""
+        """`model`: the path; `model_name`: what requests call it; `has_keys`: whether there are keys."""
         self._address = (host, port)
         self._command = [sys.executable, "-c", PROGRAM, "openai", f"--url={grpc_address}", f"--host={host}"]
         self._command += [f"--port={port}", f"--served-model-name={model_name}", f"--model={model}"]
+        self._command += ["--has-keys"] if has_keys else []
         self._log, self._show = log, show
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None

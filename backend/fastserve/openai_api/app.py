@@ -32,18 +32,21 @@ ROUTES = [
 
 
 def create_app(
-    new_client: Callable[[], GenerationClient], model_name: str, tool_format: ToolFormat | None = None
+    new_client: Callable[[], GenerationClient],
+    model_name: str,
+    tool_format: ToolFormat | None = None,
+    has_keys: bool = False,
 ) -> Starlette:
     """The application. `new_client` is called inside the event loop, which the client then belongs to.
 
-    `tool_format`: how the model writes tool calls; without it, tools are refused.
+    `tool_format`: how the model writes tool calls; without it, tools are refused. `has_keys`: `FrontDoor`.
     """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         """The client lives as long as the application."""
         client = new_client()
-        app.state.door = FrontDoor(client, model_name, tool_format)
+        app.state.door = FrontDoor(client, model_name, tool_format, has_keys)
         try:
             yield
         finally:

@@ -50,7 +50,7 @@ async def chat_completions(request: Request) -> Response:
     door: FrontDoor = request.app.state.door
     body = await read_body(request, ChatRequest)
     door.check_model(body.model)
-    options = chat_options(body, request.headers)
+    options = chat_options(body, request.headers, door.has_keys)
     is_parallel = body.parallel_tool_calls is not False
     tools = ChatTools(door.tool_format, body.tools, body.tool_choice, is_parallel)
     tools.add_to(options)
@@ -65,9 +65,9 @@ async def chat_completions(request: Request) -> Response:
     return json_response(answer.json(whole), headers=answer.headers)
 
 
-def chat_options(body: ChatRequest, headers: Headers) -> dict[str, Any]:
+def chat_options(body: ChatRequest, headers: Headers, has_keys: bool) -> dict[str, Any]:
     """The options of the client's call. Raises ApiError."""
-    options = call_options(body, headers)
+    options = call_options(body, headers, has_keys)
     options["messages"] = [_as_known_role(message) for message in body.messages]
     if None not in (body.max_tokens, body.max_completion_tokens):
         raise refusal("max_tokens", "got `max_completion_tokens` beside it; allowed: one of them")

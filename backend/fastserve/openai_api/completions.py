@@ -46,7 +46,7 @@ async def completions(request: Request) -> Response:
     body = await read_body(request, CompletionRequest)
     door.check_model(body.model)
     prompts = prompts_of(body)
-    options = call_options(body, request.headers) | _options(body, prompts)
+    options = call_options(body, request.headers, door.has_keys) | _options(body, prompts)
     answer = _CompletionAnswer(door, body, prompts, options)
     try:
         if body.stream:

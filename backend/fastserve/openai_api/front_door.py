@@ -48,6 +48,8 @@ class FrontDoor:
     model_name: str
     tool_format: ToolFormat | None = None
     """How the model writes tool calls; None: not known."""
+    has_keys: bool = False
+    """Whether the server asks for keys: these say the tenant then."""
     created: int = field(default_factory=lambda: int(time.time()))
     """When this began to serve the model, in seconds since 1970."""
 

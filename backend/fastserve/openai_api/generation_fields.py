@@ -103,10 +103,10 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def call_options(body: GenerationFields, headers: Headers) -> dict[str, Any]:
+def call_options(body: GenerationFields, headers: Headers, has_keys: bool) -> dict[str, Any]:
     """The options of a client's call that the common fields and the headers ask for; the body wins.
 
-    Raises ApiError.
+    `has_keys`: a key says the tenant, and `user`, which libraries send unasked, nothing. Raises ApiError.
     """
     if body.stream_options is not None and not body.stream:
         raise refusal("stream_options", "got some; allowed: only where `stream` is true")
@@ -114,7 +114,7 @@ def call_options(body: GenerationFields, headers: Headers) -> dict[str, Any]:
     options = {name: value for name, value in values.items() if value is not None}
     if (guide := _guide(body)) is not None:
         options["structured_outputs"] = guide
-    tenant = body.tenant or body.user or headers.get("x-tenant")
+    tenant = body.tenant or (None if has_keys else body.user) or headers.get("x-tenant")
     if tenant:
         options["tenant"] = tenant
     priority = body.priority if body.priority is not None else _number(headers, "x-priority", int)
