@@ -33,5 +33,6 @@ def a_sequence(prompt: list[int], generated: list[int]) -> Sequence:
         """A request as far as `Sequence` looks at it."""
 
         prompt_token_ids = prompt
+        cache_salt = ""
 
     return Sequence(Request(), 0, 0.0, [*prompt, *generated])  # type: ignore[arg-type]
