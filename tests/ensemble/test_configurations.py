@@ -80,7 +80,8 @@ def test_the_client_sends_the_types_that_are_declared() -> None:
 def test_the_options_of_the_client_are_inputs_sampling_parameters_or_fields_of_the_request() -> None:
     from fastserve_client.options import Options
 
-    known = {*API_INPUTS, *input_processor._PARAMETER_NAMES, "request_id"}
+    of_the_call = {"request_id", "headers"}
+    known = {*API_INPUTS, *input_processor._PARAMETER_NAMES, *of_the_call}
     assert set(Options.__annotations__) <= known
 
 
