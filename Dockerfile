@@ -32,7 +32,7 @@ WORKDIR /home/fastserve
 RUN python -c "from fastserve.assets import server_files; server_files()" && \
     python -c "from fastserve.checkpoints.model_files import locate; locate('')"
 
-# HTTP, gRPC, metrics.
+# HTTP, gRPC, metrics, OpenAI's API.
 EXPOSE 8000 8001 8002 9000
 HEALTHCHECK --start-period=120s --interval=10s --timeout=5s \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=4)"]

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+HEADER_WORDS = 8
+"""Of what is broadcast: the number of its dtype, how many dimensions, and these."""
+BROADCAST_DTYPES = (torch.int64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class RankLostError(Exception):
@@ -41,3 +46,15 @@ class ProcessGroup(Protocol):
 
     def abort(self) -> None:
         """Lets nobody wait any more; any thread may call it. Raises nothing."""
+
+
+def write_header(header: Tensor, x: Tensor) -> None:
+    """Writes into header [HEADER_WORDS] int64 what `read_header` reads."""
+    numbers = [BROADCAST_DTYPES.index(x.dtype), x.dim(), *x.shape]
+    header[: len(numbers)] = torch.tensor(numbers)
+
+
+def read_header(header: Tensor) -> tuple[torch.dtype, torch.Size]:
+    """The dtype and the shape of what is broadcast."""
+    kind, dim, *sizes = header.tolist()
+    return BROADCAST_DTYPES[kind], torch.Size(sizes[:dim])

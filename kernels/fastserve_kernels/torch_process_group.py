@@ -10,11 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastserve_kernels.process_group import RankLostError
-
-HEADER_WORDS = 8
-"""Of what is broadcast: the number of its dtype, how many dimensions, and these."""
-BROADCAST_DTYPES = (torch.int64, torch.float32, torch.float16, torch.bfloat16)
+from fastserve_kernels.process_group import HEADER_WORDS, RankLostError, read_header, write_header
 
 
 class GlooProcessGroup:
@@ -52,11 +48,10 @@ class GlooProcessGroup:
         """See `ProcessGroup`."""
         header = torch.zeros(HEADER_WORDS, dtype=torch.int64)
         if x is not None:
-            numbers = [BROADCAST_DTYPES.index(x.dtype), x.dim(), *x.shape]
-            header[: len(numbers)] = torch.tensor(numbers)
+            write_header(header, x)
         self._broadcast(header)
-        kind, dim, *sizes = header.tolist()
-        result = torch.empty(sizes[:dim], dtype=BROADCAST_DTYPES[kind]) if x is None else x.contiguous()
+        dtype, shape = read_header(header)
+        result = torch.empty(shape, dtype=dtype) if x is None else x.contiguous()
         self._broadcast(result.view(torch.uint8))
         return result
 

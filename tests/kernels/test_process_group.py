@@ -2,59 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.rank_threads import gloo, on_each, shared_memory
 from torch import Tensor
 
 from fastserve_kernels.cpu.kernels.all_reduce import SLOT_BYTES
 from fastserve_kernels.cpu.recording import Arena, record
-from fastserve_kernels.cpu.shared_memory_group import SharedMemoryGroup, make_shared_memory
 from fastserve_kernels.operator_definition import CPU_IMPLEMENTATIONS
 from fastserve_kernels.process_group import ProcessGroup, RankLostError
-from fastserve_kernels.torch_process_group import GlooProcessGroup
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def shared_memory(world_size: int) -> list[Any]:
-    descriptor = make_shared_memory(world_size)
-    groups = [SharedMemoryGroup(descriptor, rank, world_size) for rank in range(world_size)]
-    os.close(descriptor)
-    return groups
-
-
-def gloo(world_size: int) -> list[Any]:
-    store = dist.HashStore()
-    ranks: list[Any] = list(range(world_size))
-    return on_each(ranks, lambda rank: GlooProcessGroup(store, rank, world_size, timedelta(seconds=60)))
-
-
-def on_each(ranks: list[Any], function: Callable[[Any], Any]) -> list[Any]:
-    """What the function gives for each, called in threads; an exception in place of what it raised."""
-    results: list[Any] = [None] * len(ranks)
-
-    def call(number: int) -> None:
-        try:
-            results[number] = function(ranks[number])
-        except Exception as error:
-            results[number] = error
-
-    threads = [threading.Thread(target=call, args=(number,)) for number in range(len(ranks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +70,7 @@ def test_calls_follow_one_another_without_a_pause(shapes: list[tuple[int, int]])
 def test_a_recording_has_it_as_one_kernel_of_any_number_of_rows(threads: int) -> None:
     groups, count = shared_memory(2), 70
 
-    def compute(group: SharedMemoryGroup) -> list[Tensor]:
+    def compute(group: ProcessGroup) -> list[Tensor]:
         torch.set_num_threads(threads)
         static = torch.full((count, 96), float(group.rank + 1))
         total, program = record(
@@ -141,15 +105,18 @@ def test_gather_and_broadcast(make_groups: Any) -> None:
 
 
 def test_a_sleeper_is_woken_when_a_rank_is_gone() -> None:
-    groups = shared_memory(2)
-    waiting: list[Any] = []
-    thread = threading.Thread(
-        target=lambda: waiting.extend(on_each([groups[0]], lambda group: group.all_reduce(torch.ones(1, 8))))
-    )
+    groups, was_lost = shared_memory(2), threading.Event()
+
+    def wait_for_ever() -> None:
+        with pytest.raises(RankLostError):
+            groups[0].all_reduce(torch.ones(1, 8))
+        was_lost.set()
+
+    thread = threading.Thread(target=wait_for_ever)
     thread.start()
     groups[1].abort()
     thread.join(timeout=30)
-    assert isinstance(waiting[0], RankLostError)
+    assert was_lost.is_set()
     with pytest.raises(RankLostError):
         groups[1].broadcast(None)
 

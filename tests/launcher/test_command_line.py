@@ -10,7 +10,6 @@ import pytest
 
 from fastserve import cli
 from fastserve.commands import serve
-from fastserve.commands.serve import OPENAI_PORT
 from fastserve.config import ConfigError
 from fastserve.launcher.command_line import (
     SET_BY_FASTSERVE,
@@ -20,6 +19,7 @@ from fastserve.launcher.command_line import (
     command_line,
 )
 from fastserve.launcher.installation import Installation
+from fastserve.launcher.start_checks import OPENAI_PORT
 from fastserve.start_error import StartError
 
 

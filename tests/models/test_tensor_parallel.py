@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.rank_threads import gloo, on_each, shared_memory
 from torch import Tensor
 
 from fastserve.checkpoints.model_error import ModelError
@@ -22,13 +20,9 @@ from fastserve.models.decoder import Decoder
 from fastserve.models.linear import parts_of
 from fastserve.models.model_loader import load_model
 from fastserve_kernels import formats
-from fastserve_kernels.cpu.shared_memory_group import SharedMemoryGroup, make_shared_memory
 from fastserve_kernels.formats import Weight
 from fastserve_kernels.process_group import ProcessGroup
-from fastserve_kernels.torch_process_group import GlooProcessGroup
 
-Result = TypeVar("Result")
-MakeGroup = Callable[[int, int], ProcessGroup]
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -36,40 +30,6 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 32,
 }
-
-
-def shared_memory(world_size: int) -> list[ProcessGroup]:
-    descriptor = make_shared_memory(world_size)
-    return [SharedMemoryGroup(descriptor, rank, world_size) for rank in range(world_size)]
-
-
-def gloo(world_size: int) -> list[ProcessGroup]:
-    store = dist.HashStore()
-    return on_each(
-        list(range(world_size)),
-        lambda rank: GlooProcessGroup(store, rank, world_size, timedelta(seconds=60)),
-    )
-
-
-def on_each(ranks: list[Any], function: Callable[[Any], Result]) -> list[Result]:
-    """What the function gives for each of the ranks, called in threads. Raises what one of them raised."""
-    results: list[Any] = [None] * len(ranks)
-
-    def call(number: int) -> None:
-        try:
-            results[number] = function(ranks[number])
-        except Exception as error:
-            results[number] = error
-
-    threads = [threading.Thread(target=call, args=(number,)) for number in range(len(ranks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
 
 
 def logits_of_ranks(groups: list[ProcessGroup], path: Path, run: Callable, *arguments: Any) -> list[Tensor]:

@@ -67,6 +67,21 @@ def test_a_forced_call_is_guided(tool_api: TestClient, fake: FakeClient, choice:
     assert ('\\"g\\"' in grammar) == (choice == "required")
 
 
+@pytest.mark.parametrize("tool_api", [HERMES, LLAMA, MISTRAL, PROMPTED], indirect=True)
+def test_what_is_forced_is_a_call_in_every_form(
+    tool_api: TestClient, fake: FakeClient, request: pytest.FixtureRequest
+) -> None:
+    """The grammar of a form that ends no call has no marker before the first one either."""
+    form: ToolFormat = request.node.callspec.params["tool_api"]
+    call = json.dumps({"name": "f", form.arguments: {"a": 1}})
+    text = f"{form.marker}\n{call}\n{form.end}" if form.end else call
+    fake.answer = Generation([completion(text, "stop")], 3, None)
+    [choice] = chat(tool_api, tools=[TOOL], tool_choice="required").json()["choices"]
+    [made] = choice["message"]["tool_calls"]
+    assert (made["function"]["name"], json.loads(made["function"]["arguments"])) == ("f", {"a": 1})
+    assert choice["message"]["content"] is None
+
+
 def test_without_a_choice_nothing_is_shown(tool_api: TestClient, fake: FakeClient) -> None:
     fake.answer = Generation([completion(CALLS, "stop")], 3, None)
     [choice] = chat(tool_api, tools=[TOOL], tool_choice="none").json()["choices"]

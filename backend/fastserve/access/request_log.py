@@ -192,20 +192,31 @@ def record_of(request: Request, outcome: str, now: float) -> RequestRecord:
     )
 
 
+def code_of(error: Exception | None) -> str:
+    """The code of what a request has ended with; empty: no error."""
+    if error is None:
+        return ""
+    return (error.code if isinstance(error, RequestError) else ErrorCode.INTERNAL).value
+
+
 def refused(
-    error: Exception, outcome: str, now: float, request: Request | None = None, request_id: str = ""
+    error: Exception | None,
+    outcome: str,
+    now: float,
+    request: Request | None = None,
+    request_id: str = "",
+    model: str = "fastserve",
 ) -> RequestRecord:
     """The record of a request that gets no answer but `error`, of which the code alone is kept: its sentence
     may quote what the client has sent. `request`: None where it could not be read."""
-    code = error.code if isinstance(error, RequestError) else ErrorCode.INTERNAL
     if request is not None:
-        return msgspec.structs.replace(record_of(request, outcome, now), code=code.value)
+        return msgspec.structs.replace(record_of(request, outcome, now), code=code_of(error))
     return RequestRecord(
         arrival=wall_clock(now, now),
         id=request_id,
-        model="fastserve",
+        model=model,
         outcome=outcome,
-        code=code.value,
+        code=code_of(error),
         total_seconds=0.0,
     )
 

@@ -12,13 +12,13 @@ import uvicorn
 
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import locate
+from fastserve.launcher.start_checks import OPENAI_PORT
 from fastserve.openai_api.app import create_app
 from fastserve.openai_api.tool_formats import ToolFormat, tool_format_of
 from fastserve.start_error import StartError
 from fastserve_client import AsyncClient
 
 ERRORS = (ValueError, ModelError)
-DEFAULT_PORT = 9000
 KEEP_ALIVE_SECONDS = 75
 """A connection may idle; longer than the pools of common clients keep one, so that they close it."""
 BACKLOG = 2048
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, metavar="N", help="to listen on (default: %(default)s)"
+        "--port", type=int, default=OPENAI_PORT, metavar="N", help="to listen on (default: %(default)s)"
     )
     parser.add_argument(
         "--served-model-name",

@@ -18,12 +18,11 @@ from fastserve.encoders.served_encoder import ServedEncoder
 from fastserve.launcher.command_line import ServerOptions
 from fastserve.launcher.installation import EMBEDDED
 from fastserve.launcher.launcher import Server
-from fastserve.launcher.start_checks import Ports
+from fastserve.launcher.start_checks import OPENAI_PORT, Ports
 from fastserve.launcher.tls import tls_files
 from fastserve.scheduling.policies.registry import make_policy
 
 ERRORS = (ModelError,)
-OPENAI_PORT = 9000
 EXAMPLE = '{"text_input": "The capital of France is", "parameters": {"temperature": 0, "max_tokens": 20}}'
 
 ENCODER_EXAMPLES = {

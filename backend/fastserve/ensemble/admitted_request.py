@@ -7,8 +7,7 @@ import uuid
 from dataclasses import dataclass, field
 
 from fastserve.access.grant import Grant
-from fastserve.access.request_log import RequestRecord, wall_clock
-from fastserve.errors import ErrorCode, RequestError
+from fastserve.access.request_log import RequestRecord, code_of, refused, wall_clock
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,8 @@ def encoder_record(
 ) -> RequestRecord:
     """The record of a request that ends now. `admitted`: None where it was not let in."""
     now = time.monotonic()
-    code = "" if error is None else error.code if isinstance(error, RequestError) else ErrorCode.INTERNAL
     if admitted is None:
-        return RequestRecord(
-            arrival=wall_clock(now, now), id="", model=model, outcome=outcome, code=code, total_seconds=0.0
-        )
+        return refused(error, outcome, now, model=model)
     return RequestRecord(
         arrival=wall_clock(admitted.arrival, now),
         id=admitted.request_id,
@@ -52,7 +48,7 @@ def encoder_record(
         tenant=admitted.tenant,
         key=admitted.key_id,
         outcome=outcome,
-        code=code,
+        code=code_of(error),
         prompt_tokens=admitted.max_total_tokens,
         total_seconds=round(now - admitted.arrival, 6),
     )

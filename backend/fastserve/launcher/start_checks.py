@@ -12,6 +12,10 @@ from fastserve.start_error import StartError
 SHARED_MEMORY = Path("/dev/shm")
 
 
+OPENAI_PORT = 9000
+"""Of OpenAI's API, unless another is given."""
+
+
 @dataclass(frozen=True)
 class Ports:
     """Where the server listens."""

@@ -100,7 +100,7 @@ class ChatTools:
         """What finds the calls in the text of a choice; None where there are to be none."""
         if self._form is None or not self._tools:
             return None
-        return ChoiceCalls(ToolCallParser(self._form), self._is_parallel)
+        return ChoiceCalls(ToolCallParser(self._form, bool(self._forced)), self._is_parallel)
 
 
 class ChoiceCalls:

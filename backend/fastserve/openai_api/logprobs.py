@@ -43,10 +43,10 @@ def _empty_shape() -> dict[str, list[Any]]:
 class CompletionLogprobs:
     """`logprobs` of the choices of a text completion; offsets go on from chunk to chunk."""
 
-    def __init__(self, count: int, offset: int = 0) -> None:
-        """`offset`: characters before the first token."""
+    def __init__(self, count: int) -> None:
         self._count = count
-        self._offset = offset
+        self._offset = 0
+        """Characters before the next token."""
 
     def json(self, token_ids: Sequence[int], positions: Sequence[Position]) -> dict[str, Any]:
         """The shape: a list of each of tokens, log-probabilities, likeliest ones and offsets."""

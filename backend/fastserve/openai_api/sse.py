@@ -13,7 +13,6 @@ HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 _ENCODER = msgspec.json.Encoder()
 
 
-def event(data: Any, name: str | None = None) -> bytes:
-    """One event with JSON as its data, and with a name where the client goes by it."""
-    head = b"" if name is None else b"event: " + name.encode() + b"\n"
-    return head + b"data: " + _ENCODER.encode(data) + b"\n\n"
+def event(data: Any) -> bytes:
+    """One event with JSON as its data."""
+    return b"data: " + _ENCODER.encode(data) + b"\n\n"

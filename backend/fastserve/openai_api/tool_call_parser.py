@@ -98,7 +98,7 @@ class ToolCallParser:
         stripped = self._text.lstrip()
         if not stripped:
             return False
-        self._state = self._between if stripped[0] in "{[" and self._form.begins_bare else self._content
+        self._state = self._between if stripped[0] in "{[" else self._content
         return True
 
     def _content(self, events: list[Event]) -> bool:

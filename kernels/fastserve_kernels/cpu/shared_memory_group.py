@@ -25,7 +25,7 @@ from fastserve_kernels.cpu.kernels.all_reduce import (
     barrier,
 )
 from fastserve_kernels.operator_definition import define
-from fastserve_kernels.process_group import RankLostError
+from fastserve_kernels.process_group import HEADER_WORDS, RankLostError, read_header, write_header
 
 PIECE_ELEMENTS = 4096
 """Of a work item: with less, the flags cost more than the wait for a first piece."""
@@ -34,9 +34,6 @@ MIN_PARALLEL = 16 * 1024
 WAKE_NANOSECONDS = 10_000_000
 """How long a sleeper sleeps before it looks whether a rank is gone."""
 WORD = 8
-HEADER_WORDS = 8
-"""Of what is broadcast: the number of its dtype, how many dimensions, and these."""
-BROADCAST_DTYPES = (torch.int64, torch.float32, torch.float16, torch.bfloat16)
 
 _groups: weakref.WeakValueDictionary[int, SharedMemoryGroup] = weakref.WeakValueDictionary()
 """Of this process, by the number that the operator is given."""
@@ -131,13 +128,11 @@ class SharedMemoryGroup:
             if x.nbytes > SLOT_BYTES - start:
                 raise ValueError(f"{x.nbytes} bytes cannot be broadcast; allowed: {SLOT_BYTES - start}")
             source[start : start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
-            numbers = [BROADCAST_DTYPES.index(x.dtype), x.dim(), *x.shape]
-            header[: len(numbers)] = torch.tensor(numbers)
+            write_header(header, x)
         self._meet()
         if x is not None:
             return x
-        kind, dim, *sizes = header.tolist()
-        dtype, shape = BROADCAST_DTYPES[kind], torch.Size(sizes[:dim])
+        dtype, shape = read_header(header)
         size = shape.numel() * dtype.itemsize
         return source[start : start + size].view(dtype).view(shape).clone()
 

@@ -21,6 +21,10 @@ syscall: Any = types.ExternalFunction(
 """A system call of a number, a pointer and three more words."""
 sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 """Leaves the core to another thread that waits for one."""
+SPINS = 2000
+"""How often a thread looks before it sleeps: 0.1 ms on an EPYC 9005, whose pause is 47 ns."""
+ALL_SLEEPERS = 1 << 30
+"""As many as there may be, for the system call that wakes them."""
 
 
 @intrinsic

@@ -21,7 +21,16 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 
-from fastserve_kernels.cpu.kernels.atomics import FUTEX, atomic_add, atomic_load, pause, sched_yield, syscall
+from fastserve_kernels.cpu.kernels.atomics import (
+    ALL_SLEEPERS,
+    FUTEX,
+    SPINS,
+    atomic_add,
+    atomic_load,
+    pause,
+    sched_yield,
+    syscall,
+)
 from fastserve_kernels.cpu.kernels.elements import I64
 from fastserve_kernels.cpu.kernels.kernel import KERNEL_NAMES, compile_entry, run_in_parallel
 from fastserve_kernels.cpu.kernels.vectors import at, intrinsic
@@ -31,12 +40,9 @@ CALL_WORDS = 8
 FUNCTION, ARGUMENTS, ACTIVE, DONE, SLEEPERS = range(5)
 """The words of a call: the addresses of the kernel and of its arguments, whose first word is the counter of
 its work items; threads that are in it; whether all its work items are done; threads that sleep until then."""
-SPINS = 2000
-"""How often a thread looks before it sleeps: 0.1 ms on an EPYC 9005, whose pause is 47 ns."""
 
 FUTEX_WAIT, FUTEX_WAKE = 128, 129
 """Among threads of one process."""
-ALL = 1 << 30
 
 
 @intrinsic
@@ -72,7 +78,7 @@ def _wait(call: Any) -> None:
 def _finish(call: Any) -> None:
     atomic_add(at(call, DONE), 1)
     if FUTEX > 0 and atomic_load(at(call, SLEEPERS)) > 0:
-        syscall(FUTEX, at(call, DONE), FUTEX_WAKE, ALL, 0)
+        syscall(FUTEX, at(call, DONE), FUTEX_WAKE, ALL_SLEEPERS, 0)
 
 
 @intrinsic
