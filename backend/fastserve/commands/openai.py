@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import socket
 import sys
-from pathlib import Path
 
 import uvicorn
 
 from fastserve.checkpoints.model_error import ModelError
 from fastserve.checkpoints.model_files import locate
+from fastserve.errors import RequestError
 from fastserve.launcher.start_checks import OPENAI_PORT
 from fastserve.openai_api.app import create_app
 from fastserve.openai_api.tool_formats import ToolFormat, tool_format_of
 from fastserve.start_error import StartError
+from fastserve.text.tokenizer import load_tokenizer
+from fastserve.text.torch_exclusion import keep_torch_out
 from fastserve_client import AsyncClient
 
 ERRORS = (ValueError, ModelError)
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM. Raises StartError where the port is taken, ModelError for `--model`."""
     listener = _listen(arguments.host, arguments.port)
+    keep_torch_out()
     form = _tool_format(arguments.model)
     # A full queue is the client's to wait for: no request is sent again here.
     app = create_app(
@@ -88,18 +90,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _tool_format(model: str | None) -> ToolFormat | None:
-    """How the model writes tool calls; None: not known. Raises ModelError."""
-    return None if model is None else tool_format_of(_chat_template(locate(model).tokenizer))
-
-
-def _chat_template(directory: Path) -> str | None:
-    """The chat template of a tokenizer's directory; of several, that for tools. None: there is none."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text()
-    config = directory / "tokenizer_config.json"
-    template = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
-    if isinstance(template, list):
-        named = {each["name"]: each["template"] for each in template}
-        template = named.get("tool_use", named.get("default"))
-    return template
+    """How the model writes tool calls; None: not known. Raises ModelError and ConfigError for the model."""
+    if model is None:
+        return None
+    try:
+        return tool_format_of(load_tokenizer(locate(model)).chat_template.source(tools=[]))
+    except RequestError:  # it has no template
+        return tool_format_of(None)

@@ -18,17 +18,20 @@ class ChatTemplate:
         self._tokenizer = tokenizer
 
     def names(self, tools: list[Any] | None) -> TemplateNames:
-        """The names in the template that is taken for a chat with these tools.
+        """The names in the template that is taken for a chat with these tools. Raises as `source` does."""
+        return template_names(self.source(tools))
+
+    def source(self, tools: list[Any] | None) -> str:
+        """The template that is taken for a chat with these tools.
 
         Raises RequestError where the model has no chat template.
         """
         if self._tokenizer.chat_template is None:
             raise RequestError("`messages`: this model has no chat template; allowed: `text_input`")
         try:
-            source = self._tokenizer.get_chat_template(tools=tools)
+            return str(self._tokenizer.get_chat_template(tools=tools))
         except ValueError as error:
             raise RequestError(f"`messages`: the model has no chat template for them: {error}") from error
-        return template_names(source)
 
     def render(self, chat: Chat) -> str:
         """The prompt text of a chat. Raises RequestError where the template refuses it."""
