@@ -69,15 +69,16 @@ def test_another_step_than_the_drivers_is_noticed(driver: EngineDriver, engine: 
 
 
 def test_copying_blocks_changes_none(engine: Engine) -> None:
-    before = [cache.keys.clone() for cache in engine.kv_caches]
+    caches = engine.runner.kv_caches
+    before = [cache.keys.clone() for cache in caches]
     assert any(keys.any() for keys in before)
-    assert 1e-7 < engine._runner.measure_copy_seconds() < 0.1
-    assert all((keys == cache.keys).all() for keys, cache in zip(before, engine.kv_caches, strict=True))
+    assert 1e-7 < engine.runner.host.measure_copy_seconds() < 0.1
+    assert all((keys == cache.keys).all() for keys, cache in zip(before, caches, strict=True))
 
 
 def test_the_bytes_of_a_token_fill_the_cache(engine: Engine, config: Config) -> None:
     tokens = engine.stats().kv_blocks_total * config.block_size
-    assert 0.99 * (1 << 26) < tokens * kv_bytes_per_token(engine.kv_caches) <= 1 << 26
+    assert 0.99 * (1 << 26) < tokens * kv_bytes_per_token(engine.runner.kv_caches) <= 1 << 26
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def make_engine(default_model: ModelFiles) -> MakeEngine:
 
 @pytest.fixture
 def fake_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
-    """An engine over a `FakeRunner`, which is its `_runner`. It takes microseconds a token."""
+    """An engine over a `FakeRunner`, which is its `runner`. It takes microseconds a token."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
     from fake_runner import make_fake_engine
 

@@ -100,7 +100,7 @@ def make_fake_engine(
     takes_all_cores: bool = False,
     num_speculative_tokens: int = 0,
 ) -> Engine:
-    """An engine whose `_runner` is a `FakeRunner`."""
+    """An engine whose `runner` is a `FakeRunner`."""
     runner = FakeRunner(vocab_size, num_blocks, block_size, num_host_blocks)
     pool = BlockPool(num_blocks, block_size, prefix_caching, num_host_blocks)
     policy = PriorityAge(alpha=10.0, beta=1.0)

@@ -39,14 +39,14 @@ def model(fake_engine: Any, tokenizer: Tokenizer) -> Model:
 def gate(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """(event that the engine sets when it begins a step, event that it waits for then)."""
     reached, opened = threading.Event(), threading.Event()
-    run = model.engine._runner.run
+    run = model.engine.runner.run
 
     def run_behind_gate(plan: Any) -> Any:
         reached.set()
         assert opened.wait(SECONDS)
         return run(plan)
 
-    monkeypatch.setattr(model.engine._runner, "run", run_behind_gate)
+    monkeypatch.setattr(model.engine.runner, "run", run_behind_gate)
     yield reached, opened
     opened.set()
 
@@ -60,7 +60,7 @@ def test_when_the_engine_fails_every_task_ends(
     tasks = [server.submit([5, number], max_tokens=50, **REPEAT) for number in range(3)]
     assert reached.wait(SECONDS)
     tasks.append(server.submit([5, 9], max_tokens=50, **REPEAT))  # still on its way to the engine
-    model.engine._runner.is_lost = True
+    model.engine.runner.is_lost = True
     if not cancel_works:
         monkeypatch.setattr(model.engine, "cancel", None)
     opened.set()
@@ -74,7 +74,7 @@ def test_when_the_engine_fails_every_task_ends(
         server.submit([5], **REPEAT).result(SECONDS)
     server.stop()
     if cancel_works:
-        model.engine._runner.is_lost = False
+        model.engine.runner.is_lost = False
         assert model.predict("again", max_tokens=2, **REPEAT)
 
 
@@ -110,7 +110,7 @@ def test_tasks_end_when_their_server_stops_and_those_of_others_go_on(model: Any,
     opened.set()
     assert kept.result(SECONDS)
     other.stop()
-    assert model.engine._runner.num_tokens < 100
+    assert model.engine.runner.num_tokens < 100
     assert model.engine.stats().kv_blocks_used == 0
 
 
@@ -138,7 +138,7 @@ def test_a_stop_string_ends_a_task_that_nobody_waits_for(model: Any) -> None:
     with ModelServer(model) as server:
         forgotten = server.submit([5], max_tokens=300, stop=[word * 3], **REPEAT)
         server.submit([6], max_tokens=300, **REPEAT).result(SECONDS)
-        computed = model.engine._runner.num_tokens
+        computed = model.engine.runner.num_tokens
         assert forgotten.result(SECONDS) == ""
     assert computed < 320
 

@@ -85,7 +85,7 @@ def test_the_books_are_checked_when_the_engine_idles(fake_engine: Any, helpers: 
     engine = fake_engine(VOCAB)
     engine.add(helpers.make_add("a", [1, 2], **GREEDY))
     helpers.run_until_idle(engine)
-    engine._scheduler.pool.allocate(1)  # a block that nobody will give back
+    engine.scheduler.pool.allocate(1)  # a block that nobody will give back
     engine.add(helpers.make_add("b", [1, 2], **GREEDY))
     with pytest.raises(BlockPoolError):
         helpers.run_until_idle(engine)
@@ -95,7 +95,7 @@ def test_a_sequence_that_is_left_over_is_noticed(fake_engine: Any, helpers: Any)
     engine = fake_engine(VOCAB)
     engine.add(helpers.make_add("a", [1, 2], **GREEDY))
     engine.step()
-    engine._scheduler._waiting.push(
+    engine.scheduler._waiting.push(
         "a sequence that nobody knows", view_of(helpers.make_request("", [1])), 0.0
     )
     engine.cancel("a", Outcome.CANCELLED)
@@ -106,7 +106,7 @@ def test_a_sequence_that_is_left_over_is_noticed(fake_engine: Any, helpers: Any)
 def test_the_last_tokens_leave_before_the_books_are_checked(fake_engine: Any, helpers: Any) -> None:
     engine = fake_engine(VOCAB)
     engine.add(helpers.make_add("a", [1, 2], **GREEDY))
-    engine._scheduler.pool.allocate(1)
+    engine.scheduler.pool.allocate(1)
     outputs = [output for _ in range(5) for output in engine.step().outputs]
     assert outputs[-1].outcome is Outcome.LENGTH
     with pytest.raises(BlockPoolError):

@@ -55,10 +55,10 @@ def test_decode_steps_of_the_default_model_are_captured_and_change_no_token(
     if not has(*INTEGER_PRODUCTS):
         pytest.skip("this processor lacks AVX2, FMA or F16C")
     engine = load_engine(Config(kv_cache_bytes=1 << 24, max_num_seqs=4), default_model)
-    assert engine._runner._captured_step is not None
+    assert engine.runner._captured_step is not None
     answers = []
-    for captured in (engine._runner._captured_step, None):
-        engine._runner._captured_step = captured
+    for captured in (engine.runner._captured_step, None):
+        engine.runner._captured_step = captured
         for uid in "ab":
             engine.add(helpers.make_add(uid, [19, 100 + ord(uid)], temperature=0.0, max_tokens=12))
         outputs = helpers.run_until_idle(engine)

@@ -65,7 +65,7 @@ BAD: dict[str, tuple[list[int], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", BAD)
 def test_a_request_that_raises_fails_alone(fake_engine: Any, helpers: Any, expected: Any, kind: str) -> None:
     engine = fake_engine()
-    engine._runner.poison = {POISON}
+    engine.runner.poison = {POISON}
     prompt, sampling = BAD[kind]
     engine.add(helpers.make_add("bad", prompt, priority=1, **{"max_tokens": 8, **sampling}))
     add_others(engine, helpers)
@@ -78,7 +78,7 @@ def test_a_request_that_raises_fails_alone(fake_engine: Any, helpers: Any, expec
 @pytest.mark.parametrize("token", [POISON, NAN], ids=["raises", "is not finite"])
 def test_several_at_once(fake_engine: Any, helpers: Any, expected: Any, token: int) -> None:
     engine = fake_engine()
-    engine._runner.poison, engine._runner.nan = {POISON}, {NAN}
+    engine.runner.poison, engine.runner.nan = {POISON}, {NAN}
     engine.add(helpers.make_add("bad 1", [1, token, 3], **GREEDY))
     add_others(engine, helpers)
     engine.add(helpers.make_add("bad 2", [4, token, 6, 7], **SEEDED))
@@ -94,7 +94,7 @@ def test_among_preempted_sequences(
     fake_engine: Any, helpers: Any, expected: Any, prefix_caching: bool
 ) -> None:
     engine = fake_engine(num_blocks=18, prefix_caching=prefix_caching)
-    engine._runner.poison, engine._runner.nan = {POISON}, {NAN}
+    engine.runner.poison, engine.runner.nan = {POISON}, {NAN}
     engine.add(helpers.make_add("bad 1", [1, 2], **{**GREEDY, "logit_bias": {POISON: 100.0}}))
     add_others(engine, helpers)
     engine.add(helpers.make_add("bad 2", [1, 2, *range(20), NAN], priority=2, **GREEDY))
@@ -112,7 +112,7 @@ def test_numbers_that_are_not_finite_fail_their_request(
     fake_engine: Any, helpers: Any, expected: Any, prompt: list[int], sampling: dict[str, Any]
 ) -> None:
     engine = fake_engine()
-    engine._runner.nan = {NAN}
+    engine.runner.nan = {NAN}
     for time in ("first", "again, with the cache warm"):
         engine.add(helpers.make_add(f"bad {time}", prompt, **sampling))
         add_others(engine, helpers)
@@ -126,11 +126,11 @@ def test_an_error_of_every_request_ends_the_engine(fake_engine: Any, helpers: An
     engine = fake_engine()
     add_others(engine, helpers)
     engine.step()
-    engine._runner.is_lost = True
-    runs = engine._runner.num_runs
+    engine.runner.is_lost = True
+    runs = engine.runner.num_runs
     with pytest.raises(RuntimeError, match="the device is lost"):
         engine.step()
-    assert engine._runner.num_runs == runs + 1
+    assert engine.runner.num_runs == runs + 1
 
 
 def test_an_error_of_large_batches_fails_nobody(
@@ -138,14 +138,14 @@ def test_an_error_of_large_batches_fails_nobody(
 ) -> None:
     """Such as when memory for a batch's activations is short."""
     engine = fake_engine()
-    run = engine._runner.run
+    run = engine.runner.run
 
     def run_few(plan: Any) -> Any:
         if len(plan.scheduled) > 3:
             raise MemoryError("too large a batch")
         return run(plan)
 
-    monkeypatch.setattr(engine._runner, "run", run_few)
+    monkeypatch.setattr(engine.runner, "run", run_few)
     add_others(engine, helpers)
     assert texts_of(helpers.run_until_idle(engine), helpers) == expected
 

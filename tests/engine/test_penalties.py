@@ -85,7 +85,7 @@ def test_a_step_that_is_repeated_books_its_token_once(fake_engine: Any, helpers:
     texts = []
     for poison in (set(), {59}):
         engine = fake_engine()
-        engine._runner.poison = poison
+        engine.runner.poison = poison
         engine.add(helpers.make_add("a", [1, 2], logit_bias={59: -100.0}, **PENALTIES))
         for number in range(4):
             engine.step()

@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
 def ranked(make_engine: Any) -> Iterator[Any]:
     engine = make_engine(tensor_parallel_size=RANKS, **SETTINGS)
     yield engine
-    engine._runner._ranks.close()
+    engine.runner._ranks.close()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_tokens_are_those_of_one(make_engine: Any, ranked: Any, helpers: Any, pr
         assert [helpers.tokens_of(each) for each in answers(ranked, helpers, prompts)] == expected
     assert ranked.stats().preemptions_total > 0
     assert ranked.stats().prefix_cache_hit_tokens_total > 0
-    assert ranked._runner.num_blocks == one._runner.num_blocks
+    assert ranked.runner.num_blocks == one.runner.num_blocks
     for prompt, tokens in zip(prompts[1:3], expected[1:3], strict=True):
         (alone,) = answers(ranked, helpers, [prompt])
         assert helpers.tokens_of(alone) == tokens
@@ -70,7 +70,7 @@ def test_tokens_are_those_of_one(make_engine: Any, ranked: Any, helpers: Any, pr
 
 def test_blocks_go_to_host_memory_and_back_on_all_ranks(ranked: Any, helpers: Any, prompts: Any) -> None:
     """The tokens that follow a prompt whose cached blocks were away and came back to other places."""
-    runner, ids = ranked._runner, torch.tensor(prompts[3][:40])
+    runner, ids = ranked.runner, torch.tensor(prompts[3][:40])
     scores: list[torch.Tensor] = []
     for tables in ([[0, 1, 2]], [[5, 6, 7]]):
         if not scores:
@@ -99,7 +99,7 @@ def test_log_probabilities_are_those_of_one(
 
 
 def test_the_group_ends_with_a_rank(ranked: Any, helpers: Any, prompts: Any) -> None:
-    processes = [psutil.Process(pid) for pid in ranked._runner._ranks.pids]
+    processes = [psutil.Process(pid) for pid in ranked.runner._ranks.pids]
     assert len(processes) == RANKS - 1
     told: list[Exception] = []
     ranked.on_loss(told.append)

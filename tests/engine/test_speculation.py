@@ -76,7 +76,7 @@ def test_tokens_are_those_that_come_without(
         def step() -> None:
             for output in engine.step().outputs:
                 outputs.setdefault(output.uid, []).append(output)
-            engine._scheduler.check()
+            engine.scheduler.check()
 
         messages: list[Add] = []
         for number, (num_prompt, num_output, kind, priority, pause) in enumerate(shapes):
@@ -137,7 +137,7 @@ def test_numbers_behind_a_guess_that_are_not_finite_cost_the_guess_alone(
     speculating_engine: Any, helpers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = speculating_engine()
-    run = engine._runner.run
+    run = engine.runner.run
 
     def run_with_nan(plan: Any) -> torch.Tensor:
         hidden: torch.Tensor = run(plan)
@@ -145,7 +145,7 @@ def test_numbers_behind_a_guess_that_are_not_finite_cost_the_guess_alone(
             hidden[3:] = torch.nan  # behind the third guess
         return hidden
 
-    monkeypatch.setattr(engine._runner, "run", run_with_nan)
+    monkeypatch.setattr(engine.runner, "run", run_with_nan)
     engine.add(helpers.make_add("a", [1, 1, 1], **ONES))
     outputs = helpers.run_until_idle(engine)["a"]
     assert helpers.tokens_of(outputs) == [1] * 31

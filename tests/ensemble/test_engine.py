@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
-from fastserve.ensemble.control_messages import CancelById, HealthReport, Released
-from fastserve.scheduling.capacity import Ended, EngineCapacity, Finished, Preempted, ResumeList
+from fastserve.ensemble.control_messages import CancelById, HealthReport
+from fastserve.scheduling.capacity import Ended, EngineCapacity, Finished, Preempted, Released, ResumeList
 from fastserve.types import (
     Add,
     Cancel,

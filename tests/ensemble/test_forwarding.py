@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fastserve.checkpoints.model_files import ModelFiles
-from fastserve.ensemble.control_messages import Queued, Rejected, Released, SchedulerOutput
+from fastserve.ensemble.control_messages import Queued, Rejected, SchedulerOutput
+from fastserve.scheduling.capacity import Released
 from fastserve.types import (
     Failure,
     Outcome,

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fastserve.ensemble.control_messages import BlockUnload, CancelById, Queued, Released
+from fastserve.ensemble.control_messages import BlockUnload, CancelById, Queued
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.scheduling.capacity import EngineCapacity, ReplicaCapacity
+from fastserve.scheduling.capacity import EngineCapacity, Released, ReplicaCapacity
 from fastserve.types import Cancel, Outcome, RequestOutput, encode
 
 CAPACITY = EngineCapacity(10**9, 0.0, [ReplicaCapacity("x", 0, 0, 10**6, 10**6, 10**6, 0)])

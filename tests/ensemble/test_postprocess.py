@@ -117,8 +117,8 @@ def test_of_200_secrets_in_prompts_and_answers_95_in_100_are_masked_in_the_reque
         request = msgspec.structs.replace(a_request(uid), prompt=f"My secret is {secret}, keep it")
         half = len(token_ids) // 2  # the answer comes in two pieces, of which neither has all of it
         postprocess.outputs(first(request, *token_ids[:half]), last(uid, *token_ids[half:]))
-    postprocess.model._request_log.close()
-    postprocess.model._request_log = RequestLog(None)
+    postprocess.model._accounts.request_log.close()
+    postprocess.model._accounts.request_log = RequestLog(None)
     records = [json.loads(line) for line in request_log.read_text().splitlines()]
     assert [each["uid"] for each in records] == [f"r{number}" for number in range(200)]
     for field in ("prompt", "answers"):
@@ -147,8 +147,8 @@ def test_each_request_is_one_line_of_the_request_log_however_it_ends(
     postprocess.outputs(
         RequestOutput("a", [begins], a_request("a", tenant="t")), RequestOutput("a", [ending], final=True)
     )
-    postprocess.model._request_log.close()
-    postprocess.model._request_log = RequestLog(None)
+    postprocess.model._accounts.request_log.close()
+    postprocess.model._accounts.request_log = RequestLog(None)
     [record] = [json.loads(line) for line in request_log.read_text().splitlines()]
     assert (record["outcome"], record.get("code"), record["tenant"]) == (outcome, code, "t")
     assert (record["prompt_tokens"], record["cached_tokens"]) == (3, 2)

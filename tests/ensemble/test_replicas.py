@@ -244,7 +244,7 @@ def make_system(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
         monkeypatch.setattr(ThreadWorker, "make_engine", make_engine, raising=False)
         config = Config(replicas=replicas, policy=policy, stream_interval_ms=0.0)
         for module in (engine_relay, scheduler_module):
-            monkeypatch.setattr(module, "read_config", lambda: config)
+            monkeypatch.setattr(module, "start_model", lambda: config)
         scheduler, engine = scheduler_module.SchedulerModel(), engine_relay.EngineModel()
         scheduler.initialize({})
         engine.initialize({})

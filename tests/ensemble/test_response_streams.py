@@ -37,10 +37,12 @@ def a_request(uid: str) -> Request:
 
 def responses(num_streams: int, interval: float = 0.0) -> list[int]:
     """Of each stream in steps that bring it a token each; 100 a second are shared, by all streams but two."""
+    from fastserve.ensemble.response_interval import ResponseInterval
     from fastserve.ensemble.response_stream import ResponseStream
     from fastserve.ensemble.response_streams import ResponseStreams
 
-    streams = ResponseStreams(threading.RLock(), interval, 100, 2, lambda _: None, lambda _: None)
+    shares = ResponseInterval(interval, 100, 2)
+    streams = ResponseStreams(threading.RLock(), shares, lambda _: None, lambda _: None)
     senders = [CountingSender() for _ in range(num_streams)]
     for number, sender in enumerate(senders):
         streams.add(ResponseStream(a_request(str(number)), sender, 1))

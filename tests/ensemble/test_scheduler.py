@@ -10,12 +10,13 @@ import msgspec
 import pytest
 
 from fastserve.config import Config, TenantQuota
-from fastserve.ensemble.control_messages import HealthReport, Released
+from fastserve.ensemble.control_messages import HealthReport
 from fastserve.scheduling.capacity import (
     EngineCapacity,
     Event,
     Finished,
     Preempted,
+    Released,
     ReplicaCapacity,
     ResumeList,
 )
@@ -67,7 +68,7 @@ def make_scheduler(pb_utils: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
     steps = []
 
     def make(**settings: Any) -> Scheduler:
-        monkeypatch.setattr(module, "read_config", lambda: Config(**settings))
+        monkeypatch.setattr(module, "start_model", lambda: Config(**settings))
         model = module.SchedulerModel()
         model.initialize({})
         steps.append(model)

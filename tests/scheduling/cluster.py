@@ -9,16 +9,17 @@ from dataclasses import dataclass, field
 from tests.scheduling.conftest import sequences_of
 
 from fastserve.scheduling.admission import AdmissionQueue
+from fastserve.scheduling.batch_report import report_batch
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.capacity import (
     EngineCapacity,
     Event,
-    Outbox,
     Preempted,
     ReplicaCapacity,
     TenantTokens,
 )
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
+from fastserve.scheduling.outbox import Outbox
 from fastserve.scheduling.policies.fair import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST
 from fastserve.scheduling.policies.policy import Policy
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence
@@ -211,18 +212,13 @@ class Cluster:
 
     def capacity_of(self, worker: Worker) -> ReplicaCapacity:
         scheduler = worker.scheduler
-        lowest = scheduler.lowest_running(16)
         return ReplicaCapacity(
             incarnation="a",
             received=worker.received,
             arrived=worker.arrived,
-            free_slots=scheduler.free_slots,
-            free_blocks=scheduler.free_blocks,
-            free_tokens=scheduler.free_tokens,
             num_running=scheduler.num_running,
             num_blocks=scheduler.pool.num_blocks,
-            running_ranks=[sequence.rank for sequence in lowest],
-            running_blocks=[scheduler.blocks_left_by(sequence) for sequence in lowest],
+            **report_batch(scheduler, 16)._asdict(),
         )
 
     def release(self) -> None:

@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 from tests.scheduling.conftest import a_request, a_view
 
 from fastserve.errors import ErrorCode, RequestError
-from fastserve.scheduling.admission import AdmissionQueue, Release
+from fastserve.scheduling.admission import AdmissionQueue
 from fastserve.scheduling.capacity import (
     Ended,
     EngineCapacity,
     Event,
-    Outbox,
     Preempted,
+    Released,
     ReplicaCapacity,
     ResumeList,
     TenantTokens,
 )
+from fastserve.scheduling.outbox import Outbox
 from fastserve.scheduling.policies.fair import Fair
 from fastserve.scheduling.policies.mlfq import MLFQ
 from fastserve.scheduling.policies.policy import Policy
@@ -66,7 +67,7 @@ def told(admission: AdmissionQueue, serial: int, *replicas: ReplicaCapacity, **f
     return uids(admission.release(0.0))
 
 
-def uids(releases: list[Release]) -> list[str]:
+def uids(releases: list[Released]) -> list[str]:
     return [release.request.uid for release in releases]
 
 

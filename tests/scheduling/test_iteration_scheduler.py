@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.scheduling.conftest import POLICIES, a_request, sequences_of
 
+from fastserve.scheduling.batch_report import free_blocks, lowest_running
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.block_tables import RESERVED_TOKENS, CacheTooSmallError
 from fastserve.scheduling.iteration_scheduler import (
@@ -140,7 +141,7 @@ def test_a_higher_key_takes_a_slot_from_the_lowest_at_the_next_step() -> None:
     assert plan.preempted == [low]
     assert chunks(plan) == [("high", 1), ("middle", 1)]
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_preemptions) == (2, 1, 1)
-    assert (scheduler.free_slots, scheduler.lowest_running(1)) == (-1, [middle])
+    assert (scheduler.free_slots, lowest_running(scheduler, 1)) == (-1, [middle])
     assert (low.token_ids, low.num_computed_tokens, low.block_table) == ([1, 7], 0, [])
     scheduler.remove("high", now=0.0)
     assert chunks(step(scheduler)) == [("middle", 1), ("low", 1)]
@@ -379,7 +380,7 @@ def test_a_removed_request_leaves_nothing_behind(steps: int) -> None:
     assert scheduler.remove("r", now=0.0) == siblings
     assert scheduler.remove("r", now=0.0) == []
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.free_slots) == (0, 0, 4)
-    assert scheduler.lowest_running(4) == []
+    assert lowest_running(scheduler, 4) == []
     scheduler.pool.check([])
 
 
@@ -490,7 +491,7 @@ def test_room_is_kept_for_the_next_tokens_of_those_that_run() -> None:
     scheduler = a_scheduler(num_blocks=num_kept + 1, block_size=4, max_num_batched_tokens=64)
     runs = add(scheduler, sequences_of(a_request("runs", [1] * 8, max_tokens=1000)))
     step(scheduler)
-    assert scheduler.free_blocks == 1
+    assert free_blocks(scheduler) == 1
     add(scheduler, some("waits", [2] * 9))
     assert step(scheduler).preempted == []
     assert scheduler.num_waiting == 1
@@ -782,7 +783,7 @@ class BatchMachine(RuleBasedStateMachine):
     def may_preempt(self, first: Sequence, rank: tuple[float, ...], other: Sequence) -> bool:
         """As the policy says, which may want all blocks to be kept."""
         policy, pool = self.scheduler.policy, self.scheduler.pool
-        away = self.scheduler._preemption._num_left
+        away = self.scheduler.preemption._num_left
         wanted = pool.num_used + sum(away.values()) - away.get((first.request.uid, first.index), 0)
         wanted += -(-first.num_tokens // self.block_size)
         wanted += sum(map(self.reserve, self.scheduler._running))
@@ -827,7 +828,10 @@ class BatchMachine(RuleBasedStateMachine):
         assert not self.scheduler._sequences
         assert not self.scheduler._waiting_siblings
         assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
-        assert (self.scheduler.free_slots, self.scheduler.free_blocks) == (self.max_num_seqs, self.num_blocks)
+        assert (self.scheduler.free_slots, free_blocks(self.scheduler)) == (
+            self.max_num_seqs,
+            self.num_blocks,
+        )
 
 
 TestBatchMachine = BatchMachine.TestCase

@@ -9,8 +9,7 @@ from tests.scheduling.conftest import POLICIES, QUICK, a_view
 
 from fastserve.scheduling.policies.fcfs import FCFS
 from fastserve.scheduling.policies.mlfq import MLFQ
-from fastserve.scheduling.policies.strict_priority import StrictPriority
-from fastserve.scheduling.waiting_queue import QueueFullError, WaitingQueue
+from fastserve.scheduling.waiting_queue import WaitingQueue
 from fastserve.types import RequestView
 
 
@@ -21,15 +20,6 @@ def test_ties_go_to_the_earlier_arrival_then_to_the_earlier_push() -> None:
     queue.push("early, second", a_view("3", arrival=1.0), 2.0)
     queue.push("high", a_view("4", arrival=2.0, priority=5), 2.0)
     assert [queue.pop(2.0) for _ in range(4)] == ["high", "early", "early, second", "late"]
-
-
-def test_a_full_queue_refuses() -> None:
-    queue: WaitingQueue[str] = WaitingQueue(StrictPriority(), capacity=1)
-    queue.push("a", a_view("a"), 0.0)
-    with pytest.raises(QueueFullError, match="1 wait already; allowed: at most 1"):
-        queue.push("b", a_view("b", priority=9), 0.0)
-    queue.pop(0.0)
-    queue.push("b", a_view("b", priority=9), 0.0)
 
 
 def test_a_sequence_waits_once() -> None:

@@ -52,11 +52,11 @@ def calibrate_engine(engine: Engine, config: Config, model: str, seed: int) -> S
         if time.monotonic() > end:
             break
     driver.clear()
-    bytes_per_token = kv_bytes_per_token(engine.kv_caches)
+    bytes_per_token = kv_bytes_per_token(engine.runner.kv_caches)
     fit = fit_step_time([sample.work for sample in samples], [sample.seconds for sample in samples])
     return StepTimeModel(
         **dict(zip(StepTimeModel.TERMS, fit.coefficients, strict=True)),
-        copy_bytes_per_second=engine.block_size * bytes_per_token / engine.block_copy_seconds,
+        copy_bytes_per_second=engine.block_size * bytes_per_token / engine.scheduler.pool.host.copy_seconds,
         kv_bytes_per_token=bytes_per_token,
         model=model,
         machine=machine(),

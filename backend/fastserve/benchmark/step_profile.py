@@ -94,11 +94,11 @@ def profile_steps(
     """
     config, files = Config(model=model, speculative_method="none"), locate(model)
     engine = load_engine(config, files)
-    decoder = engine.model
+    decoder = engine.runner.model
     if not isinstance(decoder, Decoder):
         raise ModelError("the model is not a decoder of FastServe's own on a CPU")
     driver = EngineDriver(engine, config, seed)
-    profiler = _Profiler(decoder, engine.kv_caches, machine, config, context_len)
+    profiler = _Profiler(decoder, engine.runner.kv_caches, machine, config, context_len)
     for count in num_seqs:
         if not driver.add([context_len] * count):
             raise ConfigError(f"--clients: {count} sequences of {context_len} tokens do not fit the engine")

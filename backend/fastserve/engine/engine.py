@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from msgspec.structs import replace
 
 from fastserve.engine.compute_errors import not_computed
@@ -24,10 +25,8 @@ from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import SampledToken, Sampler, SamplingState
 from fastserve.engine.speculator import Speculator
 from fastserve.engine.step_computation import StepComputation
-from fastserve.engine.verification import Verification
 from fastserve.errors import ErrorCode, RequestError, invalid, prompt_too_long
-from fastserve.models.causal_lm import CausalLM
-from fastserve.models.kv_cache import KVCaches
+from fastserve.scheduling.batch_report import report_batch
 from fastserve.scheduling.block_tables import CacheTooSmallError
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
@@ -78,8 +77,8 @@ class Engine:
         `takes_all_cores`: whether the model's kernels run on all cores that this process may use.
         """
         self.max_model_len = max_model_len
-        self._runner = runner
-        self._scheduler = scheduler
+        self.runner = runner
+        self.scheduler = scheduler
         self._sampler = sampler
         self._speculator = speculator
         self._computation = StepComputation(runner, sampler, self._state_of)
@@ -103,20 +102,10 @@ class Engine:
         """Whether the scheduler's books have changed since they were checked."""
 
     @property
-    def model(self) -> CausalLM:
-        """What computes its steps."""
-        return self._runner.model
-
-    @property
-    def kv_caches(self) -> KVCaches:
-        """The KV cache's tensors, by layer."""
-        return self._runner.kv_caches
-
-    @property
     def has_work(self) -> bool:
         """Whether `step` has something to do; when the last request has ended, that is to check the books."""
         is_to_check = self._is_unchecked and not self._active
-        return bool(self._scheduler.has_sequences or self._guide_queue or self._outputs or is_to_check)
+        return bool(self.scheduler.has_sequences or self._guide_queue or self._outputs or is_to_check)
 
     @property
     def num_preempted(self) -> int:
@@ -131,16 +120,11 @@ class Engine:
     @property
     def block_size(self) -> int:
         """Tokens in a KV block."""
-        return self._scheduler.pool.block_size
-
-    @property
-    def block_copy_seconds(self) -> float:
-        """Measured, of one KV block to host memory or back; 0 without such memory."""
-        return self._scheduler.pool.host.copy_seconds
+        return self.scheduler.pool.block_size
 
     def on_loss(self, tell: Callable[[Exception], None]) -> None:
         """Has `tell` called, from another thread, when a rank that computes with this one has ended."""
-        self._runner.on_loss = tell
+        self.runner.on_loss = tell
 
     def add(self, message: Add) -> None:
         """Takes a request in. One that cannot be served ends with a failure at the next step.
@@ -188,18 +172,18 @@ class Engine:
                 if (error := sampling.append(token_id)) is not None:
                     self._fail(request.uid, error)
                     return
-            self._scheduler.add(sequence, time.monotonic())
+            self.scheduler.add(sequence, time.monotonic())
 
     def resume(self, uid: str, index: int) -> None:
         """Lets a sequence that waits in the common queue run again; nothing happens if it has ended."""
         self._received += 1
         if (sequence := self._preempted.pop((uid, index), None)) is not None:
-            self._scheduler.add(sequence, time.monotonic())
+            self.scheduler.add(sequence, time.monotonic())
 
     def forget(self, uid: str) -> None:
         """Lets go of a preempted request with one sequence, silently: another worker goes on with it."""
         if (sequence := self._preempted.pop((uid, 0), None)) is not None:
-            self._scheduler.forget(uid, 0)
+            self.scheduler.forget(uid, 0)
             self._speculator.forget(sequence)
             del self._active[uid]
 
@@ -232,10 +216,10 @@ class Engine:
         self._speculator.forget(state.sequences.pop(index).sequence)
         key = (state.request.uid, index)
         if self._preempted.pop(key, None) is not None:
-            self._scheduler.forget(*key)
+            self.scheduler.forget(*key)
             self._ended.append(key)
         else:
-            self._scheduler.remove(*key, now=time.monotonic())
+            self.scheduler.remove(*key, now=time.monotonic())
         if not state.sequences:
             del self._active[state.request.uid]
 
@@ -249,14 +233,15 @@ class Engine:
         self._expire(time.monotonic())
         self._start_compiled()
         self._check_when_idle()
-        plan = self._speculator.extend(self._plan(), self._scheduler.reserve)
+        plan = self._speculator.extend(self._plan(), self.scheduler.reserve)
         preempted = self._hand_back() if self._has_common_queue else []
-        self._runner.copy_blocks(plan)
+        self.runner.copy_blocks(plan)
         if plan.scheduled:
             started = time.perf_counter()
-            tokens = compute_isolated(plan.scheduled, self._computation.compute, self._runner.probe)
-            self._scheduler.observe(plan, time.perf_counter() - started)
+            tokens = compute_isolated(plan.scheduled, self._computation.compute, self.runner.probe)
+            self.scheduler.observe(plan, time.perf_counter() - started)
             self._take_tokens(plan.scheduled, tokens)
+            self._speculator.verify(plan.scheduled, tokens, self._is_active, self._draw_next)
             self._speculator.observe_step(plan, time.perf_counter() - started)
         outputs, self._outputs = self._outputs, []
         ended, self._ended = self._ended, []
@@ -264,7 +249,7 @@ class Engine:
 
     def _hand_back(self) -> list[RequestView]:
         """Takes what the plan left waiting out of the scheduler: it waits in the common queue."""
-        waiting = self._scheduler.take_waiting()
+        waiting = self.scheduler.take_waiting()
         self._preempted |= {(each.request.uid, each.index): each for each in waiting}
         return [sequence.view for sequence in waiting]
 
@@ -277,7 +262,7 @@ class Engine:
 
     def _start_compiled(self) -> None:
         """Starts requests whose guide is compiled; waits a little for one if there is nothing else to do."""
-        for message, guide in self._guide_queue.pop_compiled(has_time=not self._scheduler.has_sequences):
+        for message, guide in self._guide_queue.pop_compiled(has_time=not self.scheduler.has_sequences):
             if isinstance(guide, RequestError):
                 self._refuse(message.request, guide)
             else:
@@ -286,33 +271,22 @@ class Engine:
     def _check_when_idle(self) -> None:
         """Checks the books when nothing is held, and nobody waits for the time that it takes."""
         if self._is_unchecked and not self._active:
-            self._scheduler.check()
+            self.scheduler.check()
             self._is_unchecked = False
 
     def _plan(self) -> StepPlan:
         while True:
             try:
-                return self._scheduler.plan(time.monotonic())
+                return self.scheduler.plan(time.monotonic())
             except CacheTooSmallError as error:
                 self._fail(error.sequence.request.uid, RequestError(str(error)))
 
-    def _take_tokens(self, items: list[ScheduledSequence], tokens: list[SampledToken | None]) -> None:
-        """Takes the step's tokens; then, a position at a time, those behind proposals that were right, as if
-        they came of a step of decodes."""
-        pairs = zip(items, tokens, strict=True)
-        verifications = [Verification(item, token) for item, token in pairs if token and item.proposed]
-        self._take_position(items, tokens)
-        left = verifications
-        while left := [each for each in left if self._is_active(each.item.sequence) and each.accept()]:
-            logits = {each.item.sequence: each.logits for each in left}
-            sample = partial(self._computation.sample, logits)
-            decodes = [ScheduledSequence(sequence, 1) for sequence in logits]
-            tokens = compute_isolated(decodes, sample, self._runner.probe)
-            self._take_position(decodes, tokens)
-            for each, token in zip(left, tokens, strict=True):
-                each.token = token
-        for each in verifications:
-            self._speculator.observe(each.item, each.num_accepted)
+    def _draw_next(self, logits: dict[Sequence, torch.Tensor]) -> list[SampledToken | None]:
+        """Draws and takes one token more of each sequence from its logits [vocab]: a step of decodes."""
+        decodes = [ScheduledSequence(sequence, 1) for sequence in logits]
+        tokens = compute_isolated(decodes, partial(self._computation.sample, logits), self.runner.probe)
+        self._take_tokens(decodes, tokens)
+        return tokens
 
     def _is_active(self, sequence: Sequence) -> bool:
         """Whether the sequence has not ended."""
@@ -322,11 +296,11 @@ class Engine:
     def _state_of(self, sequence: Sequence) -> SamplingState:
         return self._active[sequence.request.uid].sequences[sequence.index]
 
-    def _take_position(self, items: list[ScheduledSequence], tokens: list[SampledToken | None]) -> None:
+    def _take_tokens(self, items: list[ScheduledSequence], tokens: list[SampledToken | None]) -> None:
         """Marks the items as computed, fails requests with an error, and gives the others their tokens."""
         computed = list(zip(items, tokens, strict=True))
         kept = [item for item, token in computed if token is None or token.error is None]
-        self._scheduler.mark_computed(StepPlan(kept, []), time.monotonic())
+        self.scheduler.mark_computed(StepPlan(kept, []), time.monotonic())
         for item, token in computed:
             if token is not None and token.error is not None:
                 self._fail(item.sequence.request.uid, token.error)
@@ -374,18 +348,14 @@ class Engine:
 
         Requests whose guide is being compiled have their slots already.
         """
-        scheduler = self._scheduler
-        lowest = scheduler.lowest_running(MAX_RANKS)
+        scheduler = self.scheduler
+        report = report_batch(scheduler, MAX_RANKS)
         waiting_for_guide = sum(message.request.sampling.n for message in self._guide_queue)
         return EngineStats(
             received=self._received,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting + len(self._preempted),
-            free_slots=scheduler.free_slots - waiting_for_guide,
-            free_blocks=scheduler.free_blocks,
-            free_tokens=scheduler.free_tokens,
-            running_ranks=[sequence.rank for sequence in lowest],
-            running_blocks=[scheduler.blocks_left_by(sequence) for sequence in lowest],
+            **report._replace(free_slots=report.free_slots - waiting_for_guide)._asdict(),
             kv_blocks_total=scheduler.pool.num_blocks,
             kv_blocks_used=scheduler.pool.num_used,
             step_tokens=step_tokens,

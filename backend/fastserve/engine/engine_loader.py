@@ -13,11 +13,12 @@ from fastserve.config import Config
 from fastserve.engine.engine import Engine
 from fastserve.engine.guides import GuideCompiler
 from fastserve.engine.kv_scales import choose_kv_cache
-from fastserve.engine.model_runner import DEFAULT_CPU_CACHE_BYTES, ModelRunner
+from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.ranked_model_runner import RankedModelRunner
 from fastserve.engine.ranks import start_ranks
 from fastserve.engine.sampler import Sampler
 from fastserve.engine.speculator import Speculator
+from fastserve.models.kv_cache import default_cache_bytes
 from fastserve.models.model_loader import load_model
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
@@ -52,9 +53,9 @@ def load_engine(
         torch.get_num_threads() * num_workers >= len(os.sched_getaffinity(0))
     )
     pool = BlockPool(
-        runner.num_blocks, config.block_size, config.enable_prefix_caching, runner.num_host_blocks
+        runner.num_blocks, config.block_size, config.enable_prefix_caching, runner.host.num_blocks
     )
-    pool.host.copy_seconds = runner.measure_copy_seconds()
+    pool.host.copy_seconds = runner.host.measure_copy_seconds()
     scheduler = IterationScheduler(
         pool,
         make_policy(config),
@@ -98,16 +99,14 @@ def load_runner(
         group=group,
     )
     kv_dtype, kv_scales = choose_kv_cache(config.kv_cache_dtype, files, model)
+    num_sharing = sum(choose_device(config.device, each) == device for each in range(config.replicas))
     runner = ModelRunner(
         model,
         config.block_size,
-        config.kv_cache_bytes
-        if group is None
-        else (config.kv_cache_bytes or DEFAULT_CPU_CACHE_BYTES) // ranks,
+        (config.kv_cache_bytes or default_cache_bytes(model.device, num_sharing)) // ranks,
         kv_dtype,
         kv_scales,
         swap_space_bytes=config.swap_space_bytes // ranks,
-        num_sharing=sum(choose_device(config.device, each) == device for each in range(config.replicas)),
     )
     runner.warm_up(max(max_decode_tokens(config), min(config.max_num_batched_tokens, MAX_CAPTURED_TOKENS)))
     return runner

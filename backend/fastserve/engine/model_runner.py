@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,12 +17,6 @@ from fastserve_kernels.attention_metadata import AttentionMetadata
 if TYPE_CHECKING:
     from fastserve.models.captured_step import CapturedStep
 
-DEFAULT_CPU_CACHE_BYTES = 1 << 30
-COPIED_BLOCKS, COPIES = 32, 3
-"""By which the time of a copy is measured, when the engine is loaded: some milliseconds."""
-GPU_MEMORY_SHARE = 0.9
-"""The share of a GPU's memory that model and cache may fill; the rest is for activations."""
-
 
 class ModelRunner:
     """Holds the paged KV cache of a model and runs the model over step plans."""
@@ -37,35 +29,21 @@ class ModelRunner:
         kv_dtype: torch.dtype,
         kv_scales: list[KVScales] | None,
         swap_space_bytes: int = 0,
-        num_sharing: int = 1,
     ) -> None:
-        """`kv_cache_bytes` 0: 1 GiB on a CPU, most of what is free on a GPU. A `kv_dtype` of 8 bits needs
-        each layer's scales. `swap_space_bytes`: of host memory, for blocks that make way for others.
-        `num_sharing`: replicas that share the GPU."""
+        """A `kv_dtype` of 8 bits needs each layer's scales. `swap_space_bytes`: of host memory, for blocks
+        that make way for others."""
         self.model = model
         self.block_size = block_size
-        budget = kv_cache_bytes or self._default_cache_bytes(num_sharing)
         bytes_per_block = num_elements(model.kv_cache_shapes(1, block_size)) * kv_dtype.itemsize
-        self.num_blocks = max(1, budget // bytes_per_block)
+        self.num_blocks = max(1, kv_cache_bytes // bytes_per_block)
         shapes = model.kv_cache_shapes(self.num_blocks, block_size)
         self.kv_caches = make_kv_caches(shapes, kv_dtype, model.device, kv_scales)
-        self.num_host_blocks = swap_space_bytes // bytes_per_block
-        self._host = HostKVCache(self.kv_caches, self.num_host_blocks)
+        self.host = HostKVCache(self.kv_caches, swap_space_bytes // bytes_per_block)
         one_block = model.kv_cache_shapes(1, block_size)
         self._probe_caches = make_kv_caches(one_block, kv_dtype, model.device, kv_scales)
         self._captured_step: CapturedStep | None = None
         self.on_loss: Callable[[Exception], None] = lambda error: None
         """Called, from another thread, with what has ended another rank (`RankedModelRunner`)."""
-
-    def _default_cache_bytes(self, num_sharing: int) -> int:
-        if self.model.device.type != "cuda":
-            return DEFAULT_CPU_CACHE_BYTES
-        free, total = torch.cuda.mem_get_info(self.model.device)
-        left = free - int(total * (1 - GPU_MEMORY_SHARE))
-        if num_sharing > 1:  # the others may not have taken theirs yet
-            taken = torch.cuda.memory_allocated(self.model.device)
-            left = min(left, int(total * GPU_MEMORY_SHARE / num_sharing) - taken)
-        return max(0, left)
 
     @torch.inference_mode()
     def warm_up(self, max_captured_tokens: int) -> None:
@@ -82,21 +60,6 @@ class ModelRunner:
         self._captured_step = capture_step(
             self.model, self.kv_caches, max_captured_tokens, max_blocks, self.block_size
         )
-
-    def measure_copy_seconds(self) -> float:
-        """Of one KV block to host memory or back; 0 without such memory. Blocks hold what they held."""
-        num_blocks = min(COPIED_BLOCKS, self.num_blocks, self.num_host_blocks)
-        pairs = [(number, number) for number in range(num_blocks)]
-        if not pairs:
-            return 0.0
-        seconds = []
-        for _ in range(1 + COPIES):
-            start = time.perf_counter()
-            self._host.copy(pairs, pairs)
-            if self.model.device.type == "cuda":
-                torch.cuda.synchronize(self.model.device)
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[1:]) / (2 * num_blocks)  # the first takes pages from the system
 
     @torch.inference_mode()
     def probe(self) -> None:
@@ -115,7 +78,7 @@ class ModelRunner:
 
     def copy_blocks(self, plan: StepPlan) -> None:
         """Copies the KV blocks that the plan swaps out, then those that it swaps in."""
-        self._host.copy(plan.copies_out, plan.copies_in)
+        self.host.copy(plan.copies_out, plan.copies_in)
 
     def run(self, plan: StepPlan) -> torch.Tensor:
         """Computes the plan's tokens, proposed ones among them, and writes their keys and values.

@@ -4,7 +4,7 @@ A step that computes a sequence's last token computes guesses of those that foll
 were a chunk of a prompt, so that the logits behind each guess are there. Then tokens are drawn one by one as
 ever: with the random number of their position, from the logits as the request's parameters and the tokens
 before change them. While the token that is drawn is the one that was guessed, the next can be drawn, too
-(`Engine._take_tokens`).
+(`Speculator.verify`).
 
 So the tokens are those that come without speculation, greedy or drawn, whatever is proposed: on a CPU to
 the last bit, since there a token's numbers do not depend on what is computed along with it. This is also the
@@ -25,14 +25,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from fastserve.engine.draft import Draft
+from fastserve.engine.sampler import SampledToken
 from fastserve.engine.step_seconds import StepSeconds
+from fastserve.engine.verification import Verification
 from fastserve.scheduling.sequence import ScheduledSequence, Sequence, StepPlan
 
 MARGIN = 1.1
 """What is measured is not exact: a guess that brings less than this above its cost is not worth it."""
 Reserve = Callable[[Sequence, int], int]
 """Makes room for so many tokens beyond a sequence's own; returns for how many there is."""
+IsActive = Callable[[Sequence], bool]
+"""Whether a sequence has not ended."""
+Draw = Callable[[dict[Sequence, torch.Tensor]], list[SampledToken | None]]
+"""Draws a token of each sequence from its logits [vocab], and takes it."""
 
 
 class Speculator:
@@ -121,6 +129,27 @@ class Speculator:
         if num_rows >= self._max_rows or (self._target and seconds + per_row > self._target):
             return False
         return probability * seconds > MARGIN * per_row * num_expected
+
+    def verify(
+        self,
+        items: list[ScheduledSequence],
+        tokens: list[SampledToken | None],
+        is_active: IsActive,
+        draw: Draw,
+    ) -> None:
+        """Has the tokens behind proposals that were right drawn, a position at a time; learns how many were.
+
+        `tokens`: the step's own, which have been taken.
+        """
+        pairs = zip(items, tokens, strict=True)
+        verifications = [Verification(item, token) for item, token in pairs if token and item.proposed]
+        left = verifications
+        while left := [each for each in left if is_active(each.item.sequence) and each.accept()]:
+            drawn = draw({each.item.sequence: each.logits for each in left})
+            for each, token in zip(left, drawn, strict=True):
+                each.token = token
+        for each in verifications:
+            self.observe(each.item, each.num_accepted)
 
     def observe_step(self, plan: StepPlan, seconds: float) -> None:
         """Learns how long a plan has taken, the drawing of its tokens included."""

@@ -11,7 +11,8 @@ from msgspec.structs import replace
 
 from fastserve.ensemble.messaging import call
 from fastserve.errors import RequestError
-from fastserve.scheduling.capacity import EngineCapacity, Event, Outbox, ResumeList, TenantTokens
+from fastserve.scheduling.capacity import EngineCapacity, Event, ResumeList, TenantTokens
+from fastserve.scheduling.outbox import Outbox
 from fastserve.service_thread import ServiceThread
 from fastserve.types import Resume
 

@@ -6,14 +6,8 @@ from typing import Any
 
 from msgspec import Struct
 
+from fastserve.scheduling.capacity import Released
 from fastserve.types import Failure, Outcome, Request
-
-
-class Released(Struct, frozen=True, tag=True):
-    """From `scheduler`: a request runs now, on that replica."""
-
-    request: Request
-    replica: int
 
 
 class Queued(Struct, frozen=True, tag=True):

@@ -13,14 +13,12 @@ held for the bookkeeping only: nothing is sent under it, to the server or into a
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from functools import partial
 from typing import Any
 
 from fastserve.checkpoints.model_files import locate
-from fastserve.config import read_config
 from fastserve.engine.worker_pipe import FromWorker
 from fastserve.ensemble.cancellation import RecentCancellations
 from fastserve.ensemble.capacity_publisher import CapacityPublisher
@@ -28,23 +26,22 @@ from fastserve.ensemble.control_messages import (
     BlockUnload,
     CancelById,
     HealthReport,
-    Released,
     SchedulerOutput,
 )
 from fastserve.ensemble.engine_replica import EngineReplica
 from fastserve.ensemble.forwarding import relay_queue_message
 from fastserve.ensemble.messaging import dispatch_each, message_of, send_error, send_final
 from fastserve.ensemble.metrics import EngineMetrics
+from fastserve.ensemble.model_start import start_model
 from fastserve.ensemble.readiness import Readiness
 from fastserve.ensemble.replica_health import ReplicaHealth
+from fastserve.ensemble.response_interval import response_interval
 from fastserve.ensemble.response_stream import ResponseStream
 from fastserve.ensemble.response_streams import ResponseStreams
-from fastserve.ensemble.server_death import leave_with_server
-from fastserve.ensemble.shared_secret import server_secret
 from fastserve.ensemble.spent_requests import SpentRequests
 from fastserve.ensemble.tenant_tokens import TenantTokenCounter
 from fastserve.errors import ErrorCode, invalid
-from fastserve.scheduling.capacity import Ended, EngineCapacity, Finished, Preempted, ResumeList
+from fastserve.scheduling.capacity import Ended, EngineCapacity, Finished, Preempted, Released, ResumeList
 from fastserve.scheduling.policies.policy import Policy
 from fastserve.scheduling.policies.registry import make_policy
 from fastserve.text.stop_conditions import external_stop, has_expired
@@ -52,28 +49,16 @@ from fastserve.types import Add, Cancel, Failure, Outcome, Ready, RequestView, R
 
 logger = logging.getLogger(__name__)
 
-STREAMS_PER_CORE, RESPONSES_PER_CORE = 2, 160
-"""Of few streams each token is sent as it comes. Those beyond share responses, each of which takes 0.6 ms of
-a core from the model: of 32 streams on two cores, 600 a second in place of 320 cost a tenth of the tokens."""
-
 
 class EngineModel:
     """Triton server's Python model `engine`."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Starts the workers, and waits until all are ready. Raises TritonModelException if one ends."""
-        leave_with_server()
-        server_secret()  # made while there is shared memory for it
-        config = read_config()
+        config = start_model()
         self._lock = threading.RLock()
-        cores, rate = len(os.sched_getaffinity(0)), config.max_responses_per_second
         self._streams = ResponseStreams(
-            self._lock,
-            config.stream_interval_ms / 1000,
-            rate or RESPONSES_PER_CORE * cores,
-            0 if rate else STREAMS_PER_CORE * cores,
-            self._give_up,
-            self._tell_finished,
+            self._lock, response_interval(config), self._give_up, self._tell_finished
         )
         self._cancelled = RecentCancellations(config.max_request_seconds)
         self._spent = SpentRequests(config.max_request_seconds)

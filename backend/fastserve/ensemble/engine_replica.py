@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -11,10 +10,9 @@ from fastserve.config import Config
 from fastserve.engine.worker_pipe import FromWorker
 from fastserve.ensemble.metrics import Counter
 from fastserve.ensemble.worker_supervisor import WorkerSupervisor
+from fastserve.scheduling.batch_report import BatchReport
 from fastserve.scheduling.capacity import ReplicaCapacity
 from fastserve.types import Add, Cancel, EngineStats, Forget, Ready, Resume
-
-logger = logging.getLogger(__name__)
 
 
 class EngineReplica:
@@ -77,26 +75,14 @@ class EngineReplica:
     @property
     def capacity(self) -> ReplicaCapacity:
         """What the worker could take, and which releases that accounts for."""
-        stats = self.stats
+        stats, arrived = self.stats, self._arrived
         if stats is None:
-            return ReplicaCapacity(
-                incarnation=self._incarnation,
-                received=self._arrived,
-                arrived=self._arrived,
-                free_slots=0,
-                free_blocks=0,
-                free_tokens=0,
-                num_running=0,
-            )
+            return ReplicaCapacity(self._incarnation, received=arrived, arrived=arrived)
         return ReplicaCapacity(
             incarnation=self._incarnation,
-            received=self._arrived - (self._sent - stats.received),
-            arrived=self._arrived,
-            free_slots=stats.free_slots,
-            free_blocks=stats.free_blocks,
-            free_tokens=stats.free_tokens,
+            received=arrived - (self._sent - stats.received),
+            arrived=arrived,
             num_running=stats.running,
             num_blocks=stats.kv_blocks_total,
-            running_ranks=stats.running_ranks,
-            running_blocks=stats.running_blocks,
+            **{name: getattr(stats, name) for name in BatchReport._fields},
         )

@@ -19,7 +19,6 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from fastserve.access.request_log import open_request_log, refused
-from fastserve.config import read_config
 from fastserve.ensemble.control_messages import CancelById
 from fastserve.ensemble.door import Door
 from fastserve.ensemble.forwarding import FAILED, forwarded_id
@@ -31,9 +30,8 @@ from fastserve.ensemble.messaging import (
     strings,
 )
 from fastserve.ensemble.metrics import requests_total
+from fastserve.ensemble.model_start import start_model
 from fastserve.ensemble.readiness import report_health
-from fastserve.ensemble.server_death import leave_with_server
-from fastserve.ensemble.shared_secret import server_secret
 from fastserve.errors import ErrorCode, RequestError, invalid, read_error
 from fastserve.service_thread import ServiceThread
 from fastserve.text.validation import coerce
@@ -93,9 +91,7 @@ class InferModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Starts the threads that send cancellations and look for clients that have cancelled."""
-        leave_with_server()
-        server_secret()  # made while there is shared memory for it
-        config = read_config()
+        config = start_model()
         self._door = Door(config, MODEL)
         self._request_log = open_request_log(config)
         threading.stack_size(STACK_BYTES)

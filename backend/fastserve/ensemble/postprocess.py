@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from msgspec.structs import replace
 
-from fastserve.access.request_log import open_request_log, record_of
 from fastserve.checkpoints.model_files import locate
-from fastserve.config import read_config
 from fastserve.ensemble.forwarding import is_forwarded, send_failure
 from fastserve.ensemble.messaging import message_of, numbers, send_end, send_error, send_final, strings
-from fastserve.ensemble.metrics import ResponseMetrics
-from fastserve.ensemble.server_death import leave_with_server
-from fastserve.ensemble.shared_secret import server_secret
+from fastserve.ensemble.model_start import start_model
+from fastserve.ensemble.request_accounts import RequestAccount, RequestAccounts, outcome_of
 from fastserve.ensemble.stop_sender import StopSender
 from fastserve.errors import ErrorCode, RequestError, invalid
-from fastserve.scheduling.request_labels import RequestLabels
 from fastserve.text.output_processor import OutputProcessor, Response
 from fastserve.text.tokenizer import load_tokenizer
 from fastserve.types import Cancel, Outcome, OutputOptions, Request, RequestOutput
@@ -43,16 +38,11 @@ class RequestState:
 
     request: Request
     output_processor: OutputProcessor
-    first_token: float
-    """Its time, `time.monotonic()`."""
+    account: RequestAccount
     next_question: float
     """When to ask whether its client has cancelled: not before the first token, which would wait for it."""
-    num_tokens: int = 0
     is_cancelled: bool = False
     """Its client has cancelled, and the stop is on its way to `engine`."""
-    num_cached_tokens: int = 0
-    answers: list[str] = field(default_factory=list)
-    """The text so far of each sequence, where the request log has texts."""
     failure: RequestError | None = None
     """Why no more is sent of it; its client is told with its last output."""
 
@@ -73,14 +63,11 @@ class PostprocessModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the tokenizer, and starts the thread that sends stops."""
-        leave_with_server()
-        server_secret()  # made while there is shared memory for it
-        config = read_config()
+        config = start_model()
         self._tokenizer = load_tokenizer(locate(config.model))
         self._states: dict[str, RequestState] = {}
-        self._metrics = ResponseMetrics(RequestLabels(config))
+        self._accounts = RequestAccounts(config)
         self._stops = StopSender()
-        self._request_log = open_request_log(config)
         self._next_sweep = 0.0
 
     def execute(self, requests: list[Any]) -> None:
@@ -108,7 +95,8 @@ class PostprocessModel:
         if now >= self._next_sweep:
             self._sweep(now)
         processor = OutputProcessor(self._tokenizer, request)
-        state = self._states[output.uid] = RequestState(request, processor, now, now + QUESTION_SECONDS)
+        account = RequestAccount(request, now)
+        state = self._states[output.uid] = RequestState(request, processor, account, now + QUESTION_SECONDS)
         return state
 
     def _answer(
@@ -125,48 +113,17 @@ class PostprocessModel:
             if not output.final and state.is_newly_cancelled(triton_request, now):
                 self._stops.send(Cancel(output.uid, Outcome.CANCELLED))
             if output.final:  # whoever has the whole answer finds it counted
-                self._count(state, output, now)
+                del self._states[output.uid]
+                self._accounts.count(state.account, output, now)
                 send_final(sender, self._push(state, output))
-                self._log(state, _outcome(output), now)
-            else:  # each metric is a message to the server, for which tokens do not wait
+                self._accounts.log(state.account, outcome_of(output), now)
+            else:
                 send_final(sender, self._push(state, output))
-                self._count(state, output, now)
+                self._accounts.count(state.account, output, now)
         elif output.final:
             raise state.failure
         else:
             send_final(sender)
-
-    def _count(self, state: RequestState, output: RequestOutput, now: float) -> None:
-        num_tokens = sum(len(each.token_ids) for each in output.outputs)
-        if output.request is not None and num_tokens > 0:
-            self._metrics.observe_first_token(output.request, now)
-        state.num_tokens += num_tokens
-        for each in output.outputs:
-            state.num_cached_tokens = max(state.num_cached_tokens, each.num_cached_tokens)
-        self._metrics.count_tokens(state.request, num_tokens, now)
-        if output.final:
-            self._metrics.report_tokens()
-            del self._states[output.uid]
-            self._metrics.observe_end(
-                state.request, _outcome(output), state.num_tokens, state.first_token, now
-            )
-
-    def _log(self, state: RequestState, outcome: Outcome, now: float, code: str = "") -> None:
-        """Writes the request into the request log. `code`: of the error that it has ended with."""
-        if not self._request_log.is_enabled:
-            return
-        record = record_of(state.request, outcome.value, now)
-        first_token = round(state.first_token - state.request.arrival, 6) if state.num_tokens else None
-        self._request_log.write(
-            replace(
-                record,
-                code=code,
-                cached_tokens=state.num_cached_tokens,
-                output_tokens=state.num_tokens,
-                first_token_seconds=first_token,
-                answers=state.answers or None,
-            )
-        )
 
     def _push(self, state: RequestState, output: RequestOutput) -> pb_utils.InferenceResponse | None:
         response = state.output_processor.push(output)
@@ -174,9 +131,7 @@ class PostprocessModel:
             self._stops.send(Cancel(output.uid, Outcome.STOP, index))
         if response is None:
             return None
-        if self._request_log.has_text:
-            before = state.answers or [""] * len(response.text)
-            state.answers = [text + new for text, new in zip(before, response.text, strict=True)]
+        self._accounts.keep_text(state.account, response.text)
         return pb_utils.InferenceResponse(output_tensors=_tensors(response, state.request.output))
 
     def _fail(
@@ -198,7 +153,7 @@ class PostprocessModel:
             return
         self._end(output.uid)
         if state is not None:
-            self._log(state, _outcome(output), time.monotonic(), error.code.value)
+            self._accounts.log(state.account, outcome_of(output), time.monotonic(), error.code.value)
         if is_forwarded(state.request if state is not None else output.request):
             send_failure(sender, error)
         else:
@@ -207,8 +162,7 @@ class PostprocessModel:
     def _end(self, uid: str) -> None:
         """Ends a request that has failed here: the engine stops it, and its further outputs are dropped."""
         if self._states.pop(uid, None) is not None:
-            self._metrics.requests.add(1, Outcome.ERROR.value)
-            self._metrics.report_tokens()
+            self._accounts.count_failed()
             self._stops.send(Cancel(uid, Outcome.CANCELLED))
 
     def _sweep(self, now: float) -> None:
@@ -222,12 +176,7 @@ class PostprocessModel:
     def finalize(self) -> None:
         """Ends the threads."""
         self._stops.close()
-        self._request_log.close()
-
-
-def _outcome(output: RequestOutput) -> Outcome:
-    """How the request of a last output ended."""
-    return (output.outputs[-1].outcome if output.outputs else None) or Outcome.ERROR
+        self._accounts.close()
 
 
 def _as_request_error(error: Exception) -> RequestError:

@@ -14,13 +14,12 @@ import triton_python_backend_utils as pb_utils
 from fastserve.access.request_log import open_request_log, refused
 from fastserve.checkpoints.model_files import locate
 from fastserve.checkpoints.model_metadata import context_length, model_vocab_size
-from fastserve.config import Config, is_stopping, read_config
+from fastserve.config import Config, is_stopping
 from fastserve.ensemble.door import Door
 from fastserve.ensemble.guide_checks import GuideChecks
 from fastserve.ensemble.messaging import error_response, message_response, read_inputs
 from fastserve.ensemble.metrics import requests_total
-from fastserve.ensemble.server_death import leave_with_server
-from fastserve.ensemble.shared_secret import server_secret
+from fastserve.ensemble.model_start import start_model
 from fastserve.errors import ErrorCode, RequestError
 from fastserve.text.input_processor import InputProcessor, ParsedRequest
 from fastserve.text.tokenizer import load_tokenizer
@@ -34,9 +33,7 @@ class PreprocessModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Loads the tokenizer."""
-        leave_with_server()
-        server_secret()  # made while there is shared memory for it
-        config = read_config()
+        config = start_model()
         self._door = Door(config, "fastserve")
         self._request_log = open_request_log(config)
         self._input_processor = _load_input_processor(config)

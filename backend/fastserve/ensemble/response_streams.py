@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 
+from fastserve.ensemble.response_interval import ResponseInterval
 from fastserve.ensemble.response_stream import ResponseStream
 from fastserve.errors import ErrorCode
 from fastserve.types import Failure, Outcome
@@ -23,20 +24,14 @@ class ResponseStreams:
     def __init__(
         self,
         lock: threading.RLock,
-        interval: float,
-        responses_per_second: int,
-        num_unlimited_streams: int,
+        interval: ResponseInterval,
         on_unsent: Callable[[ResponseStream], None],
         on_finished: Callable[[ResponseStream], None],
     ) -> None:
-        """`interval`: the least seconds between two responses of a stream. Those beyond so many streams share
-        `responses_per_second`, by which all have to wait longer. Under the lock are called
-        `on_unsent` for a stream whose response could not be sent: it has ended for its client, and
-        `on_finished` once for each that is forgotten."""
+        """Under the lock are called `on_unsent` for a stream whose response could not be sent: it has ended
+        for its client, and `on_finished` once for each that is forgotten."""
         self._lock = lock
         self._interval = interval
-        self._responses_per_second = responses_per_second
-        self._num_unlimited_streams = num_unlimited_streams
         self._on_unsent = on_unsent
         self._on_finished = on_finished
         self._streams: dict[str, ResponseStream] = {}
@@ -66,8 +61,7 @@ class ResponseStreams:
     def send_due(self, now: float) -> None:
         """Sends the responses that are due, without the lock."""
         with self._lock:
-            num_sharing = len(self._streams) - self._num_unlimited_streams
-            interval = max(self._interval, num_sharing / self._responses_per_second)
+            interval = self._interval.seconds(len(self._streams))
             due = [stream for stream in self._streams.values() if stream.is_due(now, interval)]
             for stream in due:
                 self._take(stream)

@@ -15,19 +15,16 @@ from functools import partial
 from typing import Any
 
 from fastserve.access.request_log import open_request_log, refused
-from fastserve.config import read_config
-from fastserve.ensemble.control_messages import Released
 from fastserve.ensemble.door import TenantQuotas
 from fastserve.ensemble.forwarding import answer_queued, is_forwarded, send_rejected
 from fastserve.ensemble.messaging import dispatch_each, message_of, message_response, send_error, send_final
 from fastserve.ensemble.metrics import QueueMetrics
+from fastserve.ensemble.model_start import start_model
 from fastserve.ensemble.readiness import report_health
 from fastserve.ensemble.resume_sender import ResumeSender
-from fastserve.ensemble.server_death import leave_with_server
-from fastserve.ensemble.shared_secret import server_secret
 from fastserve.errors import ErrorCode, RequestError, invalid
 from fastserve.scheduling.admission import AdmissionQueue
-from fastserve.scheduling.capacity import EngineCapacity, ReplicaCapacity
+from fastserve.scheduling.capacity import EngineCapacity, Released, ReplicaCapacity
 from fastserve.scheduling.policies.registry import make_policy
 from fastserve.scheduling.quotas import QuotaError
 from fastserve.scheduling.request_labels import RequestLabels
@@ -42,9 +39,7 @@ class SchedulerModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Makes the queue, and starts the threads that serve its deadlines and tell what runs again."""
-        leave_with_server()
-        server_secret()  # made while there is shared memory for it
-        config = read_config()
+        config = start_model()
         self._tenant_quotas, labels = TenantQuotas(config), RequestLabels(config)
         self._quotas = self._tenant_quotas.quotas
         self._request_log = open_request_log(config)
@@ -52,7 +47,7 @@ class SchedulerModel:
             make_policy(config), config.max_queue_size, config.max_queue_seconds, self._quotas, labels
         )
         # The engine publishes its capacity when a first request has reached it: until then that is one slot.
-        one_slot = ReplicaCapacity("", 0, 0, free_slots=1, free_blocks=0, free_tokens=0, num_running=0)
+        one_slot = ReplicaCapacity(incarnation="", received=0, arrived=0, free_slots=1)
         self._admission.update(EngineCapacity(serial=0, time=0.0, replicas=[one_slot]), time.monotonic())
         self._senders: dict[str, Any] = {}
         self._metrics = QueueMetrics(labels)
@@ -124,9 +119,8 @@ class SchedulerModel:
 
     def _release(self, now: float) -> None:
         for released in self._admission.release(now):
-            request = released.request
-            self._send(Released(request, released.replica))
-            self._metrics.observe_wait(request, now)
+            self._send(released)
+            self._metrics.observe_wait(released.request, now)
         self._resumes.send(self._admission.take_resumes())
         self._metrics.report_waiting(self._admission.waiting_by_label(), now)
 

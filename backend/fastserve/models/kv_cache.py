@@ -16,8 +16,25 @@ KV_CACHE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: LARGEST_FP8}
 """The largest magnitude that a cache of 8 bits holds, before its scale."""
 
+DEFAULT_CPU_CACHE_BYTES = 1 << 30
+GPU_MEMORY_SHARE = 0.9
+"""The share of a GPU's memory that model and cache may fill; the rest is for activations."""
 KVCaches = list[KVCache]
 """The caches of a model, one per layer."""
+
+
+def default_cache_bytes(device: torch.device, num_sharing: int) -> int:
+    """For a cache of which the operator gives no size: 1 GiB on a CPU, most of what is free on a GPU.
+
+    `num_sharing`: replicas that share the GPU.
+    """
+    if device.type != "cuda":
+        return DEFAULT_CPU_CACHE_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    left = free - int(total * (1 - GPU_MEMORY_SHARE))
+    if num_sharing > 1:  # the others may not have taken theirs yet
+        left = min(left, int(total * GPU_MEMORY_SHARE / num_sharing) - torch.cuda.memory_allocated(device))
+    return max(0, left)
 
 
 def num_elements(shapes: KVCacheShapes) -> int:

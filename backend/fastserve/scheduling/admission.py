@@ -13,11 +13,12 @@ from fastserve.scheduling.capacity import (
     EngineCapacity,
     Event,
     Finished,
-    Outbox,
     Preempted,
+    Released,
     ResumeList,
     TenantTokens,
 )
+from fastserve.scheduling.outbox import Outbox
 from fastserve.scheduling.policies.policy import Policy, Rank
 from fastserve.scheduling.prefix_index import block_hashes
 from fastserve.scheduling.quotas import Quotas
@@ -41,14 +42,6 @@ class Waiting:
     """Whether it may run elsewhere."""
     hashes: list[bytes] = field(default_factory=list)
     """Of the full blocks of its prompt."""
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A request that may run now, and where."""
-
-    request: Request
-    replica: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +214,7 @@ class AdmissionQueue:
         """The first by rank; None if nobody waits."""
         return self._waiting.peek(now)
 
-    def release(self, now: float) -> list[Release]:
+    def release(self, now: float) -> list[Released]:
         """The requests that run now, the first by rank first. They wait no longer.
 
         Preempted sequences whose turn it is are told by `take_resumes`.
@@ -229,7 +222,7 @@ class AdmissionQueue:
         if not self._has_engine_report:
             for replica in self._replicas:
                 replica.drop_lost(now)
-        released: list[Release] = []
+        released: list[Released] = []
         while (waiting := self._waiting.peek(now)) is not None:
             placement = self._place(waiting, now)
             if placement is None:
@@ -242,7 +235,7 @@ class AdmissionQueue:
             if waiting.request is None:
                 self._resumes.add(Resume(waiting.view.uid, waiting.view.index, placement.replica))
             else:
-                released.append(Release(waiting.request, placement.replica))
+                released.append(Released(waiting.request, placement.replica))
         return released
 
     # --- where it runs

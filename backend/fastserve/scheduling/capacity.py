@@ -1,6 +1,6 @@
 """What passes between the common queue and the engine: what it could take, and what runs again.
 
-    engine -> EngineCapacity -> queue        queue -> ResumeList -> engine
+    engine -> EngineCapacity -> queue        queue -> Released, ResumeList -> engine
 
 Numbers are absolute, so that a message that is lost or late does no harm. What happens once, and must not be
 lost, goes in numbered batches that are told again until the other side says that it knows them (`Outbox`).
@@ -8,13 +8,16 @@ lost, goes in numbered batches that are told again until the other side says tha
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
-
 from msgspec import Struct
 
-from fastserve.types import RequestView, Resume
+from fastserve.types import Request, RequestView, Resume
 
-T = TypeVar("T")
+
+class Released(Struct, frozen=True, tag=True):
+    """From `scheduler` to `engine`: a request runs now, on that replica."""
+
+    request: Request
+    replica: int
 
 
 class ReplicaCapacity(Struct, frozen=True):
@@ -26,13 +29,13 @@ class ReplicaCapacity(Struct, frozen=True):
     """Releases to this replica, since the server started, that the numbers below account for."""
     arrived: int
     """Releases to it that have come at all: a long step leaves `received` behind."""
-    free_slots: int
+    free_slots: int = 0
     """Sequences that could still be added to the batch."""
-    free_blocks: int
+    free_blocks: int = 0
     """KV blocks that could still be used."""
-    free_tokens: int
+    free_tokens: int = 0
     """What is left of the next step's token budget."""
-    num_running: int
+    num_running: int = 0
     num_blocks: int = 0
     """KV blocks in all."""
     running_ranks: list[tuple[float, ...]] = []
@@ -105,34 +108,3 @@ class ResumeList(Struct, frozen=True):
     """A batch: see `Outbox`."""
     num_waiting: int = 0
     """In the queue: while somebody waits, it wants to know of every change."""
-
-
-class Outbox(Generic[T]):
-    """What the other side must learn once. A batch stays the same until its number has been seen."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        """Of the present batch; each has a number one higher than the one before."""
-        self._batch: list[T] = []
-        self._next: list[T] = []
-
-    def add(self, item: T) -> None:
-        """Puts an item into the next batch."""
-        self._next.append(item)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to tell, as far as is known."""
-        return not self._batch and not self._next
-
-    def acknowledge(self, number: int) -> None:
-        """The other side has seen all batches up to that number."""
-        if number >= self.number:
-            self._batch = []
-
-    def batch(self) -> list[T]:
-        """What is to be told now, under `number`."""
-        if not self._batch and self._next:
-            self._batch, self._next = self._next, []
-            self.number += 1
-        return self._batch

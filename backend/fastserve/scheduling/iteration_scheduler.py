@@ -18,16 +18,13 @@ from __future__ import annotations
 from collections import Counter
 
 from fastserve.scheduling.block_pool import BlockPool, private_root_hash
-from fastserve.scheduling.block_tables import RESERVED_TOKENS, BlockTables
+from fastserve.scheduling.block_tables import BlockTables
 from fastserve.scheduling.policies.policy import Policy
 from fastserve.scheduling.preemption import Preemption, PreemptionKind, preemption_kind
 from fastserve.scheduling.sequence import Sequence, StepPlan
 from fastserve.scheduling.service_counter import ServiceCounter
 from fastserve.scheduling.token_budget import TokenBudget, order_of, share_budget
 from fastserve.scheduling.waiting_queue import WaitingQueue
-
-STEPS_UNDER_WAY = 2
-"""From the report of what is free to the plan with what was released for it."""
 
 
 class SchedulerError(Exception):
@@ -62,11 +59,11 @@ class IterationScheduler:
             )
         self.pool = pool
         self.policy = policy
-        self._tables = BlockTables(pool)
+        self.tables = BlockTables(pool)
         self._service = ServiceCounter(policy)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self._budget = TokenBudget(max_num_batched_tokens, target_itl_seconds)
+        self.budget = TokenBudget(max_num_batched_tokens, target_itl_seconds)
         self.num_preemptions = 0
         self.num_prefix_cache_hit_tokens = 0
         """Prompt tokens that were not computed because the cache had them; resumes are not counted."""
@@ -79,7 +76,7 @@ class IterationScheduler:
         self._running: list[Sequence] = []
         """By rank, the lowest, which runs first, in front."""
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(policy)
-        self._preemption = Preemption(pool, self._tables, policy, max_num_seqs)
+        self.preemption = Preemption(pool, self.tables, policy, max_num_seqs)
         self._waiting_siblings: dict[str, list[Sequence]] = {}
         """Sequences that wait for their request's sequence 0, by request."""
 
@@ -113,37 +110,9 @@ class IterationScheduler:
         """Sequences that could still be added to the batch; below zero when more wait than it has places."""
         return self.max_num_seqs - self.num_running - self.num_waiting
 
-    @property
-    def free_blocks(self) -> int:
-        """KV blocks beyond those in use and those that are kept for running sequences, which will have grown
-        when what is released now comes."""
-        tokens_ahead = RESERVED_TOKENS + STEPS_UNDER_WAY
-        reserved = (self._tables.reserved_blocks(each, tokens_ahead) for each in self._running)
-        return self.pool.num_free - sum(reserved)
-
-    @property
-    def free_tokens(self) -> int:
-        """What is left of the next step's token budget; below zero when prompts take more steps than one."""
-        missing = [each.num_tokens - each.num_computed_tokens for each in self._running]
-        return self._budget.tokens(missing.count(1)) - sum(missing)
-
-    def lowest_running(self, count: int) -> list[Sequence]:
-        """The running sequences that would be preempted first, by their ranks after the last step.
-
-        None while the policy would not preempt for the prompt of one step.
-        """
-        if not self._preemption.is_allowed(self._running, self.pool.blocks_for(self.max_num_batched_tokens)):
-            return []
-        self._running.sort(key=order_of)
-        return self._running[: -count - 1 : -1]
-
-    def blocks_left_by(self, sequence: Sequence) -> int:
-        """See `Preemption`: for a report, whose releases come to be planned `STEPS_UNDER_WAY` later."""
-        return self._preemption.blocks_left_by(sequence, RESERVED_TOKENS + STEPS_UNDER_WAY)
-
     def forget(self, uid: str, index: int) -> None:
         """A sequence that was handed back by `take_waiting` will not be added again."""
-        self._preemption.forget(uid, index)
+        self.preemption.forget(uid, index)
 
     def add(self, sequence: Sequence, now: float) -> None:
         """Takes a sequence in, new or taken out by `take_waiting`, to run when its turn comes.
@@ -151,7 +120,7 @@ class IterationScheduler:
         A request's sequence 0 is added before its others. Raises CacheTooSmallError, and ValueError for a
         sequence that is there already.
         """
-        self._tables.require_capacity(sequence)
+        self.tables.require_capacity(sequence)
         siblings = self._sequences.setdefault(sequence.request.uid, {})
         if sequence.index in siblings:
             raise ValueError(f"sequence {sequence.index} of request {sequence.request.uid} was added already")
@@ -163,7 +132,7 @@ class IterationScheduler:
             sequence.index > 0
             and leader
             and leader.num_generated_tokens == 0
-            and self._tables.uses_cache(sequence)
+            and self.tables.uses_cache(sequence)
         ):
             self._waiting_siblings.setdefault(sequence.request.uid, []).append(sequence)
         else:
@@ -220,14 +189,14 @@ class IterationScheduler:
         rank, max_tokens = self.policy.rank, self.pool.num_blocks * self.pool.block_size
         for sequence in self._running:
             if sequence.num_tokens > max_tokens:
-                self._tables.require_capacity(sequence)
+                self.tables.require_capacity(sequence)
             sequence.rank = rank(sequence.view, now)
         self._running.sort(key=order_of)
         preempted = self._extend_tables(now)
         self._admit(now, preempted)
         host = self.pool.host
         self.num_swapped_blocks += len(host.copies_in)
-        scheduled = share_budget(self._running, self._budget)
+        scheduled = share_budget(self._running, self.budget)
         return StepPlan(scheduled, preempted, host.copies_out, host.copies_in)
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> int:
@@ -271,8 +240,8 @@ class IterationScheduler:
 
     def observe(self, plan: StepPlan, seconds: float, num_steps: int = 1) -> None:
         """Learns how long a plan took to compute, or each of so many like it. Before `mark_computed`."""
-        self._budget.observe(plan.num_prompt_tokens, seconds, num_steps)
-        self.pool.host.recompute_seconds = self.pool.block_size * self._budget.prompt_token_seconds
+        self.budget.observe(plan.num_prompt_tokens, seconds, num_steps)
+        self.pool.host.recompute_seconds = self.pool.block_size * self.budget.prompt_token_seconds
 
     def check(self) -> None:
         """Raises SchedulerError unless each sequence is in one queue or in the batch, and BlockPoolError
@@ -303,7 +272,7 @@ class IterationScheduler:
                 sequence.block_table += pool.allocate(missing)
                 index += 1
             else:
-                victim = self._preemption.victim_for_blocks(self._running)
+                victim = self.preemption.victim_for_blocks(self._running)
                 index -= self._running.index(victim) < index
                 self.policy.on_evict(victim.view, now)
                 preempted.append(self._preempt(victim, now))
@@ -330,11 +299,11 @@ class IterationScheduler:
         other half-way.
         """
         # Its last token is always computed, in a block of its own.
-        if self._preemption.candidates(self._running, sequence, 1) is None:
+        if self.preemption.candidates(self._running, sequence, 1) is None:
             return None
-        cached = self._tables.match_prefix(sequence)
+        cached = self.tables.match_prefix(sequence)
         missing = self.pool.blocks_for(sequence.num_tokens) - len(cached)
-        candidates = self._preemption.candidates(self._running, sequence, missing)
+        candidates = self.preemption.candidates(self._running, sequence, missing)
         if candidates is None:
             self.pool.free(cached)
             return None
@@ -343,7 +312,7 @@ class IterationScheduler:
         for candidate in candidates:
             self._preempt(candidate, now)
         num_copies = len(self.pool.host.copies_in)
-        self._tables.fill(sequence, cached)
+        self.tables.fill(sequence, cached)
         view = sequence.view
         if view.num_served_tokens:
             num_copies = len(self.pool.host.copies_in) - num_copies
@@ -359,8 +328,8 @@ class IterationScheduler:
         return candidates
 
     def _preempt(self, sequence: Sequence, now: float) -> Sequence:
-        self._tables.retain(sequence)
-        self._preemption.leave(sequence)
+        self.tables.retain(sequence)
+        self.preemption.leave(sequence)
         self._leave_batch(sequence, retain=True)
         sequence.view.waiting_since = now
         sequence.view.num_tokens = sequence.num_tokens

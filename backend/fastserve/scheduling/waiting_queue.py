@@ -15,10 +15,6 @@ from fastserve.types import RequestView
 T = TypeVar("T")
 
 
-class QueueFullError(Exception):
-    """The queue holds as many items as it may."""
-
-
 @dataclass(slots=True)
 class _Entry(Generic[T]):
     item: T
@@ -36,10 +32,8 @@ class WaitingQueue(Generic[T]):
     comes to their top, and are rebuilt when most of one is dead.
     """
 
-    def __init__(self, policy: Policy, capacity: int | None = None) -> None:
-        """`capacity`: None for no bound."""
+    def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._capacity = capacity
         self._entries: dict[int, _Entry[T]] = {}
         """By number of push."""
         self._numbers: dict[tuple[str, int], int] = {}
@@ -67,12 +61,7 @@ class WaitingQueue(Generic[T]):
     def push(
         self, item: T, view: RequestView, now: float, *, label: Hashable = None, deadline: float | None = None
     ) -> None:
-        """`label`: what `count_by_label` counts it under.
-
-        Raises QueueFullError, and ValueError for a sequence that waits already.
-        """
-        if self._capacity is not None and len(self) >= self._capacity:
-            raise QueueFullError(f"{len(self)} wait already; allowed: at most {self._capacity}")
+        """`label`: what `count_by_label` counts it under. Raises ValueError for one that waits already."""
         key = (view.uid, view.index)
         if key in self._numbers:
             raise ValueError(f"sequence {view.index} of request {view.uid} waits already")

@@ -6,6 +6,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from typing import cast
 
+from fastserve.scheduling.batch_report import free_blocks, report_batch
 from fastserve.scheduling.block_pool import BlockPool
 from fastserve.scheduling.capacity import ReplicaCapacity
 from fastserve.scheduling.iteration_scheduler import IterationScheduler
@@ -80,19 +81,15 @@ class SimulatedReplica:
     def capacity(self) -> ReplicaCapacity:
         """What it could take, between two steps."""
         scheduler = self.scheduler
-        lowest = scheduler.lowest_running(self._settings.max_num_seqs)
-        self._reported_slots = scheduler.free_slots
+        report = report_batch(scheduler, self._settings.max_num_seqs)
+        self._reported_slots = report.free_slots
         return ReplicaCapacity(
             incarnation="simulated",
             received=self._num_received,
             arrived=self._num_arrived,
-            free_slots=self._reported_slots,
-            free_blocks=scheduler.free_blocks,
-            free_tokens=scheduler.free_tokens,
             num_running=scheduler.num_running,
             num_blocks=self._settings.num_blocks,
-            running_ranks=[sequence.rank for sequence in lowest],
-            running_blocks=[scheduler.blocks_left_by(sequence) for sequence in lowest],
+            **report._asdict(),
         )
 
     def start(self, now: float, somebody_waits: bool, has_free_slot: bool) -> list[SimulatedSequence]:
@@ -196,7 +193,7 @@ class SimulatedReplica:
         """Whether the longest request finds room even after so many steps."""
         scheduler, size = self.scheduler, self._settings.block_size
         growth = scheduler.num_running * (num_steps // size + 2)
-        return scheduler.free_blocks - growth >= self._max_request_blocks
+        return free_blocks(scheduler) - growth >= self._max_request_blocks
 
     @staticmethod
     def _work(plan: StepPlan) -> StepWork:
