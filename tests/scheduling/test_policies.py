@@ -361,6 +361,20 @@ def test_fair_the_tenant_served_least_goes_first_within_its_class() -> None:
     assert not policy.preempts(policy.rank(modest, 9.0), policy.rank(greedy, 9.0))
 
 
+def test_fair_who_lost_its_blocks_goes_on_before_others_of_its_class_until_it_is_admitted() -> None:
+    policy = Fair()
+    policy.on_tenant_service("greedy", 0, 100)
+    evicted, modest = a_view(tenant="greedy", arrival=1.0), a_view(tenant="modest")
+    urgent, older = a_view(tenant="modest", priority=1), a_view(tenant="greedy")
+    policy.on_evict(evicted, 2.0)
+    policy.on_enqueue(evicted, 2.0)
+    assert policy.rank(urgent, 2.0) < policy.rank(evicted, 2.0) < policy.rank(modest, 2.0)
+    assert policy.order(evicted, 2.0) < policy.order(older, 2.0)
+    assert not policy.preempts(policy.rank(evicted, 2.0), policy.rank(modest, 2.0))
+    policy.on_admit(evicted, 3.0)
+    assert policy.rank(modest, 3.0) < policy.rank(evicted, 3.0)
+
+
 def test_fair_idleness_saves_up_nothing() -> None:
     policy = Fair()
     policy.on_tenant_service("busy", 0, 1000)

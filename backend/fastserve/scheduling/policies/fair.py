@@ -11,6 +11,8 @@ from fastserve.types import RequestView
 PROMPT_TOKEN_COST = 1.0
 OUTPUT_TOKEN_COST = 2.0
 """As in the paper: what a token adds to its tenant's counter."""
+EVICTED = (1.0,)
+"""The state of a request that waits because KV blocks ran out."""
 MAX_IDLE_TENANTS = 1024
 """Clients name tenants freely: of more than these, those that were served least are forgotten."""
 
@@ -22,7 +24,8 @@ class Fair(Policy):
     tenant's weight. The request of the tenant with the lowest counter goes first, a tenant's own by arrival.
     The prompt is charged when the request is admitted, the answer as it is computed. A tenant who comes back
     is lifted to the lowest counter of those that wait, so that idleness saves up nothing. Nothing is
-    preempted for a slot but by a higher class.
+    preempted for a slot but by a higher class. One that lost its KV blocks goes on before the others of its
+    class, as if it ran still: the bound has its tokens already, among those that the batch can hold.
 
     Bound, of two tenants of weight 1 that both have requests waiting all the time, in any interval, with L
     the longest prompt and M the tokens that the batch can hold: their service differs by at most
@@ -47,11 +50,11 @@ class Fair(Policy):
         """The one that was the last to wait: when nobody does, its counter is what others are lifted to."""
 
     def rank(self, view: RequestView, now: float) -> Rank:
-        """(1, -class, counter of its tenant); of the starved (0, 0, counter)."""
+        """(1, -class, 0 if evicted else 1, counter of its tenant); of the starved (0, 0, 0 or 1, counter)."""
         counter = self._counters.get(view.tenant, 0.0)
         if now >= view.arrival + self._starvation_seconds:
-            return (0.0, 0.0, counter)
-        return (1.0, -view.priority, counter)
+            return (0.0, 0.0, _turn(view), counter)
+        return (1.0, -view.priority, _turn(view), counter)
 
     def preempts(self, rank: Rank, running: Rank) -> bool:
         """Only a higher class, none of the two having starved."""
@@ -62,8 +65,8 @@ class Fair(Policy):
         return (view.priority, view.tenant)
 
     def order(self, view: RequestView, now: float) -> Rank:
-        """(arrival,)"""
-        return (view.arrival,)
+        """(0 if evicted else 1, arrival)"""
+        return (_turn(view), view.arrival)
 
     def on_enqueue(self, view: RequestView, now: float) -> None:
         """Lifts the counter of a tenant of whom nothing waited."""
@@ -79,12 +82,17 @@ class Fair(Policy):
     def on_admit(self, view: RequestView, now: float) -> None:
         """Charges the prompt, once."""
         self._leave(view)
+        view.state = ()
         if view.num_served_tokens == 0:
             self._charge(view.tenant, PROMPT_TOKEN_COST * view.num_prompt_tokens)
 
     def on_abandon(self, view: RequestView) -> None:
         """One less waits."""
         self._leave(view)
+
+    def on_evict(self, view: RequestView, now: float) -> None:
+        """It goes on before others of its class: in its place they would use up the blocks that it left."""
+        view.state = EVICTED
 
     def on_service(
         self, view: RequestView, num_prompt_tokens: int, num_output_tokens: int, now: float
@@ -121,3 +129,8 @@ class Fair(Policy):
         if not self._num_waiting[view.tenant]:
             del self._num_waiting[view.tenant]
             self._last_tenant = view.tenant
+
+
+def _turn(view: RequestView) -> float:
+    """0 for a request that goes on before others of its class, else 1."""
+    return 0.0 if view.state == EVICTED else 1.0
