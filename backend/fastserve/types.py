@@ -81,6 +81,8 @@ class OutputOptions(Struct, frozen=True):
     token_ids: bool = False
     num_input_tokens: bool = False
     num_output_tokens: bool = False
+    timing: bool = False
+    """Why it took as long as it did: `ensemble.request_accounts.Timing`, with the last response."""
 
 
 class Request(Struct, frozen=True, tag=True):
@@ -115,6 +117,15 @@ class Request(Struct, frozen=True, tag=True):
         return len(self.prompt_token_ids) + self.sampling.n * self.sampling.max_tokens
 
 
+class Preemptions(Struct, frozen=True, array_like=True):
+    """What preemptions have cost a sequence so far."""
+
+    count: int = 0
+    num_recomputed_tokens: int = 0
+    num_swapped_tokens: int = 0
+    """Whose keys and values came back from host memory."""
+
+
 class RequestView(Struct, array_like=True):
     """What a policy sees of one sequence of a request, small enough to be sent about.
 
@@ -140,6 +151,7 @@ class RequestView(Struct, array_like=True):
     """The policy's own."""
     has_length_hint: bool = False
     """Whether `expected_output_tokens` is the client's forecast, and not only the most that it may be."""
+    preemptions: Preemptions = Preemptions()
 
 
 def view_of(request: Request, index: int = 0) -> RequestView:
@@ -235,6 +247,8 @@ class SequenceOutput(Struct, frozen=True):
     """Prompt tokens that came from the prefix cache; only with the first token."""
     outcome: Outcome | None = None
     """Set on the last output of this sequence."""
+    preemptions: Preemptions = Preemptions()
+    """With the last output."""
     failure: Failure | None = None
 
 
@@ -300,6 +314,10 @@ class RequestOutput(Struct, frozen=True):
     request: Request | None = None
     """With the first one only."""
     final: bool = False
+    released: float = 0.0
+    """With the first one: when the request left the queue."""
+    overtaken_by: int = 0
+    """With the first one: see `Released`."""
 
 
 T = TypeVar("T")

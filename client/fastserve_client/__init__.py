@@ -11,7 +11,7 @@ It needs `tritonclient`, grpcio, aiohttp and numpy; neither torch nor the rest o
 from fastserve_client.client import AsyncClient, Client
 from fastserve_client.encoder_request import Classification, RankedDocument, TokenLabel
 from fastserve_client.errors import DeadlineExceeded, FastServeError
-from fastserve_client.generation import Chunk, Completion, Generation, Logprob
+from fastserve_client.generation import Chunk, Completion, Generation, Logprob, Timing
 from fastserve_client.options import GuidedDecoding, Message, Options, Sampling
 from fastserve_client.stream import AsyncStream, Stream
 
@@ -32,5 +32,6 @@ __all__ = [
     "RankedDocument",
     "Sampling",
     "Stream",
+    "Timing",
     "TokenLabel",
 ]

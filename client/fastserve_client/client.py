@@ -110,26 +110,27 @@ class Client(_Connected[Transport], Closing):
 
     def embed(self, texts: Sequence[str], **options: Unpack[EmbedOptions]) -> np.ndarray:
         """The embeddings [len(texts), dimensions] float32. Raises FastServeError; ValueError for `texts`."""
-        return embeddings_of(self._infer(*embed_request(texts, options)))
+        return embeddings_of(self.infer(*embed_request(texts, options)))
 
     def classify(self, texts: Sequence[str], **options: Unpack[ClassifyOptions]) -> list[Classification]:
         """The label of each text. Raises as `embed`."""
-        return classes_of(self._infer(*classify_request(texts, options)))
+        return classes_of(self.infer(*classify_request(texts, options)))
 
     def label_tokens(
         self, texts: Sequence[str], **options: Unpack[ClassifyOptions]
     ) -> list[list[TokenLabel]]:
         """The labels of each text's tokens, by a model `classify` that has such. Raises as `embed`."""
-        return token_labels_of(self._infer(*classify_request(texts, options)))
+        return token_labels_of(self.infer(*classify_request(texts, options)))
 
     def rerank(
         self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]
     ) -> list[RankedDocument]:
         """The documents, the most relevant to the query first. Raises as `embed`."""
         request, timeout = rerank_request(query, documents, options)
-        return ranks_of(self._infer(request, timeout), options.get("top_n"))
+        return ranks_of(self.infer(request, timeout), options.get("top_n"))
 
-    def _infer(self, request: EncoderRequest, timeout: float | None) -> Outputs:
+    def infer(self, request: EncoderRequest, timeout: float | None) -> Outputs:
+        """The output tensors of a request such as `embed_request` makes. Raises FastServeError."""
         with Stream(self._transport, request, timeout, self._retries) as stream:
             return stream.outputs()
 
@@ -179,28 +180,29 @@ class AsyncClient(_Connected[AsyncTransport], AsyncClosing):
 
     async def embed(self, texts: Sequence[str], **options: Unpack[EmbedOptions]) -> np.ndarray:
         """The embeddings [len(texts), dimensions] float32. Raises FastServeError; ValueError for `texts`."""
-        return embeddings_of(await self._infer(*embed_request(texts, options)))
+        return embeddings_of(await self.infer(*embed_request(texts, options)))
 
     async def classify(
         self, texts: Sequence[str], **options: Unpack[ClassifyOptions]
     ) -> list[Classification]:
         """The label of each text. Raises as `embed`."""
-        return classes_of(await self._infer(*classify_request(texts, options)))
+        return classes_of(await self.infer(*classify_request(texts, options)))
 
     async def label_tokens(
         self, texts: Sequence[str], **options: Unpack[ClassifyOptions]
     ) -> list[list[TokenLabel]]:
         """The labels of each text's tokens, by a model `classify` that has such. Raises as `embed`."""
-        return token_labels_of(await self._infer(*classify_request(texts, options)))
+        return token_labels_of(await self.infer(*classify_request(texts, options)))
 
     async def rerank(
         self, query: str, documents: Sequence[str], **options: Unpack[RerankOptions]
     ) -> list[RankedDocument]:
         """The documents, the most relevant to the query first. Raises as `embed`."""
         request, timeout = rerank_request(query, documents, options)
-        return ranks_of(await self._infer(request, timeout), options.get("top_n"))
+        return ranks_of(await self.infer(request, timeout), options.get("top_n"))
 
-    async def _infer(self, request: EncoderRequest, timeout: float | None) -> Outputs:
+    async def infer(self, request: EncoderRequest, timeout: float | None) -> Outputs:
+        """The output tensors of a request such as `embed_request` makes. Raises FastServeError."""
         async with AsyncStream(self._transport, request, timeout, self._retries) as stream:
             return await stream.outputs()
 

@@ -159,6 +159,11 @@ def ranks_of(outputs: Outputs, top_n: int | None) -> list[RankedDocument]:
     return [RankedDocument(index, scores[index]) for index in order[:top_n]]
 
 
+def num_tokens_of(outputs: Outputs) -> int:
+    """Tokens of all the texts, those around them that the model's tokenizer adds included."""
+    return sum(int(count) for (count,) in _output(outputs, "num_tokens"))
+
+
 def _output(outputs: Outputs, name: str) -> list[Any]:
     if name not in outputs:
         raise FastServeError("INTERNAL", f"the answer has no output `{name}`, but {', '.join(outputs)}")

@@ -40,6 +40,25 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """Why an answer took as long as it did. Seconds are counted from the request's arrival at the server."""
+
+    queued_seconds: float
+    """Until it left the queue for the first time."""
+    first_token_seconds: float
+    total_seconds: float
+    overtaken_by: int
+    """Requests that came later and left the queue earlier."""
+    cached_tokens: int
+    """Of the prompt, found in the prefix cache."""
+    preemptions: int
+    """How often one of its sequences lost its place in the batch."""
+    recomputed_tokens: int
+    swapped_tokens: int
+    """Whose keys and values came back from host memory after a preemption."""
+
+
+@dataclass(frozen=True)
 class Generation:
     """An answer. Its properties are those of the first completion, the only one unless `n` > 1."""
 
@@ -47,6 +66,8 @@ class Generation:
     num_input_tokens: int
     prompt_logprobs: list[dict[int, Logprob]] | None
     """Per token of the prompt, nothing for the first; in a stream the first chunk has them."""
+    timing: Timing | None = None
+    """Where it was asked for; in a stream the last chunk has it."""
 
     @property
     def text(self) -> str:
@@ -108,6 +129,7 @@ def chunk_of(outputs: Outputs) -> Chunk:
         completions,
         num_input_tokens=outputs["num_input_tokens"][0],
         prompt_logprobs=_logprobs_of(outputs["prompt_logprobs"][0]) if "prompt_logprobs" in outputs else None,
+        timing=Timing(**json.loads(outputs["timing"][0])) if "timing" in outputs else None,
     )
 
 
@@ -117,7 +139,10 @@ def join(chunks: Sequence[Chunk]) -> Generation:
         raise FastServeError("INTERNAL", "the answer ended without a response")
     parts = zip(*(chunk.completions for chunk in chunks), strict=True)
     return Generation(
-        [_join_completion(part) for part in parts], chunks[0].num_input_tokens, chunks[0].prompt_logprobs
+        [_join_completion(part) for part in parts],
+        chunks[0].num_input_tokens,
+        chunks[0].prompt_logprobs,
+        chunks[-1].timing,
     )
 
 

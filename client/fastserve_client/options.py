@@ -82,5 +82,7 @@ class Options(Sampling, total=False):
     return_logprobs: bool
     """Unless given, whether `logprobs` is."""
     return_cumulative_logprob: bool
+    return_timing: bool
+    """Why the answer took as long as it did: `Generation.timing`."""
     exclude_input_in_output: bool
     """True unless given; False puts the prompt before the text (refused when streaming)."""

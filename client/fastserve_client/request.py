@@ -92,6 +92,8 @@ def generation_request(prompt: str | None, stream: bool, options: Options) -> Re
         "return_cumulative_logprob": sampling.pop("return_cumulative_logprob", False),
         "priority": sampling.pop("priority", 0),
     }
+    if sampling.pop("return_timing", False):
+        inputs["return_timing"] = True
     if prompt is not None:
         inputs["text_input"] = prompt
     if (messages := sampling.pop("messages", None)) is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
@@ -64,7 +65,7 @@ def _served(name: str, directory: Path) -> ServedEncoder:
 @pytest.fixture(scope="module")
 def server(served: tuple[ServedEncoder, ...], launch: Any) -> Iterator[Any]:
     """The four alone."""
-    with launch(encoders=served, encoders_only=True) as running:
+    with launch(encoders=served, encoders_only=True, openai=True) as running:
         yield running
 
 
@@ -104,6 +105,40 @@ def test_the_client_gets_what_the_embedded_encoder_gives(
     assert [[(t.start, t.end, t.label) for t in row] for row in tokens] == [
         [(t.start, t.end, t.label) for t in row] for row in wanted_tokens
     ]
+
+
+def test_openai_s_client_gets_embeddings(server: Any, encoders: dict[str, Encoder]) -> None:
+    with openai.OpenAI(base_url=server.openai_url, api_key="none", max_retries=0) as client:
+        answer = client.embeddings.create(model="embed", input=TEXTS)  # as base64, which this client asks for
+        close([each.embedding for each in answer.data], encoders["embed"].embed(TEXTS))
+        lengths = [len(each) for each in encoders["embed"].tokenize_rows(TEXTS, "text", False)]
+        assert answer.usage.prompt_tokens == sum(lengths)
+        short = client.embeddings.create(model="embed", input=TEXTS[0], dimensions=7, encoding_format="float")
+        close(short.data[0].embedding, encoders["embed"].embed(TEXTS[:1], dimensions=7)[0])
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.embeddings.create(model="embed", input="w1 " * 600)
+        assert caught.value.param == "input[0]"
+        with pytest.raises(openai.NotFoundError, match="encoders alone"):
+            client.completions.create(model="fastserve", prompt="Hello")
+        assert [model.id for model in client.models.list()] == ["embed", "classify", "rerank", "entities"]
+
+
+def test_ranks_and_classes_over_http(server: Any, encoders: dict[str, Encoder]) -> None:
+    base = server.openai_url.removesuffix("/v1")
+    ranks = _posted(f"{base}/rerank", {"model": "rerank", "query": "w9 w8", "documents": TEXTS, "top_n": 2})
+    expected = encoders["rerank"].rerank("w9 w8", TEXTS, top_n=2)
+    assert [each["index"] for each in ranks["results"]] == [each.index for each in expected]
+    close([each["relevance_score"] for each in ranks["results"]], [each.score for each in expected])
+    classes = _posted(f"{base}/classify", {"model": "classify", "input": TEXTS})
+    wanted = encoders["classify"].classify(TEXTS)
+    assert [each["label"] for each in classes["data"]] == [each.label for each in wanted]
+    close([each["probs"] for each in classes["data"]], [list(each.scores.values()) for each in wanted])
+
+
+def _posted(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
 
 
 def test_triton_servers_own_clients_get_it_too(server: Any, encoders: dict[str, Encoder]) -> None:

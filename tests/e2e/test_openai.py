@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 from pydantic import BaseModel
@@ -31,6 +32,14 @@ class Person(BaseModel):
 @pytest.fixture
 def client(server: RunningServer) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=server.openai_url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def claude(server: RunningServer) -> Iterator[anthropic.Anthropic]:
+    """Anthropic's client, which adds `/v1` itself."""
+    base_url = (server.openai_url or "").removesuffix("/v1")
+    with anthropic.Anthropic(base_url=base_url, api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -63,6 +72,30 @@ def test_chat_whole_and_streamed_is_that_of_grpc(client: openai.OpenAI, grpc: Cl
     assert whole.usage is not None
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
     assert whole.usage.prompt_tokens == expected.num_input_tokens
+
+
+def test_an_answer_says_why_it_took_as_long_as_it_did(client: openai.OpenAI, grpc: Client) -> None:
+    prompt = "One two three four five six seven eight nine ten. " * 4 + str(time.monotonic())
+    options: Any = {"model": MODEL, "prompt": prompt, "max_tokens": 4, "extra_body": {"return_timing": True}}
+    first, again = client.completions.create(**options), client.completions.create(**options)
+    for answer, is_cached in ((first, False), (again, True)):
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        cached = answer.usage.prompt_tokens_details.cached_tokens or 0
+        assert (cached > 16) == is_cached
+        timing: Any = (answer.model_extra or {})["fastserve"]
+        assert timing["cached_tokens"] == cached
+        assert 0 <= timing["queued_seconds"] <= timing["first_token_seconds"] <= timing["total_seconds"] < 60
+        assert (timing["preemptions"], timing["recomputed_tokens"], timing["swapped_tokens"]) == (0, 0, 0)
+    chunks = list(client.completions.create(**options, stream=True))
+    assert chunks[-1].choices == []
+    streamed: Any = (chunks[-1].model_extra or {})["fastserve"]
+    assert streamed["cached_tokens"] > 16
+    assert chunks[-1].usage is None
+    over_grpc = grpc.generate(prompt, max_tokens=4, return_timing=True).timing
+    assert over_grpc is not None
+    assert over_grpc.cached_tokens == streamed["cached_tokens"]
+    assert grpc.generate(prompt, max_tokens=1).timing is None
 
 
 def test_several_prompts_and_answers(client: openai.OpenAI) -> None:
@@ -199,3 +232,109 @@ def test_a_forced_call_streamed_is_the_whole_one(client: openai.OpenAI, choice: 
     answer = client.chat.completions.create(messages=history, **follow_up)
     assert answer.choices[0].message.content
     assert answer.choices[0].message.tool_calls is None
+
+
+def test_a_response_whole_and_streamed_is_that_of_grpc(client: openai.OpenAI, grpc: Client) -> None:
+    """Of an answer that ends by itself: OpenAI's client takes no other for a final one."""
+    expected = grpc.generate(messages=MESSAGES, max_tokens=200, temperature=0.0)
+    assert expected.finish_reason == "stop"
+    options: Any = {
+        "model": MODEL,
+        "input": MESSAGES,
+        "max_output_tokens": 200,
+        "temperature": 0.0,
+        "store": False,
+    }
+    whole = client.responses.create(**options)
+    assert whole.output_text == expected.text
+    assert whole.usage is not None
+    assert whole.usage.output_tokens == expected.num_output_tokens
+    with client.responses.stream(**options) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    assert text == final.output_text == expected.text
+    assert final.status == whole.status
+    asynchronous = asyncio.run(_responded(str(client.base_url), options))
+    assert asynchronous == expected.text
+
+
+async def _responded(base_url: str, options: dict[str, Any]) -> str:
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="none") as client:
+        response = await client.responses.create(**options)
+        return str(response.output_text)
+
+
+def test_a_response_in_a_pydantic_form_and_one_that_calls(client: openai.OpenAI) -> None:
+    options: Any = {"model": MODEL, "temperature": 0.0, "max_output_tokens": 120}
+    parsed = client.responses.parse(**options, input=MESSAGES, text_format=Person)
+    assert isinstance(parsed.output_parsed, Person)
+    tool: Any = {"type": "function", "strict": True} | WEATHER["function"]
+    whole = client.responses.create(**options, input=QUESTION, tools=[tool], tool_choice="required")
+    [call] = [item for item in whole.output if item.type == "function_call"]
+    assert set(json.loads(call.arguments)) == {"city", "unit"}
+    with client.responses.stream(**options, input=QUESTION, tools=[tool], tool_choice="required") as stream:
+        streamed = stream.get_final_response()
+    assert [item.arguments for item in streamed.output if item.type == "function_call"] == [call.arguments]
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny, 20 C"}
+    history: Any = [*QUESTION, call.model_dump(), result]
+    answer = client.responses.create(**options, input=history, tools=[tool], tool_choice="none")
+    assert answer.output_text
+
+
+def test_a_message_whole_and_streamed_is_that_of_grpc(claude: anthropic.Anthropic, grpc: Client) -> None:
+    expected = grpc.generate(messages=MESSAGES, max_tokens=12, temperature=0.0)
+    options: Any = {
+        "model": MODEL,
+        "messages": MESSAGES,
+        "max_tokens": 12,
+        "extra_body": {"temperature": 0.0},
+    }
+    whole = claude.messages.create(**options)
+    [block] = whole.content
+    assert block.type == "text"
+    assert block.text == expected.text
+    num_cached = whole.usage.cache_read_input_tokens or 0
+    assert whole.usage.input_tokens + num_cached == expected.num_input_tokens
+    assert (
+        claude.messages.count_tokens(model=MODEL, messages=MESSAGES).input_tokens == expected.num_input_tokens
+    )
+    with claude.messages.stream(**options) as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert text == expected.text
+    assert (final.stop_reason, final.usage.output_tokens) == (whole.stop_reason, whole.usage.output_tokens)
+
+
+def test_a_message_that_calls_and_one_that_is_stopped(claude: anthropic.Anthropic) -> None:
+    tool: Any = {"name": "get_weather", "input_schema": WEATHER["function"]["parameters"]}
+    options: Any = {"model": MODEL, "max_tokens": 120, "extra_body": {"temperature": 0.0}, "tools": [tool]}
+    whole = claude.messages.create(
+        **options, messages=QUESTION, tool_choice={"type": "tool", "name": "get_weather"}
+    )
+    [call] = [block for block in whole.content if block.type == "tool_use"]
+    assert whole.stop_reason == "tool_use"
+    assert set(call.input) == {"city", "unit"}
+    result: Any = {"type": "tool_result", "tool_use_id": call.id, "content": "Sunny, 20 C"}
+    history: Any = [
+        *QUESTION,
+        {"role": "assistant", "content": whole.content},
+        {"role": "user", "content": [result]},
+    ]
+    assert claude.messages.create(**options, messages=history, tool_choice={"type": "none"}).content
+    counting: Any = [{"role": "user", "content": "Count from 1 to 9."}]
+    stopped = claude.messages.create(
+        model=MODEL,
+        messages=counting,
+        max_tokens=60,
+        stop_sequences=["3", "4"],
+        extra_body={"temperature": 0.0},
+    )
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "3")
+
+
+def test_what_is_wrong_is_named_in_anthropics_shape(claude: anthropic.Anthropic) -> None:
+    options: Any = {"model": MODEL, "messages": MESSAGES}
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
+        claude.messages.create(**options, max_tokens=0)
+    with pytest.raises(anthropic.NotFoundError):
+        claude.messages.create(**options | {"model": "another"}, max_tokens=1)

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from fastserve.types import Add, Guide, Outcome, RequestView, SequenceOutput, StepOutput, decode, encode
+from fastserve.types import (
+    Add,
+    Guide,
+    Outcome,
+    Preemptions,
+    RequestView,
+    SequenceOutput,
+    StepOutput,
+    decode,
+    encode,
+)
 
 VOCAB = 60
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12}
@@ -96,6 +106,28 @@ def test_what_gets_no_place_is_handed_back_and_goes_on_when_it_is_resumed(
     replica.run()
     assert helpers.tokens_of(replica.outputs["a"]) == expected_tokens(fake_engine, helpers, message)
     assert replica.engine.stats().recomputed_tokens_total == 0
+    assert replica.outputs["a"][-1].preemptions == Preemptions(1, 0, 0)
+
+
+@pytest.mark.parametrize("host_blocks", [0, 64])
+def test_the_last_output_says_what_preemptions_cost(
+    make_replica: Any, helpers: Any, host_blocks: int
+) -> None:
+    """Another request takes its KV blocks, which then come back from host memory or are computed again."""
+    replica = make_replica(max_num_seqs=1, num_blocks=4, block_size=4, num_host_blocks=host_blocks)
+    replica.engine.add(helpers.make_add("a", [4, 5, 6], **GREEDY))
+    for _ in range(6):
+        replica.step()
+    replica.engine.add(helpers.make_add("urgent", list(range(1, 14)), 100, temperature=0.0, max_tokens=1))
+    replica.step()
+    replica.run()
+    stats, cost = replica.engine.stats(), replica.outputs["a"][-1].preemptions
+    assert cost.count == stats.preemptions_total == 1
+    assert cost.num_recomputed_tokens == stats.recomputed_tokens_total
+    assert cost.num_swapped_tokens == 4 * stats.swapped_blocks_total
+    assert cost.num_recomputed_tokens + cost.num_swapped_tokens > 0
+    assert (cost.num_swapped_tokens > 0) == (host_blocks > 0)
+    assert all(each.preemptions == Preemptions() for each in replica.outputs["a"][:-1])
 
 
 def test_all_that_comes_and_is_resumed_is_counted(make_replica: Any, helpers: Any) -> None:

@@ -60,7 +60,7 @@ def test_the_code_that_reads_them_and_the_client_know_no_others() -> None:
     assert set(API_INPUTS) == input_processor._INPUT_NAMES
     sent = [
         generation_request("x", True, {"tenant": "x", "seed": 1, "expected_output_tokens": 3}),
-        generation_request(None, True, {"messages": [], "tenant": "x"}),
+        generation_request(None, True, {"messages": [], "tenant": "x", "return_timing": True}),
         generation_request(None, True, {"prompt_token_ids": [1], "tenant": "x"}),
     ]
     assert set().union(*(request.inputs for request in sent)) == set(API_INPUTS)

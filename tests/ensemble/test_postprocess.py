@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastserve.types import (
     Failure,
     Outcome,
     OutputOptions,
+    Preemptions,
     Request,
     RequestOutput,
     SamplingParams,
@@ -283,3 +285,29 @@ def test_tokens_are_counted_by_tenant_under_a_bounded_number_of_labels(postproce
         assert metric(f"fastserve_{name}_tokens_total", tenant="tenant 0") == tokens
         assert metric(f"fastserve_{name}_tokens_total", tenant="tenant 69") == 0
         assert metric(f"fastserve_{name}_tokens_total", tenant="other") == 6 * tokens
+
+
+def test_a_last_response_says_why_it_took_as_long_as_it_did(postprocess: Postprocess) -> None:
+    request = msgspec.structs.replace(
+        a_request("a", n=2), output=OutputOptions(stream=True, timing=True), arrival=time.monotonic() - 3.0
+    )
+    cached = SequenceOutput("a", token_ids=words(postprocess, "x"), num_cached_tokens=2)
+    begun = RequestOutput("a", [cached], request, released=request.arrival + 1.0, overtaken_by=5)
+    ends = [
+        SequenceOutput("a", index, outcome=Outcome.LENGTH, preemptions=Preemptions(1, 10, 100))
+        for index in (0, 1)
+    ]
+    one, other = postprocess.outputs(begun, RequestOutput("a", ends, final=True))
+    assert one.outputs("timing") == []
+    [[said]] = other.outputs("timing")
+    timing = json.loads(said)
+    assert timing.pop("first_token_seconds") >= 3.0
+    assert timing.pop("total_seconds") >= 3.0
+    assert timing == {
+        "queued_seconds": 1.0,
+        "overtaken_by": 5,
+        "cached_tokens": 2,
+        "preemptions": 2,
+        "recomputed_tokens": 20,
+        "swapped_tokens": 200,
+    }

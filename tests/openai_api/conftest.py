@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from starlette.testclient import TestClient
 
 from fastserve.openai_api.app import create_app
 from fastserve_client import Chunk, Completion, FastServeError, Generation, Logprob
+from fastserve_client.encoder_request import EncoderRequest
+from fastserve_client.generation import Outputs
 
 MODEL = "tiny"
 
@@ -55,6 +58,7 @@ class FakeClient:
     is_up: bool = True
     calls: list[dict[str, Any]] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
+    encoder_requests: list[EncoderRequest] = field(default_factory=list)
 
     async def generate(self, prompt: str | None = None, **options: Any) -> Generation:
         self.calls.append({"prompt": prompt} | options)
@@ -66,6 +70,25 @@ class FakeClient:
         self.calls.append({"prompt": prompt} | options)
         self.streams.append(FakeStream(self.chunks))
         return self.streams[-1]
+
+    async def infer(self, request: EncoderRequest, timeout: float | None) -> Outputs:
+        """A row for each text: its own length stands for all numbers."""
+        self.encoder_requests.append(request)
+        if isinstance(self.answer, FastServeError):
+            raise self.answer
+        lengths = [len(text) for text in list(request.columns.values())[-1]]
+        counts = {"num_tokens": [[length] for length in lengths]}
+        if "document" in request.columns:
+            return counts | {"score": [[float(length)] for length in lengths]}
+        if request.model == "classify":
+            scores = json.dumps({"bad": 0.25, "good": 0.75}).encode()
+            rows = len(lengths)
+            return counts | {
+                "label": [["good"]] * rows,
+                "score": [[0.75]] * rows,
+                "scores": [[scores]] * rows,
+            }
+        return counts | {"embedding": [[float(length), 0.5] for length in lengths]}
 
     async def is_ready(self, timeout: float | None = None) -> bool:
         return self.is_up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tests.openai_api.conftest import MODEL, FakeClient, completion
 from tests.openai_api.test_requests import CHAT, TEXT, chat, complete
 
 from fastserve.openai_api.app import create_app
-from fastserve_client import Chunk, FastServeError, Generation, Logprob
+from fastserve_client import Chunk, FastServeError, Generation, Logprob, Timing
 
 
 def events(answer: Any) -> list[Any]:
@@ -52,7 +53,8 @@ def test_a_streamed_chat(api: TestClient, fake: FakeClient) -> None:
         (1, {}, "length"),
     ]
     assert found[-1]["choices"] == []
-    assert found[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    counts = {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert found[-1]["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
     assert all(each["usage"] is None for each in found[:-1])
     assert len({each["id"] for each in found}) == 1
     assert fake.streams[0].is_closed
@@ -171,3 +173,35 @@ def test_a_client_that_leaves_closes_its_stream(fake: FakeClient, path: str, beg
 
     asyncio.run(leave())
     assert [stream.is_closed for stream in fake.streams] == [True]
+
+
+TIMING = Timing(
+    queued_seconds=0.1,
+    first_token_seconds=0.2,
+    total_seconds=0.3,
+    overtaken_by=4,
+    cached_tokens=2,
+    preemptions=1,
+    recomputed_tokens=5,
+    swapped_tokens=16,
+)
+
+
+def test_timing_is_shown_where_it_is_asked_for(api: TestClient, fake: FakeClient) -> None:
+    fake.answer = Generation([completion("Hi", "stop", (1,))], 3, None, TIMING)
+    fake.chunks = [
+        Chunk([completion("H", None, (1,))], 3, None),
+        Chunk([completion("", "stop")], 3, None, TIMING),
+    ]
+    said = chat(api, return_timing=True).json()
+    assert said["fastserve"] == asdict(TIMING)
+    assert said["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+    assert "fastserve" not in chat(api).json()
+    last = events(chat(api, return_timing=True, stream=True))[-1]
+    assert (last["choices"], last["fastserve"]) == ([], asdict(TIMING))
+    assert "usage" not in last
+    several = complete(api, prompt=["x", "y"], return_timing=True).json()
+    assert several["fastserve"] == [asdict(TIMING)] * 2
+    assert several["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
+    usage: Any = {"stream": True, "stream_options": {"include_usage": True}}
+    assert "fastserve" not in events(chat(api, **usage))[-1]

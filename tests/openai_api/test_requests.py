@@ -164,6 +164,7 @@ def test_prompts(api: TestClient, fake: FakeClient, prompt: Any, calls: Any) -> 
         "prompt_tokens": 3 * len(calls),
         "completion_tokens": 2 * len(calls),
         "total_tokens": 5 * len(calls),
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

@@ -131,3 +131,13 @@ def test_what_is_wrong_is_named(
         answer = chat(tool_api, **fields)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert fake.calls == []
+
+
+@pytest.mark.parametrize("tool_api", [PROMPTED], indirect=True)
+@pytest.mark.parametrize("calls", [[{}], [{"function": {}}], ["f"], "f"])
+def test_malformed_calls_are_left_for_the_server_to_refuse(
+    tool_api: TestClient, fake: FakeClient, calls: Any
+) -> None:
+    message = {"role": "assistant", "content": "a", "tool_calls": calls}
+    assert chat(tool_api, messages=[message], tools=[TOOL]).status_code == 200
+    assert message in fake.calls[0]["messages"]

@@ -54,6 +54,11 @@ class RequestRecord(Struct, frozen=True, omit_defaults=True, kw_only=True):
     cached_tokens: int = 0
     """Of the prompt, found in the prefix cache."""
     output_tokens: int = 0
+    queued_seconds: float | None = None
+    """Until it left the queue for the first time."""
+    overtaken_by: int = 0
+    """Requests that came later and left the queue earlier."""
+    preemptions: int = 0
     first_token_seconds: float | None = None
     total_seconds: float
     prompt: str | None = None

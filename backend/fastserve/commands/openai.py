@@ -15,7 +15,8 @@ from fastserve.launcher.start_checks import OPENAI_PORT
 from fastserve.openai_api.app import create_app
 from fastserve.openai_api.tool_formats import ToolFormat, tool_format_of
 from fastserve.start_error import StartError
-from fastserve.text.tokenizer import load_tokenizer
+from fastserve.text.prompt_tokenizer import PromptTokenizer
+from fastserve.text.tokenizer import Tokenizer, load_tokenizer
 from fastserve.text.torch_exclusion import keep_torch_out
 from fastserve_client import AsyncClient
 
@@ -23,6 +24,7 @@ ERRORS = (ValueError, ModelError)
 KEEP_ALIVE_SECONDS = 75
 """A connection may idle; longer than the pools of common clients keep one, so that they close it."""
 BACKLOG = 2048
+ENCODER_TASKS = ("embed", "classify", "rerank")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="TEXT",
         help="the served model, as `fastserve serve` takes it; empty: the default one. Its chat template "
-        "says how it writes tool calls: without this, tools are refused",
+        "says how it writes tool calls, its tokenizer counts tokens: without this, both are refused",
+    )
+    parser.add_argument("--encoders-only", action="store_true", help="the server has encoders and no LLM")
+    parser.add_argument(
+        "--encoder",
+        type=_encoder,
+        action="append",
+        metavar="TASK=NAME",
+        help="an encoder that the server has: TASK is embed, classify or rerank; may be given again",
     )
 
 
@@ -57,10 +67,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM. Raises StartError where the port is taken, ModelError for `--model`."""
     listener = _listen(arguments.host, arguments.port)
     keep_torch_out()
-    form = _tool_format(arguments.model)
+    tokenizer = None if arguments.model is None else load_tokenizer(locate(arguments.model))
     # A full queue is the client's to wait for: no request is sent again here.
     app = create_app(
-        lambda: AsyncClient(arguments.url, retries=0), arguments.served_model_name, form, arguments.has_keys
+        lambda: AsyncClient(arguments.url, retries=0),
+        None if arguments.encoders_only else arguments.served_model_name,
+        tool_format=None if tokenizer is None else _tool_format(tokenizer),
+        has_keys=arguments.has_keys,
+        tokenizer=None if tokenizer is None else PromptTokenizer(tokenizer),
+        encoders=dict(arguments.encoder or []),
     )
     server = uvicorn.Server(
         uvicorn.Config(
@@ -89,11 +104,19 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _tool_format(model: str | None) -> ToolFormat | None:
-    """How the model writes tool calls; None: not known. Raises ModelError and ConfigError for the model."""
-    if model is None:
-        return None
+def _encoder(text: str) -> tuple[str, str]:
+    """An encoder's name and task. Raises ArgumentTypeError."""
+    task, _, name = text.partition("=")
+    if task not in ENCODER_TASKS or not name:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; allowed: TASK=NAME, TASK one of {', '.join(ENCODER_TASKS)}"
+        )
+    return name, task
+
+
+def _tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
+    """How the model writes tool calls; None: not known."""
     try:
-        return tool_format_of(load_tokenizer(locate(model)).chat_template.source(tools=[]))
+        return tool_format_of(tokenizer.chat_template.source(tools=[]))
     except RequestError:  # it has no template
         return tool_format_of(None)

@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--openai-port",
         type=int,
         metavar="N",
-        help=f"of OpenAI's API; 0: none (default: {OPENAI_PORT}; 0 with --encoders-only or --tls-cert)",
+        help=f"of OpenAI's API; 0: none (default: {OPENAI_PORT}; 0 with --tls-cert)",
     )
     server.add_argument(
         "--served-model-name",
@@ -161,11 +161,10 @@ def _example(server: Server) -> str:
 def _openai_port(arguments: argparse.Namespace) -> int:
     """0: none. Raises ConfigError where it cannot be had."""
     port: int | None = arguments.openai_port
-    for flag, is_given in (("encoders-only", arguments.encoders_only), ("tls-cert", arguments.tls_cert)):
-        if is_given:
-            if port:
-                raise ConfigError(f"openai_port: got {port}; allowed: 0 with --{flag}")
-            return 0
+    if arguments.tls_cert:
+        if port:
+            raise ConfigError(f"openai_port: got {port}; allowed: 0 with --tls-cert")
+        return 0
     return OPENAI_PORT if port is None else port
 
 

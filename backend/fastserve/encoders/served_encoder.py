@@ -120,12 +120,14 @@ def model_config(encoder: ServedEncoder, config: Config) -> str:
 def outputs_of(profile: EncoderProfile) -> dict[str, tuple[str, int]]:
     """The output tensors, each with its type and its length for a text; the first dimension is the texts'."""
     if profile.task == "embed":
-        return {"embedding": ("TYPE_FP32", -1)}
-    if profile.task == "rerank":
-        return {"score": ("TYPE_FP32", 1)}
-    if profile.labels_tokens:
-        return {"tokens": ("TYPE_STRING", 1)}
-    return {"label": ("TYPE_STRING", 1), "score": ("TYPE_FP32", 1), "scores": ("TYPE_STRING", 1)}
+        answer = {"embedding": ("TYPE_FP32", -1)}
+    elif profile.task == "rerank":
+        answer = {"score": ("TYPE_FP32", 1)}
+    elif profile.labels_tokens:
+        answer = {"tokens": ("TYPE_STRING", 1)}
+    else:
+        answer = {"label": ("TYPE_STRING", 1), "score": ("TYPE_FP32", 1), "scores": ("TYPE_STRING", 1)}
+    return answer | {"num_tokens": ("TYPE_INT32", 1)}
 
 
 def _tensors(kind: str, tensors: Mapping[str, tuple[str, int]]) -> list[str]:

@@ -28,6 +28,7 @@ API_INPUTS = {
     "return_token_ids": TensorSpec("TYPE_BOOL"),
     "return_num_input_tokens": TensorSpec("TYPE_BOOL"),
     "return_num_output_tokens": TensorSpec("TYPE_BOOL"),
+    "return_timing": TensorSpec("TYPE_BOOL"),
     "priority": TensorSpec("TYPE_INT32"),
     "tenant": TensorSpec("TYPE_STRING"),
     "expected_output_tokens": TensorSpec("TYPE_INT32"),
@@ -43,5 +44,6 @@ API_OUTPUTS = {
     "token_ids": TensorSpec("TYPE_INT64", -1),
     "num_input_tokens": TensorSpec("TYPE_UINT32"),
     "num_output_tokens": TensorSpec("TYPE_UINT32", -1),
+    "timing": TensorSpec("TYPE_STRING"),
 }
 """A response has `text_output`, and those of the others that the client asked for."""

@@ -154,7 +154,8 @@ class EncoderModel:
 
     def _answer(self, each: EncoderRequest, rows: Tensor) -> None:
         try:
-            response = pb_utils.InferenceResponse(output_tensors=self._tensors(each, rows))
+            counts = numbers("num_tokens", [[len(sequence)] for sequence in each.sequences], np.int32)
+            response = pb_utils.InferenceResponse(output_tensors=[*self._tensors(each, rows), counts])
         except Exception as error:
             logger.exception("an answer could not be made")
             self._refuse(each.sender, error, each.admitted)

@@ -123,7 +123,14 @@ class EngineModel:
 
     def _add(self, released: Released, sender: Any, is_cancelled: bool) -> None:
         request, replica = released.request, self._replicas[released.replica]
-        stream = ResponseStream(request, sender, request.sampling.n, released.replica)
+        stream = ResponseStream(
+            request,
+            sender,
+            request.sampling.n,
+            released.replica,
+            released=time.monotonic(),
+            overtaken_by=released.overtaken_by,
+        )
         with self._lock:
             if request.uid in self._streams:
                 raise invalid("released", request.uid, "a request that is not served already")

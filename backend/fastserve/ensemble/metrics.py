@@ -144,8 +144,9 @@ def requests_total() -> Counter:
 class QueueMetrics:
     """The metrics of `scheduler`."""
 
-    def __init__(self, labels: RequestLabels) -> None:
+    def __init__(self, labels: RequestLabels, max_queue_size: int) -> None:
         self._labels = labels
+        Gauge("fastserve_max_queue_size", "New requests that the queue takes").set(max_queue_size)
         self.waiting = Gauge("fastserve_requests_waiting", "Requests in the queue", ["priority"])
         self.waiting_by_tenant = Gauge(
             "fastserve_tenant_requests_waiting", "Requests in the queue, by tenant", ["tenant"]

@@ -95,7 +95,7 @@ class PostprocessModel:
         if now >= self._next_sweep:
             self._sweep(now)
         processor = OutputProcessor(self._tokenizer, request)
-        account = RequestAccount(request, now)
+        account = RequestAccount(request, now, output.released, output.overtaken_by)
         state = self._states[output.uid] = RequestState(request, processor, account, now + QUESTION_SECONDS)
         return state
 
@@ -132,7 +132,10 @@ class PostprocessModel:
         if response is None:
             return None
         self._accounts.keep_text(state.account, response.text)
-        return pb_utils.InferenceResponse(output_tensors=_tensors(response, state.request.output))
+        tensors = _tensors(response, state.request.output)
+        if output.final and state.request.output.timing:
+            tensors.append(strings("timing", [state.account.timing(time.monotonic()).json()]))
+        return pb_utils.InferenceResponse(output_tensors=tensors)
 
     def _fail(
         self, output: RequestOutput | None, state: RequestState | None, sender: Any, error: RequestError

@@ -4,13 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+from msgspec import Struct
 from msgspec.structs import replace
 
 from fastserve.access.request_log import open_request_log, record_of
 from fastserve.config import Config
 from fastserve.ensemble.metrics import ResponseMetrics
 from fastserve.scheduling.request_labels import RequestLabels
-from fastserve.types import Outcome, Request, RequestOutput
+from fastserve.types import Outcome, Preemptions, Request, RequestOutput
+
+
+class Timing(Struct, frozen=True, kw_only=True):
+    """Why a request took as long as it did. Seconds are counted from its arrival at `preprocess`."""
+
+    queued_seconds: float
+    """Until it left the queue for the first time."""
+    first_token_seconds: float
+    total_seconds: float
+    overtaken_by: int
+    """Requests that came later and left the queue earlier."""
+    cached_tokens: int
+    """Of the prompt, found in the prefix cache."""
+    preemptions: int
+    """How often one of its sequences lost its place in the batch."""
+    recomputed_tokens: int
+    """Computed again after that."""
+    swapped_tokens: int
+    """Whose keys and values came back from host memory after that."""
+
+    def json(self) -> str:
+        """As the output `timing` has it."""
+        return msgspec.json.encode(self).decode()
 
 
 @dataclass(slots=True)
@@ -19,11 +44,38 @@ class RequestAccount:
 
     request: Request
     first_token: float
-    """Its time, `time.monotonic()`."""
+    """Its time, `time.monotonic()`, as the two others."""
+    released: float
+    overtaken_by: int
+    preemptions: Preemptions = field(default_factory=Preemptions)
+    """Of all its sequences."""
     num_tokens: int = 0
     num_cached_tokens: int = 0
     answers: list[str] = field(default_factory=list)
     """The text so far of each sequence, where the request log has texts."""
+
+    def add_preemptions(self, ended: Preemptions) -> None:
+        """Counts those of a sequence that has ended."""
+        had = self.preemptions
+        self.preemptions = Preemptions(
+            had.count + ended.count,
+            had.num_recomputed_tokens + ended.num_recomputed_tokens,
+            had.num_swapped_tokens + ended.num_swapped_tokens,
+        )
+
+    def timing(self, now: float) -> Timing:
+        """Of a request that ends now."""
+        arrival = self.request.arrival
+        return Timing(
+            queued_seconds=round(self.released - arrival, 6),
+            first_token_seconds=round(self.first_token - arrival, 6),
+            total_seconds=round(now - arrival, 6),
+            overtaken_by=self.overtaken_by,
+            cached_tokens=self.num_cached_tokens,
+            preemptions=self.preemptions.count,
+            recomputed_tokens=self.preemptions.num_recomputed_tokens,
+            swapped_tokens=self.preemptions.num_swapped_tokens,
+        )
 
 
 class RequestAccounts:
@@ -41,6 +93,8 @@ class RequestAccounts:
         account.num_tokens += num_tokens
         for each in output.outputs:
             account.num_cached_tokens = max(account.num_cached_tokens, each.num_cached_tokens)
+            if each.outcome is not None:
+                account.add_preemptions(each.preemptions)
         self._metrics.count_tokens(account.request, num_tokens, now)
         if output.final:
             self._metrics.report_tokens()
@@ -71,6 +125,9 @@ class RequestAccounts:
                 code=code,
                 cached_tokens=account.num_cached_tokens,
                 output_tokens=account.num_tokens,
+                queued_seconds=round(account.released - account.request.arrival, 6),
+                overtaken_by=account.overtaken_by,
+                preemptions=account.preemptions.count,
                 first_token_seconds=first_token,
                 answers=account.answers or None,
             )

@@ -28,6 +28,10 @@ class ResponseStream:
     sequences_left: int
     replica: int | None = None
     """The engine replica that has it; None: none, it waits in the common queue."""
+    released: float = 0.0
+    """When it left the queue for the first time."""
+    overtaken_by: int = 0
+    """See `Released`."""
     preempted: RequestView | None = None
     """While it waits in the common queue, and can run on any replica: what the queue knows of it."""
     has_output: bool = False
@@ -114,8 +118,12 @@ class ResponseStream:
         self._send(self._taken, self._ends_with_taken, now)
 
     def _send(self, outputs: list[SequenceOutput], final: bool, now: float) -> None:
-        request = self.request if self.last_sent is None else None
-        output = RequestOutput(self.request.uid, outputs, request, final)
+        if self.last_sent is None:
+            output = RequestOutput(
+                self.request.uid, outputs, self.request, final, self.released, self.overtaken_by
+            )
+        else:
+            output = RequestOutput(self.request.uid, outputs, final=final)
         response = message_response("output", output)
         if final:
             send_final(self.sender, response)

@@ -50,7 +50,7 @@ class SchedulerModel:
         one_slot = ReplicaCapacity(incarnation="", received=0, arrived=0, free_slots=1)
         self._admission.update(EngineCapacity(serial=0, time=0.0, replicas=[one_slot]), time.monotonic())
         self._senders: dict[str, Any] = {}
-        self._metrics = QueueMetrics(labels)
+        self._metrics = QueueMetrics(labels, config.max_queue_size)
         self._changed = threading.Condition()
         self._stopping = False
         self._resumes = ResumeSender()

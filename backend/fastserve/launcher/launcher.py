@@ -153,8 +153,9 @@ class Server:
                 self.options.ports.openai,
                 self.grpc_address,
                 self.config.model,
-                self.options.served_model_name,
+                None if self.options.encoders_only else self.options.served_model_name,
                 bool(self.config.keys_file),
+                self.options.encoders,
                 self._log.path,
                 self._show,
             )

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastserve.encoders.served_encoder import ServedEncoder
 from fastserve.launcher import parent_death_signal
 from fastserve.start_error import StartError
 
@@ -31,16 +32,23 @@ class OpenAIProcess:
         port: int,
         grpc_address: str,
         model: str,
-        model_name: str,
+        model_name: str | None,
         has_keys: bool,
+        encoders: Sequence[ServedEncoder],
         log: Path,
         show: Callable[[str], None],
     ) -> None:
-        """`model`: the path; `model_name`: what requests call it; `has_keys`: whether there are keys."""
+        """`model`: the path; `model_name`: what requests call it, None where there are encoders alone;
+        `has_keys`: whether there are keys."""
         self._address = (host, port)
         self._command = [sys.executable, "-c", PROGRAM, "openai", f"--url={grpc_address}", f"--host={host}"]
-        self._command += [f"--port={port}", f"--served-model-name={model_name}", f"--model={model}"]
+        self._command += [f"--port={port}"]
+        if model_name is None:
+            self._command += ["--encoders-only"]
+        else:
+            self._command += [f"--served-model-name={model_name}", f"--model={model}"]
         self._command += ["--has-keys"] if has_keys else []
+        self._command += [f"--encoder={encoder.profile.task}={encoder.name}" for encoder in encoders]
         self._log, self._show = log, show
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None

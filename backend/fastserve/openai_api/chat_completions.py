@@ -17,8 +17,8 @@ from fastserve.openai_api.chat_tools import ChatTools, ChoiceCalls, Tool
 from fastserve.openai_api.errors import refusal, server_refusal
 from fastserve.openai_api.front_door import FrontDoor
 from fastserve.openai_api.generation_fields import GenerationFields, call_options, client_names
+from fastserve.openai_api.http_answers import event_stream, json_response, until_gone
 from fastserve.openai_api.logprobs import chat_logprobs
-from fastserve.openai_api.responses import event_stream, json_response, until_gone
 from fastserve.openai_api.usage import Usage, usage_of
 from fastserve_client import Completion, FastServeError, Generation
 
@@ -54,7 +54,7 @@ async def chat_completions(request: Request) -> Response:
     is_parallel = body.parallel_tool_calls is not False
     tools = ChatTools(door.tool_format, body.tools, body.tool_choice, is_parallel)
     tools.add_to(options)
-    answer = _ChatAnswer(door.model_name, body, tools)
+    answer = _ChatAnswer(body, tools)
     options["request_id"] = answer.id
     try:
         if body.stream:
@@ -96,12 +96,11 @@ def _as_known_role(message: dict[str, Any]) -> dict[str, Any]:
 class _ChatAnswer:
     """The answer to one request, whole or in events."""
 
-    def __init__(self, model: str, body: ChatRequest, tools: ChatTools) -> None:
+    def __init__(self, body: ChatRequest, tools: ChatTools) -> None:
         self._body, self._tools = body, tools
         self._calls: dict[int, ChoiceCalls | None] = {}
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._model = model
         self.headers = {"x-request-id": self.id}
         limit = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
         self.names = client_names(body) | {
@@ -113,7 +112,7 @@ class _ChatAnswer:
     def json(self, answer: Generation) -> dict[str, Any]:
         """The whole answer."""
         choices = [self._choice(index, each) for index, each in enumerate(answer.completions)]
-        return self._object("chat.completion", choices) | {"usage": usage_of([answer])}
+        return self._object("chat.completion", choices) | self._body.summary(usage_of([answer]))
 
     def _choice(self, index: int, completion: Completion) -> dict[str, Any]:
         calls = self._calls_of(index)
@@ -150,8 +149,8 @@ class _ChatAnswer:
                 for index, completion in enumerate(chunk.completions):
                     for event in self._completion_events(index, completion):
                         yield event
-            if self._body.include_usage:
-                yield sse.event(self._object("chat.completion.chunk", []) | {"usage": usage.json()})
+            if (summary := self._body.last_summary(usage)) is not None:
+                yield sse.event(self._object("chat.completion.chunk", []) | summary)
         except FastServeError as error:
             if not has_begun:
                 raise
@@ -191,6 +190,6 @@ class _ChatAnswer:
             "id": self.id,
             "object": kind,
             "created": self._created,
-            "model": self._model,
+            "model": self._body.model,
             "choices": choices,
         }

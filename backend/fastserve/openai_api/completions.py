@@ -16,9 +16,9 @@ from fastserve.openai_api.body import read_body
 from fastserve.openai_api.errors import refusal, server_refusal
 from fastserve.openai_api.front_door import FrontDoor
 from fastserve.openai_api.generation_fields import GenerationFields, call_options, client_names
+from fastserve.openai_api.http_answers import event_stream, json_response, until_gone
 from fastserve.openai_api.logprobs import CompletionLogprobs
 from fastserve.openai_api.merged_streams import merged
-from fastserve.openai_api.responses import event_stream, json_response, until_gone
 from fastserve.openai_api.usage import Usage, usage_of
 from fastserve_client import Completion, FastServeError, Generation
 
@@ -122,7 +122,7 @@ class _CompletionAnswer:
             for prompt, answer in enumerate(answers)
             for index, each in enumerate(answer.completions)
         ]
-        return self._object(choices) | {"usage": usage_of(answers)}
+        return self._object(choices) | self._body.summary(usage_of(answers))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as it comes. The first event raises FastServeError; later errors are the last event."""
@@ -138,8 +138,8 @@ class _CompletionAnswer:
                         choice = self._choice(prompt * self._n + index, each, chunk, begins)
                         null = {"usage": None} if self._body.include_usage else {}
                         yield sse.event(self._object([choice]) | null)
-            if self._body.include_usage:
-                yield sse.event(self._object([]) | {"usage": usage.json()})
+            if (summary := self._body.last_summary(usage)) is not None:
+                yield sse.event(self._object([]) | summary)
         except FastServeError as error:
             if not begun:
                 raise
@@ -176,6 +176,6 @@ class _CompletionAnswer:
             "id": self._id,
             "object": "text_completion",
             "created": self._created,
-            "model": self._door.model_name,
+            "model": self._body.model,
             "choices": choices,
         }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from msgspec import ValidationError
 
+from fastserve.errors import RequestError
 from fastserve_client import FastServeError
 
 _FIELD = re.compile(r"^`([^`]+)`")
@@ -29,6 +31,18 @@ _STATUS = {
 }
 """By the code of FastServe or of gRPC. 499 is nginx' status for a request that was cancelled: unlike 409
 and 5xx, OpenAI's clients do not send it again."""
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""What Anthropic's API calls an error of a status."""
 
 
 class ApiError(Exception):
@@ -55,6 +69,14 @@ class ApiError(Exception):
         return {"error": self._error}
 
     @property
+    def anthropic_error(self) -> dict[str, Any]:
+        """The `error` object of Anthropic's API."""
+        kind = _ANTHROPIC_TYPES.get(
+            self.status, "invalid_request_error" if self.status < 500 else "api_error"
+        )
+        return {"type": kind, "message": self._error["message"]}
+
+    @property
     def headers(self) -> dict[str, str]:
         """`retry-after` in whole seconds, where it is known, as HTTP has it (RFC 9110, 10.2.3)."""
         headers = {} if self._retry_after is None else {"retry-after": str(math.ceil(self._retry_after))}
@@ -66,12 +88,12 @@ def refusal(param: str, message: str) -> ApiError:
     return ApiError(400, "invalid_request_error", f"`{param}`: {message}", param=param)
 
 
-def unknown_model(name: str, served: str) -> ApiError:
-    """The error 404 for a model that is not served."""
+def unknown_model(name: str, served: Sequence[str]) -> ApiError:
+    """The error 404 for a model that is not served; `served`: those that are."""
     return ApiError(
         404,
         "invalid_request_error",
-        f"`model`: got {name!r}; allowed: {served!r}",
+        f"`model`: got {name!r}; allowed: {', '.join(map(repr, served))}",
         param="model",
         code="model_not_found",
     )
@@ -91,6 +113,11 @@ def server_refusal(error: FastServeError, names: dict[str, str] | None = None) -
     status, kind = _STATUS.get(error.code, (500, "server_error"))
     retry_after = 1.0 if status == 503 else None
     return ApiError(status, kind, message, param=param if status == 400 else None, retry_after=retry_after)
+
+
+def request_refusal(error: RequestError, names: dict[str, str] | None = None) -> ApiError:
+    """The error of a request that is refused here in the server's words; `names`: see `server_refusal`."""
+    return server_refusal(FastServeError(error.code.value, str(error)), names)
 
 
 def malformed(error: ValidationError) -> ApiError:

@@ -8,6 +8,7 @@ from msgspec import Struct
 from starlette.datastructures import Headers
 
 from fastserve.openai_api.errors import refusal
+from fastserve.openai_api.usage import Usage
 
 SAMPLING_FIELDS = (
     "n",
@@ -29,8 +30,6 @@ SAMPLING_FIELDS = (
     "skip_special_tokens",
 )
 """They have one name in OpenAI's API or vLLM's, and in FastServe's sampling parameters, which judge them."""
-FORWARDED_HEADERS = ("authorization",)
-"""They go on with the call: the ensemble's first step asks for a key where keys are on."""
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -88,6 +87,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     priority: int | None = None
     deadline_ms: float | None = None
     expected_output_tokens: int | None = None
+    return_timing: bool | None = None
     # Of OpenAI's reference, and without effect here.
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -96,6 +96,20 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prediction: dict[str, Any] | None = None
+
+    def summary(self, usage: Usage) -> dict[str, Any]:
+        """What stands beside the choices of a whole answer."""
+        return {"usage": usage.json()} | ({"fastserve": usage.timing_json()} if self.return_timing else {})
+
+    def last_summary(self, usage: Usage) -> dict[str, Any] | None:
+        """What the last chunk of a stream has, which has no choices; None where nobody asked for it."""
+        if not self.include_usage and not self.return_timing:
+            return None
+        return {
+            name: value
+            for name, value in self.summary(usage).items()
+            if name != "usage" or self.include_usage
+        }
 
     @property
     def include_usage(self) -> bool:
@@ -129,8 +143,19 @@ def call_options(body: GenerationFields, headers: Headers, has_keys: bool) -> di
         if not 1.0 <= milliseconds <= 1e9:
             raise refusal("deadline_ms", f"got {milliseconds}; allowed: from 1 to 1e9 milliseconds")
         options["timeout"] = milliseconds / 1000
-    options["headers"] = {name: headers[name] for name in FORWARDED_HEADERS if name in headers}
+    options["return_timing"] = True  # the usage says how much of the prompt was cached
+    options["headers"] = forwarded_headers(headers)
     return options
+
+
+def forwarded_headers(headers: Headers) -> dict[str, str]:
+    """Those that go on with a call: the ensemble's first step asks for a key where keys are on.
+
+    Anthropic's clients send it as `x-api-key`.
+    """
+    if "authorization" in headers:
+        return {"authorization": headers["authorization"]}
+    return {"authorization": f"Bearer {headers['x-api-key']}"} if "x-api-key" in headers else {}
 
 
 def _int32(name: str, value: int) -> int:

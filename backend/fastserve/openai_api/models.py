@@ -9,26 +9,30 @@ from starlette.responses import Response
 
 from fastserve.openai_api.errors import ApiError
 from fastserve.openai_api.front_door import FrontDoor
-from fastserve.openai_api.responses import json_response
+from fastserve.openai_api.http_answers import json_response
 
 READY_SECONDS = 5.0
 """For the server to say that it is ready."""
 
 
 async def list_models(request: Request) -> Response:
-    """The one model that is served."""
-    return json_response({"object": "list", "data": [_model(request.app.state.door)]})
+    """The models that are served."""
+    door: FrontDoor = request.app.state.door
+    names = [*filter(None, [door.model_name]), *door.encoders]
+    return json_response({"object": "list", "data": [_model(door, name) for name in names]})
 
 
 async def show_model(request: Request) -> Response:
     """The model of that name. Raises ApiError (404)."""
     door: FrontDoor = request.app.state.door
-    door.check_model(request.path_params["name"])
-    return json_response(_model(door))
+    name = request.path_params["name"]
+    if name not in door.encoders:
+        door.check_model(name)
+    return json_response(_model(door, name))
 
 
-def _model(door: FrontDoor) -> dict[str, Any]:
-    return {"id": door.model_name, "object": "model", "created": door.created, "owned_by": "fastserve"}
+def _model(door: FrontDoor, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": door.created, "owned_by": "fastserve"}
 
 
 async def health(request: Request) -> Response:

@@ -13,6 +13,7 @@ HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 _ENCODER = msgspec.json.Encoder()
 
 
-def event(data: Any) -> bytes:
-    """One event with JSON as its data."""
-    return b"data: " + _ENCODER.encode(data) + b"\n\n"
+def event(data: Any, kind: str | None = None) -> bytes:
+    """One event with JSON as its data; `kind`: its name, which OpenAI's chats have none of."""
+    head = b"" if kind is None else b"event: " + kind.encode() + b"\n"
+    return head + b"data: " + _ENCODER.encode(data) + b"\n\n"

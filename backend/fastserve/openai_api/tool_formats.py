@@ -98,12 +98,17 @@ def with_tools_in_prompt(
     return [{"role": "system", "content": text}, *plain]
 
 
+def _is_call(call: object) -> bool:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
+
+
 def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:
     if message.get("role") == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message.get('content')}\n</tool_response>"}
     calls = message.get("tool_calls")
-    if not calls:
-        return dict(message)
+    if not isinstance(calls, list) or not all(map(_is_call, calls)) or not calls:
+        return dict(message)  # the server's first step says what is wrong with them
     written = [
         f'<tool_call>\n{{"name": {json.dumps(call["function"]["name"])}, '
         f'"arguments": {call["function"].get("arguments") or "{}"}}}\n</tool_call>'

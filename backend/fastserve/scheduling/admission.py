@@ -19,6 +19,7 @@ from fastserve.scheduling.capacity import (
     TenantTokens,
 )
 from fastserve.scheduling.outbox import Outbox
+from fastserve.scheduling.overtaking import OvertakingCounter
 from fastserve.scheduling.policies.policy import Policy, Rank
 from fastserve.scheduling.prefix_index import block_hashes
 from fastserve.scheduling.quotas import Quotas
@@ -84,6 +85,7 @@ class AdmissionQueue:
         self._waiting: WaitingQueue[Waiting] = WaitingQueue(policy)
         self._num_new = 0
         """Of those that wait, the ones that have not run yet."""
+        self._overtaking = OvertakingCounter()
         self._replicas: list[Replica] = []
         self._capacity: EngineCapacity | None = None
         self._events_seen = 0
@@ -235,7 +237,8 @@ class AdmissionQueue:
             if waiting.request is None:
                 self._resumes.add(Resume(waiting.view.uid, waiting.view.index, placement.replica))
             else:
-                released.append(Released(waiting.request, placement.replica))
+                overtaken_by = self._overtaking.release(waiting.request.arrival)
+                released.append(Released(waiting.request, placement.replica, overtaken_by))
         return released
 
     # --- where it runs

@@ -18,6 +18,8 @@ class Released(Struct, frozen=True, tag=True):
 
     request: Request
     replica: int
+    overtaken_by: int = 0
+    """Requests that came later and were released earlier."""
 
 
 class ReplicaCapacity(Struct, frozen=True):

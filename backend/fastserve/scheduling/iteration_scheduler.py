@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from msgspec.structs import replace
+
 from fastserve.scheduling.block_pool import BlockPool, private_root_hash
 from fastserve.scheduling.block_tables import BlockTables
 from fastserve.scheduling.policies.policy import Policy
@@ -316,6 +318,9 @@ class IterationScheduler:
         view = sequence.view
         if view.num_served_tokens:
             num_copies = len(self.pool.host.copies_in) - num_copies
+            if num_copies:
+                swapped = view.preemptions.num_swapped_tokens + num_copies * self.pool.block_size
+                view.preemptions = replace(view.preemptions, num_swapped_tokens=swapped)
             self.num_resumed[preemption_kind(sequence, num_copies)] += 1
         else:
             sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -333,6 +338,8 @@ class IterationScheduler:
         self._leave_batch(sequence, retain=True)
         sequence.view.waiting_since = now
         sequence.view.num_tokens = sequence.num_tokens
+        preemptions = sequence.view.preemptions
+        sequence.view.preemptions = replace(preemptions, count=preemptions.count + 1)
         self._waiting.push(sequence, sequence.view, now)
         self.num_preemptions += 1
         return sequence

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from fastserve.scheduling.policies.policy import Policy
 from fastserve.scheduling.sequence import Sequence
 from fastserve.types import RequestView
@@ -21,15 +23,20 @@ class ServiceCounter:
         view = sequence.view
         before = view.num_served_tokens
         new = sequence.num_computed_tokens - before
+        if num_tokens > new:
+            self._count_recomputed(view, num_tokens - max(0, new))
         if new <= 0:
-            self.num_recomputed_tokens += num_tokens
             return
-        self.num_recomputed_tokens += num_tokens - new
         view.num_served_tokens += new
         if self._policy_counts:
             num_prompt_tokens = min(new, max(0, view.num_prompt_tokens - before))
             if self._told_policy(view, num_prompt_tokens, new - num_prompt_tokens, now):
                 sequence.rank = self._policy.rank(view, now)
+
+    def _count_recomputed(self, view: RequestView, num_tokens: int) -> None:
+        self.num_recomputed_tokens += num_tokens
+        had = view.preemptions.num_recomputed_tokens
+        view.preemptions = replace(view.preemptions, num_recomputed_tokens=had + num_tokens)
 
     def _told_policy(
         self, view: RequestView, num_prompt_tokens: int, num_output_tokens: int, now: float

@@ -34,6 +34,7 @@ _RETURN_OPTIONS = (
     "token_ids",
     "num_input_tokens",
     "num_output_tokens",
+    "timing",
 )
 _OPTION_TYPES: dict[str, Any] = {
     "stream": bool,
