@@ -1,4 +1,4 @@
-"""Writes the Grafana dashboard: `python deploy/grafana/dashboard.py`, after `pip install grafana-foundation-sdk`.
+"""Writes the Grafana dashboard: `python deploy/grafana/dashboard.py` (needs `grafana-foundation-sdk`).
 
 Each panel shows metrics of `docs/api.md`; `tests/deploy` holds the queries against what a server exports.
 """
@@ -40,7 +40,8 @@ def _quantiles(metric: str, by: str = "") -> list[Query]:
     labels, name = f"le, {by}" if by else "le", f"{{{{{by}}}}} " if by else ""
     return [
         Query(
-            f"histogram_quantile({quantile}, sum by ({labels}) (rate({metric}_bucket{WHERE}[$__rate_interval])))",
+            f"histogram_quantile({quantile}, sum by ({labels}) "
+            f"(rate({metric}_bucket{WHERE}[$__rate_interval])))",
             f"{name}p{quantile * 100:g}",
         )
         for quantile in QUANTILES
@@ -49,10 +50,20 @@ def _quantiles(metric: str, by: str = "") -> list[Query]:
 
 ROWS: dict[str, list[Panel]] = {
     "Requests": [
-        Panel("Requests by how they ended", "reqps", [_rate("fastserve_requests_total", "outcome", "{{outcome}}")]),
-        Panel("Time to first token by priority", "s", _quantiles("fastserve_time_to_first_token_seconds", "priority")),
+        Panel(
+            "Requests by how they ended",
+            "reqps",
+            [_rate("fastserve_requests_total", "outcome", "{{outcome}}")],
+        ),
+        Panel(
+            "Time to first token by priority",
+            "s",
+            _quantiles("fastserve_time_to_first_token_seconds", "priority"),
+        ),
         Panel("Time per output token", "s", _quantiles("fastserve_time_per_output_token_seconds")),
-        Panel("Whole answers by priority", "s", _quantiles("fastserve_e2e_request_latency_seconds", "priority")),
+        Panel(
+            "Whole answers by priority", "s", _quantiles("fastserve_e2e_request_latency_seconds", "priority")
+        ),
     ],
     "Queue": [
         Panel(
@@ -90,7 +101,9 @@ ROWS: dict[str, list[Panel]] = {
             [
                 _rate("fastserve_generation_tokens_total", "instance", "generated {{instance}}"),
                 _rate("fastserve_computed_tokens_total", "replica", "computed by replica {{replica}}"),
-                _rate("fastserve_prefix_cache_hit_tokens_total", "instance", "found in the cache {{instance}}"),
+                _rate(
+                    "fastserve_prefix_cache_hit_tokens_total", "instance", "found in the cache {{instance}}"
+                ),
             ],
         ),
         Panel(
@@ -159,7 +172,9 @@ def build() -> str:
 
 
 def _plot(panel: Panel) -> timeseries.Panel:
-    plot = timeseries.Panel().title(panel.title).unit(panel.unit).min(0).span(8).height(8).datasource(_source())
+    plot = (
+        timeseries.Panel().title(panel.title).unit(panel.unit).min(0).span(8).height(8).datasource(_source())
+    )
     for letter, query in zip("ABCDEF", panel.queries, strict=False):
         target = prometheus.Dataquery().ref_id(letter).expr(query.expression).legend_format(query.legend)
         plot = plot.with_target(target)

@@ -1,4 +1,4 @@
-"""The files of `deploy/`: alerts, dashboard, Kubernetes manifests, against one another and what is documented."""
+"""The files of `deploy/` against one another, and against what is documented."""
 
 from __future__ import annotations
 
@@ -23,14 +23,21 @@ METRIC = re.compile(r"\bfastserve_\w+")
 def documented_metrics() -> set[str]:
     """Those of the table of `docs/api.md`; of a histogram the series that it has."""
     rows = re.findall(r"^\| `(fastserve_\w+)` \| (\w+) \|", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
-    histograms = [f"{name}_{part}" for name, kind in rows if kind == "histogram" for part in ("bucket", "sum", "count")]
+    histograms = [
+        f"{name}_{part}" for name, kind in rows if kind == "histogram" for part in ("bucket", "sum", "count")
+    ]
     return {name for name, _ in rows} | set(histograms)
 
 
 def manifests() -> list[Any]:
     """The objects of the Kubernetes files."""
     files = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
-    found = [each for path in files if path.name != "kustomization.yaml" for each in yaml.safe_load_all(path.read_text())]
+    found = [
+        each
+        for path in files
+        if path.name != "kustomization.yaml"
+        for each in yaml.safe_load_all(path.read_text())
+    ]
     assert len(found) >= 5
     return found
 
@@ -51,7 +58,10 @@ def test_each_alert_says_what_to_do() -> None:
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
 def test_alerts_fire_when_they_should() -> None:
     done = subprocess.run(
-        ["promtool", "test", "rules", "alerts_test.yaml"], cwd=DEPLOY / "prometheus", capture_output=True, text=True
+        ["promtool", "test", "rules", "alerts_test.yaml"],
+        cwd=DEPLOY / "prometheus",
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -64,7 +74,10 @@ def test_the_dashboard_is_what_its_program_writes() -> None:
 def test_the_dashboard_shows_metrics_that_there_are() -> None:
     board = json.loads((DEPLOY / "grafana/fastserve.json").read_text())
     shown = {
-        name for panel in board["panels"] for target in panel.get("targets", []) for name in METRIC.findall(target["expr"])
+        name
+        for panel in board["panels"]
+        for target in panel.get("targets", [])
+        for name in METRIC.findall(target["expr"])
     }
     assert len(shown) > 20
     assert shown <= documented_metrics()

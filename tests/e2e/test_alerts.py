@@ -16,6 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fastserve_client import Client, FastServeError
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 FIRING = 'ALERTS{alertstate="firing"}'
-LONG: dict[str, Any] = {"max_tokens": 1500, "ignore_eos": True, "temperature": 0.0}
+LONG: dict[str, Any] = {"max_tokens": 2400, "ignore_eos": True}
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed"),
@@ -91,12 +92,21 @@ def prometheus(directory: Path, metrics_url: str) -> Iterator[Prometheus]:
     }
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{free_ports(1)[0]}"
-    command = ["prometheus", f"--config.file={directory / 'prometheus.yml'}", f"--web.listen-address={address}"]
+    command = [
+        "prometheus",
+        f"--config.file={directory / 'prometheus.yml'}",
+        f"--web.listen-address={address}",
+    ]
     command.append(f"--storage.tsdb.path={directory / 'data'}")
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        yield Prometheus(f"http://{address}")
+        watching = Prometheus(f"http://{address}")
+        give_up = time.monotonic() + 60.0
+        while not watching.query("up == 1"):
+            assert time.monotonic() < give_up, (directory / "log").read_text()
+            time.sleep(0.1)
+        yield watching
     finally:
         process.terminate()
         process.wait(30)
@@ -129,26 +139,31 @@ def test_each_alert_fires_on_its_fault(launch: Launch, tmp_path: Path, soak: boo
     if not soak:
         pytest.skip("two minutes: run with --soak")
     rules = yaml.safe_load((DEPLOY / "prometheus/alerts.yaml").read_text())["groups"][0]["rules"]
-    settings = {"replicas": 2, "max_num_seqs": 2, "max_queue_size": 6, "swap_space_bytes": 0}
-    cache = 2 * 1700 * 23040  # of each replica: two of the long requests
-    with launch(**settings, kv_cache_bytes=cache, priority_range=(-10, 10)) as server:
-        with prometheus(tmp_path, server.metrics_url) as watching, Client(server.grpc_url, retries=0) as client:
-            threads = in_background(lambda: client.generate("Hello", **LONG, timeout=300.0), 10)
-            watching.wait_for({"FastServeQueueFull", "FastServeKVCacheFull"}, 60.0)
-            threads += in_background(lambda: client.generate("Hi", max_tokens=1, timeout=1.0), 4)
-            for place in range(4):  # they take the place of long ones, whose blocks they need
-                prompt = f"{place} " * 1200
-                threads += in_background(
-                    lambda prompt=prompt: client.generate(prompt, max_tokens=8, priority=10, timeout=60.0), 1
-                )
-            watching.wait_for({"FastServeTimeouts", "FastServeSlowFirstToken", "FastServeRecomputes"}, 120.0)
-            watching.wait_for({"FastServeLongQueueWait"}, 120.0)
-            workers(server)[0].kill()
-            watching.wait_for({"FastServeReplicaMissing", "FastServeWorkerRestarted", "FastServeErrors"}, 60.0)
-            kill_worker(server, 0)
-            workers(server)[0].kill()
-            watching.wait_for({"FastServeNoReplica"}, 60.0)
-            for thread in threads:
-                thread.join()
-            server.launcher.stop()
-            watching.wait_for({rule["alert"] for rule in rules}, 60.0)
+    settings = {"replicas": 2, "max_num_seqs": 3, "max_queue_size": 6, "swap_space_bytes": 0}
+    cache = 3400 * 23040  # of each replica: tokens of no two of the long requests
+    with (
+        launch(**settings, kv_cache_bytes=cache, speculative_method="none") as server,
+        prometheus(tmp_path, server.metrics_url) as watching,
+        Client(server.grpc_url, retries=0) as client,
+    ):
+        long = partial(client.generate, "Hello", **LONG)
+        threads = in_background(partial(long, timeout=300.0), 6)
+        server.wait_for_metrics(lambda found: found["fastserve_requests_running"] == 6, 60.0)
+        threads += in_background(partial(long, timeout=300.0), 4)
+        threads += in_background(partial(long, timeout=5.0), 2)
+        watching.wait_for({"FastServeQueueFull", "FastServeKVCacheFull"}, 60.0)
+        for place in range(4):  # they take the places of long ones, and their blocks
+            prompt = f"{place} " * 600
+            urgent = partial(client.generate, prompt, max_tokens=8, priority=10, timeout=60.0)
+            threads += in_background(urgent, 1)
+        watching.wait_for({"FastServeTimeouts", "FastServeSlowFirstToken", "FastServeRecomputes"}, 120.0)
+        watching.wait_for({"FastServeLongQueueWait"}, 120.0)
+        workers(server)[0].kill()
+        watching.wait_for({"FastServeReplicaMissing", "FastServeWorkerRestarted", "FastServeErrors"}, 60.0)
+        for worker in workers(server):
+            worker.kill()
+        watching.wait_for({"FastServeNoReplica"}, 60.0)
+        for thread in threads:
+            thread.join()
+        server.launcher.stop()
+        watching.wait_for({rule["alert"] for rule in rules}, 60.0)

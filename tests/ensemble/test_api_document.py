@@ -42,7 +42,7 @@ def test_metrics(pb_utils: Any) -> None:
     labels = RequestLabels(Config())
     members = [
         each
-        for metrics in (QueueMetrics(labels), EngineMetrics(), ResponseMetrics(labels))
+        for metrics in (QueueMetrics(labels, 1), EngineMetrics(), ResponseMetrics(labels))
         for each in vars(metrics).values()
     ]
     pairs = [vars(each).values() for each in members if isinstance(each, SecondsByClass)]

@@ -76,7 +76,11 @@ class FakeClient:
         self.encoder_requests.append(request)
         if isinstance(self.answer, FastServeError):
             raise self.answer
-        lengths = [len(text) for text in list(request.columns.values())[-1]]
+        [*_, texts] = request.columns.values()
+        for place, text in enumerate(texts):
+            if text == "too long":
+                raise FastServeError("INVALID_ARG", f"`text[{place}]`: got 600 tokens; allowed: at most 512")
+        lengths = [len(text) for text in texts]
         counts = {"num_tokens": [[length] for length in lengths]}
         if "document" in request.columns:
             return counts | {"score": [[float(length)] for length in lengths]}

@@ -12,7 +12,6 @@ from starlette.testclient import TestClient
 from tests.openai_api.conftest import MODEL, FakeClient
 
 from fastserve.openai_api.app import create_app
-from fastserve_client import FastServeError
 
 ENCODERS = {"minilm": "embed", "classify": "classify", "ranker": "rerank"}
 
@@ -107,7 +106,7 @@ def test_a_server_without_encoders_says_so(api: TestClient) -> None:
     assert "no encoder for embed" in answer.json()["error"]["message"]
 
 
-def test_the_servers_refusal_names_the_clients_field(encoders: TestClient, fake: FakeClient) -> None:
-    fake.answer = FastServeError("INVALID_ARG", "`text`: got 600 tokens; allowed: at most 512, or `truncate`")
-    answer = embed(encoders, input="a")
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input")
+@pytest.mark.parametrize("place", [0, 300])
+def test_the_servers_refusal_names_the_clients_field(encoders: TestClient, place: int) -> None:
+    answer = embed(encoders, input=["a"] * place + ["too long"])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, f"input[{place}]")

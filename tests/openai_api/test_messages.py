@@ -167,6 +167,12 @@ def test_a_missing_limit_is_named(claude: TestClient) -> None:
     assert error["message"] == "`max_tokens`: missing, but required"
 
 
+def test_the_servers_refusal_names_the_clients_field(claude: TestClient, fake: FakeClient) -> None:
+    fake.answer = FastServeError("INVALID_ARG", "`stop[1]`: got ''; allowed: a text")
+    error = post(claude, stop_sequences=["a", "b"]).json()["error"]
+    assert error["message"] == "`stop_sequences[1]`: got ''; allowed: a text"
+
+
 def test_errors_before_and_behind_the_first_event(claude: TestClient, fake: FakeClient) -> None:
     fake.answer = FastServeError("UNAVAILABLE", "the queue is full; try again in 3 s")
     answer = post(claude)

@@ -20,6 +20,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from fastserve.ensemble.server_lock import SERVER_LOCK
+from fastserve.scheduling.preemption import PreemptionKind
 from fastserve.scheduling.quotas import QuotaError
 from fastserve.scheduling.request_labels import Labels, RequestLabels
 from fastserve.types import EngineStats, Outcome, Request
@@ -78,9 +79,15 @@ class Counter(_Family):
 
     kind = pb_utils.MetricFamily.COUNTER
 
-    def __init__(self, name: str, description: str, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self, name: str, description: str, labels: Sequence[str] = (), known: Sequence[str] = ()
+    ) -> None:
+        """`known`: values of its one label that are shown from the start, with 0, as a counter without labels
+        is: of a series that begins with 1, Prometheus' `rate` sees no increase."""
         super().__init__(name, description, labels)
         self._unreported: dict[tuple[object, ...], float] = {}
+        for each in [(value,) for value in known] if labels else [()]:
+            self._report("increment", 0, each)
 
     def add(self, amount: float, *labels: object) -> None:
         """Adds `amount`, if it is positive, and what could not be added before."""
@@ -138,7 +145,8 @@ class SecondsByClass:
 
 def requests_total() -> Counter:
     """The counter of ended requests, for each model in which a request can end."""
-    return Counter("fastserve_requests_total", "Requests by how they ended", ["outcome"])
+    outcomes = [outcome.value for outcome in Outcome]
+    return Counter("fastserve_requests_total", "Requests by how they ended", ["outcome"], outcomes)
 
 
 class QueueMetrics:
@@ -146,7 +154,8 @@ class QueueMetrics:
 
     def __init__(self, labels: RequestLabels, max_queue_size: int) -> None:
         self._labels = labels
-        Gauge("fastserve_max_queue_size", "New requests that the queue takes").set(max_queue_size)
+        self.max_queue_size = Gauge("fastserve_max_queue_size", "New requests that the queue takes")
+        self.max_queue_size.set(max_queue_size)
         self.waiting = Gauge("fastserve_requests_waiting", "Requests in the queue", ["priority"])
         self.waiting_by_tenant = Gauge(
             "fastserve_tenant_requests_waiting", "Requests in the queue, by tenant", ["tenant"]
@@ -222,7 +231,10 @@ class EngineMetrics:
             "fastserve_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache"
         )
         self.preemptions = Counter(
-            "fastserve_preemptions_total", "Preempted sequences that went on, by what that took", ["kind"]
+            "fastserve_preemptions_total",
+            "Preempted sequences that went on, by what that took",
+            ["kind"],
+            [kind.value for kind in PreemptionKind],
         )
         self.swapped = Counter("fastserve_swapped_blocks_total", "KV blocks that came back from host memory")
         self.recomputed = Counter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ MAX_TEXTS = 2048
 TEXTS_AT_ONCE = 256
 """That a request to Triton server takes; more texts are several requests, which its batcher may join."""
 ENCODING_FORMATS = ("float", "base64")
+_INDEX = re.compile(r"^(`\w+\[)(\d+)")
 NAMES = {"text": "input", "document": "documents"}
 """What a client calls an input of the model."""
 
@@ -191,8 +193,16 @@ async def _inferred(
 ) -> list[Outputs]:
     """The answers for all texts, in order. Raises ApiError."""
     client = request.app.state.door.client
-    parts = [texts[place : place + TEXTS_AT_ONCE] for place in range(0, len(texts), TEXTS_AT_ONCE)]
-    work = asyncio.gather(*(client.infer(*request_of(part)) for part in parts))
+
+    async def infer(first: int) -> Outputs:
+        """The answer for the texts from this one on."""
+        try:
+            return await client.infer(*request_of(texts[first : first + TEXTS_AT_ONCE]))
+        except FastServeError as error:
+            message = _INDEX.sub(lambda found: f"{found[1]}{int(found[2]) + first}", error.message)
+            raise FastServeError(error.code, message) from error
+
+    work = asyncio.gather(*map(infer, range(0, len(texts), TEXTS_AT_ONCE)))
     try:
         return list(await until_gone(request, work))
     except FastServeError as error:

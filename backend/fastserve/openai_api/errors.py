@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec import ValidationError
@@ -99,11 +99,19 @@ def unknown_model(name: str, served: Sequence[str]) -> ApiError:
     )
 
 
+def client_name(path: str, names: Mapping[str, str]) -> str:
+    """What the client calls the field of a path such as `stop[0]`: the longest part with a name counts."""
+    for end in range(len(path), 0, -1):
+        if (name := names.get(path[:end])) is not None and path[end : end + 1] in ("", "[", "."):
+            return name + path[end:]
+    return path
+
+
 def server_refusal(error: FastServeError, names: dict[str, str] | None = None) -> ApiError:
     """The server's error. `names`: what the client calls a field, by FastServe's own name of it."""
     message, param = error.message, None
     if found := _FIELD.match(message):
-        param = (names or {}).get(found[1], found[1])
+        param = client_name(found[1], names or {})
         message = f"`{param}`{message[found.end() :]}"
     if error.code == "UNAUTHENTICATED":
         return ApiError(401, "authentication_error", message, code="invalid_api_key")
