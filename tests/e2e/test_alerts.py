@@ -112,6 +112,13 @@ def prometheus(directory: Path, metrics_url: str) -> Iterator[Prometheus]:
         process.wait(30)
 
 
+def dashboard_queries() -> list[str]:
+    """Those of the dashboard's panels, with its variables filled in."""
+    board = json.loads((DEPLOY / "grafana/fastserve.json").read_text())
+    expressions = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    return [each.replace("$instance", ".*").replace("$__rate_interval", "1m") for each in expressions]
+
+
 def in_background(work: Callable[[], Any], count: int) -> list[threading.Thread]:
     """Calls in as many threads, whose failures are what the test is about."""
 
@@ -140,9 +147,10 @@ def test_each_alert_fires_on_its_fault(launch: Launch, tmp_path: Path, soak: boo
         pytest.skip("two minutes: run with --soak")
     rules = yaml.safe_load((DEPLOY / "prometheus/alerts.yaml").read_text())["groups"][0]["rules"]
     settings = {"replicas": 2, "max_num_seqs": 3, "max_queue_size": 6, "swap_space_bytes": 0}
+    quotas = {"free": {"requests_per_second": 0.01, "burst_seconds": 1}}
     cache = 3400 * 23040  # of each replica: tokens of no two of the long requests
     with (
-        launch(**settings, kv_cache_bytes=cache, speculative_method="none") as server,
+        launch(**settings, kv_cache_bytes=cache, tenant_quotas=quotas, speculative_method="none") as server,
         prometheus(tmp_path, server.metrics_url) as watching,
         Client(server.grpc_url, retries=0) as client,
     ):
@@ -158,6 +166,11 @@ def test_each_alert_fires_on_its_fault(launch: Launch, tmp_path: Path, soak: boo
             threads += in_background(urgent, 1)
         watching.wait_for({"FastServeTimeouts", "FastServeSlowFirstToken", "FastServeRecomputes"}, 120.0)
         watching.wait_for({"FastServeLongQueueWait"}, 120.0)
+        for _ in range(2):  # one more than the tenant's quota
+            in_background(partial(client.generate, "Hi", tenant="free", max_tokens=1), 1)[0].join()
+        give_up = time.monotonic() + 10.0
+        while empty := [query for query in dashboard_queries() if not watching.query(query)]:
+            assert time.monotonic() < give_up, empty
         workers(server)[0].kill()
         watching.wait_for({"FastServeReplicaMissing", "FastServeWorkerRestarted", "FastServeErrors"}, 60.0)
         for worker in workers(server):
