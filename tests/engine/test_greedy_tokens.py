@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-NEW_TOKENS = 48
+NEW_TOKENS = 24
 SMALL, FULL = 8, 50
 
 

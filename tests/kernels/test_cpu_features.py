@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import llvmlite.binding
@@ -53,22 +54,41 @@ def test_without_a_word_it_is_this_processor(monkeypatch: pytest.MonkeyPatch) ->
     assert cpu_features.compiled_features.__wrapped__() == {name for name, there in host.items() if there}
 
 
+@pytest.fixture(scope="module")
+def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """By features, pytest with kernels for them. They run side by side: compiling takes one core."""
+    started = {}
+    for features, tests in PROCESSORS.items():
+        environment = {
+            **os.environ,
+            "NUMBA_CPU_NAME": "haswell",
+            "NUMBA_CPU_FEATURES": features,
+            "ATEN_CPU_CAPABILITY": "avx2",
+            "ONEDNN_MAX_CPU_ISA": "AVX2",
+        }
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", IN_BFLOAT16, *tests]
+        if cpu_features.has(*features.replace("+", "").split(",")):
+            started[features] = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("features", PROCESSORS)
-def test_kernels_for(features: str) -> None:
-    if not cpu_features.has(*features.replace("+", "").split(",")):
+def test_kernels_for(features: str, runs: dict[str, subprocess.Popen[str]]) -> None:
+    if features not in runs:
         pytest.skip("this processor cannot run them")
-    environment = {
-        **os.environ,
-        "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": features,
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-    }
-    tests = PROCESSORS[features]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", IN_BFLOAT16, *tests]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
+    output, _ = runs[features].communicate()
+    assert runs[features].returncode == 0, output
+    assert "skipped" not in output
 
 
 @pytest.mark.skipif(cpu_features.has("avx512bw"), reason="they may use AVX-512")
