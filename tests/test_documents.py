@@ -18,6 +18,8 @@ DOCUMENTS = [
     "docs/access.md",
     "docs/api.md",
     "docs/openai.md",
+    "docs/operations.md",
+    "docs/migrating.md",
     "findings/README.md",
     "docs/architecture.md",
     "docs/log.md",
