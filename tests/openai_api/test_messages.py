@@ -55,7 +55,7 @@ def test_fields_reach_the_ensemble_under_its_names(claude: TestClient, fake: Fak
 def test_a_whole_message(claude: TestClient) -> None:
     answer = post(claude)
     said = answer.json()
-    assert said["content"] == [{"type": "text", "text": "Hi"}]
+    assert said["content"] == [{"type": "text", "text": "Hi", "citations": None}]
     assert (said["type"], said["role"], said["model"]) == ("message", "assistant", MODEL)
     assert (said["stop_reason"], said["stop_sequence"]) == ("end_turn", None)
     assert (said["usage"]["input_tokens"], said["usage"]["output_tokens"]) == (3, 2)
@@ -96,7 +96,7 @@ def test_calls_whole_and_streamed(claude: TestClient, fake: FakeClient) -> None:
     fake.answer = Generation([completion(CALL, "stop", (1,))], 3, None)
     whole = post(claude, tools=[TOOL]).json()
     text, call = whole["content"]
-    assert text == {"type": "text", "text": "Well."}
+    assert text == {"type": "text", "text": "Well.", "citations": None}
     assert (call["type"], call["name"], call["input"]) == ("tool_use", "f", {"a": 1})
     assert whole["stop_reason"] == "tool_use"
     fake.chunks = [Chunk([completion(each, None, (1,))], 3, None) for each in CALL]

@@ -21,8 +21,8 @@ NAMES = {
     "max_completion_tokens": "max_tokens",
 }
 """What these clients call a field, by OpenAI's name or FastServe's."""
-WITHOUT_EFFECT = ("cache_control", "citations")
-"""Keys of a block: prefixes are cached for all, and nothing is cited."""
+WITHOUT_EFFECT = ("cache_control", "citations", "caller")
+"""Keys of a block: prefixes are cached for all, nothing is cited, and the model alone calls."""
 Block = Mapping[str, Any]
 
 

@@ -84,13 +84,10 @@ class _Message:
         [completion] = answer.completions
         text = self._stops.push(completion.text, True, completion.finish_reason == "stop")
         message: dict[str, Any] = {"content": text} if self._calls is None else self._calls.message(text)
-        content: list[dict[str, Any]] = (
-            [{"type": "text", "text": message["content"]}] if message["content"] else []
-        )
+        content: list[dict[str, Any]] = [_text_block(message["content"])] if message["content"] else []
         for call in message.get("tool_calls", []):
             function = call["function"]
-            block = {"type": "tool_use", "id": call["id"], "name": function["name"]}
-            content.append(block | {"input": as_input(function["arguments"])})
+            content.append(_call_block(call["id"], function["name"], as_input(function["arguments"])))
         self._usage.add(answer)
         return self._object(content, _usage(self._usage)) | self._stop(completion)
 
@@ -135,15 +132,13 @@ class _Message:
         events = []
         if text := delta.get("content"):
             if not self._is_open:
-                events += self._open({"type": "text", "text": ""})
+                events += self._open(_text_block(""))
             events.append(self._block_delta({"type": "text_delta", "text": text}))
         for call in delta.get("tool_calls", []):
             function = call["function"]
             if "id" in call:
                 events += self._close()
-                events += self._open(
-                    {"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}}
-                )
+                events += self._open(_call_block(call["id"], function["name"], {}))
             if arguments := function["arguments"]:
                 events.append(self._block_delta({"type": "input_json_delta", "partial_json": arguments}))
         return events
@@ -169,7 +164,7 @@ class _Message:
             reason = "tool_use" if self._calls is not None and self._calls.is_called else "end_turn"
         return {"stop_reason": reason, "stop_sequence": self._stops.found}
 
-    def _object(self, content: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+    def _object(self, content: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         return {
             "id": self.id,
             "type": "message",
@@ -178,18 +173,37 @@ class _Message:
             "content": content,
             "stop_reason": None,
             "stop_sequence": None,
+            "stop_details": None,
+            "container": None,
             "usage": usage,
         }
 
 
-def _usage(usage: Usage) -> dict[str, int]:
+# What Anthropic's reference requires and has no meaning here is null.
+
+
+def _text_block(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text, "citations": None}
+
+
+def _call_block(call_id: str, name: str, arguments: Any) -> dict[str, Any]:
+    block = {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
+    return block | {"caller": {"type": "direct"}}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
     """Anthropic's, in which input tokens are those that no cache had."""
     counts, num_cached = usage.json(), usage.cached_tokens
     return {
         "input_tokens": counts["prompt_tokens"] - num_cached,
         "cache_read_input_tokens": num_cached,
         "cache_creation_input_tokens": 0,
+        "cache_creation": None,
         "output_tokens": counts["completion_tokens"],
+        "output_tokens_details": None,
+        "server_tool_use": None,
+        "service_tier": None,
+        "inference_geo": None,
     }
 
 

@@ -27,6 +27,8 @@ class ToolFormat:
     """The model's template takes no tools: they are described in the system message."""
 
 
+MAX_FORCED_CALLS = 8
+"""A small model that must call knows no end."""
 HERMES = ToolFormat("hermes", "<tool_call>", "</tool_call>")
 """Hermes, Qwen and many others: JSON objects, each in tags."""
 PROMPTED = ToolFormat("prompted", "<tool_call>", "</tool_call>", is_prompted=True)
@@ -73,7 +75,8 @@ def forced_grammar(form: ToolFormat, functions: Sequence[Mapping[str, Any]], is_
         call, separator = "tagged", _NEWLINE
     else:
         separator = json.dumps(";")
-    start = f"{call} ({separator} {call})*" if is_parallel else call
+    more = f"({separator} {call}){{0,{MAX_FORCED_CALLS - 1}}}"
+    start = f"{call} {more}" if is_parallel else call
     return "\n".join([f"start: {start}", *rules])
 
 
