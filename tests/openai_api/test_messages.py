@@ -130,6 +130,13 @@ def test_a_call_and_its_result_become_messages(claude: TestClient, fake: FakeCli
     ]
 
 
+def test_an_answer_in_a_form(claude: TestClient, fake: FakeClient) -> None:
+    schema = {"type": "object"}
+    form = {"format": {"type": "json_schema", "schema": schema}}
+    assert post(claude, output_config=form, cache_control={"type": "ephemeral"}).status_code == 200
+    assert fake.calls[0]["structured_outputs"] == {"json": schema}
+
+
 @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "f"}])
 def test_a_forced_call_is_guided(claude: TestClient, fake: FakeClient, choice: dict[str, str]) -> None:
     assert post(claude, tools=[TOOL], tool_choice=choice).status_code == 200
@@ -148,6 +155,7 @@ def test_a_forced_call_is_guided(claude: TestClient, fake: FakeClient, choice: d
         ({"tool_choice": {"type": "some"}}, "`tool_choice.type`"),
         ({"thinking": {"type": "enabled"}}, "`thinking.type`"),
         ({"mood": 1}, "`mood`: unknown field"),
+        ({"output_config": {"format": {"type": "xml", "schema": {}}}}, "`output_config.format.type`"),
     ],
 )
 def test_what_is_wrong_is_named(claude: TestClient, fields: dict[str, Any], said: str) -> None:

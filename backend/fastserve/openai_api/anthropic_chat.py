@@ -12,6 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 from fastserve.openai_api.chat_completions import ChatRequest
 from fastserve.openai_api.chat_tools import Function, Tool
 from fastserve.openai_api.errors import refusal
+from fastserve.openai_api.generation_fields import JsonSchema, ResponseFormat
 
 NAMES = {
     "stop": "stop_sequences",
@@ -19,6 +20,9 @@ NAMES = {
     "user": "metadata.user_id",
     "timeout": "deadline_ms",
     "max_completion_tokens": "max_tokens",
+    "structured_outputs.json": "output_config.format.schema",
+    "structured_outputs": "output_config.format",
+    "chat_template_kwargs.reasoning_effort": "output_config.effort",
 }
 """What these clients call a field, by OpenAI's name or FastServe's."""
 WITHOUT_EFFECT = ("cache_control", "citations", "caller")
@@ -44,6 +48,21 @@ class Metadata(Struct, forbid_unknown_fields=True):
     """The tenant, as OpenAI's `user`."""
 
 
+class OutputFormat(Struct, frozen=True, forbid_unknown_fields=True):
+    """`output_config.format`."""
+
+    type: str
+    schema: dict[str, Any]
+
+
+class OutputConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """`output_config`."""
+
+    format: OutputFormat | None = None
+    effort: str | None = None
+    """A variable of the template, as `reasoning_effort` of a chat."""
+
+
 class MessagesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """The body of `/v1/messages`; `/v1/messages/count_tokens` needs no `max_tokens`."""
 
@@ -60,6 +79,9 @@ class MessagesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     tool_choice: dict[str, Any] | None = None
     metadata: Metadata | None = None
     thinking: dict[str, Any] | None = None
+    output_config: OutputConfig = OutputConfig()
+    cache_control: dict[str, Any] | None = None
+    """Without effect, as in blocks."""
     service_tier: str | None = None
     """Without effect: there is one tier."""
     priority: int | None = None
@@ -84,12 +106,22 @@ def as_chat(body: MessagesRequest) -> ChatRequest:
         stop=body.stop_sequences or None,
         tools=[_tool(place, tool) for place, tool in enumerate(body.tools or [])] or None,
         tool_choice=choice,
+        response_format=_response_format(body.output_config.format),
+        reasoning_effort=body.output_config.effort,
         parallel_tool_calls=is_parallel,
         user=None if body.metadata is None else body.metadata.user_id,
         tenant=body.tenant,
         priority=body.priority,
         deadline_ms=body.deadline_ms,
     )
+
+
+def _response_format(form: OutputFormat | None) -> ResponseFormat | None:
+    if form is None:
+        return None
+    if form.type != "json_schema":
+        raise refusal("output_config.format.type", f"got {form.type!r}; allowed: 'json_schema'")
+    return ResponseFormat("json_schema", JsonSchema("answer", form.schema))
 
 
 def _tool(place: int, tool: AnthropicTool) -> Tool:

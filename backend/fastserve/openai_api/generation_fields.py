@@ -95,6 +95,7 @@ class GenerationFields(Struct, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
 
     def summary(self, usage: Usage) -> dict[str, Any]:

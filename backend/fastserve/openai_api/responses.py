@@ -224,7 +224,7 @@ class _Response:
             "completed_at": None if finish_reason is None else int(time.time()),
             "frequency_penalty": 0.0,
             "presence_penalty": 0.0,
-            "max_tool_calls": None,
+            "max_tool_calls": body.max_tool_calls,
             "service_tier": "default",
             "safety_identifier": body.safety_identifier,
             "prompt_cache_key": body.prompt_cache_key,

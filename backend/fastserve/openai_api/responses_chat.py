@@ -98,6 +98,9 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    max_tool_calls: int | None = None
+    """Without effect: it bounds calls of tools that OpenAI runs, and there are none."""
 
     @property
     def has_logprobs(self) -> bool:
