@@ -247,8 +247,8 @@ class SequenceOutput(Struct, frozen=True):
     """Prompt tokens that came from the prefix cache; only with the first token."""
     outcome: Outcome | None = None
     """Set on the last output of this sequence."""
-    preemptions: Preemptions = Preemptions()
-    """With the last output."""
+    preemptions: Preemptions | None = None
+    """With the last output of a sequence that was preempted."""
     failure: Failure | None = None
 
 

@@ -37,7 +37,6 @@ from fastserve.types import (
     EngineStats,
     Failure,
     Outcome,
-    Preemptions,
     Request,
     RequestView,
     SequenceOutput,
@@ -46,8 +45,6 @@ from fastserve.types import (
 )
 
 logger = logging.getLogger(__name__)
-
-NOT_PREEMPTED = Preemptions()
 
 MAX_RANKS = 16
 """Ranks of running sequences that the common queue is told: so many can be preempted between two messages."""
@@ -342,7 +339,9 @@ class Engine:
                 prompt_logprobs=state.prompt_logprobs.entries if is_first and state.prompt_logprobs else None,
                 num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
                 outcome=outcome,
-                preemptions=sequence.view.preemptions if outcome else NOT_PREEMPTED,
+                preemptions=sequence.view.preemptions
+                if outcome and sequence.view.preemptions.count
+                else None,
             )
         )
         return None

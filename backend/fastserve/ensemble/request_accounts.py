@@ -93,7 +93,7 @@ class RequestAccounts:
         account.num_tokens += num_tokens
         for each in output.outputs:
             account.num_cached_tokens = max(account.num_cached_tokens, each.num_cached_tokens)
-            if each.outcome is not None:
+            if each.preemptions is not None:
                 account.add_preemptions(each.preemptions)
         self._metrics.count_tokens(account.request, num_tokens, now)
         if output.final:
