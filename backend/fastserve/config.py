@@ -143,6 +143,15 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             "every layer each",
         ),
     ] = 1
+    pipeline_parallel_size: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=64,
+            description="stages, of `tensor_parallel_size` ranks each, that have some of the layers and work "
+            "at different steps at the same time",
+        ),
+    ] = 1
     num_threads: Annotated[
         int,
         Meta(ge=0, description="of each worker, and rank, on a CPU; 0: as many as its share of the cores"),
@@ -249,14 +258,24 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 def check_ranks(config: Config) -> None:
-    """Raises ConfigError if ranks, or their threads, are more than the cores: they would wait for others."""
-    ranks, cores = config.tensor_parallel_size * config.replicas, len(os.sched_getaffinity(0))
-    if config.tensor_parallel_size > 1 and ranks * max(1, config.num_threads) > cores:
+    """Raises ConfigError if ranks, or their threads, are more than the cores, where they would wait for
+    others, and for settings that several ranks cannot have."""
+    ranks, cores = config.tensor_parallel_size * config.pipeline_parallel_size, len(os.sched_getaffinity(0))
+    if ranks > 1 and ranks * config.replicas * max(1, config.num_threads) > cores:
         threads = f" of {config.num_threads} threads" if config.num_threads > 1 else ""
+        name = "tensor" if config.tensor_parallel_size > 1 else "pipeline"
+        stages = f" in {config.pipeline_parallel_size} stages" if config.pipeline_parallel_size > 1 else ""
         raise ConfigError(
-            f"`tensor_parallel_size`: got {config.tensor_parallel_size} for {config.replicas} "
-            f"replica(s){threads}; allowed: as many in all as there are cores, {cores}: fewer ranks, "
-            "replicas or `num_threads`"
+            f"`{name}_parallel_size`: got {getattr(config, f'{name}_parallel_size')}{stages} for "
+            f"{config.replicas} replica(s){threads}; allowed: as many in all as there are cores, {cores}: "
+            "fewer ranks, stages, replicas or `num_threads`"
+        )
+    if ranks > 1 and config.device.startswith("cuda"):
+        raise ConfigError(f"`device`: got {config.device!r} for {ranks} ranks; allowed: cpu, or one rank")
+    if config.pipeline_parallel_size > 1 and config.kv_cache_dtype != "auto":
+        raise ConfigError(
+            f"`kv_cache_dtype`: got {config.kv_cache_dtype!r} for {config.pipeline_parallel_size} stages; "
+            "allowed: auto, with the checkpoint's own scales: no stage can measure any alone"
         )
 
 

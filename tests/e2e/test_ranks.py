@@ -23,8 +23,10 @@ STREAMS = 8
 SAMPLING: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def ranked(launch: Any, default_model: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+@pytest.fixture(scope="module", params=["tensor_parallel_size", "pipeline_parallel_size"])
+def ranked(
+    request: Any, launch: Any, default_model: ModelFiles, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     """A random model of four heads, which two ranks can share, with the default model's tokenizer."""
     directory = tmp_path_factory.mktemp("ranked") / "model"
     torch.manual_seed(0)
@@ -45,7 +47,7 @@ def ranked(launch: Any, default_model: ModelFiles, tmp_path_factory: pytest.Temp
         if file.name.startswith(("tokenizer", "special", "chat")):
             shutil.copy(file, directory)
     files, settings = ModelFiles(directory, directory), {"kv_cache_bytes": 1 << 27, "quantization": "int8"}
-    with launch.func(files, tensor_parallel_size=2, **settings) as server:
+    with launch.func(files, **{request.param: 2}, **settings) as server:
         yield server
 
 
@@ -98,4 +100,4 @@ def test_a_rank_that_is_killed_ends_its_streams_and_no_more(ranked: Any, victim:
     gone, alive = psutil.wait_procs(group, timeout=5)
     assert (len(gone), alive) == (2, [])
     assert len(processes_of(ranked, "rank_process")) == 1
-    assert not [path for path in Path("/dev/shm").iterdir() if "ranks" in path.name]
+    assert not [path for path in Path("/dev/shm").iterdir() if "ranks" in path.name or "stages" in path.name]

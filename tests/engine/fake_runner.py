@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -47,6 +49,9 @@ class FakeRunner:
         self.num_runs = self.num_tokens = 0
         self._cache = np.full((num_blocks, block_size), -1, dtype=np.int64)
         self._host = np.full((num_host_blocks, block_size), -1, dtype=np.int64)
+
+    def start(self, plan: StepPlan) -> Callable[[], torch.Tensor]:
+        return partial(self.run, plan)
 
     def probe(self) -> None:
         if self.is_lost:

@@ -85,6 +85,7 @@ def test_a_rank_has_its_share(save_model: Any) -> None:
     def num_bytes(group: ProcessGroup | None) -> int:
         model = load_model(str(directory), "float32", group=group, quantization="int8")
         assert isinstance(model, Decoder)
+        assert model.weights.lm_head is not None
         layers = list(model.weights.layers)
         linears = [each for layer in layers for each in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj)]
         linears += [model.weights.lm_head, *(layer.down_proj for layer in layers)]

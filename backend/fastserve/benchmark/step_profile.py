@@ -145,6 +145,8 @@ class _Profiler:
             kernels[part] += _median(program.run)
         head = _median(lambda: self._decoder.logits(hidden))
         sampling = _median(lambda: argmax(logits))
+        lm_head = self._decoder.weights.lm_head
+        assert lm_head is not None, "what is profiled is the whole model, or its first stage"
         cache_bytes = num_seqs * self._context_len * kv_bytes_per_token(self._kv_caches)
         floors = {
             "linears": self._machine.linear_floor(self._weights, num_seqs),
@@ -153,7 +155,7 @@ class _Profiler:
         parts = [Part(name, taken, floors.get(name)) for name, taken in kernels.items()]
         parts += [
             Part("between kernels, inputs", forward - sum(kernels.values()), None),
-            Part("head", head, self._machine.linear_floor(_weights(self._decoder.weights.lm_head), num_seqs)),
+            Part("head", head, self._machine.linear_floor(_weights(lm_head), num_seqs)),
             Part("sampling", sampling, None),
         ]
         rest = seconds - sum(part.seconds for part in parts)

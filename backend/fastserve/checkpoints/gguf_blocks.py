@@ -17,6 +17,8 @@ from fastserve_kernels.formats import Int4, Int8
 from fastserve_kernels.formats.weight import pack_pairs
 
 GROUP = 32
+_CHUNK_ELEMENTS = 1 << 20
+"""Read at a time: it takes several times the memory of what is left of it."""
 _WIDEST_HALF_ZERO = 32.0
 """float16 holds zero points up to this size to within 1/128 of a step."""
 
@@ -33,15 +35,22 @@ def read_blocks(tensor: ReaderTensor, exact: bool) -> Int4 | Int8 | None:
     reader = _READERS.get(tensor.tensor_type)
     if reader is None:
         return None
-    rows = int(tensor.shape[1])
-    codes, scales, zeros = reader(tensor.data.reshape(rows, -1))
+    rows, width = int(tensor.shape[1]), int(tensor.shape[0])
+    data, step = tensor.data.reshape(rows, -1), max(1, _CHUNK_ELEMENTS // width)
+    parts: tuple[list[Tensor], list[Numbers], list[Numbers]] = ([], [], [])
+    for first in range(0, rows, step):
+        read, part_scales, part_zeros = reader(data[first : first + step])
+        parts[0].append(_stored(read))
+        parts[1].append(part_scales)
+        parts[2].append(part_zeros)
+    codes, scales, zeros = torch.cat(parts[0]), np.concatenate(parts[1]), np.concatenate(parts[2])
     near = float(np.abs(zeros).max(initial=0)) <= _WIDEST_HALF_ZERO
     dtype = torch.float16 if near and not exact and _fit_halves(scales) else torch.float32
-    if codes.dtype == np.int8:
-        return Int8(_tensor(codes), _tensor(scales).to(dtype), None, GROUP)
+    if codes.dtype == torch.int8:
+        return Int8(codes, _tensor(scales).to(dtype), None, GROUP)
     symmetric = tensor.tensor_type == GGMLQuantizationType.Q4_0
     return Int4(
-        pack_pairs(_tensor(codes)),
+        codes,
         _tensor(scales).to(dtype),
         None if symmetric else _tensor(zeros).to(dtype),
         GROUP,
@@ -51,6 +60,12 @@ def read_blocks(tensor: ReaderTensor, exact: bool) -> Int4 | Int8 | None:
 def _fit_halves(numbers: Numbers) -> bool:
     """Whether float16 rounds them no more than it rounds any: none is too small for it, or too large."""
     return bool(np.allclose(numbers.astype(np.float16), numbers, rtol=2**-11, atol=0))
+
+
+def _stored(codes: NDArray) -> Tensor:
+    """Codes as the formats hold them: of 8 bits, or two of 4 bits in a byte."""
+    tensor = _tensor(codes)
+    return tensor if codes.dtype == np.int8 else pack_pairs(tensor)
 
 
 def _tensor(array: NDArray) -> Tensor:

@@ -15,6 +15,9 @@ from fastserve.checkpoints.gguf_tensor_names import transformers_name
 from fastserve.checkpoints.weight_rows import select_rows
 from fastserve_kernels.formats import Int4, Int8
 
+MAPPED_BYTES = 16 << 20
+"""Bytes that are read of the file before its pages are given back."""
+
 
 class GgufCheckpoint:
     """A `Checkpoint` in a GGUF file."""
@@ -27,6 +30,7 @@ class GgufCheckpoint:
         self._tensors = {
             transformers_name(name): tensor for name, tensor in file.tensors.items() if name != ROPE_FREQS
         }
+        self._bytes_read = 0
         self.shapes = {name: tensor_shape(tensor) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, destination: Tensor, rows: range | None = None) -> None:
@@ -49,7 +53,12 @@ class GgufCheckpoint:
 
     def _tensor(self, name: str, rows: range | None) -> ReaderTensor:
         tensor = self._tensors[name]
-        return tensor if rows is None else rows_of(tensor, rows)
+        tensor = tensor if rows is None else rows_of(tensor, rows)
+        if self._bytes_read > MAPPED_BYTES:
+            self._file.release_pages()
+            self._bytes_read = 0
+        self._bytes_read += tensor.n_bytes
+        return tensor
 
     def _interleaved_heads(self, name: str, rows: range | None) -> int | None:
         """The number of heads that the rows belong to, if the two halves of each head alternate; else None.

@@ -6,6 +6,7 @@ Imports no torch: processes that never load it find the tokenizer's directory wi
 from __future__ import annotations
 
 import hashlib
+import mmap
 import struct
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,12 @@ class GgufFile:
         if found is None:
             raise ModelError(f"{self.path}: the metadata has no {self.architecture}.{key}")
         return found
+
+    def release_pages(self) -> None:
+        """Lets go of what was read of the file: its pages count as this process's memory else, though the
+        system could have them back."""
+        mapped: Any = self._reader.data.base
+        mapped.madvise(mmap.MADV_DONTNEED)
 
     def header_digest(self) -> str:
         """SHA-256 of everything before the tensors' data: what a tokenizer is made of, and its version."""

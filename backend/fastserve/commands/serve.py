@@ -136,11 +136,12 @@ def _with_model_on_disk(config: Config) -> Config:
 
 def _check_ranks(config: Config) -> None:
     """Raises ConfigError or ModelError if there are more ranks than cores, or than the model can have."""
-    if config.tensor_parallel_size > 1:
+    if config.tensor_parallel_size * config.pipeline_parallel_size > 1:
         from fastserve.models.model_loader import check_rank_count  # here: torch takes seconds to import
 
         check_ranks(config)
-        check_rank_count(locate(config.model).checkpoint, config.tensor_parallel_size)
+        path = locate(config.model).checkpoint
+        check_rank_count(path, config.tensor_parallel_size, config.pipeline_parallel_size)
 
 
 def _example(server: Server) -> str:

@@ -21,6 +21,7 @@ from fastserve.engine.compute_errors import not_computed
 from fastserve.engine.guide_queue import GuideQueue
 from fastserve.engine.guides import CompiledGuide, GuideCompiler
 from fastserve.engine.isolation import compute_isolated
+from fastserve.engine.micro_batches import ComputedBatch, MicroBatches
 from fastserve.engine.model_runner import ModelRunner
 from fastserve.engine.sampler import SampledToken, Sampler, SamplingState
 from fastserve.engine.speculator import Speculator
@@ -82,6 +83,7 @@ class Engine:
         self._sampler = sampler
         self._speculator = speculator
         self._computation = StepComputation(runner, sampler, self._state_of)
+        self._micro_batches = MicroBatches(runner, self._computation, scheduler)
         self._guide_queue = GuideQueue(guides)
         """Requests whose guide is being compiled."""
         self._vocabulary = Vocabulary(runner.model.vocab_size, runner.model.vocab_size)
@@ -105,7 +107,13 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` has something to do; when the last request has ended, that is to check the books."""
         is_to_check = self._is_unchecked and not self._active
-        return bool(self.scheduler.has_sequences or self._guide_queue or self._outputs or is_to_check)
+        return bool(
+            self.scheduler.has_sequences
+            or self._micro_batches
+            or self._guide_queue
+            or self._outputs
+            or is_to_check
+        )
 
     @property
     def num_preempted(self) -> int:
@@ -226,6 +234,9 @@ class Engine:
     def step(self) -> StepOutput:
         """One iteration: computes what the scheduler plans, and returns what it brought to every request.
 
+        With several micro-batches it begins what is planned, and returns what the oldest one brought, if as
+        many as there may be are being computed or nothing else can be planned.
+
         Raises what the model raised if the device no longer computes anything, and BlockPoolError or
         SchedulerError if blocks or sequences are left over when the last request has ended.
         """
@@ -237,15 +248,25 @@ class Engine:
         preempted = self._hand_back() if self._has_common_queue else []
         self.runner.copy_blocks(plan)
         if plan.scheduled:
-            started = time.perf_counter()
-            tokens = compute_isolated(plan.scheduled, self._computation.compute, self.runner.probe)
-            self.scheduler.observe(plan, time.perf_counter() - started)
-            self._take_tokens(plan.scheduled, tokens)
-            self._speculator.verify(plan.scheduled, tokens, self._is_active, self._draw_next)
-            self._speculator.observe_step(plan, time.perf_counter() - started)
+            self._micro_batches.start(plan)
+        batch = self._micro_batches.take(has_more=bool(plan.scheduled))
+        if batch is not None and batch.plan.scheduled:
+            self._finish(batch)
         outputs, self._outputs = self._outputs, []
         ended, self._ended = self._ended, []
-        return StepOutput(outputs, self.stats(plan.num_tokens), preempted, ended)
+        num_tokens = 0 if batch is None else batch.plan.num_tokens
+        return StepOutput(outputs, self.stats(num_tokens), preempted, ended)
+
+    def _finish(self, batch: ComputedBatch) -> None:
+        """Draws and takes the tokens of what is computed."""
+        items = batch.plan.scheduled
+        tokens = compute_isolated(items, batch.compute, self.runner.probe)
+        self.scheduler.observe(batch.plan, time.perf_counter() - batch.started)
+        self._take_tokens(items, tokens)
+        self._speculator.verify(items, tokens, self._is_active, self._draw_next)
+        if not batch.has_prompts:
+            self._speculator.observe_step(batch.plan, time.perf_counter() - batch.alone_since)
+        self._micro_batches.finish()
 
     def _hand_back(self) -> list[RequestView]:
         """Takes what the plan left waiting out of the scheduler: it waits in the common queue."""

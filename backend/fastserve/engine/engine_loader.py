@@ -14,10 +14,14 @@ from fastserve.engine.engine import Engine
 from fastserve.engine.guides import GuideCompiler
 from fastserve.engine.kv_scales import choose_kv_cache
 from fastserve.engine.model_runner import ModelRunner
+from fastserve.engine.pipelined_model_runner import LaterStageRunner, PipelinedModelRunner
+from fastserve.engine.rank_layout import RankLayout
 from fastserve.engine.ranked_model_runner import RankedModelRunner
 from fastserve.engine.ranks import start_ranks
 from fastserve.engine.sampler import Sampler
 from fastserve.engine.speculator import Speculator
+from fastserve.models.causal_lm import CausalLM
+from fastserve.models.decoder import Decoder
 from fastserve.models.kv_cache import default_cache_bytes
 from fastserve.models.model_loader import load_model
 from fastserve.scheduling.block_pool import BlockPool
@@ -38,17 +42,12 @@ def load_engine(
     `replica`: which of `config.replicas` it is. `has_common_queue`: see `Engine`. With several ranks this
     process is the first, and starts the others.
     """
-    if config.tensor_parallel_size > 1:
-        ranks = start_ranks(config, files, replica)
-        try:
-            runner: ModelRunner = RankedModelRunner(load_runner(config, files, replica, ranks.group), ranks)
-        except BaseException:
-            ranks.close()
-            raise
-    else:
-        runner = load_runner(config, files, replica)
+    num_ranks = RankLayout.of(config).world_size
+    runner = (
+        load_ranked_runner(config, files, replica) if num_ranks > 1 else load_runner(config, files, replica)
+    )
     model = runner.model
-    num_workers = config.replicas * config.tensor_parallel_size
+    num_workers = config.replicas * num_ranks
     takes_all_cores = model.device.type == "cpu" and (
         torch.get_num_threads() * num_workers >= len(os.sched_getaffinity(0))
     )
@@ -62,6 +61,7 @@ def load_engine(
         config.max_num_seqs,
         config.max_num_batched_tokens,
         config.target_itl_ms / 1e3,
+        config.pipeline_parallel_size,
     )
     eos = eos_token_ids(files.checkpoint)
     guides = GuideCompiler(files.tokenizer, eos, model.vocab_size)
@@ -75,20 +75,38 @@ def load_engine(
     )
 
 
+def load_ranked_runner(config: Config, files: ModelFiles, replica: int) -> ModelRunner:
+    """Starts the other ranks, and loads rank 0's part of the model. Raises ModelError."""
+    ranks = start_ranks(config, files, replica)
+    try:
+        group, following, last = ranks.connections
+        runner = load_runner(config, files, replica, group)
+        if group is not None:
+            runner = RankedModelRunner(runner, ranks, group)
+        if following is not None and last is not None:
+            runner = PipelinedModelRunner(runner, ranks, following, last)
+    except BaseException:
+        ranks.close()
+        raise
+    return runner
+
+
 def load_runner(
-    config: Config, files: ModelFiles, replica: int, group: ProcessGroup | None = None
+    config: Config, files: ModelFiles, replica: int, group: ProcessGroup | None = None, stage: int = 0
 ) -> ModelRunner:
     """Loads the model, or a rank's part of it, makes its KV cache and runs it once. Raises ModelError.
 
-    All ranks of `group` call it with the same arguments.
+    All ranks of `group` call it with the same arguments. `stage`: which one it is of.
     """
-    ranks = 1 if group is None else group.world_size
+    layout = RankLayout.of(config)
     device = choose_device(config.device, replica)
     if device.type == "cpu":
-        share = len(os.sched_getaffinity(0)) // (config.replicas * ranks)
+        share = len(os.sched_getaffinity(0)) // (config.replicas * layout.world_size)
         torch.set_num_threads(config.num_threads or max(1, share))
-    elif group is not None:
-        raise ModelError(f"tensor_parallel_size: got {ranks}; allowed on {device.type}: 1")
+    elif layout.world_size > 1:
+        name = "tensor" if layout.tensor_parallel_size > 1 else "pipeline"
+        size = getattr(layout, f"{name}_parallel_size")
+        raise ModelError(f"{name}_parallel_size: got {size}; allowed on {device.type}: 1")
     model = load_model(
         str(files.checkpoint),
         config.dtype,
@@ -97,19 +115,29 @@ def load_runner(
         config.quantization,
         config.activation_quantization,
         group=group,
+        stage=(stage, layout.pipeline_parallel_size),
     )
     kv_dtype, kv_scales = choose_kv_cache(config.kv_cache_dtype, files, model)
     num_sharing = sum(choose_device(config.device, each) == device for each in range(config.replicas))
-    runner = ModelRunner(
+    make_runner = LaterStageRunner if stage > 0 else ModelRunner
+    runner = make_runner(
         model,
         config.block_size,
-        (config.kv_cache_bytes or default_cache_bytes(model.device, num_sharing)) // ranks,
+        _share_of(model, layout, config.kv_cache_bytes or default_cache_bytes(model.device, num_sharing)),
         kv_dtype,
         kv_scales,
-        swap_space_bytes=config.swap_space_bytes // ranks,
+        swap_space_bytes=_share_of(model, layout, config.swap_space_bytes),
     )
     runner.warm_up(max(max_decode_tokens(config), min(config.max_num_batched_tokens, MAX_CAPTURED_TOKENS)))
     return runner
+
+
+def _share_of(model: CausalLM, layout: RankLayout, num_bytes: int) -> int:
+    """What a rank has of a replica's memory for KV blocks: by heads, then by layers, so that all ranks have
+    as many blocks."""
+    share = num_bytes // layout.tensor_parallel_size
+    stage = model.stage if isinstance(model, Decoder) else None
+    return share if stage is None else share // stage.num_layers * len(stage.layers)
 
 
 def num_speculative_tokens(config: Config) -> int:

@@ -38,8 +38,11 @@ def choose_kv_cache(
     if it is not what the checkpoint has scales for.
     """
     parallel = model.parallel if isinstance(model, Decoder) else None
+    stage = model.stage if isinstance(model, Decoder) else None
     shapes = model.kv_cache_shapes(1, 1)
-    if parallel is not None:  # the checkpoint's scales are those of all ranks' heads
+    if stage is not None:  # the checkpoint's scales are those of all stages' layers
+        shapes = shapes[:1] * stage.num_layers
+    if parallel is not None:  # and of all ranks' heads
         shape = (1, 1, parallel.config.num_kv_heads, parallel.config.head_dim)
         shapes = [(shape, shape)] * len(shapes)
     scheme = read_kv_cache_scheme(files.checkpoint, shapes)
@@ -54,7 +57,13 @@ def choose_kv_cache(
     dtype = KV_CACHE_DTYPES[name]
     if scheme is not None and scheme.scales is not None:
         mine = slice(None) if parallel is None else slice(parallel.kv_heads.start, parallel.kv_heads.stop)
-        return dtype, [KVScales(each.k[mine].clone(), each.v[mine].clone()) for each in scheme.scales]
+        layers = slice(None) if stage is None else slice(stage.layers.start, stage.layers.stop)
+        return dtype, [KVScales(each.k[mine].clone(), each.v[mine].clone()) for each in scheme.scales[layers]]
+    if stage is not None:
+        raise ModelError(
+            f"kv_cache_dtype: got {name!r}; allowed for {files.checkpoint} in several stages: auto, because "
+            "it has no scales for that, and no stage can measure them alone"
+        )
     return dtype, measure_scales(model, dtype, _windows(files.tokenizer, model))
 
 

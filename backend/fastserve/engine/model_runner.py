@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,12 +81,21 @@ class ModelRunner:
         """Copies the KV blocks that the plan swaps out, then those that it swaps in."""
         self.host.copy(plan.copies_out, plan.copies_in)
 
+    def start(self, plan: StepPlan) -> Callable[[], torch.Tensor]:
+        """Begins to compute a plan, where others compute some of it; what it returns gives, once, what `run`
+        does. Plans are computed, and waited for, in the order in which they are begun."""
+        return partial(self.run, plan)
+
     def run(self, plan: StepPlan) -> torch.Tensor:
         """Computes the plan's tokens, proposed ones among them, and writes their keys and values.
 
         Returns the hidden states [plan.num_tokens, hidden size], in the plan's order, a sequence's proposed
         tokens behind its own; good until the next run.
         """
+        return self.forward(*self.step_inputs(plan))
+
+    def step_inputs(self, plan: StepPlan) -> tuple[torch.Tensor, AttentionMetadata]:
+        """The token ids [plan.num_tokens] of a plan, and what attention is to know of them."""
         token_ids: list[int] = []
         query_lens: list[int] = []
         context_lens: list[int] = []
@@ -102,7 +112,7 @@ class ModelRunner:
             self.block_size,
             self.model.device,
         )
-        return self.forward(torch.tensor(token_ids, dtype=torch.int64, device=self.model.device), metadata)
+        return torch.tensor(token_ids, dtype=torch.int64, device=self.model.device), metadata
 
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:

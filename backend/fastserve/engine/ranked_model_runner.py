@@ -6,7 +6,7 @@ tensors; all ranks then run the same forward pass, which has the all-reduces in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,30 +25,30 @@ FORWARD, LOGITS, COPY, PROBE = range(4)
 class RankedModelRunner(ModelRunner):
     """That of rank 0: what it does the others do too."""
 
-    def __init__(self, runner: ModelRunner, ranks: Ranks) -> None:
+    def __init__(self, runner: ModelRunner, ranks: Ranks, group: ProcessGroup) -> None:
         """`runner`: with rank 0's part of the model, loaded and warm."""
         vars(self).update(vars(runner))
         self._ranks = ranks
+        self._group = group
         ranks.watch(self)
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
         """See `ModelRunner`. Raises RankLostError."""
-        with self._together(_step_words(token_ids, metadata)):
+        with self._together(step_words(token_ids, metadata)):
             return super().forward(token_ids, metadata)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """See `ModelRunner`. Raises RankLostError."""
         with self._together(torch.tensor([LOGITS])):
-            self._ranks.group.broadcast(hidden)
+            self._group.broadcast(hidden)
             return super().logits(hidden)
 
     def copy_blocks(self, plan: StepPlan) -> None:
         """See `ModelRunner`. Raises RankLostError."""
         if plan.copies_out or plan.copies_in:
-            pairs = [number for pair in (*plan.copies_out, *plan.copies_in) for number in pair]
-            with self._together(torch.tensor([COPY, len(plan.copies_out), *pairs])):
+            with self._together(copy_words(plan)):
                 super().copy_blocks(plan)
 
     def probe(self) -> None:
@@ -59,35 +59,52 @@ class RankedModelRunner(ModelRunner):
     @contextmanager
     def _together(self, words: Tensor) -> Iterator[None]:
         """Tells the others; an exception in the midst of it ends the group: they would wait for ever."""
-        group = self._ranks.group
         try:
-            group.broadcast(words)
+            self._group.broadcast(words)
             yield
-            group.check()
+            self._group.check()
         except BaseException:
-            group.abort()
+            self._ranks.abort()
             raise
 
 
-def follow(runner: ModelRunner, group: ProcessGroup) -> None:
-    """Does what rank 0 says. Raises RankLostError when a rank is gone."""
+def follow(runner: ModelRunner, group: ProcessGroup, is_first_stage: bool) -> None:
+    """Does what the first rank of the group says. Raises RankLostError when a rank is gone."""
     with torch.inference_mode():
         while True:
-            kind, *_ = words = group.broadcast(None)
-            if kind == FORWARD:
-                runner.forward(*_read_step(words, runner.block_size))
-            elif kind == LOGITS:
-                runner.logits(group.broadcast(None))
-            elif kind == COPY:
-                pairs = [(int(one), int(other)) for one, other in words[2:].view(-1, 2)]
-                runner.copy_blocks(StepPlan([], [], pairs[: words[1]], pairs[words[1] :]))
-            else:
-                runner.probe()
+            words = group.broadcast(None)
+            has_hidden = words[0] == LOGITS or (words[0] == FORWARD and not is_first_stage)
+            perform(runner, words, [group.broadcast(None)] if has_hidden else [])
             group.check()
 
 
-def _step_words(token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
-    """What `_read_step` reads: sizes, then the tensors."""
+def perform(runner: ModelRunner, words: Tensor, hidden: Sequence[Tensor]) -> Tensor:
+    """Does what was broadcast, or sent to a stage; returns hidden states [T, hidden] of a forward pass.
+
+    `hidden`: those that go into another stage than the first, or into the head.
+    """
+    kind = words[0]
+    if kind == FORWARD:
+        token_ids, metadata = _read_step(words, runner.block_size)
+        return runner.forward(hidden[0] if hidden else token_ids, metadata)
+    if kind == LOGITS:
+        return runner.logits(hidden[0])
+    if kind == COPY:
+        pairs = [(int(one), int(other)) for one, other in words[2:].view(-1, 2)]
+        runner.copy_blocks(StepPlan([], [], pairs[: words[1]], pairs[words[1] :]))
+    else:
+        runner.probe()
+    return words
+
+
+def copy_words(plan: StepPlan) -> Tensor:
+    """What `perform` reads: how many blocks are copied out, then all pairs."""
+    pairs = [number for pair in (*plan.copies_out, *plan.copies_in) for number in pair]
+    return torch.tensor([COPY, len(plan.copies_out), *pairs])
+
+
+def step_words(token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
+    """What `perform` reads: sizes, then the tensors."""
     num_sequences, width = metadata.block_tables.shape
     return torch.cat(
         (

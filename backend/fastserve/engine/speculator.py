@@ -63,8 +63,6 @@ class Speculator:
         self._drafts: dict[Sequence, Draft] = {}
         self._trials: set[Sequence] = set()
         """Sequences whose guess in this step is not worth its row, but for what it tells."""
-        self._has_prompts = False
-        """Whether the step under way computes any."""
         self.num_draft_tokens = 0
         """Guesses that were computed."""
         self.num_accepted_tokens = 0
@@ -72,11 +70,10 @@ class Speculator:
 
     def extend(self, plan: StepPlan, reserve: Reserve) -> StepPlan:
         """The plan, its sequences with the guesses that they get; none beside prompts, which would wait."""
-        self._trials.clear()
-        self._has_prompts = plan.num_prompt_tokens > 0
-        if self._has_prompts:
-            return plan
         sequences = [item.sequence for item in plan.scheduled]
+        self._trials.difference_update(sequences)
+        if plan.num_prompt_tokens > 0:
+            return plan
         guesses = [self._guess(sequence) for sequence in sequences]
         if not any(guesses):
             return plan
@@ -152,9 +149,8 @@ class Speculator:
             self.observe(each.item, each.num_accepted)
 
     def observe_step(self, plan: StepPlan, seconds: float) -> None:
-        """Learns how long a plan has taken, the drawing of its tokens included."""
-        if not self._has_prompts:
-            self._step_seconds.observe(plan.num_tokens, seconds)
+        """Learns how long a plan without prompts has taken, the drawing of its tokens included."""
+        self._step_seconds.observe(plan.num_tokens, seconds)
 
     def observe(self, item: ScheduledSequence, num_accepted: int) -> None:
         """Learns how many of a sequence's guesses were right."""
@@ -167,3 +163,4 @@ class Speculator:
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended here."""
         self._drafts.pop(sequence, None)
+        self._trials.discard(sequence)

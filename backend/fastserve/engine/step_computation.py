@@ -31,7 +31,13 @@ class StepComputation:
         With a token come the logits behind those that were proposed (`SampledToken.following`), up to the
         first that are not finite: what is wrong there is told when that token is computed for itself.
         """
-        hidden = self._runner.run(StepPlan(items, []))
+        return self.sample_hidden(self._runner.run(StepPlan(items, [])), items)
+
+    @torch.inference_mode()
+    def sample_hidden(
+        self, hidden: torch.Tensor, items: list[ScheduledSequence]
+    ) -> list[SampledToken | None]:
+        """`compute`, of the hidden states [T, hidden size] that the model gives for the items."""
         states = [self._state_of(item.sequence) for item in items]
         finite = hidden.sum(-1, dtype=torch.float32).isfinite().tolist()  # of finite numbers the sum is, too
         sampled: list[SampledToken | None] = [None] * len(items)

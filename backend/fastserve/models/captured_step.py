@@ -39,7 +39,7 @@ class CapturedStep:
         self._kv_caches = kv_caches
         self._block_size = block_size
         zeros = torch.zeros(max_num_tokens, dtype=torch.int64)
-        self._embedded, self._cos, self._sin = decoder.embed(zeros, zeros)
+        self._embedded, self._cos, self._sin = decoder.embed(decoder.zeros(max_num_tokens), zeros)
         self._context_lens, self._slot_mapping = zeros.clone(), zeros.clone()
         self._block_tables = torch.zeros(max_num_tokens, max_blocks, dtype=torch.int64)
         self._query_start = torch.arange(max_num_tokens + 1)

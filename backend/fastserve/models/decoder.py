@@ -13,6 +13,7 @@ from fastserve.checkpoints.decoder_config import DecoderConfig
 from fastserve.checkpoints.kv_cache_scheme import KVCacheShapes
 from fastserve.models.kv_cache import KVCaches
 from fastserve.models.linear import AnyLinear
+from fastserve.models.pipeline_stage import PipelineStage
 from fastserve.models.tensor_parallel import TensorParallel
 from fastserve_kernels import ops
 from fastserve_kernels.attention_metadata import AttentionMetadata
@@ -47,11 +48,12 @@ class EmbeddingTable(Protocol):
 class DecoderWeights:
     """All weights of a decoder, on one device and of one dtype."""
 
-    embedding: EmbeddingTable
+    embedding: EmbeddingTable | None
+    """None, as `lm_head`: another stage has it."""
     layers: Sequence[DecoderLayer]
     """Iterated in order, so that layers may be read lazily."""
     final_norm: Tensor
-    lm_head: AnyLinear
+    lm_head: AnyLinear | None
 
 
 class _Batch(NamedTuple):
@@ -75,13 +77,17 @@ class Decoder:
         weights: DecoderWeights,
         max_position: int,
         parallel: TensorParallel | None = None,
+        stage: PipelineStage | None = None,
     ) -> None:
         """Serves sequences of up to `max_position` tokens: the rotary tables are made for so many.
 
-        `parallel`: which part of a decoder it is, where several ranks compute one.
+        `parallel`: which part of a decoder it is, where several ranks compute one. `stage`: which layers it
+        has; None: all. A stage that is not the first takes hidden states [T, hidden] for token ids, and one
+        that is not the last gives them as they are before the next layer's norm.
         """
         self.config = config
         self.parallel = parallel
+        self.stage = stage
         self.weights = weights
         self.max_position = max_position
         self.vocab_size = config.vocab_size
@@ -104,7 +110,15 @@ class Decoder:
     @torch.inference_mode()
     def embed(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The embeddings [T, hidden] of token_ids [T]; cosine and sine [T, head_dim] of their positions."""
-        return self.weights.embedding[token_ids], self._cos[positions], self._sin[positions]
+        embedding = self.weights.embedding
+        embedded = token_ids if embedding is None else embedding[token_ids]
+        return embedded, self._cos[positions], self._sin[positions]
+
+    def zeros(self, num_tokens: int) -> Tensor:
+        """Tokens, or hidden states of them where this is not the first stage: what `forward` takes."""
+        if self.weights.embedding is None:
+            return torch.zeros(num_tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        return torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
     def forward_embedded(
@@ -114,7 +128,8 @@ class Decoder:
         batch = _Batch(embedded, None, (cos, sin), meta)
         for layer, kv_cache in zip(self.weights.layers, kv_caches, strict=True):
             batch = self._layer_forward(layer, batch, kv_cache)
-        return self._norm(batch, self.weights.final_norm)[0]
+        normed, hidden = self._norm(batch, self.weights.final_norm)
+        return normed if self.stage is None or self.stage.is_last else hidden
 
     @torch.inference_mode()
     def forward_layerwise(
@@ -125,6 +140,7 @@ class Decoder:
         The batches hold whole sequences, and may share slots of the caches. Returns the hidden states
         [T, hidden] of each.
         """
+        assert self.weights.embedding is not None, "a stage has no layers to go through by themselves"
         embedded = self.weights.embedding[torch.cat(list(token_ids))].split([len(ids) for ids in token_ids])
         batches = [self._embed(rows, meta) for rows, meta in zip(embedded, metas, strict=True)]
         del embedded
@@ -171,4 +187,5 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """The scores [n, vocab] float32 of the token that follows each row of `hidden` [n, hidden]."""
+        assert self.weights.lm_head is not None, "the first stage has the head"
         return self.weights.lm_head(hidden).float()

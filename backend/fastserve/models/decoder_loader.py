@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastserve import heap
 from fastserve.checkpoints.checkpoint import Checkpoint
 from fastserve.checkpoints.decoder_config import DecoderConfig
 from fastserve.checkpoints.online_quantization import quantize_head
@@ -16,6 +17,7 @@ from fastserve.models.decoder_tensors import EMBEDDING, HEAD, check_tensors, has
 from fastserve.models.lazy_weights import LazyEmbedding, LazyLayers
 from fastserve.models.linear import AnyLinear, ParallelLMHead, RowParallelLinear, VocabParallelEmbedding
 from fastserve.models.linear_reader import LinearReader
+from fastserve.models.pipeline_stage import PipelineStage, make_stage
 from fastserve.models.tensor_parallel import TensorParallel
 from fastserve_kernels.process_group import ProcessGroup
 
@@ -30,10 +32,12 @@ def load_decoder(
     quantizes_activations: Callable[[], bool],
     one_layer_at_a_time: bool = False,
     group: ProcessGroup | None = None,
+    stage: tuple[int, int] = (0, 1),
 ) -> Decoder:
     """A decoder in `dtype` on `device`, for sequences of up to `max_position` tokens.
 
-    `group`: of the ranks that have a part of it each; None: it is whole.
+    `group`: of the ranks that have a part of it each; None: it is whole. `stage`: which of how many, by
+    layers, it is.
 
     `quantizes_activations`: see `prepare`; it is asked if a weight can have them so. `quantization` and
     `one_layer_at_a_time` are those of `load_model`. Raises ModelError if tensors are missing, misshapen or
@@ -42,13 +46,17 @@ def load_decoder(
     if config.tie_word_embeddings and has_own_head(checkpoint, dtype):
         config = replace(config, tie_word_embeddings=False)
     check_tensors(config, checkpoint)
+    pipeline_stage = make_stage(config, *stage) if stage[1] > 1 else None
+    if pipeline_stage is not None:
+        layers = pipeline_stage.layers
+        config = replace(config, sliding_windows=config.sliding_windows[layers.start : layers.stop])
     parallel = None
     if group is not None:
         parallel = TensorParallel(config, group)
         config, checkpoint = parallel.local_config, ShardedCheckpoint(checkpoint, parallel.rows_of)
     reader = LinearReader(checkpoint, dtype, device, quantization, quantizes_activations)
-    weights = _WeightLoader(config, reader, parallel).load(one_layer_at_a_time)
-    return Decoder(config, weights, max_position, parallel)
+    weights = _WeightLoader(config, reader, parallel, pipeline_stage).load(one_layer_at_a_time)
+    return Decoder(config, weights, max_position, parallel, pipeline_stage)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class _WeightLoader:
     config: DecoderConfig
     reader: LinearReader
     parallel: TensorParallel | None
+    stage: PipelineStage | None
 
     @property
     def _embedding_name(self) -> str:
@@ -65,13 +74,17 @@ class _WeightLoader:
         return EMBEDDING if EMBEDDING in self.reader.checkpoint.shapes else HEAD
 
     def load(self, one_layer_at_a_time: bool) -> DecoderWeights:
+        has_ends = self.stage is None or self.stage.is_first
         layers = LazyLayers(self._layer, self.config.num_layers)
         head = (self._embedding_name if self.config.tie_word_embeddings else HEAD).removesuffix(".weight")
+        # The largest first: to be packed takes several times its bytes, which lie on top of what is there.
+        lm_head = self._head(head) if has_ends else None
+        heap.trim()
         return DecoderWeights(
-            embedding=LazyEmbedding(self._embedding) if one_layer_at_a_time else self._embedding(),
-            layers=layers if one_layer_at_a_time else layers[:],
+            embedding=self._embedding(one_layer_at_a_time) if has_ends else None,
+            layers=layers if one_layer_at_a_time else list(layers),
             final_norm=self.reader.fused("model.norm.weight"),
-            lm_head=self._head(head),
+            lm_head=lm_head,
         )
 
     def _head(self, name: str) -> AnyLinear:
@@ -81,7 +94,9 @@ class _WeightLoader:
         widths = [len(parallel.vocabulary_of(rank)) for rank in range(parallel.group.world_size)]
         return ParallelLMHead(local, parallel.group, widths)
 
-    def _embedding(self) -> EmbeddingTable:
+    def _embedding(self, is_lazy: bool) -> EmbeddingTable:
+        if is_lazy:
+            return LazyEmbedding(lambda: self._embedding(False))
         local, parallel = self.reader.fused(self._embedding_name), self.parallel
         if parallel is None:
             return local
@@ -97,7 +112,8 @@ class _WeightLoader:
         return RowParallelLinear(local, group)
 
     def _layer(self, index: int) -> DecoderLayer:
-        config, prefix = self.config, f"model.layers.{index}."
+        first = 0 if self.stage is None else self.stage.layers.start
+        config, prefix = self.config, f"model.layers.{first + index}."
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         fused, linear, parallel = self.reader.fused, self.reader.linear, self.parallel
         heads = None if parallel is None else parallel.attention_columns

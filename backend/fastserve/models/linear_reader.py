@@ -3,12 +3,13 @@ than one copy in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastserve import heap
 from fastserve.checkpoints.checkpoint import Checkpoint
 from fastserve.checkpoints.online_quantization import quantize
 from fastserve.checkpoints.weight_rows import stack_rows
@@ -19,8 +20,10 @@ from fastserve_kernels.formats.prepared import Prepared
 from fastserve_kernels.preparation import QUANTIZES_ACTIVATIONS, prepare
 
 Quantize = Callable[[str, Tensor, str], Weight]
-ROWS_AT_ONCE = 4096
+ELEMENTS_AT_ONCE = 1 << 19
 """Of a matrix that is quantized when it is loaded."""
+TRIM_EVERY = 16
+"""Pieces: what rounding has freed lies between what is kept, and goes back to the system only so."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,21 @@ class LinearReader:
             self.checkpoint.read(name, part)
         return fused
 
+    def _pieces(self, name: str) -> Iterator[Tensor]:
+        """The rows of a matrix, some at a time: to round them takes several times their memory."""
+        num_rows, width = self.checkpoint.shapes[name]
+        step = max(1, ELEMENTS_AT_ONCE // width)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # heads are read whole
+            yield from self.fused(name).split(step)
+            return
+        for first in range(0, num_rows, step):
+            rows = range(first, min(first + step, num_rows))
+            piece = torch.empty(len(rows), width, dtype=self.dtype, device=self.device)
+            self.checkpoint.read(name, piece, rows)
+            yield piece
+            if first // step % TRIM_EVERY == TRIM_EVERY - 1:
+                heap.trim()
+
     def _prepare(self, weight: Weight) -> Prepared:
         can_be = isinstance(weight, QUANTIZES_ACTIVATIONS)
         return prepare(weight, self.device, self.dtype, can_be and self.quantizes_activations())
@@ -68,10 +86,12 @@ class LinearReader:
     def _weights(self, names: list[str], quantize: Quantize) -> list[Weight]:
         """The matrices of these names, from the first rows of the fused one to the last; fused already where
         all are numbers."""
+        if self.quantization == "none":
+            return [quantize(names[0], self.fused(*names), "none")]
         if self.quantization != "auto":
-            # Some rows at a time, since rounding takes several times the memory of what it rounds.
-            pieces = self.fused(*names).split(ROWS_AT_ONCE)
-            return stack_rows([quantize(names[0], piece, self.quantization) for piece in pieces])
+            return stack_rows(
+                [quantize(name, piece, self.quantization) for name in names for piece in self._pieces(name)]
+            )
         exact = self.dtype == torch.float32
         packed = [self.checkpoint.read_packed(name, exact) for name in names]
         if all(weight is None for weight in packed):

@@ -25,6 +25,7 @@ from fastserve.models.causal_lm import CausalLM, resolve_max_model_len
 from fastserve.models.decoder import Decoder
 from fastserve.models.decoder_loader import load_decoder
 from fastserve.models.linear import AnyLinear, parts_of
+from fastserve.models.pipeline_stage import check_stage_count
 from fastserve.models.tensor_parallel import check_head_counts
 from fastserve_kernels.cpu.kernels import cpu_features
 from fastserve_kernels.process_group import ProcessGroup
@@ -44,6 +45,7 @@ def load_model(
     activation_quantization: str = "none",
     one_layer_at_a_time: bool = False,
     group: ProcessGroup | None = None,
+    stage: tuple[int, int] = (0, 1),
 ) -> CausalLM:
     """Loads a Hugging Face directory (safetensors), a GGUF file or a model of the hub.
 
@@ -57,6 +59,7 @@ def load_model(
     `one_layer_at_a_time`: our decoder's layers are read from the file in each forward pass, for passes over
     many tokens; what transformers' own code runs is loaded whole.
     `group`: of the ranks that load a part of it each, all with the same arguments; our decoder only.
+    `stage`: which of how many stages it is, each of which has some of the layers; our decoder only.
 
     Raises ModelError if the model cannot be found, read or served.
     """
@@ -79,30 +82,31 @@ def load_model(
         activation_quantization,
         one_layer_at_a_time,
         group,
+        stage,
     )
     return loader.load_gguf() if path.is_file() else loader.load_directory()
 
 
-def check_rank_count(path: Path, world_size: int) -> None:
-    """Raises ModelError if so many ranks cannot share the model at this path."""
+def check_rank_count(path: Path, world_size: int, num_stages: int) -> None:
+    """Raises ModelError if so many ranks, or stages of them, cannot share the model at this path."""
     if path.is_file():
         file = GgufFile(path)
-        if file.architecture in DECODERS:
-            check_head_counts(gguf_decoder_config(file), world_size)
-            return
         reason: str | None = f"its architecture is {file.architecture!r}"
+        decoder = gguf_decoder_config(file) if file.architecture in DECODERS else None
     else:
         config = read_transformers_config(path)
         reason = unsupported_reason(config)
-        if reason is None:
-            check_head_counts(DecoderConfig.from_transformers(config), world_size)
-            return
-    raise _not_shared(path, world_size, reason)
+        decoder = DecoderConfig.from_transformers(config) if reason is None else None
+    if decoder is None:
+        raise _not_shared(path, world_size, num_stages, reason)
+    check_head_counts(decoder, world_size)
+    check_stage_count(decoder, num_stages)
 
 
-def _not_shared(path: Path, world_size: int, reason: str | None) -> ModelError:
+def _not_shared(path: Path, world_size: int, num_stages: int, reason: str | None) -> ModelError:
+    name, size = ("tensor", world_size) if world_size > 1 else ("pipeline", num_stages)
     return ModelError(
-        f"tensor_parallel_size: got {world_size}; allowed for {path}: 1, because transformers' own code runs "
+        f"{name}_parallel_size: got {size}; allowed for {path}: 1, because transformers' own code runs "
         f"it ({reason})"
     )
 
@@ -113,7 +117,8 @@ def quantizes_activations(decoder: Decoder) -> bool:
 
 
 def _linears(decoder: Decoder) -> Iterator[AnyLinear]:
-    yield decoder.weights.lm_head
+    if decoder.weights.lm_head is not None:
+        yield decoder.weights.lm_head
     for layer in decoder.weights.layers:
         yield from (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
 
@@ -131,6 +136,7 @@ class _ModelLoader:
     activation_quantization: str
     one_layer_at_a_time: bool
     group: ProcessGroup | None
+    stage: tuple[int, int]
 
     def load_directory(self) -> CausalLM:
         config = read_transformers_config(self.path)
@@ -167,6 +173,7 @@ class _ModelLoader:
             self._choose_activations(dtype),
             self.one_layer_at_a_time,
             self.group,
+            self.stage,
         )
         if self.activation_quantization == "int8" and not quantizes_activations(decoder):
             raise ModelError(
@@ -210,8 +217,9 @@ class _ModelLoader:
     def _check_ours(self, reason: str) -> None:
         """Raises ModelError if weights or activations of a model that transformers' code runs are to be
         rounded, or if it is to be shared by several ranks."""
-        if self.group is not None:
-            raise _not_shared(self.path, self.group.world_size, reason)
+        if self.group is not None or self.stage[1] > 1:
+            world_size = 1 if self.group is None else self.group.world_size
+            raise _not_shared(self.path, world_size, self.stage[1], reason)
         if self.activation_quantization == "int8":
             raise ModelError(
                 f"activation_quantization: got 'int8'; allowed for {self.path}: auto, none, because "

@@ -49,8 +49,10 @@ class IterationScheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         target_itl_seconds: float = 0.0,
+        num_micro_batches: int = 1,
     ) -> None:
-        """`target_itl_seconds`: see `TokenBudget`.
+        """`target_itl_seconds`: see `TokenBudget`. `num_micro_batches`: plans that are computed at a time,
+        each of an equal part of the batch.
 
         Raises ValueError for a token budget in which a full batch could not decode.
         """
@@ -75,6 +77,10 @@ class IterationScheduler:
         """Preempted sequences that went on, by what that took."""
         self._sequences: dict[str, dict[int, Sequence]] = {}
         """All that have not been removed, by request and index."""
+        self.num_micro_batches = num_micro_batches
+        self.in_flight: dict[Sequence, object] = {}
+        """Sequences of plans that are computed still, by whoever computes them: no other plan has them. One
+        that leaves the batch meanwhile is none any more."""
         self._running: list[Sequence] = []
         """By rank, the lowest, which runs first, in front."""
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(policy)
@@ -143,7 +149,8 @@ class IterationScheduler:
     def remove(self, uid: str, index: int | None = None, *, now: float) -> list[Sequence]:
         """Lets a request, or one sequence of it, go: it has ended or was cancelled. Returns what was removed.
 
-        Not between `plan` and `mark_computed`: the blocks are free at once.
+        Not between `plan` and `mark_computed`, unless it is in flight: the blocks are free at once. What is
+        in flight writes to them before what is planned later does.
         """
         siblings = self._sequences.get(uid, {})
         indices = list(siblings) if index is None else [index] if index in siblings else []
@@ -198,7 +205,7 @@ class IterationScheduler:
         self._admit(now, preempted)
         host = self.pool.host
         self.num_swapped_blocks += len(host.copies_in)
-        scheduled = share_budget(self._running, self.budget)
+        scheduled = share_budget(self._next_micro_batch(), self.budget)
         return StepPlan(scheduled, preempted, host.copies_out, host.copies_in)
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> int:
@@ -258,6 +265,13 @@ class IterationScheduler:
         if any((sequence.view.waiting_since is None) is (sequence in waiting) for sequence in found):
             raise SchedulerError("a sequence counts as waiting that runs, or the other way round")
         self.pool.check([sequence.block_table for sequence in self._running])
+
+    def _next_micro_batch(self) -> list[Sequence]:
+        """The running sequences that the next plan may have."""
+        if self.num_micro_batches == 1:
+            return self._running
+        free = [sequence for sequence in self._running if sequence not in self.in_flight]
+        return free[: -(-len(self._running) // self.num_micro_batches)]
 
     # --- admission and preemption
 
@@ -346,6 +360,7 @@ class IterationScheduler:
 
     def _leave_batch(self, sequence: Sequence, retain: bool = False) -> None:
         self._running.remove(sequence)
+        self.in_flight.pop(sequence, None)
         self.pool.free(sequence.block_table, retain)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
