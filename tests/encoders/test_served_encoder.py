@@ -97,7 +97,7 @@ def test_the_tensors_are_those_of_the_task(
 ) -> None:
     found = configuration(**given)
     assert [each.name for each in found.input] == inputs
-    assert [each.name for each in found.output] == outputs
+    assert [each.name for each in found.output] == [*outputs, "num_tokens"]
 
 
 def test_the_most_urgent_priority_is_the_first_level() -> None:

@@ -64,7 +64,7 @@ def test_batching(make_engine: Any, helpers: Any, prompts: Any, expected: Any, t
 
 def test_preemption(make_engine: Any, helpers: Any, prompts: Any, expected: Any) -> None:
     bytes_per_token = 30 * 2 * 3 * 64 * 4
-    settings = {"kv_cache_bytes": 800 * bytes_per_token, "speculative_method": "none"}
+    settings = {"kv_cache_bytes": 736 * bytes_per_token, "speculative_method": "none"}
     engine = make_engine(**settings)  # whose preemptions do not depend on times
     assert answers(engine, helpers, prompts) == expected
     stats = engine.stats()
