@@ -269,10 +269,12 @@ def test_a_response_in_a_pydantic_form_and_one_that_calls(client: openai.OpenAI)
     parsed = client.responses.parse(**options, input=MESSAGES, text_format=Person)
     assert isinstance(parsed.output_parsed, Person)
     tool: Any = {"type": "function", "strict": True} | WEATHER["function"]
-    whole = client.responses.create(**options, input=QUESTION, tools=[tool], tool_choice="required")
+    forced: Any = options | {"input": QUESTION, "tools": [tool], "tool_choice": "required"}
+    forced["parallel_tool_calls"] = False
+    whole = client.responses.create(**forced)
     [call] = [item for item in whole.output if item.type == "function_call"]
     assert set(json.loads(call.arguments)) == {"city", "unit"}
-    with client.responses.stream(**options, input=QUESTION, tools=[tool], tool_choice="required") as stream:
+    with client.responses.stream(**forced) as stream:
         streamed = stream.get_final_response()
     assert [item.arguments for item in streamed.output if item.type == "function_call"] == [call.arguments]
     result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny, 20 C"}
