@@ -235,13 +235,11 @@ def test_a_forced_call_streamed_is_the_whole_one(client: openai.OpenAI, choice: 
 
 
 def test_a_response_whole_and_streamed_is_that_of_grpc(client: openai.OpenAI, grpc: Client) -> None:
-    """Of an answer that ends by itself: OpenAI's client takes no other for a final one."""
-    expected = grpc.generate(messages=MESSAGES, max_tokens=200, temperature=0.0)
-    assert expected.finish_reason == "stop"
+    expected = grpc.generate(messages=MESSAGES, max_tokens=12, temperature=0.0)
     options: Any = {
         "model": MODEL,
         "input": MESSAGES,
-        "max_output_tokens": 200,
+        "max_output_tokens": 12,
         "temperature": 0.0,
         "store": False,
     }
@@ -250,10 +248,11 @@ def test_a_response_whole_and_streamed_is_that_of_grpc(client: openai.OpenAI, gr
     assert whole.usage is not None
     assert whole.usage.output_tokens == expected.num_output_tokens
     with client.responses.stream(**options) as stream:
-        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
-        final = stream.get_final_response()
-    assert text == final.output_text == expected.text
-    assert final.status == whole.status
+        events = list(stream)
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    final: Any = events[-1]  # `get_final_response` takes no response that has reached its limit
+    assert final.type == f"response.{whole.status}"
+    assert text == final.response.output_text == expected.text
     asynchronous = asyncio.run(_responded(str(client.base_url), options))
     assert asynchronous == expected.text
 
@@ -323,15 +322,16 @@ def test_a_message_that_calls_and_one_that_is_stopped(claude: anthropic.Anthropi
         {"role": "user", "content": [result]},
     ]
     assert claude.messages.create(**options, messages=history, tool_choice={"type": "none"}).content
-    counting: Any = [{"role": "user", "content": "Count from 1 to 9."}]
+    form: Any = {"format": {"type": "json_schema", "schema": {"enum": ["1 2 3 4 5"]}}}
     stopped = claude.messages.create(
         model=MODEL,
-        messages=counting,
+        messages=QUESTION,
         max_tokens=60,
-        stop_sequences=["3", "4"],
-        extra_body={"temperature": 0.0},
+        stop_sequences=["4", "3"],
+        extra_body={"output_config": form},
     )
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "3")
+    assert [block.text for block in stopped.content if block.type == "text"] == ['"1 2 ']
 
 
 def test_what_is_wrong_is_named_in_anthropics_shape(claude: anthropic.Anthropic) -> None:
